@@ -1,0 +1,71 @@
+"""What a data set is to the rest of the package: splits of labelled images, some with the object's mask."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+
+class Split(Protocol):
+    """Labelled images in a fixed order."""
+
+    labels: Tensor
+    """(N,) int64."""
+
+    def __len__(self) -> int: ...
+
+    def load(self, index: Tensor) -> Tensor:
+        """The whole, un-augmented images at `index` (n,), as uint8 (n, 3, S, S)."""
+        ...
+
+
+@dataclass
+class ArraySplit:
+    """A split that lies in memory; the DataModule moves it to the training device once."""
+
+    images: Tensor
+    """(N, 3, S, S) uint8."""
+    labels: Tensor
+    """(N,) int64."""
+    masks: Tensor | None = None
+    """(N, S, S) bool, true on the object; None where the data set has none."""
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def load(self, index: Tensor) -> Tensor:
+        """See `Split.load`."""
+        return self.images[index]
+
+
+@dataclass
+class Dataset:
+    """The splits of one data set.
+
+    Test splits that show the same objects (`original`, `mixed_rand`, ...) are aligned: position i holds the same
+    object in each of them, so that their difference can be taken image by image.
+    """
+
+    name: str
+    classes: Sequence[str]
+    image_size: int
+    train: Split
+    tests: Mapping[str, Split]
+    balanced: Split | None = None
+    """A small labelled split whose background says nothing about the class, for probes."""
+    mean: tuple[float, float, float] = field(default=(0.5, 0.5, 0.5))
+    std: tuple[float, float, float] = field(default=(0.25, 0.25, 0.25))
+
+    @property
+    def chance(self) -> float:
+        """Accuracy of guessing, in [0, 1]."""
+        return 1.0 / len(self.classes)
+
+
+def normalise(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
+    """Uint8 (N, 3, H, W) to float32 with the given channel means and standard deviations (of values in [0, 1])."""
+    shift = torch.tensor(mean, device=images.device).view(1, 3, 1, 1)
+    scale = torch.tensor(std, device=images.device).view(1, 3, 1, 1)
+    return (images.float() / 255 - shift) / scale
