@@ -1,0 +1,191 @@
+"""Backbones with a stem that fits the image, and the small heads on top of them."""
+
+import difflib
+import inspect
+import itertools
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Literal
+
+import torchvision
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from icl_msr.errors import UserError
+
+
+class Backbone(nn.Module):
+    """A network that turns images (N, 3, H, W) into pooled features (N, c).
+
+    `net` is a plain torchvision or timm model without its classifier, so its state dict is what other programs load.
+    """
+
+    def __init__(self, net: nn.Module, channels: int, load: str):
+        super().__init__()
+        self.net = net
+        self.channels = channels
+        self.load = load
+        """Python that builds `net` without this package; written beside every exported encoder."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Pooled features: (N, 3, H, W) to (N, c)."""
+        features: Tensor = self.net(images)
+        return features
+
+    def maps(self, images: Tensor) -> Tensor:
+        """The last feature map: (N, 3, H, W) to (N, c, h, w); a transformer's patch tokens laid out as a grid."""
+        if not hasattr(self.net, "forward_features"):
+            for name, layer in self.net.named_children():
+                if name not in ("avgpool", "flatten", "fc"):
+                    images = layer(images)
+            return images
+        net: Any = self.net
+        features: Tensor = net.forward_features(images)
+        if features.ndim == 4:
+            return features
+        tokens = features[:, net.num_prefix_tokens :]
+        side = math.isqrt(tokens.shape[1])
+        return tokens.mT.reshape(len(tokens), -1, side, side)
+
+
+_TINY = """
+from collections import OrderedDict
+from torch import nn
+from torchvision.models.resnet import BasicBlock
+
+def shortcut(width, wider):
+    return nn.Sequential(nn.Conv2d(width, wider, 1, 2, bias=False), nn.BatchNorm2d(wider))
+
+net = nn.Sequential(OrderedDict(
+    conv1=nn.Conv2d(3, 32, 3, 2, 1, bias=False), bn1=nn.BatchNorm2d(32), relu=nn.ReLU(inplace=True),
+    layer1=BasicBlock(32, 32), layer2=BasicBlock(32, 64, 2, shortcut(32, 64)),
+    layer3=BasicBlock(64, 128, 2, shortcut(64, 128)), avgpool=nn.AdaptiveAvgPool2d(1), flatten=nn.Flatten()))
+"""
+
+
+def tiny(image_size: int, *, weights: str | None) -> Backbone:
+    """A small ResNet for studies on a CPU: 12 M multiply-adds at 32 px, c = 128, a 4 x 4 last map."""
+    return _with_weights(_build(_TINY, channels=128), weights)
+
+
+def resnet(image_size: int, *, name: str, stem: Literal["auto", "small", "standard"], weights: str | None) -> Backbone:
+    """A torchvision ResNet by name, with the small-image stem where it fits.
+
+    The small stem is a 3 x 3 convolution of stride 1; up to 48 px the max-pool goes too, at 64 and 96 px it stays
+    (ICL-MSR, section 6.2). `auto` takes it up to 96 px.
+
+    Raises:
+        UserError: torchvision has no ResNet of that name, or the weights do not fit.
+    """
+    known = [n for n in torchvision.models.list_models() if n.startswith(("resnet", "resnext", "wide_resnet"))]
+    if name not in known:
+        raise UserError(f"backbone.name={name} is no torchvision ResNet; choose one of {', '.join(sorted(known))}.")
+    load = f"import torchvision\nfrom torch import nn\n\nnet = torchvision.models.{name}()\nnet.fc = nn.Identity()\n"
+    if stem == "small" or (stem == "auto" and image_size <= 96):
+        load += "net.conv1 = nn.Conv2d(3, 64, 3, 1, 1, bias=False)\n"
+        if image_size <= 48:
+            load += "net.maxpool = nn.Identity()\n"
+    channels = 512 if name in ("resnet18", "resnet34") else 2048
+    return _with_weights(_build(load, channels), weights, torchvision_name=name)
+
+
+def timm_model(image_size: int, *, name: str, options: dict[str, Any], weights: str | None) -> Backbone:
+    """Any timm model by name; `options` go to `timm.create_model`. Transformers are told the image size.
+
+    Raises:
+        UserError: timm is missing or has no such model, or the model refuses the image size or an option.
+    """
+    try:
+        import timm
+    except ImportError:
+        raise UserError(
+            "backbone=timm needs timm, which is not installed; type: pip install 'icl-msr[timm]'."
+        ) from None
+    if not timm.is_model(name):
+        near = difflib.get_close_matches(name, timm.list_models(), n=3)
+        raise UserError(
+            f"backbone.name={name} is no timm model{': did you mean ' + ' or '.join(near) if near else ''}."
+        )
+    options = dict(options)
+    if "img_size" in inspect.signature(timm.create_model(name).__class__.__init__).parameters:
+        options.setdefault("img_size", image_size)
+    arguments = "".join(f", {key}={value!r}" for key, value in options.items())
+    load = f"import timm\n\nnet = timm.create_model({name!r}, num_classes=0{arguments})\n"
+    try:
+        backbone = _build(load, channels=0)
+    except Exception as error:
+        raise UserError(f"timm cannot build {name} with {options}: {error}.") from error
+    backbone.channels = int(backbone.net.num_features)  # type: ignore[arg-type]
+    return _with_weights(backbone, weights, timm_name=name)
+
+
+def _build(load: str, channels: int) -> Backbone:
+    """Runs the very recipe that is exported, so that what others will type is what was trained."""
+    scope: dict[str, Any] = {}
+    exec(load, scope)
+    return Backbone(scope["net"], channels, load.strip())
+
+
+def _with_weights(
+    backbone: Backbone, weights: str | None, torchvision_name: str | None = None, timm_name: str | None = None
+) -> Backbone:
+    if weights is None:
+        return backbone
+    if weights == "torchvision" and torchvision_name:
+        state = _download(lambda: torchvision.models.get_model(torchvision_name, weights="DEFAULT"), weights)
+        state = {name: tensor for name, tensor in state.items() if not name.startswith("fc.")}
+        if state["conv1.weight"].shape != backbone.net.get_parameter("conv1.weight").shape:
+            raise UserError("backbone.weights=torchvision fits the standard stem only; add backbone.stem=standard.")
+    elif weights == "timm" and timm_name:
+        import timm
+
+        state = _download(lambda: timm.create_model(timm_name, pretrained=True, num_classes=0), weights)
+    else:
+        path = Path(weights) / "encoder.safetensors" if Path(weights).is_dir() else Path(weights)
+        if not path.is_file():
+            raise UserError(
+                f"backbone.weights={weights} is neither a .safetensors file nor a run folder that holds "
+                "encoder.safetensors; give the path of one, or null to start from random weights."
+            )
+        try:
+            state = load_file(path)
+        except SafetensorError as error:
+            raise UserError(f"{path} cannot be read as safetensors ({error}); export the encoder again.") from None
+    missing = backbone.net.state_dict().keys() ^ state.keys()
+    shapes = [n for n, t in backbone.net.state_dict().items() if n in state and state[n].shape != t.shape]
+    if missing or shapes:
+        raise UserError(
+            f"backbone.weights={weights} belongs to another backbone (it differs in {sorted(missing or shapes)[0]}); "
+            "choose the backbone that it was trained with."
+        )
+    backbone.net.load_state_dict(state)
+    return backbone
+
+
+def _download(build: Callable[[], nn.Module], source: str) -> dict[str, Tensor]:
+    try:
+        return build().state_dict()
+    except Exception as error:
+        raise UserError(
+            f"backbone.weights={source} could not be downloaded ({error}); fetch the weights where there is "
+            "internet and give the path of a .safetensors file."
+        ) from None
+
+
+def mlp(*widths: int, norm: bool = True, norm_last: bool = False) -> nn.Sequential:
+    """A head of linear layers widths[0] -> ... -> widths[-1], with BatchNorm and ReLU between them.
+
+    `norm` puts BatchNorm before every ReLU (the linear layer then has no bias); `norm_last` ends with a BatchNorm.
+    """
+    layers: list[nn.Module] = []
+    for depth, (width, wider) in enumerate(itertools.pairwise(widths), start=2):
+        last = depth == len(widths)
+        normalised = norm_last if last else norm
+        layers.append(nn.Linear(width, wider, bias=not normalised))
+        if normalised:
+            layers.append(nn.BatchNorm1d(wider))
+        if not last:
+            layers.append(nn.ReLU(inplace=True))
+    return nn.Sequential(*layers)
