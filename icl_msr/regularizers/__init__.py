@@ -1,0 +1,5 @@
+"""Regularizers that any contrastive method can be trained with."""
+
+from icl_msr.regularizers.msr import MetaSemanticRegularizer
+
+__all__ = ["MetaSemanticRegularizer"]

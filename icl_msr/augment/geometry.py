@@ -1,0 +1,111 @@
+"""Crop, flip, resize and blur of a batch, each image with its own parameters.
+
+All four act on rows and columns separately, so each is a pair of small matrices per image: `separable` applies them.
+"""
+
+from collections.abc import Sequence
+
+import torch
+import torchvision.transforms.v2.functional as F
+from torch import Tensor
+
+TRIES = 10
+"""Candidate boxes of a random resized crop before it falls back to the centre, as in torchvision."""
+
+
+def resize(images: Tensor, size: int) -> Tensor:
+    """Whole images uint8 (N, C, H, W) to uint8 (N, C, size, size): bilinear, antialiased, by torchvision."""
+    return images if images.shape[-2:] == (size, size) else F.resize(images, [size, size], antialias=True)
+
+
+def random_boxes(
+    uniform: Tensor, height: int | Tensor, width: int | Tensor, scale: Sequence[float], ratio: Sequence[float]
+) -> Tensor:
+    """Boxes int64 (N, 4) as (top, left, height, width) of random resized crops (Szegedy et al. 2015).
+
+    The distribution is that of torchvision's `RandomResizedCrop`: area uniform in `scale`, aspect ratio log-uniform
+    in `ratio`, the first of ten candidates that fits, else the largest central box with an allowed ratio.
+
+    Args:
+        uniform: float (N, 22) in [0, 1).
+        height: of the images, for all or (N,).
+        width: of the images, for all or (N,).
+        scale: smallest and largest part of the area.
+        ratio: smallest and largest width / height.
+    """
+    bound = torch.ones_like(uniform[:, 0], dtype=torch.int64)
+    height, width = bound * height, bound * width
+    area = (height * width)[:, None] * torch.lerp(*_ends(uniform, scale), uniform[:, :TRIES])
+    low, high = _ends(uniform, ratio)
+    aspect = torch.lerp(low.log(), high.log(), uniform[:, TRIES : 2 * TRIES]).exp()
+    # The fallback stands last, where argmax finds it only if no candidate fits.
+    tallest = torch.minimum(height, (width / low).round().long())
+    widest = torch.minimum(width, (height * high).round().long())
+    w = torch.cat([(area * aspect).sqrt().round().long(), widest[:, None]], 1)
+    h = torch.cat([(area / aspect).sqrt().round().long(), tallest[:, None]], 1)
+    fits = (w > 0) & (w <= width[:, None]) & (h > 0) & (h <= height[:, None])
+    first = fits.int().argmax(1, keepdim=True)
+    h, w = h.gather(1, first)[:, 0], w.gather(1, first)[:, 0]
+    free = torch.stack([height - h, width - w], 1)
+    drawn = (uniform[:, 2 * TRIES : 2 * TRIES + 2] * (free + 1)).long()
+    corner = torch.where(first < TRIES, torch.minimum(drawn, free), free // 2)
+    return torch.cat([corner, torch.stack([h, w], 1)], 1)
+
+
+def _ends(like: Tensor, interval: Sequence[float]) -> tuple[Tensor, Tensor]:
+    return like.new_tensor(interval[0]), like.new_tensor(interval[1])
+
+
+def resampling(start: Tensor, length: Tensor, source: int, size: int, flip: Tensor | None = None) -> Tensor:
+    """Matrices float32 (N, size, source) that resize the pixels start .. start + length - 1 of a line to `size`.
+
+    The filter is the triangle of torchvision's and Pillow's antialiased bilinear resize, normalised inside the box.
+
+    Args:
+        start: int64 (N,).
+        length: int64 (N,).
+        source: pixels of the line.
+        size: pixels of the result.
+        flip: bool (N,), where the result is mirrored.
+    """
+    pixel = torch.arange(size, device=start.device)
+    if flip is not None:
+        pixel = torch.where(flip[:, None], size - 1 - pixel, pixel)
+    step = length[:, None] / size
+    centre = start[:, None] + (pixel + 0.5) * step
+    position = torch.arange(source, device=start.device) + 0.5
+    inside = (position > start[:, None]) & (position < (start + length)[:, None])
+    distance = (position - centre[..., None]).abs_().div_(step.clamp(min=1)[..., None])
+    weights = (1 - distance).clamp_(min=0).mul_(inside[:, None])
+    return weights.div_(weights.sum(-1, keepdim=True))
+
+
+def blurring(sigma: Tensor, size: int) -> Tensor:
+    """Matrices float32 (N, size, size) of a Gaussian blur with reflected borders; sigma (N,) in pixels.
+
+    The Gaussian is not cut off at a kernel size. Sigma 0 gives the identity.
+    """
+    pixel = torch.arange(size, device=sigma.device)
+    period = max(2 * (size - 1), 1)
+    # A pixel shows up at j, mirrored at -j and mirrored at 2 (size - 1) - j; the mirrors themselves appear once.
+    images = torch.stack([pixel, -pixel, period - pixel])
+    weights = torch.zeros(len(sigma), size, size, device=sigma.device)
+    for image, valid in zip(images, (pixel >= 0, pixel > 0, pixel < size - 1), strict=True):
+        squared = (pixel[:, None] - image).float().square()
+        weights += torch.exp(-squared / (2 * sigma.square().clamp(min=1e-6))[:, None, None]) * valid
+    return weights / weights.sum(-1, keepdim=True)
+
+
+def separable(images: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
+    """Apply a matrix to the rows and one to the columns of each image, float32 (N, C, h, w).
+
+    Args:
+        images: (N, C, H, W) of any dtype.
+        rows: (N, h, H).
+        columns: (N, w, W).
+    """
+    n, c, height, width = images.shape
+    lines = images.transpose(1, 2).contiguous().float()
+    lines = torch.bmm(rows, lines.view(n, height, c * width))
+    lines = torch.bmm(lines.view(n, -1, width), columns.mT)
+    return lines.view(n, rows.shape[1], c, -1).transpose(1, 2)

@@ -1,0 +1,186 @@
+"""A recipe says how one view is drawn; an augmentation is one recipe per view."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from typing import Annotated, Any, get_type_hints
+
+import torch
+from pydantic import AfterValidator, Field, NonNegativeFloat, PositiveFloat, PositiveInt, TypeAdapter
+from torch import Tensor
+
+from icl_msr.augment import colour, geometry
+from icl_msr.randomness import keys, uniforms
+
+
+def _ascending(interval: list[float]) -> list[float]:
+    if interval[0] > interval[1]:
+        raise ValueError(f"the first number of {interval} must not be larger than the second")
+    return interval
+
+
+def _strengths(jitter: list[float]) -> list[float]:
+    if jitter[3] > 0.5:
+        raise ValueError(f"the hue strength, the last of {jitter}, is in turns and must be at most 0.5")
+    return jitter
+
+
+def _changes(view: dict[str, Any]) -> dict[str, Any]:
+    allowed = get_type_hints(Recipe, include_extras=True)
+    for key, value in view.items():
+        if key not in allowed:
+            raise ValueError(f"a view has no key {key!r}; its keys are {', '.join(allowed)}")
+        TypeAdapter(allowed[key]).validate_python(value, strict=True)
+    return view
+
+
+Interval = Annotated[list[PositiveFloat], Field(min_length=2, max_length=2), AfterValidator(_ascending)]
+Strengths = Annotated[list[NonNegativeFloat], Field(min_length=4, max_length=4), AfterValidator(_strengths)]
+Probability = Annotated[float, Field(ge=0, le=1)]
+Changes = Annotated[dict[str, Any], AfterValidator(_changes)]
+
+# The random number of a key that serves each purpose. Results of old runs depend on it: append, never renumber.
+_BOX, _FLIP, _JITTER, _FACTORS, _ORDER = slice(0, 22), 22, 23, slice(24, 28), slice(28, 32)
+_GRAY, _BLUR, _SIGMA, _SOLARIZE, _SLOTS = 32, 33, 34, 35, 36
+
+
+@dataclass(kw_only=True)
+class Recipe:
+    """How one view is drawn: crop, flip, colour jitter, gray, blur, solarize, in this order.
+
+    The crop is torchvision's `RandomResizedCrop` with antialiasing and the jitter its `ColorJitter`, including the
+    random order of its four parts; but everything is float32, never rounded to 8 bits in between. The blur is a
+    Gaussian with reflected borders that is not cut off at a kernel size.
+    """
+
+    scale: Interval
+    """Smallest and largest part of the area that a crop shows."""
+    ratio: Interval
+    """Smallest and largest width / height of a crop."""
+    flip: Probability
+    """Probability of a horizontal flip."""
+    jitter: Strengths
+    """Strengths of brightness, contrast, saturation and hue."""
+    jitter_probability: Probability
+    """Probability that the colours are jittered at all."""
+    gray: Probability
+    """Probability of grayscale."""
+    blur: Probability
+    """Probability of a Gaussian blur."""
+    sigma: Interval
+    """Smallest and largest standard deviation of the blur, in pixels of the view."""
+    solarize: Probability
+    """Probability that values of at least one half are inverted."""
+    size: PositiveInt | None
+    """Side of the view in pixels; null is the image size of the data set."""
+
+    def boxes(self, key: Tensor, height: int | Tensor, width: int | Tensor) -> Tensor:
+        """What a view shows of images of that size: int64 (N, 4) as (top, left, height, width).
+
+        Args:
+            key: int64 (N,), from `icl_msr.randomness.keys`.
+            height: of the images in pixels, for all or (N,).
+            width: likewise.
+        """
+        return geometry.random_boxes(uniforms(key, _BOX.stop), height, width, self.scale, self.ratio)
+
+    def draw(self, images: Tensor, key: Tensor, size: int, *, cropped: bool = False) -> Tensor:
+        """A view float32 (N, 3, s, s), in [0, 1], of each image.
+
+        Args:
+            images: uint8 (N, 3, H, W).
+            key: int64 (N,), from `icl_msr.randomness.keys`.
+            size: s in pixels, where the recipe has none.
+            cropped: the images are crops already, (N, 3, s, s).
+        """
+        u = uniforms(key, _SLOTS)
+        images = self._crop(images, key, u[:, _FLIP] < self.flip, cropped, self.size or size)
+        if self.jitter_probability > 0:
+            reach = u.new_tensor(self.jitter)
+            low = torch.cat([(1 - reach[:3]).clamp(min=0), -reach[3:]])
+            factors = torch.lerp(low, torch.cat([1 + reach[:3], reach[3:]]), u[:, _FACTORS])
+            jittered = (u[:, _JITTER] < self.jitter_probability)[:, None]
+            factors = torch.where(jittered, factors, u.new_tensor([1, 1, 1, 0]))
+            images = colour.jitter(images, factors, u[:, _ORDER].argsort(1))
+        if self.gray > 0:
+            images = colour.grayscale(images, u[:, _GRAY] < self.gray)
+        if self.blur > 0:
+            sigma = self.sigma[0] + (self.sigma[1] - self.sigma[0]) * u[:, _SIGMA]
+            matrix = geometry.blurring(sigma * (u[:, _BLUR] < self.blur), images.shape[-1])
+            images = geometry.separable(images, matrix, matrix)
+        if self.solarize > 0:
+            images = colour.solarize(images, u[:, _SOLARIZE] < self.solarize)
+        return images
+
+    def _crop(self, images: Tensor, key: Tensor, flip: Tensor, cropped: bool, size: int) -> Tensor:
+        if cropped:
+            return torch.where(flip[:, None, None, None], images.flip(-1), images).float().div_(255)
+        height, width = images.shape[-2:]
+        top, left, rows, columns = self.boxes(key, height, width).unbind(1)
+        vertical = geometry.resampling(top, rows, height, size)
+        horizontal = geometry.resampling(left, columns, width, size, flip)
+        return geometry.separable(images, vertical / 255, horizontal)
+
+
+@dataclass(kw_only=True)
+class Augmentation(Recipe):
+    """V views of each image: the keys of `Recipe` hold for all of them, `views` says where one departs from that.
+
+    `views: [{}, {}]` are two views of one recipe. BYOL's two are `views: [{blur: 1.0}, {blur: 0.1, solarize: 0.2}]`;
+    a small third crop is `views: [{}, {}, {size: 16, scale: [0.05, 0.2]}]`.
+
+    Parameters depend on (seed, epoch, index, view) only, so that a view is the same in whatever batch, worker or rank
+    its image appears, and the same call on other pictures (say, textures) transforms them alike.
+    """
+
+    views: Annotated[list[Changes], Field(min_length=1)]
+    """One mapping per view: the keys of `Recipe` that differ in it, with their values."""
+
+    def __post_init__(self) -> None:
+        common = {field.name: getattr(self, field.name) for field in fields(Recipe)}
+        self.recipes = [Recipe(**(common | dict(changes))) for changes in self.views]
+
+    def crop_parameters(
+        self, index: Tensor, height: int | Tensor, width: int | Tensor, *, seed: int, epoch: int
+    ) -> list[Tensor]:
+        """The boxes int64 (N, 4) of each of the V views: what a worker that decodes photographs has to cut out.
+
+        Args:
+            index: int64 (N,), position of each image in the training split.
+            height: of the images in pixels, for all or (N,).
+            width: likewise.
+            seed: of the run.
+            epoch: counted from 0.
+        """
+        return [recipe.boxes(keys(seed, epoch, index, view), height, width) for view, recipe in enumerate(self.recipes)]
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        images: Tensor | Sequence[Tensor],
+        index: Tensor,
+        *,
+        seed: int,
+        epoch: int,
+        size: int,
+        mean: Sequence[float],
+        std: Sequence[float],
+        cropped: bool = False,
+    ) -> list[Tensor]:
+        """V normalised views, float32 (N, 3, s, s), on the device of the images.
+
+        Args:
+            images: uint8 (N, 3, H, W); if `cropped`, V such tensors (N, 3, s, s), one of crops for each view.
+            index: int64 (N,), position of each image in the training split, on the device of the images.
+            seed: of the run.
+            epoch: counted from 0.
+            size: s of the views whose recipe has none, in pixels.
+            mean: of the channels, for values in [0, 1].
+            std: likewise.
+            cropped: cropping and resizing are done, by `crop_parameters`; the flip is not.
+        """
+        views = []
+        for view, recipe in enumerate(self.recipes):
+            source = images[view] if cropped else images
+            drawn = recipe.draw(source, keys(seed, epoch, index, view), size, cropped=cropped)
+            views.append(drawn)
+        return views

@@ -1,0 +1,157 @@
+"""Images and labels from .npz files."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+from zipfile import BadZipFile
+
+import numpy as np
+import torch
+from pydantic import PositiveInt
+from torch import Tensor
+
+from icl_msr.data.dataset import ArraySplit, Dataset
+from icl_msr.data.sources import TrainOn, fit, read_image, resident, stack
+from icl_msr.errors import UserError
+
+Arrays = dict[str, np.ndarray[Any, Any]]
+
+
+def arrays(*, path: str | list[str], image_size: PositiveInt | None, train_on: TrainOn) -> Dataset:
+    """Images and labels from one .npz file, or from several that share out the keys; N images, no pickles.
+
+    One of three layouts, with `classes` (K,) names as an option in each:
+
+    * two sets: `train_images`, `test_images` uint8 (N, H, W, 3) or (N, 3, H, W); `train_labels`, `test_labels`
+      integer (N,); optionally `train_masks`, `test_masks` (N, H, W), bool or uint8, not zero on the object;
+    * one set: `images`, `labels`, optionally `masks`, and `is_train` bool (N,);
+    * compressed images in one array: the third kind of `images` is `blob` uint8 (B,) with `offsets` int64 (N + 1,),
+      where image i is the JPEG or PNG file `blob[offsets[i]:offsets[i + 1]]`; else as in one set.
+
+    Labels count from 0; -1 is an unlabelled training image. `image_size` null keeps the size of (square) arrays.
+    """
+    paths = [path] if isinstance(path, str) else path
+    found = _read(paths)
+    where = ", ".join(paths)
+    if "train_images" in found:
+        parts = {split: _part(found, f"{split}_", where) for split in ("train", "test")}
+    else:
+        if "blob" in found:
+            found["images"] = _decompress(found, image_size, where)
+        whole = _part(found, "", where)
+        is_train = _need(found, "is_train", where)
+        if is_train.dtype != bool or is_train.shape != (len(whole["labels"]),):
+            raise UserError(
+                f"is_train in {where} is {is_train.dtype} {is_train.shape}; it must be bool ({len(whole['labels'])},)."
+            )
+        parts = {
+            split: {key: value[chosen] for key, value in whole.items()}
+            for split, chosen in (("train", is_train), ("test", ~is_train))
+        }
+    splits = {split: _split(part, split, image_size, where) for split, part in parts.items()}
+    if splits["train"].images.shape[-1] != splits["test"].images.shape[-1]:
+        raise UserError(f"Training and test images in {where} differ in size; set dataset.image_size.")
+    classes = _classes(found, splits, where)
+    return resident(Path(paths[0]).stem, classes, splits["train"], {"test": splits["test"]}, train_on)
+
+
+def _read(paths: Sequence[str]) -> Arrays:
+    found: Arrays = {}
+    for path in paths:
+        try:
+            with np.load(path) as file:
+                new = {key: file[key] for key in file.files}
+        except FileNotFoundError as error:
+            raise UserError(f"There is no file {path}; set dataset.path to an .npz file.") from error
+        except (OSError, ValueError, EOFError, BadZipFile, AttributeError, TypeError) as error:
+            raise UserError(
+                f"{path} cannot be read as .npz without pickles ({error}); write it with numpy.savez(path, "
+                "train_images=..., train_labels=..., test_images=..., test_labels=...)."
+            ) from error
+        twice = sorted(found.keys() & new.keys() - {"classes"})
+        if twice:
+            raise UserError(f"{twice[0]} is in {path} and in another file of dataset.path; each key may stand once.")
+        found |= new
+    return found
+
+
+def _need(found: Arrays, key: str, where: str) -> np.ndarray[Any, Any]:
+    if key not in found:
+        raise UserError(
+            f"{where} has no array {key} (it has {', '.join(sorted(found)) or 'none'}); needed are train_images, "
+            "train_labels, test_images, test_labels, or images (or blob, offsets), labels, is_train."
+        )
+    return found[key]
+
+
+def _part(found: Arrays, prefix: str, where: str) -> Arrays:
+    """Images (N, 3, H, W), labels (N,) and masks (N, H, W) that fit each other."""
+    images = _need(found, f"{prefix}images", where)
+    labels = _need(found, f"{prefix}labels", where)
+    if images.dtype != np.uint8 or images.ndim != 4 or 3 not in (images.shape[1], images.shape[3]):
+        raise UserError(
+            f"{prefix}images in {where} is {images.dtype} {images.shape}; it must be uint8 (N, H, W, 3) or (N, 3, H, W)."
+        )
+    if images.shape[3] == 3:
+        images = images.transpose(0, 3, 1, 2)
+    count, height, width = len(images), *images.shape[2:]
+    if not np.issubdtype(labels.dtype, np.integer) or labels.shape != (count,):
+        raise UserError(
+            f"{prefix}labels in {where} is {labels.dtype} {labels.shape}; it must be integers ({count},), "
+            "one for each image."
+        )
+    part = {"images": images, "labels": labels.astype(np.int64)}
+    if f"{prefix}masks" in found:
+        masks = found[f"{prefix}masks"]
+        if masks.dtype not in (bool, np.uint8) or masks.shape != (count, height, width):
+            raise UserError(
+                f"{prefix}masks in {where} is {masks.dtype} {masks.shape}; "
+                f"it must be bool or uint8 ({count}, {height}, {width})."
+            )
+        part["masks"] = masks != 0
+    return part
+
+
+def _split(part: Arrays, split: str, image_size: int | None, where: str) -> ArraySplit:
+    height, width = part["images"].shape[2:]
+    if len(part["images"]) == 0:
+        raise UserError(f"{where} has no {split} images.")
+    if image_size is None and height != width:
+        raise UserError(
+            f"The {split} images in {where} are {height} x {width} pixels; set dataset.image_size to cut them square."
+        )
+    size = image_size or height
+    images, labels = torch.from_numpy(part["images"]), torch.from_numpy(part["labels"])
+    masks = torch.from_numpy(part["masks"]) if "masks" in part else None
+    return ArraySplit(_fit(images, size), labels, None if masks is None else _fit(masks.byte(), size, True).bool())
+
+
+def _fit(images: Tensor, size: int, nearest: bool = False) -> Tensor:
+    return torch.cat([fit(part, size, nearest=nearest) for part in images.split(1024)])
+
+
+def _decompress(found: Arrays, image_size: int | None, where: str) -> np.ndarray[Any, Any]:
+    blob, offsets = found["blob"], _need(found, "offsets", where)
+    if blob.dtype != np.uint8 or blob.ndim != 1:
+        raise UserError(f"blob in {where} is {blob.dtype} {blob.shape}; it must be uint8 (B,).")
+    whole = offsets.ndim == 1 and len(offsets) > 1 and np.issubdtype(offsets.dtype, np.integer)
+    if not whole or offsets[0] < 0 or (np.diff(offsets) < 0).any() or offsets[-1] > len(blob):
+        raise UserError(
+            f"offsets in {where} must be integers (N + 1,) that rise from 0 to at most {len(blob)}, the length of blob."
+        )
+
+    def load(i: int) -> Tensor:
+        image = read_image(blob[offsets[i] : offsets[i + 1]].tobytes(), f"Image {i} of {where}")
+        return image if image_size is None else fit(image, image_size)
+
+    return stack(load, len(offsets) - 1, "Decoding images").numpy()
+
+
+def _classes(found: Arrays, splits: dict[str, ArraySplit], where: str) -> list[str]:
+    top = max(int(split.labels.max()) for split in splits.values())
+    classes = [str(name) for name in found["classes"]] if "classes" in found else [str(k) for k in range(top + 1)]
+    if top >= len(classes):
+        raise UserError(f"{where} has label {top} and only {len(classes)} classes; labels count from 0.")
+    if int(splits["train"].labels.min()) < -1 or int(splits["test"].labels.min()) < 0:
+        raise UserError(f"{where} has negative labels; labels count from 0, and only training images may have -1.")
+    return classes

@@ -1,0 +1,150 @@
+"""What all sources of real images share: reading a file, fitting it to a square, showing its object or its background."""
+
+import os
+import time
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from io import BytesIO
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+from PIL import Image, UnidentifiedImageError
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
+from rich.text import Text
+from torch import Tensor
+from torchvision.io import ImageReadMode, decode_image
+from torchvision.transforms.v2 import functional as F
+
+from icl_msr.data.crops import boxes_of, crop_to_boxes
+from icl_msr.data.dataset import ArraySplit, Dataset
+from icl_msr.errors import UserError
+
+TrainOn = Literal["full", "fg"]
+Region = Literal["full", "fg", "only_fg", "only_bg"]
+REGIONS: tuple[Region, ...] = ("full", "fg", "only_fg", "only_bg")
+"""The whole image; the inside of the object's box, stretched to a square; the object on black; the object blacked out."""
+
+_CHUNK = 256
+
+
+def read_image(source: Path | bytes, name: str) -> Tensor:
+    """Decode an image file, or its bytes, to uint8 (3, H, W); grey, palette, CMYK and 16-bit images become 8-bit RGB.
+
+    torchvision's decoder is two to three times as fast as PIL's and equal to it; PIL reads the formats it lacks.
+    `name` stands in the UserError for a file that is missing, cut short or no image.
+    """
+    try:
+        data = source if isinstance(source, bytes) else source.read_bytes()
+        try:
+            image = decode_image(torch.frombuffer(bytearray(data), dtype=torch.uint8), ImageReadMode.RGB)
+        except (RuntimeError, ValueError):
+            image = torch.from_numpy(np.array(Image.open(BytesIO(data)).convert("RGB"))).permute(2, 0, 1)
+    except (OSError, UnidentifiedImageError, SyntaxError, Image.DecompressionBombError) as error:
+        raise UserError(f"{name} cannot be read as an image ({error}); replace the file or remove it.") from error
+    return (image >> 8).to(torch.uint8) if image.dtype == torch.uint16 else image
+
+
+def fit(image: Tensor, size: int, *, nearest: bool = False) -> Tensor:
+    """Resize the short side to `size` pixels and cut the centre square: uint8 (..., H, W) to (..., size, size)."""
+    if min(image.shape[-2:]) != size:
+        mode = F.InterpolationMode.NEAREST_EXACT if nearest else F.InterpolationMode.BILINEAR
+        image = F.resize(image, [size], mode, antialias=True)
+    return F.center_crop(image, [size, size])
+
+
+def show(images: Tensor, masks: Tensor, region: Region) -> Tensor:
+    """The `region` (see `REGIONS`) of square uint8 images (N, 3, S, S) with bool masks (N, S, S)."""
+    if region == "full":
+        return images
+    if region == "fg":
+        return crop_to_boxes(images, boxes_of(masks), images.shape[-1])
+    return images * (masks if region == "only_fg" else ~masks)[:, None]
+
+
+def stack(load: Callable[[int], Tensor], count: int, doing: str) -> Tensor:
+    """`load(0)`, ..., `load(count - 1)` from a pool of threads into one tensor, with a progress bar after 2 s."""
+    first = load(0)
+    result = first.new_empty((count, *first.shape))
+
+    def fill(start: int) -> int:
+        for i in range(start, min(start + _CHUNK, count)):
+            item = load(i)
+            if item.shape != first.shape:
+                raise UserError(
+                    f"Image {i} is {_size(item)} where the first is {_size(first)} pixels; "
+                    "set dataset.image_size to bring all to one size."
+                )
+            result[i] = item
+        return min(_CHUNK, count - start)
+
+    began = time.monotonic()
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), _Rate(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar, ThreadPoolExecutor(_cores()) as pool:
+        task = bar.add_task(doing, total=count, visible=False)
+        for done in pool.map(fill, range(0, count, _CHUNK)):
+            bar.update(task, advance=done, visible=time.monotonic() - began > 2)
+    return result
+
+
+def statistics(images: Tensor) -> tuple[tuple[float, float, float], tuple[float, float, float]]:
+    """Channel means and standard deviations over all pixels of uint8 (N, 3, S, S), as values in [0, 1]."""
+    values = torch.arange(256, dtype=torch.float64) / 255
+    shares = torch.stack([_histogram(images[:, c]) for c in range(3)]).double() / images[:, 0].numel()
+    mean = shares @ values
+    std = (shares @ values.square() - mean.square()).sqrt().clamp(min=1e-3)
+    return _triple(mean), _triple(std)
+
+
+def resident(
+    name: str, classes: Sequence[str], train: ArraySplit, tests: Mapping[str, ArraySplit], train_on: TrainOn
+) -> Dataset:
+    """The data set of whole images in memory: `train_on` says what is trained on; tests with masks show every region."""
+    if train_on == "fg":
+        if train.masks is None:
+            raise UserError(
+                f"dataset.train_on=fg needs to know where the object is, and {name} has no masks for its training "
+                "images; use dataset.train_on=full."
+            )
+        train = ArraySplit(show(train.images, train.masks, "fg"), train.labels)
+    shown: dict[str, ArraySplit] = {}
+    for test, split in tests.items():
+        if split.masks is None:
+            shown[test] = split
+            continue
+        for region in REGIONS:
+            masks = split.masks if region == "full" else None
+            key = test_name(test, region, single=len(tests) == 1)
+            shown[key] = ArraySplit(show(split.images, split.masks, region), split.labels, masks)
+    mean, std = statistics(train.images)
+    return Dataset(name, classes, train.images.shape[-1], train, shown, mean=mean, std=std)
+
+
+def test_name(test: str, region: Region, *, single: bool) -> str:
+    """The key of a region of a test set in `Dataset.tests`."""
+    return region if single else f"{test}_{region}"
+
+
+class _Rate(ProgressColumn):
+    def render(self, task: Task) -> Text:
+        return Text(f"{task.speed or 0:,.0f} images/s")
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _histogram(channel: Tensor) -> Tensor:
+    """Counts (256,) of the values of a uint8 tensor, without a wide copy of the whole of it."""
+    return torch.stack([torch.bincount(part.flatten(), minlength=256) for part in channel.split(4096)]).sum(0)
+
+
+def _triple(values: Tensor) -> tuple[float, float, float]:
+    red, green, blue = values.tolist()
+    return red, green, blue
+
+
+def _size(image: Tensor) -> str:
+    return f"{image.shape[-2]} x {image.shape[-1]}"

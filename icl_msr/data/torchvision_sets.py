@@ -1,0 +1,64 @@
+"""CIFAR-10, CIFAR-100 and STL-10 as torchvision reads them."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import PositiveInt
+from torch import Tensor
+from torchvision import datasets as torchvision_datasets
+
+from icl_msr.data.dataset import ArraySplit, Dataset
+from icl_msr.data.sources import TrainOn, fit, resident
+from icl_msr.errors import UserError
+
+
+def cifar10(*, root: str, download: bool, train_on: TrainOn) -> Dataset:
+    """CIFAR-10: 50,000 training and 10,000 test images of 32 pixels, 10 classes (Krizhevsky, 2009)."""
+    return _cifar(torchvision_datasets.CIFAR10, "cifar10", root, download, train_on)
+
+
+def cifar100(*, root: str, download: bool, train_on: TrainOn) -> Dataset:
+    """CIFAR-100: 50,000 training and 10,000 test images of 32 pixels, 100 classes (Krizhevsky, 2009)."""
+    return _cifar(torchvision_datasets.CIFAR100, "cifar100", root, download, train_on)
+
+
+def stl10(*, root: str, download: bool, image_size: PositiveInt, train_on: TrainOn) -> Dataset:
+    """STL-10: 5,000 labelled and then 100,000 unlabelled training images, 8,000 test images, 10 classes.
+
+    Published at 96 pixels; 64 is usual in self-supervised learning. The label of an unlabelled image is -1: what is
+    fitted on labels leaves these images out (Coates, Ng, Lee, 2011).
+    """
+    kind = torchvision_datasets.STL10
+    train = _open(kind, root, download, lambda: kind(root, split="train+unlabeled", download=download))
+    test = _open(kind, root, download, lambda: kind(root, split="test"))
+    splits = [ArraySplit(_fit_all(s.data, image_size), torch.as_tensor(s.labels).long()) for s in (train, test)]
+    return resident("stl10", test.classes, splits[0], {"test": splits[1]}, train_on)
+
+
+def _cifar(kind: Any, name: str, root: str, download: bool, train_on: TrainOn) -> Dataset:
+    train = _open(kind, root, download, lambda: kind(root, train=True, download=download))
+    test = _open(kind, root, download, lambda: kind(root, train=False))
+    splits = [
+        ArraySplit(torch.from_numpy(s.data).permute(0, 3, 1, 2).contiguous(), torch.tensor(s.targets))
+        for s in (train, test)
+    ]
+    return resident(name, train.classes, splits[0], {"test": splits[1]}, train_on)
+
+
+def _open(kind: Any, root: str, download: bool, build: Callable[[], Any]) -> Any:
+    try:
+        return build()
+    except (OSError, RuntimeError) as error:  # torchvision raises RuntimeError for missing files and wrong checksums
+        tried = f"could not be downloaded ({error})" if download else "is not there in full"
+        raise UserError(
+            f"{kind.__name__} {tried}: get {kind.url} on a machine with internet and unpack it so that "
+            f"{Path(root).absolute() / kind.base_folder} exists, "
+            + ("or point dataset.root to a folder that has it." if download else "or set dataset.download=true.")
+        ) from error
+
+
+def _fit_all(images: Any, size: int) -> Tensor:
+    """Uint8 array (N, 3, H, W) to (N, 3, size, size), in parts to bound the memory."""
+    return torch.cat([fit(part, size) for part in torch.from_numpy(images).split(1024)])

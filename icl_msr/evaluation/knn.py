@@ -1,0 +1,100 @@
+"""k nearest neighbours, by named presets: "kNN accuracy" alone is not a measure.
+
+Everything is deterministic, whatever the chunk size and the device:
+distances are taken in float64 and compared after rounding to 2^-36 of their range; among equally distant bank images
+the earlier one is nearer; among classes with equal scores the one with the smallest number wins (as in scikit-learn).
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Literal
+
+import torch
+from torch import Tensor
+from torch.nn.functional import normalize, one_hot
+
+PresetName = Literal["wmse", "icl", "instdisc", "dino"]
+
+
+@dataclass(frozen=True)
+class Preset:
+    """One way of voting: `k` neighbours, on unit-length features or not, by majority or weighted."""
+
+    k: int
+    normalised: bool
+    """Features are scaled to unit length first."""
+    temperature: float | None
+    """T of the weights exp(cosine / T); None for one vote each."""
+
+
+PRESETS: Mapping[str, Preset] = MappingProxyType(
+    {
+        "wmse": Preset(k=5, normalised=False, temperature=None),  # the code of W-MSE (Ermolov et al. 2021)
+        "icl": Preset(k=5, normalised=True, temperature=None),  # the words of ICL-MSR, section 6.2
+        "instdisc": Preset(k=200, normalised=True, temperature=0.1),  # Wu et al. 2018
+        "dino": Preset(k=20, normalised=True, temperature=0.07),  # Caron et al. 2021
+    }
+)
+
+
+def neighbours(
+    bank: Tensor, queries: Tensor, k: int, *, normalised: bool, chunk_bytes: int = 2**26
+) -> tuple[Tensor, Tensor]:
+    """The k bank images nearest to each query, nearest first: Euclidean distances float64 and positions int64 (N, k).
+
+    `bank` (M, c) and `queries` (N, c) are on one device; `k` is clipped to M. About `chunk_bytes` bytes are held for
+    the (chunk, M) distances at a time.
+    """
+    size = len(bank)
+    k = min(k, size)
+    bank, queries = bank.double(), queries.double()
+    if normalised:
+        bank, queries = normalize(bank), normalize(queries)
+    bank_norms = bank.square().sum(1)
+    position = torch.arange(size, device=bank.device)
+    # One integer holds the rounded distance and the position, so that no two candidates are ever equal.
+    levels = 2.0 ** min(36, 62 - size.bit_length())
+    distances, positions = [], []
+    for chunk in queries.split(max(1, chunk_bytes // (16 * size))):
+        norms = chunk.square().sum(1, keepdim=True)
+        largest = (norms.sqrt() + bank_norms.max().sqrt()).square().clamp_min(torch.finfo(torch.float64).tiny)
+        squared = torch.addmm(bank_norms, chunk, bank.T, alpha=-2).add_(norms).clamp_(min=0)
+        code = squared.mul_(levels / largest).round_().long().mul_(size).add_(position)
+        nearest = code.topk(k, largest=False).values
+        distances.append(((nearest // size) * (largest / levels)).sqrt())
+        positions.append(nearest % size)
+    return torch.cat(distances), torch.cat(positions)
+
+
+def vote(distances: Tensor, labels: Tensor, preset: Preset, classes: int) -> Tensor:
+    """Class scores float32 (N, classes) of neighbours at `distances` with `labels`, both (N, >= k), nearest first."""
+    distances, labels = distances[:, : preset.k], labels[:, : preset.k]
+    if preset.temperature is None:
+        return one_hot(labels, classes).sum(1).float()
+    # On the unit sphere cosine - 1 = -distance^2 / 2; the constant leaves the order of the scores alone.
+    weights = torch.exp(distances.square() / (-2 * preset.temperature))
+    return weights.new_zeros(len(labels), classes).scatter_add_(1, labels, weights).float()
+
+
+def knn_scores(
+    bank: Tensor, bank_labels: Tensor, queries: Tensor, presets: Sequence[PresetName], classes: int
+) -> dict[PresetName, Tensor]:
+    """Class scores float32 (N, classes) by each preset; presets with the same distance share one search.
+
+    `bank` (M, c) with `bank_labels` (M,) int64, `queries` (N, c).
+    """
+    scores: dict[PresetName, Tensor] = {}
+    for normalised in (False, True):
+        chosen = {name: PRESETS[name] for name in presets if PRESETS[name].normalised == normalised}
+        if chosen:
+            k = max(preset.k for preset in chosen.values())
+            distances, positions = neighbours(bank, queries, k, normalised=normalised)
+            for name, preset in chosen.items():
+                scores[name] = vote(distances, bank_labels[positions], preset, classes)
+    return {name: scores[name] for name in presets}
+
+
+def knn_predict(bank: Tensor, bank_labels: Tensor, queries: Tensor, preset: PresetName, classes: int) -> Tensor:
+    """Predicted classes int64 (N,) of `queries` (N, c) by one preset; see `knn_scores`."""
+    return knn_scores(bank, bank_labels, queries, [preset], classes)[preset].argmax(1)

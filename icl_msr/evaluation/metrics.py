@@ -1,0 +1,66 @@
+"""Accuracies and their differences, with 95 % percentile bootstrap intervals over images."""
+
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from icl_msr.randomness import integers, keys
+
+
+class Interval(NamedTuple):
+    """A mean and its 95 % interval, in the unit of the values."""
+
+    value: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True)
+class Bootstrap:
+    """Draws the images anew, `resamples` times, with replacement.
+
+    The draws depend on `seed` and on the number of images alone, so results on the same images, of
+    any encoder, classifier or split, are resampled alike and can be compared.
+    """
+
+    resamples: int
+    seed: int
+
+    def mean(self, values: Tensor) -> Interval:
+        """Mean of `values` (n,), bool or small whole numbers, one for each image."""
+        return _interval(values.float().mean(), self._means(values))
+
+    def difference(self, first: Tensor, second: Tensor, *, paired: bool) -> Interval:
+        """Mean of `first` (n,) minus mean of `second` (m,).
+
+        `paired`: position i is the same object in both (n = m), and the two are drawn together; else independently.
+        """
+        if paired:
+            return self.mean(first.float() - second.float())
+        centre = first.float().mean() - second.float().mean()
+        return _interval(centre, self._means(first) - self._means(second, stream=1))
+
+    def _means(self, values: Tensor, stream: int = 0) -> Tensor:
+        """The mean of each resample, (resamples,); sums of whole numbers are exact in float32."""
+        return _counts(len(values), self.resamples, self.seed, stream) @ values.float().cpu() / len(values)
+
+
+@lru_cache(maxsize=2)
+def _counts(images: int, resamples: int, seed: int, stream: int) -> Tensor:
+    """How often each image is drawn: float32 (resamples, images)."""
+    counts = torch.zeros(resamples, images)
+    rows = max(1, 2**20 // images)
+    for part, key in zip(
+        counts.split(rows), keys(seed, stream, torch.arange(resamples), view=-3).split(rows), strict=True
+    ):
+        drawn = integers(key, images) * images >> 32
+        part.scatter_add_(1, drawn, torch.ones_like(part))
+    return counts
+
+
+def _interval(centre: Tensor, resampled: Tensor) -> Interval:
+    low, high = torch.quantile(resampled, torch.tensor([0.025, 0.975])).tolist()
+    return Interval(centre.item(), low, high)

@@ -1,0 +1,64 @@
+"""Strata: soft subsets of feature channels, one set of n weight vectors a_t of unit length for each image.
+
+N images, S strata (the paper's n), c channels.
+"""
+
+import itertools
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from icl_msr.randomness import permutation
+
+
+class StrataNetwork(nn.Module):
+    """f_msr: un-augmented images to strata.
+
+    "A convolutional network" is all the paper says. Ours: four strided convolutions with GroupNorm, so that A(X)
+    depends on its own image alone, a pool, a linear layer, a sigmoid, and unit length over the channels.
+    """
+
+    def __init__(self, channels: int, strata: int, width: int, image_size: int):
+        super().__init__()
+        self.strata, self.image_size = strata, image_size
+        widths = [3, width, 2 * width, 4 * width, 4 * width]
+        blocks: list[nn.Module] = []
+        for narrow, wide in itertools.pairwise(widths):
+            blocks += [nn.Conv2d(narrow, wide, 3, 2, 1, bias=False), nn.GroupNorm(8, wide), nn.ReLU(inplace=True)]
+        self.trunk = nn.Sequential(*blocks, nn.AdaptiveAvgPool2d(1), nn.Flatten())
+        self.head = nn.Linear(widths[-1], strata * channels)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Normalised images (N, 3, H, W) to A (N, S, c), non-negative and of unit length."""
+        if images.shape[-1] > self.image_size:
+            size = (self.image_size, self.image_size)
+            images = F.interpolate(images, size=size, mode="bilinear", antialias=True)
+        logits = self.head(self.trunk(images)).reshape(len(images), self.strata, -1)
+        return F.normalize(torch.sigmoid(logits.float() if logits.dtype.itemsize < 4 else logits), dim=-1)
+
+
+def random_partition(channels: int, strata: int, seed: int) -> Tensor:
+    """Disjoint channel subsets of (almost) equal size, fixed by the seed: (S, c), rows of unit length.
+
+    It is an optimum of the uniformity loss, which makes it the control "learned against arbitrary".
+    """
+    owner = permutation(seed, 0, channels) % strata
+    return F.normalize(F.one_hot(owner, strata).T.double(), dim=1).float()
+
+
+def uniformity(strata: Tensor, u: float) -> Tensor:
+    """L_uni of ICL-MSR (eq. 9): log sum_{s,t} exp(2 u a_s.a_t - 2 u), s = t included, averaged over images.
+
+    Args:
+        strata: (N, S, c), rows of unit length, for which it is the logarithm of a Gaussian potential.
+        u: sharpness of the potential; the paper's is 2.
+    """
+    gram = strata @ strata.mT  # (N, S, S)
+    return torch.logsumexp((2 * u * gram - 2 * u).flatten(1), dim=1).mean()
+
+
+def uniform(channels: int) -> Tensor:
+    """One stratum that weights all channels alike: (1, c), unit length."""
+    return torch.full((1, channels), 1 / math.sqrt(channels))
