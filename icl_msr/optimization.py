@@ -1,7 +1,7 @@
 """Optimisers and schedules as pure functions of the optimiser step."""
 
 import math
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from pydantic import NonNegativeFloat, NonNegativeInt, PositiveFloat
@@ -59,12 +59,13 @@ class Optimization:
 
         `drop_at` counts epochs before the end (ICL-MSR, section 6.2: x 0.2 at 50 and 25 epochs before the end).
         """
-        decayed, free = [], []
+        decayed: list[nn.Parameter] = []
+        free: list[nn.Parameter] = []
         for parameter in module.parameters():
             if parameter.requires_grad:
                 # Biases and the scales of normalisation layers are the vectors of a network.
                 (decayed if parameter.ndim > 1 or self.decay_bias_and_norm else free).append(parameter)
-        groups = [{"params": decayed}, {"params": free, "weight_decay": 0.0}]
+        groups: list[dict[str, Any]] = [{"params": decayed}, {"params": free, "weight_decay": 0.0}]
         lr = self.effective_lr(global_batch)
         optimizer: Optimizer
         if self.name == "sgd":

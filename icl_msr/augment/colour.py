@@ -29,45 +29,44 @@ def jitter(images: Tensor, factors: Tensor, order: Tensor) -> Tensor:
         order: (N, 4) int64, a permutation of 0 .. 3 per image: which of the four comes first, second, ...
     """
     strength = factors.gather(1, order)
-    turn = (order == HUE).int().argmax(1)
+    position, turn = torch.arange(4, device=order.device), (order == HUE).int().argmax(1, keepdim=True)
+    before = torch.where(position < turn, strength, 1)
+    after = torch.where(position > turn, strength, 1)
     for step in (0, 1, 2):
-        images = _blend(images, strength[:, step], order[:, step], step < turn)
+        images = _blend(images, before[:, step], order[:, step])
     images = rotate_hue(images, factors[:, HUE])
     for step in (1, 2, 3):
-        images = _blend(images, strength[:, step], order[:, step], step > turn)
+        images = _blend(images, after[:, step], order[:, step])
     return images
 
 
-def _blend(images: Tensor, strength: Tensor, operation: Tensor, active: Tensor) -> Tensor:
-    keep = torch.where(active, strength, 1)[:, None, None]
+def _blend(images: Tensor, keep: Tensor, operation: Tensor) -> Tensor:
     gray = luma(images)
-    mean = gray.mean((1, 2), keepdim=True)
-    other = gray * ((1 - keep) * (operation == SATURATION)[:, None, None])
-    other += mean * ((1 - keep) * (operation == CONTRAST)[:, None, None])
-    return torch.addcmul(other[:, None], images, keep[:, None]).clamp_(0, 1)
+    rest = torch.stack([operation == SATURATION, operation == CONTRAST]) * (1 - keep)
+    other = gray * rest[0, :, None, None] + (gray.mean((1, 2)) * rest[1])[:, None, None]
+    return torch.addcmul(other[:, None], images, keep[:, None, None, None]).clamp_(0, 1)
 
 
 def rotate_hue(images: Tensor, shift: Tensor) -> Tensor:
-    """Shift the hue of HSV by `shift` (N,) turns."""
+    """Shift the hue of HSV by `shift` (N,), in turns from -1/2 to 1/2."""
     red, green, blue = images.unbind(1)
-    value = images.amax(1)
-    chroma = value - images.amin(1)
-    is_red, is_green = red == value, green == value
-    slope = torch.where(is_red, green - blue, torch.where(is_green, blue - red, red - green))
-    sector = torch.where(is_red, 6.0, torch.where(is_green, 8.0, 10.0))
-    hue = slope.div_(chroma.clamp(min=1e-12)).add_(sector).div_(6).add_(shift[:, None, None])
-    # f(n) = value - chroma * clamp(min(k, 4 - k), 0, 1) with k = (n + 6 hue) mod 6, n = 5, 3, 1 for red, green, blue
-    offset = torch.tensor([5 / 6, 3 / 6, 1 / 6], device=images.device).view(3, 1, 1)
-    k = (hue[:, None] + offset).frac_().mul_(6)
-    k = k.sub_(2).abs_().neg_().add_(2).clamp_(0, 1)
-    return torch.addcmul(value[:, None], k, chroma[:, None], value=-1)
+    value, low = images.amax(1), images.amin(1)
+    chroma = value - low
+    # With t = (colour - low) / chroma the hue is 1 + t_green + t_blue - t_red sixths of a turn from red to blue by way
+    # of green, and minus that on the way back, where blue exceeds green.
+    sixths = (green + blue).sub_(red).sub_(low).div_(chroma.clamp(min=1e-12)).add_(1)
+    turns = sixths.copysign_(green - blue).div_(6).add_(shift[:, None, None])
+    # colour = value - chroma * clamp(min(k, 4 - k), 0, 1) with k = (n + 6 turns) mod 6 and n = 5, 3, 1
+    part = (turns[:, None] + turns.new_tensor([11 / 6, 9 / 6, 7 / 6])[:, None, None]).frac_()
+    part = part.sub_(1 / 3).abs_().mul_(-6).add_(2).clamp_(0, 1)
+    return torch.addcmul(value[:, None], part, chroma[:, None], value=-1)
 
 
 def grayscale(images: Tensor, chosen: Tensor) -> Tensor:
     """Replace the images where `chosen` (N,) by their gray values."""
-    return torch.where(chosen[:, None, None, None], luma(images)[:, None], images)
+    return torch.lerp(images, luma(images)[:, None], chosen[:, None, None, None].float())
 
 
 def solarize(images: Tensor, chosen: Tensor) -> Tensor:
-    """Invert the bright half of the values (>= 0.5) where `chosen` (N,)."""
-    return torch.where(chosen[:, None, None, None] & (images >= 0.5), 1 - images, images)
+    """Invert the values of at least one half where `chosen` (N,)."""
+    return torch.lerp(images, torch.minimum(images, 1 - images), chosen[:, None, None, None].float())

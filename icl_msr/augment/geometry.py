@@ -86,14 +86,14 @@ def blurring(sigma: Tensor, size: int) -> Tensor:
     The Gaussian is not cut off at a kernel size. Sigma 0 gives the identity.
     """
     pixel = torch.arange(size, device=sigma.device)
-    period = max(2 * (size - 1), 1)
-    # A pixel shows up at j, mirrored at -j and mirrored at 2 (size - 1) - j; the mirrors themselves appear once.
-    images = torch.stack([pixel, -pixel, period - pixel])
-    weights = torch.zeros(len(sigma), size, size, device=sigma.device)
-    for image, valid in zip(images, (pixel >= 0, pixel > 0, pixel < size - 1), strict=True):
-        squared = (pixel[:, None] - image).float().square()
-        weights += torch.exp(-squared / (2 * sigma.square().clamp(min=1e-6))[:, None, None]) * valid
-    return weights / weights.sum(-1, keepdim=True)
+    row, column = pixel[:, None], pixel
+    distance = torch.arange(2 * size, device=sigma.device)
+    bell = torch.exp(-distance.square() / (2 * sigma[:, None].square().clamp(min=1e-6)))
+    bell[:, -1] = 0  # for the border pixels, which have no mirror image
+    left = torch.where(column > 0, row + column, 2 * size - 1)
+    right = torch.where(column < size - 1, 2 * (size - 1) - row - column, 2 * size - 1)
+    weights = bell[:, (row - column).abs()] + bell[:, left] + bell[:, right]
+    return weights.div_(weights.sum(-1, keepdim=True))
 
 
 def separable(images: Tensor, rows: Tensor, columns: Tensor) -> Tensor:

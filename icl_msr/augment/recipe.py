@@ -40,7 +40,9 @@ Changes = Annotated[dict[str, Any], AfterValidator(_changes)]
 
 # The random number of a key that serves each purpose. Results of old runs depend on it: append, never renumber.
 _BOX, _FLIP, _JITTER, _FACTORS, _ORDER = slice(0, 22), 22, 23, slice(24, 28), slice(28, 32)
-_GRAY, _BLUR, _SIGMA, _SOLARIZE, _SLOTS = 32, 33, 34, 35, 36
+_GRAY, _BLUR, _SIGMA, _SOLARIZE, NUMBERS = 32, 33, 34, 35, 36
+import os
+CACHE = int(os.environ.get('CACHE',64*1024))
 
 
 @dataclass(kw_only=True)
@@ -73,52 +75,45 @@ class Recipe:
     size: PositiveInt | None
     """Side of the view in pixels; null is the image size of the data set."""
 
-    def boxes(self, key: Tensor, height: int | Tensor, width: int | Tensor) -> Tensor:
-        """What a view shows of images of that size: int64 (N, 4) as (top, left, height, width).
+    def boxes(self, numbers: Tensor, height: int | Tensor, width: int | Tensor) -> Tensor:
+        """What the view shows of each image: int64 (N, 4) as (top, left, height, width); see `geometry.random_boxes`."""
+        return geometry.random_boxes(numbers[:, _BOX], height, width, self.scale, self.ratio)
 
-        Args:
-            key: int64 (N,), from `icl_msr.randomness.keys`.
-            height: of the images in pixels, for all or (N,).
-            width: likewise.
-        """
-        return geometry.random_boxes(uniforms(key, _BOX.stop), height, width, self.scale, self.ratio)
-
-    def draw(self, images: Tensor, key: Tensor, size: int, *, cropped: bool = False) -> Tensor:
-        """A view float32 (N, 3, s, s), in [0, 1], of each image.
+    def draw(self, images: Tensor, numbers: Tensor, boxes: Tensor | None, size: int) -> Tensor:
+        """A view float32 (N, 3, size, size), in [0, 1], of each image.
 
         Args:
             images: uint8 (N, 3, H, W).
-            key: int64 (N,), from `icl_msr.randomness.keys`.
-            size: s in pixels, where the recipe has none.
-            cropped: the images are crops already, (N, 3, s, s).
+            numbers: float32 (N, NUMBERS), uniform in [0, 1).
+            boxes: int64 (N, 4), where to crop; None if that is done, in which case H = W = size.
+            size: in pixels.
         """
-        u = uniforms(key, _SLOTS)
-        images = self._crop(images, key, u[:, _FLIP] < self.flip, cropped, self.size or size)
+        flip = numbers[:, _FLIP] < self.flip
+        if boxes is None:
+            view = torch.where(flip[:, None, None, None], images.flip(-1), images).float().div_(255)
+        else:
+            top, left, height, width = boxes.unbind(1)
+            rows = geometry.resampling(top, height, images.shape[2], size)
+            columns = geometry.resampling(left, width, images.shape[3], size, flip)
+            view = geometry.separable(images, rows.div_(255), columns)
         if self.jitter_probability > 0:
-            reach = u.new_tensor(self.jitter)
-            low = torch.cat([(1 - reach[:3]).clamp(min=0), -reach[3:]])
-            factors = torch.lerp(low, torch.cat([1 + reach[:3], reach[3:]]), u[:, _FACTORS])
-            jittered = (u[:, _JITTER] < self.jitter_probability)[:, None]
-            factors = torch.where(jittered, factors, u.new_tensor([1, 1, 1, 0]))
-            images = colour.jitter(images, factors, u[:, _ORDER].argsort(1))
+            jittered = numbers[:, _JITTER, None] < self.jitter_probability
+            view = colour.jitter(view, self._factors(numbers[:, _FACTORS], jittered), numbers[:, _ORDER].argsort(1))
         if self.gray > 0:
-            images = colour.grayscale(images, u[:, _GRAY] < self.gray)
+            view = colour.grayscale(view, numbers[:, _GRAY] < self.gray)
         if self.blur > 0:
-            sigma = self.sigma[0] + (self.sigma[1] - self.sigma[0]) * u[:, _SIGMA]
-            matrix = geometry.blurring(sigma * (u[:, _BLUR] < self.blur), images.shape[-1])
-            images = geometry.separable(images, matrix, matrix)
+            sigma = self.sigma[0] + (self.sigma[1] - self.sigma[0]) * numbers[:, _SIGMA]
+            matrix = geometry.blurring(sigma * (numbers[:, _BLUR] < self.blur), size)
+            view = geometry.separable(view, matrix, matrix)
         if self.solarize > 0:
-            images = colour.solarize(images, u[:, _SOLARIZE] < self.solarize)
-        return images
+            view = colour.solarize(view, numbers[:, _SOLARIZE] < self.solarize)
+        return view
 
-    def _crop(self, images: Tensor, key: Tensor, flip: Tensor, cropped: bool, size: int) -> Tensor:
-        if cropped:
-            return torch.where(flip[:, None, None, None], images.flip(-1), images).float().div_(255)
-        height, width = images.shape[-2:]
-        top, left, rows, columns = self.boxes(key, height, width).unbind(1)
-        vertical = geometry.resampling(top, rows, height, size)
-        horizontal = geometry.resampling(left, columns, width, size, flip)
-        return geometry.separable(images, vertical / 255, horizontal)
+    def _factors(self, numbers: Tensor, jittered: Tensor) -> Tensor:
+        neutral = numbers.new_tensor([1, 1, 1, 0])
+        reach = numbers.new_tensor(self.jitter) * jittered
+        low = torch.maximum(neutral - reach, numbers.new_tensor([0, 0, 0, -1]))
+        return torch.lerp(low, neutral + reach, numbers)
 
 
 @dataclass(kw_only=True)
@@ -142,7 +137,9 @@ class Augmentation(Recipe):
     def crop_parameters(
         self, index: Tensor, height: int | Tensor, width: int | Tensor, *, seed: int, epoch: int
     ) -> list[Tensor]:
-        """The boxes int64 (N, 4) of each of the V views: what a worker that decodes photographs has to cut out.
+        """What each view shows of images of that size: V times int64 (N, 4) as (top, left, height, width).
+
+        A worker that decodes photographs cuts these boxes out, so that whole photographs need not travel.
 
         Args:
             index: int64 (N,), position of each image in the training split.
@@ -151,7 +148,10 @@ class Augmentation(Recipe):
             seed: of the run.
             epoch: counted from 0.
         """
-        return [recipe.boxes(keys(seed, epoch, index, view), height, width) for view, recipe in enumerate(self.recipes)]
+        return [
+            recipe.boxes(uniforms(keys(seed, epoch, index, view), NUMBERS), height, width)
+            for view, recipe in enumerate(self.recipes)
+        ]
 
     @torch.no_grad()
     def __call__(
@@ -169,18 +169,28 @@ class Augmentation(Recipe):
         """V normalised views, float32 (N, 3, s, s), on the device of the images.
 
         Args:
-            images: uint8 (N, 3, H, W); if `cropped`, V such tensors (N, 3, s, s), one of crops for each view.
+            images: uint8 (N, 3, H, W); if `cropped`, V such tensors (N, 3, s, s), the crops of each view.
             index: int64 (N,), position of each image in the training split, on the device of the images.
             seed: of the run.
             epoch: counted from 0.
-            size: s of the views whose recipe has none, in pixels.
+            size: s in pixels of the views whose recipe has none.
             mean: of the channels, for values in [0, 1].
             std: likewise.
-            cropped: cropping and resizing are done, by `crop_parameters`; the flip is not.
+            cropped: the images are cut out by `crop_parameters` and resized, but not flipped.
         """
         views = []
         for view, recipe in enumerate(self.recipes):
             source = images[view] if cropped else images
-            drawn = recipe.draw(source, keys(seed, epoch, index, view), size, cropped=cropped)
-            views.append(drawn)
+            numbers = uniforms(keys(seed, epoch, index, view), NUMBERS)
+            boxes = None if cropped else recipe.boxes(numbers, *source.shape[-2:])
+            side = source.shape[-1] if cropped else recipe.size or size
+            scale = 1 / torch.tensor(std, device=source.device).view(3, 1, 1)
+            shift = -torch.tensor(mean, device=source.device).view(3, 1, 1) * scale
+            result = torch.empty(len(index), 3, side, side, device=source.device)
+            step = len(index) if source.is_cuda else max(1, CACHE // side**2)
+            for at in range(0, len(index), step):
+                part = slice(at, at + step)
+                drawn = recipe.draw(source[part], numbers[part], boxes if boxes is None else boxes[part], side)
+                torch.addcmul(shift, drawn, scale, out=result[part])
+            views.append(result)
         return views

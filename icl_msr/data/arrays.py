@@ -11,7 +11,7 @@ from pydantic import PositiveInt
 from torch import Tensor
 
 from icl_msr.data.dataset import ArraySplit, Dataset
-from icl_msr.data.sources import TrainOn, fit, read_image, resident, stack
+from icl_msr.data.sources import TrainOn, fit, fit_all, read_image, resident, stack
 from icl_msr.errors import UserError
 
 Arrays = dict[str, np.ndarray[Any, Any]]
@@ -90,11 +90,12 @@ def _part(found: Arrays, prefix: str, where: str) -> Arrays:
     labels = _need(found, f"{prefix}labels", where)
     if images.dtype != np.uint8 or images.ndim != 4 or 3 not in (images.shape[1], images.shape[3]):
         raise UserError(
-            f"{prefix}images in {where} is {images.dtype} {images.shape}; it must be uint8 (N, H, W, 3) or (N, 3, H, W)."
+            f"{prefix}images in {where} is {images.dtype} {images.shape}; "
+            "it must be uint8 (N, H, W, 3) or (N, 3, H, W)."
         )
     if images.shape[3] == 3:
         images = images.transpose(0, 3, 1, 2)
-    count, height, width = len(images), *images.shape[2:]
+    count, _, height, width = images.shape
     if not np.issubdtype(labels.dtype, np.integer) or labels.shape != (count,):
         raise UserError(
             f"{prefix}labels in {where} is {labels.dtype} {labels.shape}; it must be integers ({count},), "
@@ -122,12 +123,10 @@ def _split(part: Arrays, split: str, image_size: int | None, where: str) -> Arra
         )
     size = image_size or height
     images, labels = torch.from_numpy(part["images"]), torch.from_numpy(part["labels"])
-    masks = torch.from_numpy(part["masks"]) if "masks" in part else None
-    return ArraySplit(_fit(images, size), labels, None if masks is None else _fit(masks.byte(), size, True).bool())
-
-
-def _fit(images: Tensor, size: int, nearest: bool = False) -> Tensor:
-    return torch.cat([fit(part, size, nearest=nearest) for part in images.split(1024)])
+    masks = None
+    if "masks" in part:
+        masks = fit_all(torch.from_numpy(part["masks"]).byte(), size, nearest=True).bool()
+    return ArraySplit(fit_all(images, size), labels, masks)
 
 
 def _decompress(found: Arrays, image_size: int | None, where: str) -> np.ndarray[Any, Any]:

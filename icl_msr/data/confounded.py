@@ -59,7 +59,7 @@ def _triangle(x: Tensor, y: Tensor) -> Tensor:
 
 
 def _star(x: Tensor, y: Tensor) -> Tensor:
-    return torch.stack(_half_planes(x, y, 5, 0.34)).topk(2, dim=0).values[1]  # a pentagram lies inside 4 of 5 lines
+    return torch.stack(_half_planes(x, y, 5, 0.32)).topk(2, dim=0).values[1]  # a pentagram lies inside 4 of 5 lines
 
 
 def _ring(x: Tensor, y: Tensor) -> Tensor:
@@ -72,14 +72,14 @@ def _cross(x: Tensor, y: Tensor) -> Tensor:
 
 
 def _crescent(x: Tensor, y: Tensor) -> Tensor:
-    x = x - 0.2
-    return torch.maximum(torch.hypot(x, y) - 0.97, 0.78 - torch.hypot(x - 0.5, y))
+    x = x - 0.15
+    return torch.maximum(torch.hypot(x, y) - 0.95, 0.77 - torch.hypot(x - 0.5, y))
 
 
 def _heart(x: Tensor, y: Tensor) -> Tensor:
     u, v = (x + y) * math.sqrt(0.5), (y - x) * math.sqrt(0.5)
-    lobes = torch.minimum(torch.hypot(u - 0.56, v), torch.hypot(u, v - 0.56))
-    return torch.minimum(torch.maximum(u.abs(), v.abs()), lobes) - 0.56
+    lobes = torch.minimum(torch.hypot(u - 0.52, v), torch.hypot(u, v - 0.52))
+    return torch.minimum(torch.maximum(u.abs(), v.abs()), lobes) - 0.52
 
 
 def _arrow(x: Tensor, y: Tensor) -> Tensor:
@@ -196,8 +196,8 @@ def draw_objects(key: Tensor, labels: Tensor, size: int) -> tuple[Tensor, Tensor
     r = _spread(key, 24)
     x, y = _pixels(size)
     radius = 0.22 + 0.12 * r[:, 0]
-    x = x - 0.5 - (r[:, 1] - 0.5) * (1 - 2 * radius)
-    y = y - 0.5 - (r[:, 2] - 0.5) * (1 - 2 * radius)
+    x = x - 0.5 - (r[:, 1] - 0.5) * (1 - 2.2 * radius)
+    y = y - 0.5 - (r[:, 2] - 0.5) * (1 - 2.2 * radius)
     x, y = _turn(x / radius, y / radius, r[:, 3])
     stretch = 0.9 + 0.2 * r[:, 4]
     distance = _grouped(list(SHAPES.values()), labels, x * stretch, y / stretch)

@@ -1,9 +1,10 @@
-"""What all sources of real images share: reading a file, fitting it to a square, showing its object or its background."""
+"""What all sources of real images share: read a file, fit it to a square, show its object or its background."""
 
 import os
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from io import BytesIO
 from pathlib import Path
 from typing import Literal
@@ -25,9 +26,10 @@ from icl_msr.errors import UserError
 TrainOn = Literal["full", "fg"]
 Region = Literal["full", "fg", "only_fg", "only_bg"]
 REGIONS: tuple[Region, ...] = ("full", "fg", "only_fg", "only_bg")
-"""The whole image; the inside of the object's box, stretched to a square; the object on black; the object blacked out."""
+"""The whole image; the inside of the object's box, stretched to a square; the object on black; the object in black."""
 
-_CHUNK = 256
+_CHUNK = 256  # images a thread decodes before it reports
+_PART = 4096  # images of an array handled at once
 
 
 def read_image(source: Path | bytes, name: str) -> Tensor:
@@ -39,12 +41,12 @@ def read_image(source: Path | bytes, name: str) -> Tensor:
     try:
         data = source if isinstance(source, bytes) else source.read_bytes()
         try:
-            image = decode_image(torch.frombuffer(bytearray(data), dtype=torch.uint8), ImageReadMode.RGB)
+            image: Tensor = decode_image(torch.frombuffer(bytearray(data), dtype=torch.uint8), ImageReadMode.RGB)
         except (RuntimeError, ValueError):
             image = torch.from_numpy(np.array(Image.open(BytesIO(data)).convert("RGB"))).permute(2, 0, 1)
     except (OSError, UnidentifiedImageError, SyntaxError, Image.DecompressionBombError) as error:
         raise UserError(f"{name} cannot be read as an image ({error}); replace the file or remove it.") from error
-    return (image >> 8).to(torch.uint8) if image.dtype == torch.uint16 else image
+    return image if image.dtype == torch.uint8 else (image.int() >> 8).to(torch.uint8)
 
 
 def fit(image: Tensor, size: int, *, nearest: bool = False) -> Tensor:
@@ -52,7 +54,13 @@ def fit(image: Tensor, size: int, *, nearest: bool = False) -> Tensor:
     if min(image.shape[-2:]) != size:
         mode = F.InterpolationMode.NEAREST_EXACT if nearest else F.InterpolationMode.BILINEAR
         image = F.resize(image, [size], mode, antialias=True)
-    return F.center_crop(image, [size, size])
+    square: Tensor = F.center_crop(image, [size, size])
+    return square
+
+
+def fit_all(images: Tensor, size: int, *, nearest: bool = False) -> Tensor:
+    """`fit` of many images (N, ..., H, W), in parts to bound the memory."""
+    return torch.cat([fit(part, size, nearest=nearest) for part in _parts(images)])
 
 
 def show(images: Tensor, masks: Tensor, region: Region) -> Tensor:
@@ -82,10 +90,13 @@ def stack(load: Callable[[int], Tensor], count: int, doing: str) -> Tensor:
 
     began = time.monotonic()
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), _Rate(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar, ThreadPoolExecutor(_cores()) as pool:
-        task = bar.add_task(doing, total=count, visible=False)
+    bar = Progress(*columns, console=Console(stderr=True), transient=True)
+    task = bar.add_task(doing, total=count)
+    with ThreadPoolExecutor(_cores()) as pool, ExitStack() as shown:
         for done in pool.map(fill, range(0, count, _CHUNK)):
-            bar.update(task, advance=done, visible=time.monotonic() - began > 2)
+            bar.update(task, advance=done)
+            if not bar.live.is_started and time.monotonic() - began > 2:
+                shown.enter_context(bar)
     return result
 
 
@@ -101,7 +112,7 @@ def statistics(images: Tensor) -> tuple[tuple[float, float, float], tuple[float,
 def resident(
     name: str, classes: Sequence[str], train: ArraySplit, tests: Mapping[str, ArraySplit], train_on: TrainOn
 ) -> Dataset:
-    """The data set of whole images in memory: `train_on` says what is trained on; tests with masks show every region."""
+    """A data set of whole images in memory, trained on what `train_on` says; tests with masks show every region."""
     if train_on == "fg":
         if train.masks is None:
             raise UserError(
@@ -138,7 +149,11 @@ def _cores() -> int:
 
 def _histogram(channel: Tensor) -> Tensor:
     """Counts (256,) of the values of a uint8 tensor, without a wide copy of the whole of it."""
-    return torch.stack([torch.bincount(part.flatten(), minlength=256) for part in channel.split(4096)]).sum(0)
+    return torch.stack([torch.bincount(part.flatten(), minlength=256) for part in _parts(channel)]).sum(0)
+
+
+def _parts(images: Tensor) -> Iterator[Tensor]:
+    return (images[start : start + _PART] for start in range(0, len(images), _PART))
 
 
 def _triple(values: Tensor) -> tuple[float, float, float]:

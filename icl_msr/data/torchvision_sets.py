@@ -6,11 +6,10 @@ from typing import Any
 
 import torch
 from pydantic import PositiveInt
-from torch import Tensor
 from torchvision import datasets as torchvision_datasets
 
 from icl_msr.data.dataset import ArraySplit, Dataset
-from icl_msr.data.sources import TrainOn, fit, resident
+from icl_msr.data.sources import TrainOn, fit_all, resident
 from icl_msr.errors import UserError
 
 
@@ -33,7 +32,10 @@ def stl10(*, root: str, download: bool, image_size: PositiveInt, train_on: Train
     kind = torchvision_datasets.STL10
     train = _open(kind, root, download, lambda: kind(root, split="train+unlabeled", download=download))
     test = _open(kind, root, download, lambda: kind(root, split="test"))
-    splits = [ArraySplit(_fit_all(s.data, image_size), torch.as_tensor(s.labels).long()) for s in (train, test)]
+    splits = [
+        ArraySplit(fit_all(torch.from_numpy(s.data), image_size), torch.as_tensor(s.labels).long())
+        for s in (train, test)
+    ]
     return resident("stl10", test.classes, splits[0], {"test": splits[1]}, train_on)
 
 
@@ -57,8 +59,3 @@ def _open(kind: Any, root: str, download: bool, build: Callable[[], Any]) -> Any
             f"{Path(root).absolute() / kind.base_folder} exists, "
             + ("or point dataset.root to a folder that has it." if download else "or set dataset.download=true.")
         ) from error
-
-
-def _fit_all(images: Any, size: int) -> Tensor:
-    """Uint8 array (N, 3, H, W) to (N, 3, size, size), in parts to bound the memory."""
-    return torch.cat([fit(part, size) for part in torch.from_numpy(images).split(1024)])

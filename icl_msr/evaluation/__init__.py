@@ -1,0 +1,1 @@
+"""Features in, metrics out; independent of training."""

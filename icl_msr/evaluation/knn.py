@@ -56,7 +56,7 @@ def neighbours(
     # One integer holds the rounded distance and the position, so that no two candidates are ever equal.
     levels = 2.0 ** min(36, 62 - size.bit_length())
     distances, positions = [], []
-    for chunk in queries.split(max(1, chunk_bytes // (16 * size))):
+    for chunk in torch.split(queries, max(1, chunk_bytes // (16 * size))):
         norms = chunk.square().sum(1, keepdim=True)
         largest = (norms.sqrt() + bank_norms.max().sqrt()).square().clamp_min(torch.finfo(torch.float64).tiny)
         squared = torch.addmm(bank_norms, chunk, bank.T, alpha=-2).add_(norms).clamp_(min=0)

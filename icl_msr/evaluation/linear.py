@@ -96,13 +96,13 @@ def _train(
     inputs: Tensor, labels: Tensor, classes: int, rates: Sequence[float], epochs: int, batch_size: int, seed: int
 ) -> Tensor:
     """One head for each of G learning rates, (G, c + 1, K), all in one product; inputs (N, c + 1)."""
-    heads = [nn.Parameter(inputs.new_zeros(inputs.shape[1], classes)) for _ in rates]
+    heads: list[Tensor] = [nn.Parameter(inputs.new_zeros(inputs.shape[1], classes)) for _ in rates]
     groups = [{"params": [head], "lr": rate} for head, rate in zip(heads, rates, strict=True)]
     optimizer = torch.optim.Adam(groups, fused=True)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda epoch: (1 + math.cos(math.pi * epoch / epochs)) / 2)
     for epoch in range(epochs):
         order = permutation(seed, epoch, len(inputs)).to(inputs.device)
-        for batch in order.split(batch_size):
+        for batch in torch.split(order, batch_size):
             logits = (inputs[batch] @ torch.cat(heads, dim=1)).view(-1, classes)  # (n G, K)
             targets = labels[batch].repeat_interleave(len(heads))
             loss = cross_entropy(logits, targets, reduction="sum") / len(batch)  # heads do not share their gradients

@@ -53,10 +53,9 @@ def _counts(images: int, resamples: int, seed: int, stream: int) -> Tensor:
     """How often each image is drawn: float32 (resamples, images)."""
     counts = torch.zeros(resamples, images)
     rows = max(1, 2**20 // images)
-    for part, key in zip(
-        counts.split(rows), keys(seed, stream, torch.arange(resamples), view=-3).split(rows), strict=True
-    ):
-        drawn = integers(key, images) * images >> 32
+    key = keys(seed, stream, torch.arange(resamples), view=-3)
+    for part, part_key in zip(torch.split(counts, rows), torch.split(key, rows), strict=True):
+        drawn = integers(part_key, images) * images >> 32
         part.scatter_add_(1, drawn, torch.ones_like(part))
     return counts
 

@@ -3,8 +3,8 @@
 It knows nothing of training: encoders and a data set in, plain records out.
 """
 
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Annotated, Any, TypedDict
 
@@ -177,7 +177,7 @@ class Evaluation:
             for classifier, values in scores.items():
                 row = _Row(encoder=name, classifier=classifier, fitted_on=fitted_on)
                 sizes = [len(target) for target in labels.values()]
-                predictions = dict(zip(labels, values.argmax(1).cpu().split(sizes), strict=True))
+                predictions = dict(zip(labels, torch.split(values.argmax(1).cpu(), sizes), strict=True))
                 for split_name, predicted in predictions.items():
                     results.predictions[f"{name}/{classifier}/{fitted_on}/{split_name}"] = predicted.numpy()
                 self._measure(row, predictions, labels, dataset.chance, bootstrap, results)

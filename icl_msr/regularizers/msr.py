@@ -165,7 +165,7 @@ class MetaSemanticRegularizer(nn.Module):
             strata = self.strata(views.images)
             spread = self.gamma * uniformity(strata, self.u)
             gradient = torch.autograd.grad(spread, phi, retain_graph=self.weights == "joint")
-            log["uniformity"] = float(spread) / self.gamma if self.gamma else 0.0
+            log["uniformity"] = float(spread.detach()) / self.gamma if self.gamma else 0.0
             log["uniformity_grad_norm"] = norm(gradient)
             if self.weights != "uniform_only":
                 if self.weights == "joint":
@@ -236,7 +236,7 @@ def trainable(module: nn.Module) -> dict[str, Tensor]:
 
 def norm(tensors: Any) -> float:
     """Euclidean norm of many tensors taken as one vector."""
-    return float(torch.linalg.vector_norm(torch.stack(torch._foreach_norm(list(tensors)))))
+    return float(torch.linalg.vector_norm(torch.stack(torch._foreach_norm([t.detach() for t in tensors]))))
 
 
 def gradients(loss: Tensor, theta: Mapping[str, Tensor]) -> Gradients:

@@ -1,7 +1,9 @@
-"""Plots as SVG, each drawn for a light and a dark page."""
+"""Plots as SVG, each for a light and a dark page."""
 
 import base64
 import io
+import re
+import textwrap
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -12,24 +14,40 @@ from matplotlib.figure import Figure
 
 from icl_msr.report.runs import Curve
 
-
-@dataclass(frozen=True)
-class Theme:
-    """Colours of one colour scheme; `series` is told apart by colour-blind readers (after Okabe and Ito, 2008)."""
-
-    card: str
-    ink: str
-    muted: str
-    rule: str
-    series: tuple[str, ...]
-
-
-LIGHT = Theme(
-    "#ffffff", "#1d2125", "#6b7177", "#e3e4e1", ("#0072b2", "#d55e00", "#009e73", "#b5589a", "#a87900", "#555b61")
+# Drawn in the light page's colours; the dark page's are exchanged one for one in the SVG.
+CARD, INK, MUTED, RULE = "#ffffff", "#1d2125", "#6b7177", "#e3e4e1"
+SERIES = ("#0072b2", "#d55e00", "#009e73", "#b5589a", "#a87900", "#555b61")
+"""Told apart by colour-blind readers (after Okabe and Ito, 2008)."""
+DARK = {CARD: "#1b1e22", INK: "#e6e8ea", MUTED: "#9aa1a8", RULE: "#353a40"} | dict(
+    zip(SERIES, ("#5ab4f0", "#ff8c42", "#35c79a", "#e28fc4", "#e6b93c", "#b4bac0"), strict=True)
 )
-DARK = Theme(
-    "#1b1e22", "#e6e8ea", "#9aa1a8", "#353a40", ("#5ab4f0", "#ff8c42", "#35c79a", "#e28fc4", "#e6b93c", "#b4bac0")
-)
+STYLE: Any = {
+    "svg.fonttype": "none",
+    "svg.hashsalt": "icl-msr",
+    "font.sans-serif": ["Segoe UI", "Helvetica Neue", "Roboto", "Liberation Sans", "DejaVu Sans"],
+    "font.size": 9,
+    "text.color": INK,
+    "axes.labelcolor": MUTED,
+    "axes.edgecolor": RULE,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.spines.left": False,
+    "axes.axisbelow": True,
+    "axes.formatter.useoffset": False,
+    "figure.facecolor": CARD,
+    "axes.facecolor": CARD,
+    "xtick.color": MUTED,
+    "ytick.color": MUTED,
+    "ytick.labelcolor": INK,
+    "xtick.major.size": 0,
+    "ytick.major.size": 0,
+    "ytick.minor.size": 0,
+    "grid.color": RULE,
+    "grid.linewidth": 0.8,
+    "legend.frameon": False,
+    "legend.fontsize": 8.5,
+    "legend.handlelength": 1.2,
+}
 
 
 @dataclass(frozen=True)
@@ -54,11 +72,11 @@ class Dot:
 
 @dataclass(frozen=True)
 class Series:
-    """Dots of one colour and marker, one a row; a row without a dot stays empty."""
+    """Dots of one colour (none is grey) and marker, one a row; a row without a dot stays empty."""
 
     name: str
     dots: Sequence[Dot | None]
-    colour: int
+    colour: int | None
     filled: bool = True
     marker: str = "o"
 
@@ -67,12 +85,13 @@ def dots(
     title: str, rows: Sequence[str], series: Sequence[Series], unit: str, reference: float | None = None, note: str = ""
 ) -> Plot:
     """Horizontal dot plot: one row a label, the first at the top; `reference` is a dashed vertical line."""
+    labels = ["\n".join(textwrap.wrap(row, 26)) for row in rows]
 
-    def draw(axes: Axes, theme: Theme) -> None:
+    def draw(axes: Axes) -> None:
         for s, entry in enumerate(series):
-            colour = theme.series[entry.colour] if entry.colour >= 0 else theme.muted
+            colour = MUTED if entry.colour is None else SERIES[entry.colour]
             shift = (s - (len(series) - 1) / 2) * 0.62 / max(len(series), 1)
-            face = colour if entry.filled else theme.card
+            face = colour if entry.filled else CARD
             label: str | None = entry.name
             for row, dot in enumerate(entry.dots):
                 if dot is None:
@@ -86,26 +105,27 @@ def dots(
                 )
                 label = None
         if reference is not None:
-            axes.axvline(reference, color=theme.muted, lw=1, ls=(0, (4, 3)), zorder=1)
-        axes.set_yticks(range(len(rows)), rows)
+            axes.axvline(reference, color=MUTED, lw=1, ls=(0, (4, 3)), zorder=1)
+        axes.set_yticks(range(len(rows)), labels)
         axes.set_ylim(len(rows) - 0.45, -0.55)
         axes.set_xlabel(unit)
         axes.grid(axis="x")
         if len(series) > 1:
             _legend(axes, columns=2)
 
-    lines = max(len(rows), 2)
-    return _plot(draw, title, note, height=1.15 + lines * (0.2 + 0.1 * len(series)))
+    tallest = max(label.count("\n") + 1 for label in labels)
+    row_height = max(0.2 + 0.1 * len(series), 0.1 + 0.16 * tallest)
+    return _plot(draw, title, note, 4.2, 1.0 + max(len(rows), 2) * row_height)
 
 
 def lines(title: str, curves: dict[str, Curve], log: bool = False, note: str = "", zero: bool = False) -> Plot:
     """Curves over the optimiser's steps."""
 
-    def draw(axes: Axes, theme: Theme) -> None:
+    def draw(axes: Axes) -> None:
         for i, (name, curve) in enumerate(curves.items()):
             steps, values = _thin(curve)
             marker = "o" if len(steps) <= 30 else ""
-            axes.plot(steps, values, marker=marker, ms=2.5, lw=1.5, color=theme.series[i % 6], label=name)
+            axes.plot(steps, values, marker=marker, ms=2.5, lw=1.5, color=SERIES[i % 6], label=_short(name))
         if log:
             axes.set_yscale("log")
         elif zero:
@@ -113,9 +133,14 @@ def lines(title: str, curves: dict[str, Curve], log: bool = False, note: str = "
         axes.set_xlabel("step")
         axes.grid(axis="y")
         if len(curves) > 1:
-            _legend(axes, columns=2)
+            _legend(axes, columns=3)
 
-    return _plot(draw, title, note, height=2.65)
+    return _plot(draw, title, note, 3.3, 2.2)
+
+
+def _short(name: str) -> str:
+    """`msr/meta_grad_norm` -> `meta`: the title says the rest."""
+    return name.rsplit("/")[-1].removesuffix("_grad_norm")
 
 
 def _thin(curve: Curve, points: int = 400) -> tuple[list[float], list[float]]:
@@ -130,41 +155,17 @@ def _legend(axes: Axes, columns: int) -> None:
     axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=columns, borderaxespad=0.2)
 
 
-def _plot(draw: Callable[[Axes, Theme], None], title: str, note: str, height: float) -> Plot:
-    return Plot(*(_svg(draw, theme, height) for theme in (LIGHT, DARK)), title=title, note=note)
-
-
-def _svg(draw: Callable[[Axes, Theme], None], theme: Theme, height: float) -> str:
-    style: dict[str, Any] = {
-        "svg.fonttype": "none",
-        "svg.hashsalt": "icl-msr",
-        "font.sans-serif": ["Segoe UI", "Helvetica Neue", "Roboto", "Liberation Sans", "DejaVu Sans"],
-        "font.size": 9,
-        "text.color": theme.ink,
-        "axes.labelcolor": theme.muted,
-        "axes.edgecolor": theme.rule,
-        "axes.spines.top": False,
-        "axes.spines.right": False,
-        "axes.spines.left": False,
-        "axes.axisbelow": True,
-        "axes.formatter.useoffset": False,
-        "figure.facecolor": theme.card,
-        "axes.facecolor": theme.card,
-        "xtick.color": theme.muted,
-        "ytick.color": theme.muted,
-        "ytick.labelcolor": theme.ink,
-        "xtick.major.size": 0,
-        "ytick.major.size": 0,
-        "ytick.minor.size": 0,
-        "grid.color": theme.rule,
-        "grid.linewidth": 0.8,
-        "legend.frameon": False,
-        "legend.fontsize": 8.5,
-        "legend.handlelength": 1.2,
-    }
-    with rc_context(style):
-        figure = Figure(figsize=(4.6, height), layout="constrained")
-        draw(figure.add_subplot(), theme)
+def _plot(draw: Callable[[Axes], None], title: str, note: str, width: float, height: float) -> Plot:
+    """`width` and `height` in inches: text is 9 pt where the plot is shown at that width."""
+    with rc_context(STYLE):
+        figure = Figure(figsize=(width, height), layout="constrained")
+        draw(figure.add_subplot())
         content = io.StringIO()
         figure.savefig(content, format="svg", metadata={"Date": None})
-    return "data:image/svg+xml;base64," + base64.b64encode(content.getvalue().encode()).decode()
+    light = content.getvalue()
+    dark = re.sub("|".join(DARK), lambda colour: DARK[colour[0]], light)
+    return Plot(_uri(light), _uri(dark), title, note)
+
+
+def _uri(svg: str) -> str:
+    return "data:image/svg+xml;base64," + base64.b64encode(svg.encode()).decode()

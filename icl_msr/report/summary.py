@@ -1,15 +1,17 @@
 """Many runs -> one row per configuration, mean and standard deviation over seeds."""
 
+import math
 import statistics
 from collections.abc import Iterable
 from dataclasses import dataclass
-from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from icl_msr.report.runs import Failed, Results, Run, find_runs, flatten
 
 GAIN = "trained - untrained"
+CONDITIONS = [("full", "full"), ("full", "fg"), ("fg", "fg"), ("fg", "full")]
+"""(pre-trained on, tested on), in the paper's order."""
 SAME_CONFIGURATION = ("seed", "logger")
 """Top-level config entries that two runs of one configuration may differ in."""
 
@@ -25,7 +27,7 @@ class Metric(NamedTuple):
     @property
     def is_gap(self) -> bool:
         """Whether this is a difference between splits, where less is better."""
-        return " - " in self.quantity or self.quantity.endswith("gap")
+        return " - " in self.quantity or self.quantity == "bg_gap"
 
     def __str__(self) -> str:
         return f"{self.quantity} [{self.classifier} fitted on {self.fitted_on}, {self.encoder}]"
@@ -53,7 +55,7 @@ class Statistic:
         return statistics.stdev(self.values) if self.n > 1 else None
 
     def __str__(self) -> str:
-        return f"{self.mean:.1f}" + ("" if self.std is None else f" ± {self.std:.1f}")
+        return f"{self.mean:.1f}".replace("-", "−") + ("" if self.std is None else f" ± {self.std:.1f}")
 
 
 @dataclass(frozen=True)
@@ -62,13 +64,13 @@ class Configuration:
 
     runs: list[Run]
     labels: dict[str, str]
-    """What tells this configuration from the others of the summary."""
+    """What tells this configuration from the others on the same data set."""
     metrics: dict[Metric, Statistic]
 
     @property
     def dataset(self) -> str:
         """Name of the data set."""
-        return self.runs[0].results.choices.get("dataset") or "?"
+        return _dataset(self.runs[0])
 
     @property
     def label(self) -> str:
@@ -80,6 +82,7 @@ class Configuration:
 class TwoByTwo:
     """Pre-training condition x test condition of one configuration (ICL-MSR, motivating experiment), in %."""
 
+    dataset: str
     labels: dict[str, str]
     classifier: str
     cells: dict[tuple[str, str], Statistic]
@@ -103,6 +106,10 @@ class Summary:
             tables.setdefault(configuration.dataset, []).append(configuration)
         return tables
 
+    def joined(self, dataset: str) -> list[TwoByTwo]:
+        """The 2 x 2 tables of one data set."""
+        return [table for table in self.two_by_two if table.dataset == dataset]
+
 
 def summarise(paths: Iterable[Path]) -> Summary:
     """Read all runs in the folders given, at any depth, and join the seeds of each configuration.
@@ -119,8 +126,11 @@ def summarise(paths: Iterable[Path]) -> Summary:
             superseded.append(seeds[run.results.seed].path)
         seeds[run.results.seed] = run
     members = [[seeds[seed] for seed in sorted(seeds)] for seeds in groups.values()]
-    columns = _differing([runs[0] for runs in members])
-    configurations = [Configuration(runs, _labels(runs[0], columns), _statistics(runs)) for runs in members]
+    configurations = []
+    for dataset in dict.fromkeys(_dataset(seeds[0]) for seeds in members):
+        same_data = [seeds for seeds in members if _dataset(seeds[0]) == dataset]
+        columns = _differing([seeds[0] for seeds in same_data])
+        configurations += [Configuration(runs, _labels(runs[0], columns), _statistics(runs)) for runs in same_data]
     configurations.sort(key=lambda c: (c.dataset, *(_order(value) for value in c.labels.values())))
     return Summary(configurations, _join_conditions(configurations), failed, superseded)
 
@@ -134,7 +144,7 @@ def measurements(results: Results) -> dict[Metric, float]:
         reference = metric._replace(encoder="untrained")
         if metric.encoder == "trained" and reference in found:
             gains[metric._replace(encoder=GAIN)] = value - found[reference]
-    return found | gains
+    return {metric: value for metric, value in (found | gains).items() if math.isfinite(value)}
 
 
 def main_classifiers(metrics: Iterable[Metric]) -> tuple[str | None, str | None]:
@@ -149,8 +159,8 @@ def main_classifiers(metrics: Iterable[Metric]) -> tuple[str | None, str | None]
 def headline(configurations: list[Configuration]) -> list[Metric]:
     """The few metrics a reader looks for first, of those measured on this data set.
 
-    Accuracy as usually reported, what a probe that cannot use the background reads of the object, what training added to
-    it, and how much is lost with the background.
+    Accuracy as usually reported, what a probe that cannot use the background reads of the object, what training added,
+    and how much is lost with the background.
     """
     measured = dict.fromkeys(metric for c in configurations for metric in c.metrics)
     linear, knn = main_classifiers(measured)
@@ -179,11 +189,15 @@ def headline(configurations: list[Configuration]) -> list[Metric]:
 
 
 def best(metric: Metric, configurations: list[Configuration]) -> Configuration | None:
-    """The configuration with the best mean: the highest accuracy or the smallest gap; none among fewer than two."""
+    """The configuration with the best mean: highest accuracy or gap nearest to zero; none among fewer than two."""
     candidates = [c for c in configurations if metric in c.metrics]
     if len(candidates) < 2:
         return None
-    return (min if metric.is_gap else max)(candidates, key=lambda c: c.metrics[metric].mean)
+    return max(candidates, key=lambda c: -abs(c.metrics[metric].mean) if metric.is_gap else c.metrics[metric].mean)
+
+
+def _dataset(run: Run) -> str:
+    return run.results.choices.get("dataset") or "data"
 
 
 def _settings(run: Run) -> tuple[dict[str, str], dict[str, str]]:
@@ -256,9 +270,10 @@ def _join_conditions(configurations: list[Configuration]) -> list[TwoByTwo]:
         for classifier in dict.fromkeys(metric.classifier for metric in pair["full"].metrics):
             cells = {
                 (trained, tested): pair[trained].metrics.get(Metric(tested, classifier, "train"))
-                for trained, tested in product(("full", "fg"), repeat=2)
+                for trained, tested in CONDITIONS
             }
             complete = {key: cell for key, cell in cells.items() if cell is not None}
             if len(complete) == 4:
-                tables.append(TwoByTwo(labels or {"run": pair["full"].runs[0].results.name}, classifier, complete))
+                labels = labels or {"run": pair["full"].runs[0].results.name}
+                tables.append(TwoByTwo(pair["full"].dataset, labels, classifier, complete))
     return tables

@@ -1,0 +1,62 @@
+"""Speed, and a line an epoch where no progress bar can be drawn."""
+
+import time
+from datetime import timedelta
+from typing import Any
+
+import pytorch_lightning as pl
+
+
+class Throughput(pl.Callback):
+    """Logs source images a second, all that training needs included and evaluation left out."""
+
+    def __init__(self, batch_size: int):
+        self.batch_size = batch_size
+        self.seconds, self.images = 0.0, 0
+        self._since: float | None = None
+
+    @property
+    def rate(self) -> float:
+        """Images a second over the run so far."""
+        return self.images / max(self.seconds, 1e-9)
+
+    def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """The clock starts."""
+        self._since = time.perf_counter()
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Counts; the first batch, which warms caches and allocators up, is left out."""
+        now = time.perf_counter()
+        if self._since is not None and trainer.global_step > 1:
+            self.seconds += now - self._since
+            self.images += self.batch_size
+        self._since = now
+        if (trainer.global_step) % trainer.log_every_n_steps == 0 and self.images:  # type: ignore[attr-defined]
+            pl_module.log("images_per_second", self.rate)
+
+
+class EpochLines(pl.Callback):
+    """One line an epoch: loss, online accuracies, speed, time left."""
+
+    def __init__(self, throughput: Throughput):
+        self.throughput = throughput
+        self._began = 0.0
+        self._first_epoch = 0
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """The clock starts."""
+        self._began, self._first_epoch = time.perf_counter(), trainer.current_epoch
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Prints the line."""
+        done, total = trainer.current_epoch + 1, trainer.max_epochs or 0
+        seconds = (time.perf_counter() - self._began) / (done - self._first_epoch) * (total - done)
+        shown = {name: float(value) for name, value in trainer.callback_metrics.items()}
+        parts = [f"epoch {done:>{len(str(total))}}/{total}", f"loss {shown.get('loss', float('nan')):.3f}"]
+        for name in ("online/knn", "online/probe"):
+            if name in shown:
+                parts.append(f"{name.removeprefix('online/')} {100 * shown[name]:.1f} %")
+        parts += [f"{self.throughput.rate:,.0f} images/s", f"{timedelta(seconds=round(seconds))} left"]
+        print("   ".join(parts), flush=True)

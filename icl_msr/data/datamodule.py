@@ -1,0 +1,239 @@
+"""From a data set to batches of `Views` on the training device."""
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple, Protocol
+
+import pytorch_lightning as pl
+import torch
+from pydantic import NonNegativeInt, PositiveInt
+from torch import Tensor
+from torch.utils.data import DataLoader
+from torch.utils.data import Dataset as TorchDataset
+from torchvision.transforms.v2 import functional as F
+
+from icl_msr.augment import Augmentation, resize
+from icl_msr.data.dataset import ArraySplit, Dataset, normalise
+from icl_msr.data.folders import FileSplit
+from icl_msr.errors import UserError
+from icl_msr.randomness import keys, permutation
+from icl_msr.views import NonSemantic, Views
+
+NEGATIVES = -2
+"""The view number of the negatives' keys."""
+
+_DECODED = 16  # photographs in memory at once while a worker cuts its crops
+
+
+class Batch(NamedTuple):
+    """What goes from the loader to the device: which images, and their pixels unless these are there already."""
+
+    epoch: int
+    positions: Tensor
+    """(N,) int64, in the training split."""
+    images: Tensor | None = None
+    """(N, 3, S, S) uint8, whole images."""
+    crops: list[Tensor] | None = None
+    """V tensors (N, 3, s, s) uint8."""
+
+
+class Negatives(Protocol):
+    """A generator of non-semantic negatives; see `NonSemantic` for its two numbers."""
+
+    alpha: float
+    repulsion: float
+
+    def __call__(self, query: Tensor, keys: Tensor) -> Tensor:
+        """Query (N, C, H, W), keys int64 (N,); returns (N, m, C, H, W)."""
+        ...
+
+
+class EpochBatches:
+    """A rank's part of every batch of an epoch: a function of (seed, epoch) alone.
+
+    All ranks together see the batches that one rank would see; what does not fill a batch is left out.
+    """
+
+    def __init__(self, length: int, batch_size: int, seed: int, rank: int = 0, world_size: int = 1) -> None:
+        if batch_size > length:
+            raise UserError(
+                f"The batch size {batch_size} is larger than the {length} training images; set it to {length} or less."
+            )
+        if batch_size % world_size:
+            raise UserError(
+                f"The batch size {batch_size} cannot be shared by {world_size} devices; "
+                f"set it to a multiple, say {max(1, batch_size // world_size) * world_size}."
+            )
+        self.length, self.batch_size, self.seed = length, batch_size, seed
+        self.rank, self.share = rank, batch_size // world_size
+        self.epoch = 0
+        self.first = 0
+        """The first batch of the epoch that is wanted: a resumed run leaves out those that it has seen."""
+
+    def __len__(self) -> int:
+        return self.length // self.batch_size
+
+    def __iter__(self) -> Iterator[Batch]:
+        order = permutation(self.seed, self.epoch, self.length)
+        for batch in range(self.first, len(self)):
+            start = batch * self.batch_size + self.rank * self.share
+            yield Batch(self.epoch, order[start : start + self.share])
+
+
+class DataModule(pl.LightningDataModule):
+    """Batches of `Views` for training; what is evaluated reads the data set's splits itself.
+
+    A split in memory moves to the training device once, and a batch is an index. The images of other splits are
+    decoded and cropped by workers. All else happens on the device, in `on_after_batch_transfer`.
+    Use it with `Trainer(use_distributed_sampler=False)`.
+
+    Args:
+        dataset: what to train on.
+        augmentation: makes the views.
+        negatives: makes non-semantic negatives of the first view, or None.
+        batch_size: images of one step of all devices together, before accumulation.
+        num_workers: processes that decode; a data set in memory needs none.
+        seed: of order, views and negatives.
+        regularizer_size: side of `Views.images` in pixels; null is the image size of the data set.
+        channels_last: memory format of all images that reach the backbone.
+    """
+
+    def __init__(
+        self,
+        dataset: Dataset,
+        augmentation: Augmentation,
+        negatives: Negatives | None,
+        *,
+        batch_size: PositiveInt,
+        num_workers: NonNegativeInt,
+        seed: NonNegativeInt,
+        regularizer_size: PositiveInt | None,
+        channels_last: bool,
+    ) -> None:
+        super().__init__()
+        self.dataset, self.augmentation, self.negatives = dataset, augmentation, negatives
+        self.batch_size, self.num_workers, self.seed = batch_size, num_workers, seed
+        self.regularizer_size = regularizer_size or dataset.image_size
+        self.format = torch.channels_last if channels_last else torch.contiguous_format
+        self._resident: Tensor | None = None
+        self._labels = dataset.train.labels
+
+    def train_dataloader(self) -> "_TrainLoader":
+        """The loader of this rank."""
+        trainer = self.trainer
+        assert trainer is not None
+        train = self.dataset.train
+        source: TorchDataset[Any] = _Indices()
+        if isinstance(train, FileSplit):
+            source = _Crops(train, self.augmentation, self.seed, self.dataset.image_size)
+        batches = EpochBatches(len(train), self.batch_size, self.seed, trainer.global_rank, trainer.world_size)
+        workers = self.num_workers if isinstance(train, FileSplit) else 0
+        loader = DataLoader(
+            source,
+            batch_size=None,
+            sampler=batches,
+            num_workers=workers,
+            persistent_workers=workers > 0,
+            pin_memory=trainer.strategy.root_device.type == "cuda",
+        )
+        return _TrainLoader(loader, batches, trainer)
+
+    def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        """A `Batch` on the device to its `Views`; anything else stays as it is."""
+        return self.views(batch) if isinstance(batch, Batch) else batch
+
+    @torch.no_grad()
+    def views(self, batch: Batch) -> Views:
+        """The views of a batch, on the device of its index."""
+        data, index = self.dataset, batch.positions
+        images = self._images(index) if batch.images is None else batch.images
+        views = self.augmentation(
+            images if batch.crops is None else batch.crops,
+            index,
+            seed=self.seed,
+            epoch=batch.epoch,
+            size=data.image_size,
+            mean=data.mean,
+            std=data.std,
+            cropped=batch.crops is not None,
+        )
+        negatives = None
+        if self.negatives is not None:
+            rows = self.negatives(views[0], keys(self.seed, batch.epoch, index, NEGATIVES))
+            rows = self._laid_out(rows.flatten(0, 1)).view_as(rows)
+            negatives = NonSemantic(rows, self.negatives.alpha, self.negatives.repulsion)
+        whole = normalise(resize(images, self.regularizer_size), data.mean, data.std)
+        self._labels = self._labels.to(index.device)
+        return Views(
+            self._laid_out(whole), [self._laid_out(view) for view in views], index, self._labels[index], negatives
+        )
+
+    def _images(self, index: Tensor) -> Tensor:
+        if self._resident is None or self._resident.device != index.device:
+            assert isinstance(self.dataset.train, ArraySplit)
+            self._resident = self.dataset.train.images.to(index.device)
+        return self._resident[index]
+
+    def _laid_out(self, images: Tensor) -> Tensor:
+        return images.contiguous(memory_format=self.format)
+
+
+class _TrainLoader:
+    """A DataLoader that begins where the trainer is.
+
+    Lightning makes the iterator of a resumed run before it has restored its progress; a generator asks for the
+    progress when the first batch is fetched. So the trainer's own progress is the only state.
+    """
+
+    def __init__(self, loader: DataLoader[Any], batches: EpochBatches, trainer: pl.Trainer) -> None:
+        self.loader, self.batches, self.trainer = loader, batches, trainer
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __iter__(self) -> Iterator[Batch]:
+        self.batches.epoch = self.trainer.current_epoch
+        self.batches.first = self.trainer.fit_loop.epoch_loop.batch_progress.current.ready
+        for batch in self.loader:
+            if isinstance(batch, UserError):
+                raise batch
+            yield batch
+
+    def state_dict(self) -> dict[str, Any]:
+        """Nothing, but it tells Lightning that a run may resume in the middle of an epoch."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """See `state_dict`."""
+
+
+class _Indices(TorchDataset[Batch]):
+    """Nothing to load: the images are on the device."""
+
+    def __getitem__(self, batch: Batch) -> Batch:
+        return batch
+
+
+class _Crops(TorchDataset[Any]):
+    """Decodes the images of a batch and cuts their views, in a worker."""
+
+    def __init__(self, split: FileSplit, augmentation: Augmentation, seed: int, size: int) -> None:
+        self.split, self.augmentation, self.seed = split, augmentation, seed
+        self.sizes = [recipe.size or size for recipe in augmentation.recipes]
+
+    def __getitem__(self, batch: Batch) -> Batch | UserError:
+        """The batch with its pixels; an error goes back as a value, as a worker would wrap it in its traceback."""
+        images: list[Tensor] = []
+        crops: list[list[Tensor]] = [[] for _ in self.sizes]
+        positions = batch.positions
+        try:
+            for part in (positions[k : k + _DECODED] for k in range(0, len(positions), _DECODED)):
+                decoded = [self.split.image(i) for i in part.tolist()]
+                images += [self.split.square(image) for image in decoded]
+                shape = torch.tensor([image.shape[1:] for image in decoded])
+                boxes = self.augmentation.crop_parameters(part, *shape.T, seed=self.seed, epoch=batch.epoch)
+                for view, size in enumerate(self.sizes):
+                    for image, box in zip(decoded, boxes[view].tolist(), strict=True):
+                        crops[view].append(F.resized_crop(image, *box, [size, size], antialias=True))
+        except UserError as error:
+            return error
+        return batch._replace(images=torch.stack(images), crops=[torch.stack(view) for view in crops])

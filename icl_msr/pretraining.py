@@ -1,0 +1,138 @@
+"""One thin LightningModule: a method, an optional regularizer, an optimiser. Views arrive ready from the DataModule."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from icl_msr.losses.contrastive import unit
+from icl_msr.methods.base import Method, Output, Step, Targets, frozen_statistics
+from icl_msr.optimization import Optimization
+from icl_msr.randomness import keys
+from icl_msr.regularizers import MetaSemanticRegularizer
+from icl_msr.regularizers.msr import trainable
+from icl_msr.views import Views
+
+
+@dataclass
+class Batch:
+    """What a micro-batch leaves for the hooks that follow its backward pass."""
+
+    views: Views
+    targets: Targets
+    output: Output
+    step: Step
+
+
+class Pretraining(pl.LightningModule):
+    """Wraps a method with the optional regularizer.
+
+    Automatic optimisation stays, so clipping, accumulation, precision and DDP are Lightning's. The encoder's step is
+    the only one that ticks `global_step`; the regularizer steps f_msr just before it, where the ordinary gradient is
+    complete, unscaled and not yet clipped.
+    """
+
+    def __init__(
+        self,
+        method: Method,
+        regularizer: MetaSemanticRegularizer | None,
+        optimization: Optimization,
+        *,
+        seed: int,
+        batch_size: int,
+    ):
+        super().__init__()
+        self.method = method
+        self.regularizer = regularizer
+        self.optimization = optimization
+        self.seed, self.batch_size = seed, batch_size
+        self.batch: Batch | None = None
+
+    def configure_optimizers(self) -> Any:
+        """The encoder's optimiser; f_msr has its own, inside the regularizer."""
+        trainer = self.trainer
+        total = int(trainer.estimated_stepping_batches)
+        global_batch = self.batch_size * trainer.accumulate_grad_batches
+        assert trainer.max_epochs is not None
+        optimizer, schedule = self.optimization.build(self.method, global_batch, total, total / trainer.max_epochs)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def training_step(self, views: Views, batch_index: int) -> Tensor:
+        """L_to = L_ct + lambda L_msr with f_msr held fixed."""
+        step = self.step(batch_index)
+        targets = self.method.targets(views)
+        torch.manual_seed(step.noise)
+        output: Output = self.method(views, targets, step)
+        self.batch = Batch(views, targets, output, step)
+        loss = output.loss
+        log = {"loss/contrastive": output.loss.detach()}
+        if self.regularizer is not None:
+            penalty = self.regularizer(views.images, output.pairs)
+            loss = loss + self.regularizer.lam * penalty
+            log["loss/msr"] = penalty.detach()
+        if self.logs():
+            self.log_dict({"loss": loss.detach(), **log, **health(output), "lr": self.learning_rate()})
+        return loss
+
+    def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
+        """f_msr's step, with the ordinary gradient as its inner gradient."""
+        batch, regularizer = self.batch, self.regularizer
+        if batch is None or regularizer is None or not regularizer.due(batch.step):
+            return
+        theta = trainable(self.method)
+        inner = {name: p.grad if p.grad is not None else torch.zeros_like(p) for name, p in theta.items()}
+        log = regularizer.meta_step(self.method, batch.views, batch.targets, batch.step, inner, self.learning_rate())
+        self.log_dict({f"msr/{name}": value for name, value in log.items()})
+
+    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        """Once an optimiser step, the momentum encoders follow."""
+        super().optimizer_step(*args, **kwargs)
+        self.method.advance(self.step(0))
+
+    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """After every micro-batch's backward pass, queues take it in."""
+        assert self.batch is not None
+        self.method.observe(self.batch.targets)
+
+    def on_train_epoch_end(self) -> None:
+        """Algorithm 1: a second pass over the epoch's batches that moves f_msr and nothing else."""
+        regularizer = self.regularizer
+        if regularizer is None or regularizer.optimizer is None or regularizer.schedule != "per_epoch":
+            return
+        loader, data = self.trainer.train_dataloader, self.trainer.datamodule  # type: ignore[attr-defined]
+        log: dict[str, float] = {}
+        for index, raw in enumerate(loader):
+            if index >= self.trainer.num_training_batches:
+                break
+            views = data.on_after_batch_transfer(data.transfer_batch_to_device(raw, self.device, 0), 0)
+            step = self.step(index)
+            with torch.no_grad(), frozen_statistics(self.method):
+                targets = self.method.targets(views)
+            log = regularizer.meta_step(self.method, views, targets, step, None, self.learning_rate())
+        self.log_dict({f"msr/{name}": value for name, value in log.items()})
+
+    def step(self, batch_index: int) -> Step:
+        """Where training stands; the noise of a micro-batch depends on the seed and on its place alone."""
+        place = torch.tensor([self.current_epoch << 32 | batch_index])
+        noise = int(keys(self.seed, self.global_step, place, view=-2))
+        return Step(self.global_step, int(self.trainer.estimated_stepping_batches), noise)
+
+    def learning_rate(self) -> float:
+        """The learning rate that theta's next step uses."""
+        optimizer = self.optimizers(use_pl_optimizer=False)
+        assert isinstance(optimizer, Optimizer)
+        return float(optimizer.param_groups[0]["lr"])
+
+    def logs(self) -> bool:
+        """Logging costs more than a small step, so values are computed only when they are written."""
+        every: int = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
+        return (self.global_step + 1) % every == 0
+
+
+def health(output: Output) -> dict[str, Tensor]:
+    """Collapse monitor: std of unit embeddings x sqrt(D), 1 when they fill the sphere and 0 when they collapse."""
+    anchor = unit(output.pairs[0].anchor.detach())
+    return {"embedding_std": anchor.std(dim=0).mean() * anchor.shape[1] ** 0.5}

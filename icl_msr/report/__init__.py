@@ -1,0 +1,24 @@
+"""Reports: one run -> a page; many runs -> one table with mean, standard deviation and plots.
+
+python -m icl_msr.report PATH...
+"""
+
+from pathlib import Path
+
+from icl_msr.report.output import matrix_table, print_summary, write_summary
+from icl_msr.report.page import run_page
+from icl_msr.report.runs import Run
+from icl_msr.report.summary import Summary, summarise
+
+__all__ = ["Summary", "matrix_table", "print_summary", "summarise", "write_report", "write_summary"]
+
+
+def write_report(run: Path) -> Path:
+    """Write the self-contained `report.html` of a finished run into its folder; returns the file's path.
+
+    Raises:
+        UserError: the folder has no readable `results.json`.
+    """
+    file = run / "report.html"
+    file.write_text(run_page(Run.load(run)), encoding="utf-8")
+    return file

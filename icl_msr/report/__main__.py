@@ -1,0 +1,53 @@
+"""`python -m icl_msr.report PATH...`."""
+
+import argparse
+import sys
+from pathlib import Path
+
+from rich.console import Console
+
+from icl_msr.errors import UserError
+from icl_msr.report import matrix_table, print_summary, summarise, words, write_report, write_summary
+from icl_msr.report.runs import Run, is_run
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Parse the command line, report; returns the exit code."""
+    parser = argparse.ArgumentParser(
+        prog="python -m icl_msr.report",
+        description="One run folder: write its report.html. A sweep folder or several folders: one table over all "
+        "runs inside, mean and standard deviation over seeds, as summary.csv, .md, .json and report.html.",
+    )
+    parser.add_argument(
+        "paths", nargs="+", type=Path, metavar="PATH", help="a run folder, or a folder with runs at any depth"
+    )
+    parser.add_argument(
+        "--out", type=Path, metavar="DIR", help="where the summary goes (default: the first folder given)"
+    )
+    options = parser.parse_args(arguments)
+    try:
+        _report(options.paths, options.out)
+    except UserError as error:
+        print(error, file=sys.stderr)
+        return 2
+    return 0
+
+
+def _report(paths: list[Path], out: Path | None) -> None:
+    console = Console()
+    if len(paths) == 1 and out is None and is_run(paths[0]):
+        written = [write_report(paths[0])]
+        results = Run.load(paths[0]).results
+        console.print(matrix_table(results))
+        console.print(" ".join(words.answer(results)))
+    else:
+        summary = summarise(paths)
+        print_summary(summary, console)
+        # Beside the runs, so that a summary never overwrites a run's own page.
+        written = write_summary(summary, out or (paths[0].parent if is_run(paths[0]) else paths[0]))
+    for file in written:
+        console.print(str(file), soft_wrap=True, highlight=False)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,178 @@
+"""Summaries on the terminal and in files."""
+
+import csv
+import io
+import json
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from icl_msr.report.page import matrix, metric_heading, summary_page
+from icl_msr.report.runs import Results
+from icl_msr.report.summary import CONDITIONS, Configuration, Summary, TwoByTwo, best, headline
+
+READING = (
+    "% or points, mean ± standard deviation over n seeds; "
+    "classifiers fitted on train, or on the balanced split where said; gain: trained minus untrained"
+)
+
+
+def matrix_table(results: Results) -> Table:
+    """The background matrix of one run for the terminal, 80 columns wide: accuracy in %."""
+    table = Table(title="Accuracy, %", title_justify="left", box=None, padding=(0, 1, 0, 0))
+    for column in ("fitted on", "classifier", "encoder"):
+        table.add_column(column)
+    splits = list(dict.fromkeys(a.split for a in results.accuracies))
+    for split in splits:
+        table.add_column(split, justify="right")
+    for row in matrix(results, splits):
+        cells = (f"{100 * cell.top1:.1f}" if cell else "–" for cell in row.cells)
+        table.add_row(row.fitted_on, row.classifier, row.encoder, *cells, style="dim" * (row.encoder == "untrained"))
+    return table
+
+
+def print_summary(summary: Summary, console: Console) -> None:
+    """One table a data set, the 2 x 2 where it can be joined, and what failed."""
+    for dataset, rows in summary.by_dataset().items():
+        columns = headline(rows)
+        winners = {metric: best(metric, rows) for metric in columns}
+        table = Table(title=dataset, title_justify="left", box=None, padding=(0, 2, 0, 0), header_style="")
+        for label in rows[0].labels:
+            table.add_column(Text(label, style="bold"), overflow="fold")
+        table.add_column(Text("n", style="bold"), justify="right")
+        for metric in columns:
+            name, how = metric_heading(metric)
+            table.add_column(
+                Text(name, style="bold") + Text("\n" + how.replace(", ", "\n"), style="dim"), justify="right"
+            )
+        for row in rows:
+            cells = [
+                Text(str(row.metrics.get(metric, "–")), style="bold" if winners[metric] is row else "")
+                for metric in columns
+            ]
+            table.add_row(*row.labels.values(), str(len(row.runs)), *cells)
+        console.print(table)
+        console.print(Text(READING, style="dim"))
+        console.print()
+        if joined := summary.joined(dataset):
+            console.print(_two_by_two_table(joined))
+            console.print()
+    for failed in summary.failed:
+        console.print(Text(f"missing: {failed.path}: {failed.reason}", style="red"))
+    for path in summary.superseded:
+        console.print(Text(f"left out: {path}: a newer run has the same configuration and seed", style="dim"))
+
+
+def _two_by_two_table(tables: list[TwoByTwo]) -> Table:
+    table = Table(title="pre-trained on / tested on, %", title_justify="left", box=None, padding=(0, 2, 0, 0))
+    for label in [*tables[0].labels, "classifier"]:
+        table.add_column(label)
+    for trained, tested in CONDITIONS:
+        table.add_column(f"{trained} / {tested}", justify="right")
+    for joined in tables:
+        table.add_row(*joined.labels.values(), joined.classifier, *(str(joined.cells[c]) for c in CONDITIONS))
+    return table
+
+
+def write_summary(summary: Summary, folder: Path) -> list[Path]:
+    """Write `summary.csv`, `.md`, `.json` and `report.html` into the folder; returns their paths."""
+    folder.mkdir(parents=True, exist_ok=True)
+    contents = {
+        "summary.csv": as_csv(summary),
+        "summary.md": as_markdown(summary),
+        "summary.json": as_json(summary),
+        "report.html": summary_page(summary, folder.resolve()),
+    }
+    for name, content in contents.items():
+        (folder / name).write_text(content, encoding="utf-8", newline="")
+    return [folder / name for name in contents]
+
+
+def as_csv(summary: Summary) -> str:
+    """One line a configuration, mean and std of every metric in columns of their own."""
+    metrics = list(dict.fromkeys(metric for c in summary.configurations for metric in c.metrics))
+    labels = list(dict.fromkeys(label for c in summary.configurations for label in c.labels))
+    labels = labels if "dataset" in labels else ["dataset", *labels]
+    content = io.StringIO()
+    writer = csv.writer(content, lineterminator="\n")
+    writer.writerow([*labels, "n", "seeds", *(name for metric in metrics for name in (f"{metric}", f"{metric} std"))])
+    for configuration in summary.configurations:
+        cells: list[object] = []
+        for metric in metrics:
+            found = configuration.metrics.get(metric)
+            cells += [found.mean, found.std] if found else [None, None]
+        known = {"dataset": configuration.dataset} | configuration.labels
+        seeds = " ".join(str(run.results.seed) for run in configuration.runs)
+        writer.writerow([*(known.get(label) for label in labels), len(configuration.runs), seeds, *cells])
+    return content.getvalue()
+
+
+def as_json(summary: Summary) -> str:
+    """Everything, with the single values in the order of the seeds."""
+    content = {
+        "configurations": [
+            {
+                "dataset": configuration.dataset,
+                "labels": configuration.labels,
+                "runs": [str(run.path) for run in configuration.runs],
+                "seeds": [run.results.seed for run in configuration.runs],
+                "metrics": [
+                    metric._asdict() | {"mean": s.mean, "std": s.std, "n": s.n, "values": s.values}
+                    for metric, s in configuration.metrics.items()
+                ],
+            }
+            for configuration in summary.configurations
+        ],
+        "two_by_two": [
+            {
+                "dataset": joined.dataset,
+                "labels": joined.labels,
+                "classifier": joined.classifier,
+                **{
+                    f"{trained}/{tested}": {"mean": s.mean, "std": s.std, "n": s.n, "values": s.values}
+                    for (trained, tested), s in joined.cells.items()
+                },
+            }
+            for joined in summary.two_by_two
+        ],
+        "failed": [{"path": str(failed.path), "reason": failed.reason} for failed in summary.failed],
+        "superseded": [str(path) for path in summary.superseded],
+    }
+    return json.dumps(content, indent=2) + "\n"
+
+
+def as_markdown(summary: Summary) -> str:
+    """The tables of the terminal."""
+    parts = []
+    for dataset, rows in summary.by_dataset().items():
+        parts.append(_markdown_table(dataset, rows))
+        if joined := summary.joined(dataset):
+            parts.append(_markdown_two_by_two(joined))
+    if summary.failed:
+        parts.append("### Missing\n\n" + "\n".join(f"* `{failed.path}`: {failed.reason}" for failed in summary.failed))
+    return "\n\n".join(parts) + "\n"
+
+
+def _markdown_table(dataset: str, rows: list[Configuration]) -> str:
+    columns = headline(rows)
+    header = [*rows[0].labels, "n", *(f"{name} ({how})" for name, how in map(metric_heading, columns))]
+    lines = [
+        [*row.labels.values(), str(len(row.runs)), *(str(row.metrics.get(metric, "–")) for metric in columns)]
+        for row in rows
+    ]
+    return f"### {dataset}\n\n{_markdown(header, lines, len(rows[0].labels))}\n\n{READING}."
+
+
+def _markdown_two_by_two(tables: list[TwoByTwo]) -> str:
+    header = [*tables[0].labels, "classifier", *(f"{trained}/{tested}" for trained, tested in CONDITIONS)]
+    lines = [[*t.labels.values(), t.classifier, *(str(t.cells[c]) for c in CONDITIONS)] for t in tables]
+    return "### Pre-trained on / tested on, %\n\n" + _markdown(header, lines, len(tables[0].labels) + 1)
+
+
+def _markdown(header: list[str], rows: list[list[str]], left: int) -> str:
+    rule = ["---" if i < left else "---:" for i in range(len(header))]
+    return "\n".join(
+        "| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in [header, rule, *rows]
+    )

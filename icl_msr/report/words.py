@@ -1,0 +1,159 @@
+"""Numbers said in words."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from icl_msr.report.runs import Accuracy, Gap, Results
+from icl_msr.report.summary import Configuration, Metric, headline, main_classifiers
+
+GAPS = {
+    "bg_gap": ("mixed_same − mixed_rand", "the background is swapped for one of a random class"),
+    "original - mixed_rand": ("original − mixed_rand", "the background is swapped for one of a random class"),
+    "original - only_fg": ("original − only_fg", "the background is taken away"),
+    "full - fg": ("full − fg", "everything but the object is taken away"),
+    "only_bg - chance": ("only_bg − chance", "above chance from the background alone"),
+}
+"""Gap -> (the difference in plain symbols, what happens to the image)."""
+LOSSES = ("bg_gap", "original - mixed_rand", "full - fg", "original - only_fg")
+"""Gaps that measure the reliance on the background, the most telling first."""
+
+
+def percent(fraction: float) -> str:
+    """0.412 -> 41.2 %."""
+    return f"{100 * fraction:.1f} %"
+
+
+def points(value: float) -> str:
+    """Signed, with a true minus."""
+    return f"{value:+.1f}".replace("-", "−")
+
+
+def interval(low: float | None, high: float | None, scale: float = 1) -> str:
+    """`9.8 to 14.7`; empty where unknown."""
+    return "" if low is None or high is None else f"{scale * low:.1f} to {scale * high:.1f}".replace("-", "−")
+
+
+def duration(seconds: float) -> str:
+    """3671 -> 1 h 1 min."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s" if minutes else f"{rest} s"
+
+
+def fitted(fitted_on: str) -> str:
+    """What a classifier was fitted on."""
+    return {"train": "the training set", "balanced": "the balanced split"}.get(fitted_on, fitted_on)
+
+
+def find_accuracy(results: Results, split: str, classifier: str, fitted_on: str, encoder: str) -> Accuracy | None:
+    """The one accuracy asked for, where measured."""
+    key = (split, classifier, fitted_on, encoder)
+    return next((a for a in results.accuracies if (a.split, a.classifier, a.fitted_on, a.encoder) == key), None)
+
+
+def find_gap(results: Results, gap: str, classifier: str, fitted_on: str, encoder: str) -> Gap | None:
+    """The one gap asked for, where measured."""
+    key = (gap, classifier, fitted_on, encoder)
+    return next((g for g in results.gaps if (g.gap, g.classifier, g.fitted_on, g.encoder) == key), None)
+
+
+def main_classifier(results: Results) -> str | None:
+    """The classifier the answer is about: the linear probe, else kNN."""
+    linear, knn = main_classifiers(Metric(a.split, a.classifier, a.fitted_on) for a in results.accuracies)
+    return linear or knn
+
+
+def answer(results: Results) -> list[str]:
+    """How much the encoder relies on the object and how much on the background: sentences, the main one first."""
+    classifier = main_classifier(results)
+    if classifier is None:
+        return ["This run was not evaluated, so nothing can be said about object and background."]
+    gaps = (find_gap(results, name, classifier, "train", "trained") for name in LOSSES)
+    gap = next((gap for gap in gaps if gap is not None), None)
+    who = "A linear probe" if classifier.startswith("linear") else f"A {classifier} classifier"
+    if gap is None:
+        scores = [a for a in results.accuracies if a.classifier == classifier and a.encoder == "trained"]
+        said = ", ".join(f"{percent(a.top1)} on {a.split}" for a in scores)
+        return [
+            "This data set does not say what is object and what is background, so the run cannot tell which of the two "
+            "the encoder relies on.",
+            f"{who} on the frozen encoder reaches {said}." if said else "",
+        ]
+    untrained = find_gap(results, gap.gap, classifier, "train", "untrained")
+    sentences = [f"{who} on this encoder {_lost(gap)} when {GAPS[gap.gap][1]}{_significance(gap)}."]
+    if untrained:
+        sentences.append(f"On the untrained encoder it {_lost(untrained)}.")
+    return [*sentences, *_alone(results, classifier), *_decodable(results, classifier)]
+
+
+def comparison(rows: list[Configuration]) -> str:
+    """Which configuration of one data set relies least on the background; empty where that was not measured."""
+    gap = next((metric for name in LOSSES for metric in headline(rows) if metric.quantity == name), None)
+    # Pre-training on the foreground alone is another question.
+    measured = [row for row in rows if gap in row.metrics and row.runs[0].results.train_on != "fg"]
+    if gap is None or len(measured) < 2:
+        return ""
+    least, *_, most = sorted(measured, key=lambda row: row.metrics[gap].mean)
+    return (
+        f"When {GAPS[gap.quantity][1]}, {least.label} loses least on average, {least.metrics[gap]} points, "
+        f"and {most.label} most, {most.metrics[gap]} points."
+    )
+
+
+def _lost(gap: Gap) -> str:
+    verb = "loses" if gap.points >= 0 else "gains"
+    low, high = (gap.low, gap.high) if gap.points >= 0 or gap.low is None or gap.high is None else (-gap.high, -gap.low)
+    bounds = interval(low, high)
+    return f"{verb} {abs(gap.points):.1f} points" + (f" (95 % interval {bounds})" if bounds else "")
+
+
+def _significance(gap: Gap) -> str:
+    if gap.low is None or gap.high is None or not gap.low <= 0 <= gap.high:
+        return ""
+    return ": not distinguishable from no loss at all"
+
+
+def _alone(results: Results, classifier: str) -> list[str]:
+    """What object and background are each good for alone."""
+    fg = find_accuracy(results, "only_fg", classifier, "train", "trained")
+    bg = find_accuracy(results, "only_bg", classifier, "train", "trained")
+    if fg is None or bg is None:
+        return []
+    chance = "" if results.chance is None else f"; chance is {percent(results.chance)}"
+    return [
+        f"It names {percent(fg.top1)} of the images from the object alone "
+        f"and {percent(bg.top1)} from the background alone{chance}."
+    ]
+
+
+def _decodable(results: Results, classifier: str) -> list[str]:
+    """Whether the object can be read from the features by a probe to which the background is of no use."""
+    trained = find_accuracy(results, "mixed_rand", classifier, "balanced", "trained")
+    if trained is None:
+        return []
+    untrained = find_accuracy(results, "mixed_rand", classifier, "balanced", "untrained")
+    bounds = interval(trained.low, trained.high, 100)
+    text = (
+        "The object itself is in the features to this degree: a probe fitted where the background says nothing about "
+        f"the class is right on {percent(trained.top1)} of the images with a random background"
+    )
+    return [
+        text
+        + (f" (95 % interval {bounds})" if bounds else "")
+        + (f", against {percent(untrained.top1)} for the untrained encoder." if untrained else ".")
+    ]
+
+
+def readable(value: Any) -> str:
+    """A setting or a measurement as a person writes it."""
+    if value is None:
+        return "none"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    if isinstance(value, int):
+        return f"{value:,}" if abs(value) >= 10_000 else str(value)
+    if isinstance(value, Sequence) and not isinstance(value, str):
+        return ", ".join(readable(item) for item in value)
+    return str(value)

@@ -1,0 +1,236 @@
+"""The bi-level step against difference quotients of the whole objective, and the identities of the regularizer."""
+
+import copy
+import math
+from typing import Any
+
+import pytest
+import torch
+from conftest import METHODS, make_method, make_views, smooth
+from torch import Tensor
+from torch.func import functional_call
+
+from icl_msr.losses.contrastive import unit
+from icl_msr.methods import Method, Step
+from icl_msr.methods.base import Pair
+from icl_msr.regularizers import MetaSemanticRegularizer
+from icl_msr.regularizers.msr import meta_pass, norm, trainable
+from icl_msr.regularizers.strata import random_partition, uniform, uniformity
+from icl_msr.views import Views
+
+STEP = Step(0, 10, noise=3)
+KEYS: dict[str, Any] = {
+    "weights": "meta",
+    "lam": 0.7,
+    "gamma": 0.3,
+    "n": 3,
+    "u": 2.0,
+    "temperature": None,
+    "negatives": "method",
+    "denominators": "printed",
+    "schedule": "every",
+    "every": 1,
+    "alpha": "relative",
+    "relative_step": 0.05,
+    "lr": 1e-2,
+    "width": 8,
+    "image_size": 8,
+    "seed": 0,
+}
+
+
+def make_regularizer(method: Method, **keys: Any) -> MetaSemanticRegularizer:
+    torch.manual_seed(1)
+    regularizer = MetaSemanticRegularizer(8, method.temperature, **{**KEYS, **keys})
+    return smooth(regularizer).double()  # type: ignore[return-value]
+
+
+def outer_loss(
+    method: Method, regularizer: MetaSemanticRegularizer, views: Views, phi: dict[str, Tensor], alpha: float
+) -> Tensor:
+    """L_ct(theta - alpha d/dtheta L_to(theta, phi)), from scratch: what the meta gradient is the gradient of."""
+    theta = trainable(method)
+    targets = method.targets(views)
+    output = method(views, targets, STEP)
+    strata = functional_call(regularizer.network, phi, (views.images,))
+    total = output.loss + regularizer.lam * regularizer.penalty(output.pairs, strata)
+    gradient = torch.autograd.grad(total, list(theta.values()), allow_unused=True)
+    after = {
+        name: (p - alpha * g if g is not None else p).detach()
+        for (name, p), g in zip(theta.items(), gradient, strict=True)
+    }
+    return functional_call(method, after, (views, targets, STEP)).loss
+
+
+@pytest.mark.parametrize("negatives", [0, 2])
+@pytest.mark.parametrize("name", list(METHODS))
+def test_meta_gradient_is_the_derivative_of_the_bilevel_objective(name: str, negatives: int) -> None:
+    method, views = make_method(name), make_views(negatives=negatives)
+    regularizer = make_regularizer(method)
+    network = regularizer.network
+    assert network is not None
+    with meta_pass(method, views.images.device):
+        targets = method.targets(views)
+        inner = regularizer.inner_gradient(method, views, targets, STEP)
+        alpha = regularizer.step_size(method, inner, 0.0)
+        meta = regularizer.meta_gradient(method, views, targets, STEP, inner, alpha)
+        torch.manual_seed(5)
+        direction = [torch.randn_like(p) for p in network.parameters()]
+        direction = [d / norm(direction) for d in direction]
+        phi = {n: p.detach() for n, p in network.named_parameters()}
+
+        def along(t: float) -> float:
+            moved = {n: p + t * d for (n, p), d in zip(phi.items(), direction, strict=True)}
+            return float(outer_loss(method, regularizer, views, moved, alpha))
+
+        def central(h: float) -> float:
+            return (along(h) - along(-h)) / (2 * h)
+
+        h = 2e-2
+        richardson = (64 * central(h / 4) - 20 * central(h / 2) + central(h)) / 45
+    exact = float(sum((m * d).sum() for m, d in zip(meta, direction, strict=True)))
+    assert exact != 0
+    assert abs(exact - richardson) <= 1e-5 * abs(richardson)
+
+
+def test_uniform_strata_are_the_identity(method: Method) -> None:
+    views = make_views()
+    output = method(views, method.targets(views), STEP)
+    pair = output.pairs[0]
+    strata = uniform(8).double().expand(6, 1, 8)
+    reweighted = math.sqrt(8) * strata[:, 0] * pair.key_features
+    torch.testing.assert_close(pair.head(reweighted), pair.head(pair.key_features))
+
+
+@pytest.mark.parametrize("denominators", ["printed", "all"])
+@torch.no_grad()
+def test_penalty_follows_the_printed_formula(denominators: str) -> None:
+    method, views = make_method("simclr"), make_views()
+    regularizer = make_regularizer(method, denominators=denominators)
+    pairs = method(views, method.targets(views), STEP).pairs
+    strata = regularizer.strata(views.images)
+    total, tau, n = 0.0, 0.5, len(views.index)
+    for j, pair in enumerate(pairs):
+        # A head with BatchNorm sees all n N rows at once, so the loop below must as well.
+        rows = torch.stack([math.sqrt(8) * strata[:, t] * pair.key_features for t in range(3)], 1).flatten(0, 1)
+        heads = list(unit(pair.head(rows)).unflatten(0, (n, 3)).unbind(1))
+        for i in range(n):
+            anchor = unit(pair.anchor)[i]
+            others = [unit(pair.key)[k] for k in range(n) if k != i]
+            if denominators == "all":
+                others += [unit(pairs[1 - j].key)[k] for k in range(n) if k != i]
+            negative = sum(math.exp(float(anchor @ other) / tau) for other in others)
+            e = [math.exp(float(anchor @ heads[t][i]) / tau) for t in range(3)]
+            total -= math.log(sum(x / (x + negative) for x in e) / 3)
+    assert float(regularizer.penalty(pairs, strata)) == pytest.approx(total / (2 * n), rel=1e-10)
+
+
+def test_ones_makes_the_penalty_a_second_info_nce() -> None:
+    method, views = make_method("moco"), make_views()
+    output = method(views, method.targets(views), STEP)
+    regularizer = make_regularizer(method, weights="ones")
+    torch.testing.assert_close(regularizer(views.images, output.pairs), output.loss)
+
+
+def test_without_negatives_only_the_positive_term_stays() -> None:
+    method, views = make_method("byol"), make_views()
+    pairs = method(views, method.targets(views), STEP).pairs
+    ones = make_regularizer(method, weights="ones", negatives="none")
+    expected = -torch.stack([(unit(p.anchor) * unit(p.head(p.key_features))).sum(1).mean() / 0.5 for p in pairs]).mean()
+    torch.testing.assert_close(ones(views.images, pairs), expected)
+
+
+def test_a_frozen_head_passes_the_gradient_to_the_strata() -> None:
+    method, views = make_method("moco"), make_views()
+    regularizer = make_regularizer(method)
+    strata = regularizer.strata(views.images)
+    penalty = regularizer.penalty(method(views, method.targets(views), STEP).pairs, strata)
+    (gradient,) = torch.autograd.grad(penalty, strata)
+    assert gradient.abs().max() > 0
+
+
+def state(module: torch.nn.Module) -> dict[str, Tensor]:
+    return {name: value.clone() for name, value in module.state_dict().items() if isinstance(value, Tensor)}
+
+
+@pytest.mark.parametrize("weights", ["meta", "uniform_only", "joint"])
+def test_meta_step_moves_phi_and_nothing_else(method: Method, weights: str) -> None:
+    views = make_views(negatives=1)
+    regularizer = make_regularizer(method, weights=weights)
+    targets = method.targets(views)
+    before, phi, random_state = state(method), state(regularizer), torch.get_rng_state()
+    log = regularizer.meta_step(method, views, targets, STEP, None, 0.1)
+    assert all(torch.equal(value, before[name]) for name, value in method.state_dict().items())
+    assert all(p.grad is None for p in method.parameters())
+    assert all(m.track_running_stats for m in method.modules() if isinstance(m, torch.nn.BatchNorm2d))
+    assert torch.equal(torch.get_rng_state(), random_state)
+    assert any(not torch.equal(value, phi[name]) for name, value in state(regularizer).items())
+    assert log["uniformity_grad_norm"] > 0
+    assert ("meta_grad_norm" in log) == (weights != "uniform_only")
+
+
+@pytest.mark.parametrize("weights", ["random", "random_net", "ones"])
+def test_fixed_controls_have_nothing_to_train(weights: str) -> None:
+    regularizer = make_regularizer(make_method("simclr"), weights=weights)
+    assert not regularizer.due(STEP)
+    assert not any(p.requires_grad for p in regularizer.parameters())
+
+
+def test_controls_differ_in_nothing_but_phi() -> None:
+    method, views = make_method("simclr"), make_views()
+    random_net = make_regularizer(method, weights="random_net")
+    meta = make_regularizer(method, weights="meta")
+    pairs = method(views, method.targets(views), STEP).pairs
+    assert torch.equal(meta(views.images, pairs), random_net(views.images, pairs))
+
+
+def test_random_partition_is_an_optimum_of_the_uniformity_loss() -> None:
+    partition = random_partition(12, 3, seed=4)
+    assert torch.equal((partition > 0).sum(0), torch.ones(12, dtype=torch.long))
+    torch.testing.assert_close(partition.norm(dim=1), torch.ones(3))
+    best = uniformity(partition[None], u=2.0)
+    torch.testing.assert_close(best, torch.tensor(3 + 6 * math.exp(-4)).log())
+    others = torch.nn.functional.normalize(torch.rand(50, 3, 12), dim=-1)
+    assert (uniformity(others[:, None].flatten(0, 1), u=2.0) > best).all()
+
+
+def test_strata_have_unit_length_and_depend_on_their_own_image_alone() -> None:
+    regularizer = make_regularizer(make_method("simclr"))
+    images = make_views(n=5, size=16).images
+    strata = regularizer.strata(images)
+    assert strata.shape == (5, 3, 8)
+    assert (strata >= 0).all()
+    torch.testing.assert_close(strata.norm(dim=-1), torch.ones(5, 3, dtype=torch.float64))
+    torch.testing.assert_close(regularizer.strata(images[2:3]), strata[2:3])
+
+
+def test_the_optimiser_of_phi_travels_in_the_state_dict() -> None:
+    method, views = make_method("simclr"), make_views()
+    first = make_regularizer(method)
+    targets = method.targets(views)
+    first.meta_step(method, views, targets, STEP, None, 0.1)
+    second = make_regularizer(method)
+    second.load_state_dict(copy.deepcopy(first.state_dict()))
+    for regularizer in (first, second):
+        regularizer.meta_step(method, views, targets, STEP, None, 0.1)
+    for a, b in zip(first.parameters(), second.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_ordinary_gradient_is_the_inner_gradient(method: Method) -> None:
+    """What training leaves in .grad is what the virtual step would compute by itself."""
+    views = make_views()
+    regularizer = make_regularizer(method)
+    targets = method.targets(views)
+    inner = regularizer.inner_gradient(method, views, targets, STEP)
+    output = method(views, targets, STEP)
+    (output.loss + regularizer.lam * regularizer(views.images, output.pairs)).backward()
+    for name, parameter in trainable(method).items():
+        torch.testing.assert_close(parameter.grad, inner[name])
+
+
+def test_pairs_say_what_the_loss_compares(method: Method) -> None:
+    views = make_views()
+    pair: Pair
+    for pair in method(views, method.targets(views), STEP).pairs:
+        torch.testing.assert_close(pair.anchor.shape, pair.key.shape)

@@ -1,0 +1,423 @@
+"""Reports from run folders written here: what a page says is what the files say."""
+
+import base64
+import csv
+import json
+import math
+import os
+import re
+import statistics
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import matplotlib.image
+import numpy as np
+import pytest
+from omegaconf import OmegaConf
+
+from icl_msr.errors import UserError
+from icl_msr.report import summarise, words, write_report, write_summary
+from icl_msr.report.__main__ import main
+from icl_msr.report.output import as_markdown
+from icl_msr.report.runs import Results
+from icl_msr.report.summary import GAIN, Metric, headline
+
+SPLITS = ("original", "mixed_same", "mixed_rand", "only_fg", "only_bg")
+LINEAR_TRAIN = {"classifier": "linear", "fitted_on": "train"}
+
+
+def top1(method: str, regularizer: str, seed: int, encoder: str, classifier: str, fitted_on: str, split: str) -> float:
+    """A plausible accuracy, the same at every call."""
+    base = {"original": 0.84, "mixed_same": 0.80, "mixed_rand": 0.47, "only_fg": 0.42, "only_bg": 0.55}[split]
+    if fitted_on == "balanced":
+        base = {"original": 0.58, "mixed_same": 0.57, "mixed_rand": 0.52, "only_fg": 0.50, "only_bg": 0.16}[split]
+    base += 0.04 * (regularizer == "msr") * (1 if split in ("mixed_rand", "only_fg") else -1)
+    base -= 0.03 * (classifier != "linear") + 0.02 * (method == "byol")
+    if encoder == "untrained":
+        base = 0.1 + 0.45 * (base - 0.1)
+    wobble = math.sin(hash((seed * 7, len(split), len(method))) % 97) * 0.012
+    return round(base + wobble, 4)
+
+
+def write_run(folder: Path, method: str = "moco", regularizer: str = "msr", seed: int = 0, **config: Any) -> Path:
+    """A whole run on the confounded data set."""
+    folder.mkdir(parents=True)
+    (folder / "figures").mkdir()
+    choices = {"method": method, "regularizer": regularizer, "negatives": "none", "backbone": "tiny"}
+    choices |= {"dataset": "confounded", "augment": "small", "optimizer": "adam", "hardware": "cpu", "logger": "csv"}
+    settings: dict[str, Any] = {
+        "seed": seed,
+        "method": {
+            "_target_": f"icl_msr.methods.{method}",
+            "temperature": 0.2,
+            "queue_size": 4096,
+            "momentum": 0.99,
+            "head": {"hidden": 512, "out": 128, "batch_norm": True},
+        },
+        "regularizer": {"_target_": f"icl_msr.regularizers.{regularizer}", "weight": 1.0, "gamma": 1.0, "strata": 6},
+        "negatives": None,
+        "backbone": {"_target_": "icl_msr.encoders.tiny", "stem": "small", "weights": None},
+        "dataset": {"_target_": "icl_msr.data.confounded", "rho": 0.9, "size": 32, "count": 20000, "train_on": "full"},
+        "augment": {"crop": {"scale": [0.2, 1.0], "ratio": [0.75, 1.3333333]}, "flip": 0.5, "gray": 0.1},
+        "optimizer": {"_target_": "torch.optim.Adam", "lr": 0.003, "weight_decay": 1e-6, "batch_size": 256},
+        "logger": {"version": str(folder)},
+        "trainer": {"max_epochs": 12, "precision": "32-true"},
+    }
+    for key, value in config.items():
+        group, _, name = key.partition("__")
+        settings[group][name] = value
+    OmegaConf.save(OmegaConf.create(settings), folder / "config.yaml")
+
+    accuracies = []
+    for encoder in ("trained", "untrained"):
+        for classifier in ("knn-dino", "linear"):
+            for fitted_on in ("train", "balanced"):
+                for split in SPLITS:
+                    value = top1(method, regularizer, seed, encoder, classifier, fitted_on, split)
+                    accuracies.append(
+                        {
+                            "encoder": encoder,
+                            "classifier": classifier,
+                            "fitted_on": fitted_on,
+                            "split": split,
+                            "top1": value,
+                            "low": value - 0.03,
+                            "high": value + 0.03,
+                            "n": 1000,
+                        }
+                    )
+    lookup = {(a["encoder"], a["classifier"], a["fitted_on"], a["split"]): a["top1"] for a in accuracies}
+    gaps = []
+    for encoder, classifier, fitted_on in dict.fromkeys(key[:3] for key in lookup):
+        at = {split: lookup[encoder, classifier, fitted_on, split] for split in SPLITS}
+        for name, points in (
+            ("bg_gap", at["mixed_same"] - at["mixed_rand"]),
+            ("original - mixed_rand", at["original"] - at["mixed_rand"]),
+            ("original - only_fg", at["original"] - at["only_fg"]),
+            ("only_bg - chance", at["only_bg"] - 0.1),
+        ):
+            points = round(100 * points, 4)
+            gaps.append(
+                {
+                    "encoder": encoder,
+                    "classifier": classifier,
+                    "fitted_on": fitted_on,
+                    "gap": name,
+                    "points": points,
+                    "low": points - 2.5,
+                    "high": points + 2.4,
+                }
+            )
+    results = {
+        "name": f"{method}-{regularizer}-none-confounded",
+        "choices": choices,
+        "seed": seed,
+        "derived": {"effective_learning_rate": 0.003, "total_steps": 936, "meta_interval": 4},
+        "parameters": 307_456,
+        "wall_time_s": 203.4,
+        "images_per_second": 2310.5,
+        "peak_memory_mb": 842.0,
+        "classes": ["disk", "ring", "square", "star", "heart", "moon", "cross", "arrow", "drop", "gear"],
+        "chance": 0.1,
+        "train_on": "full",
+        "first": {"online/knn": 0.31, "loss": 8.1},
+        "final": {"online/knn": 0.78, "loss": 5.2},
+        "accuracies": accuracies,
+        "gaps": gaps,
+        "choices_of_probe": [
+            {"encoder": "trained", "fitted_on": "train", "learning_rate": 0.01, "held_out_top1": 0.83},
+            {"encoder": "trained", "fitted_on": "balanced", "learning_rate": 0.003, "held_out_top1": 0.55},
+        ],
+    }
+    (folder / "results.json").write_text(json.dumps(results))
+    (folder / "environment.json").write_text(
+        json.dumps(
+            {
+                "command": f"python -m icl_msr.run method={method} regularizer={regularizer} seed={seed}",
+                "commit": "95ada6b0c1",
+                "config_hash": "5f1d20aa",
+                "python": "3.11.9",
+                "torch": "2.9.0",
+                "hardware": "2 CPU cores",
+                "started": "2025-11-22T07:12:00",
+            }
+        )
+    )
+    load = "import torchvision\nfrom safetensors.torch import load_file\n\nencoder = torchvision.models.resnet18()\n"
+    (folder / "encoder.json").write_text(json.dumps({"load": load + 'encoder.load_state_dict(load_file("encoder"))'}))
+    write_metrics(folder / "metrics.csv")
+    noise = np.random.default_rng(0).uniform(size=(96, 480, 3))
+    matplotlib.image.imsave(folder / "figures/views.png", noise)
+    matplotlib.image.imsave(folder / "figures/strata.png", noise)
+    (folder / "figures/captions.json").write_text(
+        json.dumps({"strata.png": "Strata <a> & b", "views.png": "Two views."})
+    )
+    return folder
+
+
+def write_metrics(file: Path) -> None:
+    """Sparse rows, as Lightning's CSVLogger writes them."""
+    names = ["epoch", "step", "loss", "loss/contrastive", "loss/msr", "msr/meta_grad_norm", "msr/uniformity_grad_norm"]
+    names += ["msr/uniformity", "lr", "embedding_std", "images_per_second", "online/knn", "online/probe"]
+    random = np.random.default_rng(1)
+    with file.open("w", newline="") as out:
+        writer = csv.DictWriter(out, names)
+        writer.writeheader()
+        for step in range(0, 936, 4):
+            t, noise = step / 936, random.normal(scale=0.1)
+            row: dict[str, float] = {"epoch": step // 78, "step": step, "lr": 0.003 * min(1, 8 * t)}
+            row |= {"loss": 8 - 3 * t + noise, "loss/contrastive": 5 - 2 * t + noise, "loss/msr": 3 - t}
+            row |= {"msr/meta_grad_norm": 1e-3 * math.exp(-2 * t), "msr/uniformity_grad_norm": 0.3 * math.exp(-t)}
+            writer.writerow(row | {"msr/uniformity": -0.3 - t, "images_per_second": 2300 + 200 * noise})
+            if step % 78 == 0:
+                monitors = {
+                    "embedding_std": 0.05 + 0.02 * t,
+                    "online/knn": 0.3 + 0.5 * t,
+                    "online/probe": 0.35 + 0.4 * t,
+                }
+                writer.writerow({"epoch": step // 78, "step": step} | monitors)
+
+
+def write_box_run(folder: Path, train_on: str, full: float, fg: float, seed: int = 0) -> Path:
+    """A run on a data set with boxes."""
+    folder.mkdir(parents=True)
+    config = {"seed": seed, "method": {"temperature": 0.2}, "dataset": {"train_on": train_on}}
+    OmegaConf.save(OmegaConf.create(config), folder / "config.yaml")
+    accuracies = [
+        {"encoder": "trained", **LINEAR_TRAIN, "split": split, "top1": value}
+        for split, value in (("full", full), ("fg", fg))
+    ]
+    gap = {"encoder": "trained", **LINEAR_TRAIN, "gap": "full - fg", "points": 100 * (full - fg)}
+    choices = {"method": "moco", "dataset": "imagefolder"}
+    results = {"name": "moco", "choices": choices, "seed": seed, "train_on": train_on}
+    (folder / "results.json").write_text(json.dumps(results | {"accuracies": accuracies, "gaps": [gap]}))
+    return folder
+
+
+class Page(HTMLParser):
+    """What a test wants to know of a page."""
+
+    def __init__(self, file: Path) -> None:
+        super().__init__()
+        self.sources: list[str] = []
+        self.links: list[str] = []
+        self.tags: list[str] = []
+        self.open: list[str] = []
+        self.tables: dict[str, list[list[str]]] = {}
+        self.table: list[list[str]] = []
+        self.text = file.read_text()
+        self.feed(self.text)
+        assert not self.open, self.open
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        known = dict(attrs)
+        self.tags.append(tag)
+        if tag not in ("meta", "img", "source", "link", "br"):
+            self.open.append(tag)
+        self.sources += [known[name] or "" for name in ("src", "srcset") if name in known]
+        if "href" in known:
+            self.links.append(known["href"] or "")
+        if tag == "table":
+            self.table = self.tables[known.get("id") or known.get("class") or str(len(self.tables))] = []
+        elif tag == "tr":
+            self.table.append([])
+        elif tag in ("td", "th"):
+            self.table[-1].append("")
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        if {"td", "th"} & set(self.open):
+            self.table[-1][-1] += (" " if self.open[-1] == "small" else "") + data.strip()
+
+    def assert_self_contained(self) -> None:
+        assert all(source.startswith("data:image/") for source in self.sources)
+        assert not {"script", "link", "iframe"} & set(self.tags)
+        assert not re.search(r"url\(|@import|https?://", self.text)
+
+
+def test_page_is_self_contained_and_its_numbers_are_the_files(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run")
+    file = write_report(run)
+    assert file == run / "report.html"
+    page = Page(file)
+    page.assert_self_contained()
+    pictures = [source for source in page.sources if source.startswith("data:image/png")]
+    assert [base64.b64decode(p.split(",")[1]) for p in pictures] == [
+        (run / "figures" / name).read_bytes() for name in ("strata.png", "views.png")
+    ]
+    assert "Strata &lt;a&gt; &amp; b" in page.text
+
+    results = json.loads((run / "results.json").read_text())
+    rows, fitted_on = {}, ""
+    for row in page.tables["matrix"][1:]:
+        if len(row) == 1:
+            fitted_on = "balanced" if "balanced" in row[0] else "train"
+        else:
+            rows[row[0], row[1], fitted_on] = dict(zip(SPLITS, row[2:], strict=True))
+    assert len(rows) == 8
+    for a in results["accuracies"]:
+        interval = f"{100 * a['low']:.1f} to {100 * a['high']:.1f}"
+        assert rows[a["encoder"], a["classifier"], a["fitted_on"]][a["split"]] == f"{100 * a['top1']:.1f} {interval}"
+    shown = [cell.split(" ")[0].replace("−", "-") for row in page.tables["gaps"][1:] for cell in row[2:]]
+    assert sorted(shown) == sorted(f"{gap['points']:+.1f}" for gap in results["gaps"])
+
+
+def test_answer_names_the_loss_its_interval_and_the_untrained_encoder(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run")
+    results = Results.model_validate_json((run / "results.json").read_text())
+    gap, untrained = (words.find_gap(results, "bg_gap", "linear", "train", e) for e in ("trained", "untrained"))
+    assert gap
+    assert untrained
+    said = " ".join(words.answer(results))
+    assert f"loses {gap.points:.1f} points (95 % interval {gap.low:.1f} to {gap.high:.1f})" in said
+    assert f"On the untrained encoder it loses {untrained.points:.1f} points" in said
+    balanced = words.find_accuracy(results, "mixed_rand", "linear", "balanced", "trained")
+    assert balanced
+    assert f"right on {100 * balanced.top1:.1f} %" in said
+    gap.points, gap.low, gap.high = -1.0, -3.0, 1.5
+    said = words.answer(results)[0]
+    assert "gains 1.0 points (95 % interval −1.5 to 3.0)" in said
+    assert "not distinguishable" in said
+
+
+def test_page_without_optional_parts(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "results.json").write_text('{"seed": 0}')
+    page = Page(write_report(run))
+    page.assert_self_contained()
+    assert "not evaluated" in page.text
+
+    accuracy = {"encoder": "trained", **LINEAR_TRAIN, "split": "test", "top1": 0.5}
+    (run / "results.json").write_text(json.dumps({"seed": 0, "accuracies": [accuracy]}))
+    (run / "metrics.csv").write_text("epoch,step,loss,msr/meta_grad_norm\n0,0,nan,0.0\n0,1,,\n")
+    page = Page(write_report(run))
+    assert "50.0 % on test" in page.text
+    assert "does not say what is object" in page.text
+    assert summarise([run]).configurations[0].metrics[Metric("test", "linear", "train")].mean == 50
+
+
+def test_one_row_a_configuration_with_mean_and_std_over_seeds(tmp_path: Path) -> None:
+    for method in ("moco", "byol"):
+        for regularizer in ("none", "msr"):
+            for seed in range(3):
+                write_run(tmp_path / "deep" / f"{method}-{regularizer}-{seed}", method, regularizer, seed)
+    summary = summarise([tmp_path, tmp_path / "deep"])
+    assert [c.labels for c in summary.configurations] == [
+        {"method": method, "regularizer": regularizer} for method in ("byol", "moco") for regularizer in ("none", "msr")
+    ]
+    metric = Metric("mixed_rand", "linear", "train")
+    expected = [100 * top1("byol", "none", seed, "trained", "linear", "train", "mixed_rand") for seed in range(3)]
+    statistic = summary.configurations[0].metrics[metric]
+    assert statistic.values == pytest.approx(tuple(expected))
+    assert statistic.mean == pytest.approx(sum(expected) / 3)
+    assert statistic.std == pytest.approx(np.std(expected, ddof=1))
+    gain = summary.configurations[0].metrics[metric._replace(encoder=GAIN)]
+    reference = [100 * top1("byol", "none", seed, "untrained", "linear", "train", "mixed_rand") for seed in range(3)]
+    assert gain.std == pytest.approx(statistics.stdev(a - b for a, b in zip(expected, reference, strict=True)))
+
+    files = write_summary(summary, tmp_path)
+    assert [file.name for file in files] == ["summary.csv", "summary.md", "summary.json", "report.html"]
+    with files[0].open() as lines:
+        table = list(csv.DictReader(lines))
+    assert len(table) == 4
+    assert table[0]["seeds"] == "0 1 2"
+    assert float(table[0][str(metric)]) == pytest.approx(statistic.mean)
+    assert float(table[0][f"{metric} std"]) == pytest.approx(statistic.std)
+    everything = json.loads(files[2].read_text())
+    assert [c["seeds"] for c in everything["configurations"]] == [[0, 1, 2]] * 4
+    page = Page(files[3])
+    page.assert_self_contained()
+    assert [row[:3] for row in page.tables["headline"][1:]][1] == ["byol", "msr", "3"]
+    for row, c in zip(page.tables["headline"][1:], summary.configurations, strict=True):
+        for cell, column in zip(row[3:], headline(summary.configurations), strict=True):
+            assert cell.lstrip("+") == str(c.metrics[column])
+
+
+def test_only_what_differs_is_a_column(tmp_path: Path) -> None:
+    write_run(tmp_path / "a", regularizer="none", optimizer__lr=0.01)
+    write_run(tmp_path / "b", regularizer="none", optimizer__lr=0.002)
+    labels = [c.labels for c in summarise([tmp_path]).configurations]
+    assert labels == [{"optimizer.lr": "0.002"}, {"optimizer.lr": "0.01"}]
+    write_run(tmp_path / "c", regularizer="msr", regularizer__weight=0.5, optimizer__lr=0.01)
+    labels = [c.labels for c in summarise([tmp_path]).configurations]
+    assert [tuple(label) for label in labels] == [("regularizer", "optimizer.lr")] * 3
+    single = summarise([tmp_path / "a"]).configurations[0]
+    assert single.labels == {"run": "moco-none-none-confounded"}
+
+
+def test_same_configuration_and_seed_twice_counts_once(tmp_path: Path) -> None:
+    write_run(tmp_path / "old")
+    write_run(tmp_path / "new")
+    os.utime(tmp_path / "old/results.json", (0, 0))
+    summary = summarise([tmp_path])
+    assert [run.path for run in summary.configurations[0].runs] == [tmp_path / "new"]
+    assert summary.superseded == [tmp_path / "old"]
+
+
+def test_full_and_fg_runs_join_into_the_two_by_two(tmp_path: Path) -> None:
+    for seed in (0, 1):
+        write_box_run(tmp_path / f"full{seed}", "full", 0.40 + 0.02 * seed, 0.36, seed)
+        write_box_run(tmp_path / f"fg{seed}", "fg", 0.25, 0.50 + 0.04 * seed, seed)
+    summary = summarise([tmp_path])
+    (joined,) = summary.two_by_two
+    assert joined.classifier == "linear"
+    means = {condition: cell.mean for condition, cell in joined.cells.items()}
+    assert means == pytest.approx({("full", "full"): 41, ("full", "fg"): 36, ("fg", "full"): 25, ("fg", "fg"): 52})
+    assert joined.cells["fg", "fg"].std == pytest.approx(math.sqrt(8))
+    page = Page(write_summary(summary, tmp_path)[3])
+    assert page.tables["two-by-two"][1][-4:] == ["41.0 ± 1.4", "36.0 ± 0.0", "52.0 ± 2.8", "25.0 ± 0.0"]
+    assert "| 41.0 ± 1.4 | 36.0 ± 0.0 | 52.0 ± 2.8 | 25.0 ± 0.0 |" in as_markdown(summary)
+    write_box_run(tmp_path / "alone/full", "full", 0.4, 0.3)
+    assert summarise([tmp_path / "alone"]).two_by_two == []
+
+
+def test_failed_runs_are_listed(tmp_path: Path) -> None:
+    write_run(tmp_path / "good")
+    copy = tmp_path / "good/wandb/files"
+    copy.mkdir(parents=True)
+    (copy / "config.yaml").write_text("seed: 0")
+    for name in ("died", ".hydra"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.yaml").write_text("seed: 1")
+    (tmp_path / "torn").mkdir()
+    (tmp_path / "torn/results.json").write_text('{"seed": 0, "acc')
+    summary = summarise([tmp_path])
+    assert len(summary.configurations) == 1
+    assert sorted(failed.path.name for failed in summary.failed) == ["died", "torn"]
+    page = Page(write_summary(summary, tmp_path)[3])
+    assert str(tmp_path / "died") in page.text
+    assert "torn" in as_markdown(summary)
+
+
+def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "120")
+    assert main([str(tmp_path / "nowhere")]) == 2
+    error = capsys.readouterr().err
+    assert "there is no folder" in error
+    assert "Traceback" not in error
+    (tmp_path / "empty").mkdir()
+    assert main([str(tmp_path / "empty")]) == 2
+    assert "no run inside" in capsys.readouterr().err
+    run = write_run(tmp_path / "runs/0", regularizer="none")
+    assert main([str(run)]) == 0
+    assert str(run / "report.html") in capsys.readouterr().out
+    other = write_run(tmp_path / "runs/1", seed=1)
+    assert main([str(run), str(other)]) == 0
+    assert (tmp_path / "runs/summary.csv").exists()
+    out = capsys.readouterr().out
+    assert max(map(len, out.splitlines()[:12])) <= 120
+    assert "BG-gap" in out
+    assert main([str(tmp_path / "runs"), "--out", str(tmp_path / "elsewhere")]) == 0
+    assert 'href="../runs/0/report.html"' in (tmp_path / "elsewhere/report.html").read_text()
+
+
+def test_unreadable_results_are_a_users_error(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"no results\.json"):
+        write_report(tmp_path)
+    (tmp_path / "results.json").write_text('{"seed": "zero"}')
+    with pytest.raises(UserError, match="seed"):
+        write_report(tmp_path)
