@@ -108,4 +108,4 @@ def separable(images: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
     lines = images.transpose(1, 2).contiguous().float()
     lines = torch.bmm(rows, lines.view(n, height, c * width))
     lines = torch.bmm(lines.view(n, -1, width), columns.mT)
-    return lines.view(n, rows.shape[1], c, -1).transpose(1, 2)
+    return lines.view(n, rows.shape[1], c, -1).transpose(1, 2).contiguous()

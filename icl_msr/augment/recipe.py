@@ -41,8 +41,8 @@ Changes = Annotated[dict[str, Any], AfterValidator(_changes)]
 # The random number of a key that serves each purpose. Results of old runs depend on it: append, never renumber.
 _BOX, _FLIP, _JITTER, _FACTORS, _ORDER = slice(0, 22), 22, 23, slice(24, 28), slice(28, 32)
 _GRAY, _BLUR, _SIGMA, _SOLARIZE, NUMBERS = 32, 33, 34, 35, 36
-import os
-CACHE = int(os.environ.get('CACHE',64*1024))
+_PIXELS = 2**16
+"""Pixels that a CPU works on at a time, so that they stay in its cache."""
 
 
 @dataclass(kw_only=True)
@@ -187,7 +187,7 @@ class Augmentation(Recipe):
             scale = 1 / torch.tensor(std, device=source.device).view(3, 1, 1)
             shift = -torch.tensor(mean, device=source.device).view(3, 1, 1) * scale
             result = torch.empty(len(index), 3, side, side, device=source.device)
-            step = len(index) if source.is_cuda else max(1, CACHE // side**2)
+            step = len(index) if source.is_cuda else max(1, _PIXELS // side**2)
             for at in range(0, len(index), step):
                 part = slice(at, at + step)
                 drawn = recipe.draw(source[part], numbers[part], boxes if boxes is None else boxes[part], side)

@@ -42,7 +42,8 @@ def true_masks(data: Dataset, name: str) -> Tensor:
 
 
 def grown(masks: Tensor) -> Tensor:
-    return F.max_pool2d(masks[:, None].float(), 3, stride=1, padding=1)[:, 0] > 0
+    """By two pixels: the soft edge at a sharp tip is that wide."""
+    return F.max_pool2d(masks[:, None].float(), 5, stride=1, padding=2)[:, 0] > 0
 
 
 def shrunk(masks: Tensor) -> Tensor:
@@ -117,7 +118,7 @@ def test_disagreeing_backgrounds_come_from_all_other_families() -> None:
 def test_splits_show_the_same_objects() -> None:
     data = build()
     inside = shrunk(true_masks(data, "original"))[:, None].expand(-1, 3, -1, -1)
-    assert inside.float().mean() > 0.05
+    assert inside.float().mean() > 0.02
     for name in ("mixed_same", "mixed_rand", "only_fg"):
         assert torch.equal(images(data, name)[inside], images(data, "original")[inside]), name
         assert torch.equal(data.tests[name].labels, data.tests["original"].labels)
@@ -192,5 +193,5 @@ def test_cache_gives_back_what_was_drawn(tmp_path: Path, monkeypatch: pytest.Mon
 
 def test_cache_that_cannot_be_written_is_explained(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    with pytest.raises(UserError, match="dataset.cache=null"):
+    with pytest.raises(UserError, match=r"dataset\.cache=null"):
         build(cache=str(tmp_path / "file"))
