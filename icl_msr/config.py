@@ -54,7 +54,6 @@ class Loader(BaseModel):
 
     batch_size: Annotated[int, Field(ge=2)]
     num_workers: NonNegativeInt
-    regularizer_size: PositiveInt | None
 
 
 class Settings(BaseModel):

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from icl_msr.data.datamodule import DataModule
 from icl_msr.losses.contrastive import unit
 from icl_msr.methods.base import Method, Output, Step, Targets, frozen_statistics
 from icl_msr.optimization import Optimization
@@ -102,12 +103,10 @@ class Pretraining(pl.LightningModule):
         regularizer = self.regularizer
         if regularizer is None or regularizer.optimizer is None or regularizer.schedule != "per_epoch":
             return
-        loader, data = self.trainer.train_dataloader, self.trainer.datamodule  # type: ignore[attr-defined]
+        data: DataModule = self.trainer.datamodule  # type: ignore[attr-defined]
         log: dict[str, float] = {}
-        for index, raw in enumerate(loader):
-            if index >= self.trainer.num_training_batches:
-                break
-            views = data.on_after_batch_transfer(data.transfer_batch_to_device(raw, self.device, 0), 0)
+        epoch = data.epoch(self.current_epoch, self.device, int(self.trainer.num_training_batches))
+        for index, views in enumerate(epoch):
             step = self.step(index)
             with torch.no_grad(), frozen_statistics(self.method):
                 targets = self.method.targets(views)

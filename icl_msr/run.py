@@ -36,13 +36,14 @@ from icl_msr.data.dataset import Dataset
 from icl_msr.encoders import Backbone
 from icl_msr.errors import UserError
 from icl_msr.evaluation.suite import Evaluation, Results
-from icl_msr.evaluation.table import background_table
 from icl_msr.hardware import Hardware, Plan
 from icl_msr.methods import Method
 from icl_msr.optimization import Optimization
 from icl_msr.pretraining import Pretraining
 from icl_msr.regularizers import MetaSemanticRegularizer
-from icl_msr.report import write_report
+from icl_msr.report import matrix_table, write_report
+from icl_msr.report.runs import Run
+from icl_msr.report.words import answer
 
 Built = TypeVar("Built")
 
@@ -60,7 +61,7 @@ def run(config: DictConfig) -> float:
     dataset = build_as(Dataset, settings.dataset)
     backbone = build(settings.backbone, dataset.image_size)
     untrained = copy.deepcopy(backbone)
-    method = build_as(Method, settings.method, backbone)
+    method = build_as(Method, settings.method, backbone)  # type: ignore[type-abstract]
     regularizer: MetaSemanticRegularizer | None = build(settings.regularizer, backbone.channels, method.temperature)
     optimization = build_as(Optimization, settings.optimizer)
     evaluation: Evaluation | None = build(settings.evaluation)
@@ -74,11 +75,11 @@ def run(config: DictConfig) -> float:
         **settings.loader.model_dump(),
     )
     if plan.channels_last:
-        module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        module.to(memory_format=torch.channels_last)
 
     derived = derive(settings, optimization, len(dataset.train))
     about = environment(settings, plan)
-    OmegaConf.save(config, folder / "config.yaml", resolve=True)
+    OmegaConf.save(config, folder / "config.yaml")
     write_json(folder / "environment.json", about)
     console = Console()
     console.print(f"[bold]{name}[/bold] on {plan}\n{facts(derived)}\n{folder}", highlight=False, soft_wrap=True)
@@ -112,8 +113,9 @@ def run(config: DictConfig) -> float:
     }
     write_json(folder / "results.json", summary)
     report = write_report(folder)
+    saved = Run.load(folder).results
     if evaluation is not None:
-        console.print(background_table(results, title=name))
+        console.print(matrix_table(saved), *answer(saved))
     console.print(f"results  {folder / 'results.json'}\nreport   {report}", highlight=False, soft_wrap=True)
     return metric(settings.metric, final, results)
 
@@ -188,16 +190,15 @@ def draw(folder: Path, data: DataModule, module: Pretraining, results: Results) 
     """The grids of the report."""
     folder.mkdir(exist_ok=True)
     dataset, method, regularizer = data.dataset, module.method, module.regularizer
-    look = {"mean": dataset.mean, "std": dataset.std}
-    views = data.first_views(module.device)
-    captions = {"views.png": pictures.views_grid(views, path=folder / "views.png", **look)}
+    views = next(data.epoch(0, module.device))
+    captions = {"views.png": pictures.views_grid(views, dataset.mean, dataset.std, folder / "views.png")}
     if views.negatives is not None:
-        captions["negatives.png"] = pictures.negatives_grid(views, path=folder / "negatives.png", **look)
+        captions["negatives.png"] = pictures.negatives_grid(views, dataset.mean, dataset.std, folder / "negatives.png")
     if regularizer is not None and isinstance(method.backbone, Backbone):
         with torch.no_grad():
             strata = regularizer.strata(views.images)
         captions["strata.png"] = pictures.strata_grid(
-            method.backbone, strata, views.images, path=folder / "strata.png", **look
+            method.backbone, strata[:10], views.images[:10], dataset.mean, dataset.std, folder / "strata.png"
         )
     if results.features:
         split = "mixed_rand" if "mixed_rand" in dataset.tests else next(iter(dataset.tests))

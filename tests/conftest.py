@@ -1,7 +1,6 @@
+import pytest
 import torch
 from torch import Tensor, nn
-
-import pytest
 
 from icl_msr.methods import BYOL, Method, MoCo, SimCLR
 from icl_msr.views import NonSemantic, Views
@@ -30,7 +29,9 @@ class SmoothBackbone(nn.Module):
         return self.net(images).mean(dim=(2, 3))
 
 
-def make_views(n: int = 6, size: int = 8, negatives: int = 0, dtype: torch.dtype = torch.float64, seed: int = 0) -> Views:
+def make_views(
+    n: int = 6, size: int = 8, negatives: int = 0, dtype: torch.dtype = torch.float64, seed: int = 0
+) -> Views:
     generator = torch.Generator().manual_seed(seed)
     images = torch.randn(n, 3, size, size, generator=generator, dtype=dtype)
     views = [images + 0.3 * torch.randn(images.shape, generator=generator, dtype=dtype) for _ in range(2)]

@@ -57,7 +57,8 @@ def rotate_hue(images: Tensor, shift: Tensor) -> Tensor:
     sixths = (green + blue).sub_(red).sub_(low).div_(chroma.clamp(min=1e-12)).add_(1)
     turns = sixths.copysign_(green - blue).div_(6).add_(shift[:, None, None])
     # colour = value - chroma * clamp(min(k, 4 - k), 0, 1) with k = (n + 6 turns) mod 6 and n = 5, 3, 1
-    part = (turns[:, None] + turns.new_tensor([11 / 6, 9 / 6, 7 / 6])[:, None, None]).frac_()
+    n = torch.arange(5, 0, -2, device=images.device)[:, None, None]
+    part = (turns[:, None] + (n / 6 + 1)).frac_()
     part = part.sub_(1 / 3).abs_().mul_(-6).add_(2).clamp_(0, 1)
     return torch.addcmul(value[:, None], part, chroma[:, None], value=-1)
 

@@ -4,6 +4,7 @@ All four act on rows and columns separately, so each is a pair of small matrices
 """
 
 from collections.abc import Sequence
+from math import log
 
 import torch
 import torchvision.transforms.v2.functional as F
@@ -33,27 +34,22 @@ def random_boxes(
         scale: smallest and largest part of the area.
         ratio: smallest and largest width / height.
     """
-    bound = torch.ones_like(uniform[:, 0], dtype=torch.int64)
-    height, width = bound * height, bound * width
-    area = (height * width)[:, None] * torch.lerp(*_ends(uniform, scale), uniform[:, :TRIES])
-    low, high = _ends(uniform, ratio)
-    aspect = torch.lerp(low.log(), high.log(), uniform[:, TRIES : 2 * TRIES]).exp()
-    # The fallback stands last, where argmax finds it only if no candidate fits.
-    tallest = torch.minimum(height, (width / low).round().long())
-    widest = torch.minimum(width, (height * high).round().long())
-    w = torch.cat([(area * aspect).sqrt().round().long(), widest[:, None]], 1)
-    h = torch.cat([(area / aspect).sqrt().round().long(), tallest[:, None]], 1)
-    fits = (w > 0) & (w <= width[:, None]) & (h > 0) & (h <= height[:, None])
+    ones = torch.ones_like(uniform[:, :1], dtype=torch.int64)
+    size = torch.stack([ones[:, 0] * height, ones[:, 0] * width], 1)
+    height, width = size[:, :1], size[:, 1:]
+    area = height * width * (scale[0] + (scale[1] - scale[0]) * uniform[:, :TRIES])
+    low, high = log(ratio[0]), log(ratio[1])
+    aspect = torch.exp(low + (high - low) * uniform[:, TRIES : 2 * TRIES])
+    # The fallback stands last, where argmax, which finds the first of equals, takes it only if no candidate fits.
+    h = torch.cat([(area / aspect).sqrt(), torch.minimum(height, width / ratio[0])], 1).round().long()
+    w = torch.cat([(area * aspect).sqrt(), torch.minimum(width, height * ratio[1])], 1).round().long()
+    fits = (w > 0) & (w <= width) & (h > 0) & (h <= height)
     first = fits.int().argmax(1, keepdim=True)
-    h, w = h.gather(1, first)[:, 0], w.gather(1, first)[:, 0]
-    free = torch.stack([height - h, width - w], 1)
+    box = torch.cat([h.gather(1, first), w.gather(1, first)], 1)
+    free = size - box
     drawn = (uniform[:, 2 * TRIES : 2 * TRIES + 2] * (free + 1)).long()
     corner = torch.where(first < TRIES, torch.minimum(drawn, free), free // 2)
-    return torch.cat([corner, torch.stack([h, w], 1)], 1)
-
-
-def _ends(like: Tensor, interval: Sequence[float]) -> tuple[Tensor, Tensor]:
-    return like.new_tensor(interval[0]), like.new_tensor(interval[1])
+    return torch.cat([corner, box], 1)
 
 
 def resampling(start: Tensor, length: Tensor, source: int, size: int, flip: Tensor | None = None) -> Tensor:

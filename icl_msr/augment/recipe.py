@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
+from functools import lru_cache
 from typing import Annotated, Any, get_type_hints
 
 import torch
@@ -76,7 +77,7 @@ class Recipe:
     """Side of the view in pixels; null is the image size of the data set."""
 
     def boxes(self, numbers: Tensor, height: int | Tensor, width: int | Tensor) -> Tensor:
-        """What the view shows of each image: int64 (N, 4) as (top, left, height, width); see `geometry.random_boxes`."""
+        """What the view shows of each image: int64 (N, 4), see `geometry.random_boxes`."""
         return geometry.random_boxes(numbers[:, _BOX], height, width, self.scale, self.ratio)
 
     def draw(self, images: Tensor, numbers: Tensor, boxes: Tensor | None, size: int) -> Tensor:
@@ -97,7 +98,7 @@ class Recipe:
             columns = geometry.resampling(left, width, images.shape[3], size, flip)
             view = geometry.separable(images, rows.div_(255), columns)
         if self.jitter_probability > 0:
-            jittered = numbers[:, _JITTER, None] < self.jitter_probability
+            jittered = numbers[:, _JITTER] < self.jitter_probability
             view = colour.jitter(view, self._factors(numbers[:, _FACTORS], jittered), numbers[:, _ORDER].argsort(1))
         if self.gray > 0:
             view = colour.grayscale(view, numbers[:, _GRAY] < self.gray)
@@ -110,10 +111,13 @@ class Recipe:
         return view
 
     def _factors(self, numbers: Tensor, jittered: Tensor) -> Tensor:
-        neutral = numbers.new_tensor([1, 1, 1, 0])
-        reach = numbers.new_tensor(self.jitter) * jittered
-        low = torch.maximum(neutral - reach, numbers.new_tensor([0, 0, 0, -1]))
-        return torch.lerp(low, neutral + reach, numbers)
+        columns = []
+        for number, reach, neutral, least in zip(
+            numbers.unbind(1), self.jitter, (1, 1, 1, 0), (0, 0, 0, -1), strict=True
+        ):
+            low, high = max(neutral - reach, least), neutral + reach
+            columns.append(torch.where(jittered, low + (high - low) * number, neutral))
+        return torch.stack(columns, 1)
 
 
 @dataclass(kw_only=True)
@@ -178,19 +182,27 @@ class Augmentation(Recipe):
             std: likewise.
             cropped: the images are cut out by `crop_parameters` and resized, but not flipped.
         """
+        device = index.device
+        scale = 1 / _channels(tuple(std), device)
+        shift = -_channels(tuple(mean), device) * scale
         views = []
-        for view, recipe in enumerate(self.recipes):
-            source = images[view] if cropped else images
+        sources = [images] * len(self.recipes) if isinstance(images, Tensor) else images
+        for view, (recipe, source) in enumerate(zip(self.recipes, sources, strict=True)):
             numbers = uniforms(keys(seed, epoch, index, view), NUMBERS)
-            boxes = None if cropped else recipe.boxes(numbers, *source.shape[-2:])
-            side = source.shape[-1] if cropped else recipe.size or size
-            scale = 1 / torch.tensor(std, device=source.device).view(3, 1, 1)
-            shift = -torch.tensor(mean, device=source.device).view(3, 1, 1) * scale
-            result = torch.empty(len(index), 3, side, side, device=source.device)
-            step = len(index) if source.is_cuda else max(1, _PIXELS // side**2)
-            for at in range(0, len(index), step):
-                part = slice(at, at + step)
-                drawn = recipe.draw(source[part], numbers[part], boxes if boxes is None else boxes[part], side)
+            boxes = None if cropped else recipe.boxes(numbers, source.shape[2], source.shape[3])
+            side = source.shape[3] if cropped else recipe.size or size
+            result = torch.empty(len(index), 3, side, side, device=device)
+            step = max(1, _PIXELS // side**2) if device.type == "cpu" else len(index)
+            for start in range(0, len(index), step):
+                part = slice(start, start + step)
+                with torch.autocast(device.type, enabled=False):
+                    drawn = recipe.draw(source[part], numbers[part], None if boxes is None else boxes[part], side)
                 torch.addcmul(shift, drawn, scale, out=result[part])
             views.append(result)
         return views
+
+
+@lru_cache
+def _channels(values: tuple[float, ...], device: torch.device) -> Tensor:
+    """(C, 1, 1), kept because a new tensor of numbers from the host makes the host wait for a GPU."""
+    return torch.tensor(values, device=device)[:, None, None]

@@ -14,6 +14,17 @@ challenge (Xiao et al., "Noise or Signal", ICLR 2021):
 Neither colour nor size nor place says anything about class or family. A background is darker than a bright object and
 brighter than a dark one, the same way in all splits. Every number comes from `icl_msr.randomness` and float64
 arithmetic that is rounded to uint8 at the end, so that a seed gives the same bytes everywhere.
+
+Difficulty, measured once with the default settings (a small ResNet of 128 features and 0.012 GMAC, Adam 3e-3, batch
+about 250, accuracy in %, chance 10; 1,000 images a split, so 1 to 1.6 points of standard error):
+
+                                              original  mixed_same  mixed_rand  only_fg  only_bg  fg
+    untrained, kNN (k = 20, mean of 3 seeds)        20          20          15       11       13   6
+    SimCLR, 15 epochs, kNN                          53          54          34       15       12  26
+    supervised on rho = 0.9, 12 epochs              98          99          82       53       37  46
+    supervised on rho = 1/K, 12 epochs              98          98          98       54       10  53
+
+The last row takes about a minute on one core. `only_fg` and `fg` are also a shift away from what was trained on.
 """
 
 import hashlib
@@ -39,8 +50,9 @@ from icl_msr.randomness import integers, keys, permutation, uniforms
 VERSION = 1
 """Of the generator: a change of any pixel raises it, and with it invalidates the cached sets."""
 
-MEAN = (0.5, 0.5, 0.5)
-STD = (0.25, 0.25, 0.25)
+MEAN = (0.50, 0.50, 0.50)
+STD = (0.27, 0.27, 0.27)
+"""Of `train`, as measured (seed 0, 32 pixels)."""
 
 # ---------------------------------------------------------------------------------------------------------- objects
 # A shape is a signed distance (negative inside) at x, y (N, S, S), in units of the object's radius.
@@ -84,7 +96,7 @@ def _heart(x: Tensor, y: Tensor) -> Tensor:
 
 def _arrow(x: Tensor, y: Tensor) -> Tensor:
     head = torch.maximum((0.8 * x + y.abs() - 0.8) / math.hypot(0.8, 1), -x)
-    shaft = torch.maximum((x + 0.45).abs() - 0.5, y.abs() - 0.22)
+    shaft = torch.maximum((x + 0.3).abs() - 0.65, y.abs() - 0.22)
     return torch.minimum(head, shaft)
 
 

@@ -1,17 +1,19 @@
 """From a data set to batches of `Views` on the training device."""
 
+import itertools
 from collections.abc import Iterator
 from typing import Any, NamedTuple, Protocol
 
 import pytorch_lightning as pl
 import torch
+from lightning_fabric.utilities import move_data_to_device
 from pydantic import NonNegativeInt, PositiveInt
 from torch import Tensor
 from torch.utils.data import DataLoader
 from torch.utils.data import Dataset as TorchDataset
 from torchvision.transforms.v2 import functional as F
 
-from icl_msr.augment import Augmentation, resize
+from icl_msr.augment import Augmentation
 from icl_msr.data.dataset import ArraySplit, Dataset, normalise
 from icl_msr.data.folders import FileSplit
 from icl_msr.errors import UserError
@@ -93,7 +95,6 @@ class DataModule(pl.LightningDataModule):
         batch_size: images of one step of all devices together, before accumulation.
         num_workers: processes that decode; a data set in memory needs none.
         seed: of order, views and negatives.
-        regularizer_size: side of `Views.images` in pixels; null is the image size of the data set.
         channels_last: memory format of all images that reach the backbone.
     """
 
@@ -106,13 +107,11 @@ class DataModule(pl.LightningDataModule):
         batch_size: PositiveInt,
         num_workers: NonNegativeInt,
         seed: NonNegativeInt,
-        regularizer_size: PositiveInt | None,
         channels_last: bool,
     ) -> None:
         super().__init__()
         self.dataset, self.augmentation, self.negatives = dataset, augmentation, negatives
         self.batch_size, self.num_workers, self.seed = batch_size, num_workers, seed
-        self.regularizer_size = regularizer_size or dataset.image_size
         self.format = torch.channels_last if channels_last else torch.contiguous_format
         self._resident: Tensor | None = None
         self._labels = dataset.train.labels
@@ -136,6 +135,15 @@ class DataModule(pl.LightningDataModule):
             pin_memory=trainer.strategy.root_device.type == "cuda",
         )
         return _TrainLoader(loader, batches, trainer)
+
+    def epoch(self, epoch: int, device: torch.device, batches: int | None = None) -> Iterator[Views]:
+        """The batches of an epoch once more, as this rank trained on them; the trainer's position does not move."""
+        loader = self.train_dataloader()
+        loader.batches.epoch = epoch
+        for batch in itertools.islice(loader.loader, batches):
+            if isinstance(batch, UserError):
+                raise batch
+            yield self.views(move_data_to_device(batch, device))
 
     def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
         """A `Batch` on the device to its `Views`; anything else stays as it is."""
@@ -161,7 +169,7 @@ class DataModule(pl.LightningDataModule):
             rows = self.negatives(views[0], keys(self.seed, batch.epoch, index, NEGATIVES))
             rows = self._laid_out(rows.flatten(0, 1)).view_as(rows)
             negatives = NonSemantic(rows, self.negatives.alpha, self.negatives.repulsion)
-        whole = normalise(resize(images, self.regularizer_size), data.mean, data.std)
+        whole = normalise(images, data.mean, data.std)
         self._labels = self._labels.to(index.device)
         return Views(
             self._laid_out(whole), [self._laid_out(view) for view in views], index, self._labels[index], negatives

@@ -14,10 +14,10 @@ from icl_msr.evaluation.metrics import Bootstrap, Interval
 
 GAPS: Mapping[str, tuple[str, str]] = {
     "bg_gap": ("mixed_same", "mixed_rand"),  # the published BG-gap
-    "original_minus_mixed_rand": ("original", "mixed_rand"),
-    "original_minus_only_fg": ("original", "only_fg"),
-    "only_bg_above_chance": ("only_bg", "chance"),
-    "full_minus_fg": ("full", "fg"),
+    "original - mixed_rand": ("original", "mixed_rand"),
+    "original - only_fg": ("original", "only_fg"),
+    "only_bg - chance": ("only_bg", "chance"),
+    "full - fg": ("full", "fg"),
 }
 """Name of a gap: the accuracy on the first split minus the accuracy on the second."""
 

@@ -41,7 +41,7 @@ def extract(
     index = torch.arange(len(split)) if index is None else index.cpu()
     encoder.to(device)
     features = torch.empty(0)
-    with _evaluating(encoder), torch.inference_mode(), _progress(label, len(index)) as bar:
+    with evaluating(encoder), torch.inference_mode(), _progress(label, len(index)) as bar:
         for start in range(0, len(index), batch_size):
             chosen = index[start : start + batch_size]
             images = normalise(split.load(chosen).to(device, non_blocking=True), mean, std)
@@ -62,7 +62,7 @@ def extract(
 
 
 @contextmanager
-def _evaluating(encoder: nn.Module) -> Iterator[None]:
+def evaluating(encoder: nn.Module) -> Iterator[None]:
     """Evaluation mode inside; afterwards every submodule is back in the mode it was in."""
     modes = [(module, module.training) for module in encoder.modules()]
     encoder.eval()

@@ -41,8 +41,8 @@ class PatchNegatives:
 
     def sizes(self, side: int) -> tuple[int, int]:
         """Smallest and largest d, in pixels, for images whose shorter side is `side`."""
-        low, high = (max(1, round(d * side / self.reference)) for d in (self.smallest, self.largest))
-        return low, min(high, side - 1)
+        low, high = (round(d * side / self.reference) for d in (self.smallest, self.largest))
+        return min(max(low, 1), side - 1), min(max(high, 1), side - 1)
 
     def __call__(self, query: Tensor, keys: Tensor) -> Tensor:
         """m negatives (N, m, C, H, W) of each image.

