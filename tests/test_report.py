@@ -125,7 +125,7 @@ def write_run(folder: Path, method: str = "moco", regularizer: str = "msr", seed
         "final": {"online/knn": 0.78, "loss": 5.2},
         "accuracies": accuracies,
         "gaps": gaps,
-        "choices_of_probe": [
+        "probes": [
             {"encoder": "trained", "fitted_on": "train", "learning_rate": 0.01, "held_out_top1": 0.83},
             {"encoder": "trained", "fitted_on": "balanced", "learning_rate": 0.003, "held_out_top1": 0.55},
         ],

@@ -113,11 +113,26 @@ class DataModule(pl.LightningDataModule):
         self.dataset, self.augmentation, self.negatives = dataset, augmentation, negatives
         self.batch_size, self.num_workers, self.seed = batch_size, num_workers, seed
         self.format = torch.channels_last if channels_last else torch.contiguous_format
+        self._training: _TrainLoader | None = None
         self._resident: Tensor | None = None
         self._labels = dataset.train.labels
 
     def train_dataloader(self) -> "_TrainLoader":
         """The loader of this rank."""
+        self._training = self._loader()
+        return self._training
+
+    def teardown(self, stage: str) -> None:
+        """Let the workers go. Left to the garbage collector, each of them would be waited for."""
+        if self._training is not None:
+            self._training.close()
+            self._training = None
+
+    def on_exception(self, exception: BaseException) -> None:
+        """See `teardown`."""
+        self.teardown("fit")
+
+    def _loader(self) -> "_TrainLoader":
         trainer = self.trainer
         assert trainer is not None
         train = self.dataset.train
@@ -138,7 +153,7 @@ class DataModule(pl.LightningDataModule):
 
     def epoch(self, epoch: int, device: torch.device, batches: int | None = None) -> Iterator[Views]:
         """The batches of an epoch once more, as this rank trained on them; the trainer's position does not move."""
-        loader = self.train_dataloader()
+        loader = self._loader()
         loader.batches.epoch = epoch
         for batch in itertools.islice(loader.loader, batches):
             if isinstance(batch, UserError):
@@ -205,6 +220,10 @@ class _TrainLoader:
             if isinstance(batch, UserError):
                 raise batch
             yield batch
+
+    def close(self) -> None:
+        """Drop the DataLoader, which ends its workers."""
+        del self.loader
 
     def state_dict(self) -> dict[str, Any]:
         """Nothing, but it tells Lightning that a run may resume in the middle of an epoch."""

@@ -77,8 +77,8 @@ class Results:
     """float32 (N, c) on the CPU, by encoder and split (`train`, `balanced` and the test splits)."""
 
     def records(self) -> dict[str, Any]:
-        """The plain-data part, ready for JSON: `accuracies`, `gaps` and `choices`."""
-        return {"accuracies": self.accuracies, "gaps": self.gaps, "choices": self.choices}
+        """The plain-data part, ready for JSON: `accuracies`, `gaps` and `probes`."""
+        return {"accuracies": self.accuracies, "gaps": self.gaps, "probes": self.choices}
 
 
 class Evaluation:

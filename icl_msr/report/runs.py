@@ -61,7 +61,7 @@ class Results(BaseModel):
     final: dict[str, float | None] = {}
     accuracies: list[Accuracy] = []
     gaps: list[Gap] = []
-    choices_of_probe: list[dict[str, Any]] = []
+    probes: list[dict[str, Any]] = []
 
 
 class Curve(NamedTuple):
