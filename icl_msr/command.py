@@ -59,7 +59,7 @@ def _known_keys(typed: Sequence[str], wrong: str) -> list[str]:
     with initialize_config_dir(str(config_dir()), version_base="1.3"):
         try:
             config = compose("config", overrides=choices)
-        except Exception:
+        except Exception:  # the mistake is among the choices; it has its own sentence
             config = compose("config")
     keys = list(_flat(config, ""))
     parent = wrong.rpartition(".")[0]

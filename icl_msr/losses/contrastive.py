@@ -5,12 +5,31 @@ follow Ge et al. 2021 (NeurIPS), section 3: they are compared with their own ima
 similarity inside the exponent.
 """
 
+from collections.abc import Callable
+from functools import wraps
+from typing import ParamSpec
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from icl_msr.distributed import gather, rank
 from icl_msr.views import NonSemantic
+
+
+Arguments = ParamSpec("Arguments")
+
+
+def full_precision(loss: Callable[Arguments, Tensor]) -> Callable[Arguments, Tensor]:
+    """Switches autocast off inside: a similarity matrix in bf16 has two digits, too few for a low temperature."""
+
+    @wraps(loss)
+    def wrapped(*args: Arguments.args, **kwargs: Arguments.kwargs) -> Tensor:
+        device = next(a.device.type for a in (*args, *kwargs.values()) if isinstance(a, Tensor))
+        with torch.autocast(device, enabled=False):
+            return loss(*args, **kwargs)
+
+    return wrapped
 
 
 def unit(embeddings: Tensor) -> Tensor:
@@ -23,6 +42,7 @@ def non_semantic_logits(anchors: Tensor, negatives: NonSemantic) -> Tensor:
     return negatives.alpha * torch.einsum("nd,nmd->nm", anchors, unit(negatives.rows))
 
 
+@full_precision
 def nt_xent(first: Tensor, second: Tensor, temperature: float, negatives: NonSemantic | None = None) -> Tensor:
     """NT-Xent of SimCLR (Chen et al. 2020, eq. 1): each view against the 2M - 1 other views of the global batch.
 
@@ -48,6 +68,7 @@ def nt_xent(first: Tensor, second: Tensor, temperature: float, negatives: NonSem
     return F.cross_entropy(logits / temperature, positive)
 
 
+@full_precision
 def info_nce(
     anchors: Tensor, positives: Tensor, bank: Tensor, temperature: float, negatives: NonSemantic | None = None
 ) -> Tensor:

@@ -3,10 +3,11 @@
 import torch
 from torch import Tensor
 
-from icl_msr.losses.contrastive import unit
+from icl_msr.losses.contrastive import full_precision, unit
 from icl_msr.views import NonSemantic
 
 
+@full_precision
 def squared_distance(predictions: Tensor, targets: Tensor, negatives: NonSemantic | None = None) -> Tensor:
     """Squared distance of unit vectors, 2 - 2 cos (BYOL; Grill et al. 2020, eq. 2), minus the repulsion.
 

@@ -27,7 +27,7 @@ from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from icl_msr.distributed import gather, rank
-from icl_msr.losses.contrastive import unit
+from icl_msr.losses.contrastive import full_precision, unit
 from icl_msr.methods.base import Method, Output, Pair, Step, Targets, frozen_statistics
 from icl_msr.regularizers.strata import StrataNetwork, random_partition, uniform, uniformity
 from icl_msr.views import Views
@@ -109,16 +109,20 @@ class MetaSemanticRegularizer(nn.Module):
         """
         losses = []
         for pair in pairs:
-            anchor = unit(pair.anchor)
             reweighted = math.sqrt(strata.shape[-1]) * strata * pair.key_features[:, None]  # (N, S, c)
             with frozen_statistics(pair.head):
-                positives = unit(pair.head(reweighted.flatten(0, 1))).reshape(*strata.shape[:2], -1)  # (N, S, D)
-            log_p = torch.einsum("nd,nsd->ns", anchor, positives) / self.temperature
-            if self.negatives != "none":
-                log_negatives = self._log_negatives(pair, pairs, anchor)
-                log_p = log_p - torch.logaddexp(log_p, log_negatives[:, None])
-            losses.append(-(torch.logsumexp(log_p, dim=1) - math.log(strata.shape[1])).mean())
+                positives = pair.head(reweighted.flatten(0, 1)).reshape(*strata.shape[:2], -1)  # (N, S, D)
+            losses.append(self._interventional_loss(unit(positives), pair, pairs))
         return torch.stack(losses).mean()
+
+    @full_precision
+    def _interventional_loss(self, positives: Tensor, pair: Pair, pairs: Sequence[Pair]) -> Tensor:
+        """-log P_do of one direction, averaged over anchors, from the reweighted positives (N, S, D)."""
+        anchor = unit(pair.anchor)
+        log_p = torch.einsum("nd,nsd->ns", anchor, positives) / self.temperature
+        if self.negatives != "none":
+            log_p = log_p - torch.logaddexp(log_p, self._log_negatives(pair, pairs, anchor)[:, None])
+        return -(torch.logsumexp(log_p, dim=1) - math.log(log_p.shape[1])).mean()
 
     def _log_negatives(self, pair: Pair, pairs: Sequence[Pair], anchor: Tensor) -> Tensor:
         """log neg(i, j), (N,): over the method's bank, else over the other images' keys on all ranks."""

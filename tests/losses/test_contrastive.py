@@ -97,3 +97,12 @@ def test_half_precision_is_computed_in_single() -> None:
     loss = nt_xent(a, b, 0.01)
     assert loss.dtype == torch.float32
     torch.testing.assert_close(loss, nt_xent(a.float(), b.float(), 0.01))
+
+
+def test_autocast_does_not_reach_inside() -> None:
+    a, b, bank = A.float(), B.float(), BANK.float()
+    with torch.autocast("cpu", torch.bfloat16):
+        inside = nt_xent(a, b, 0.07), info_nce(a, b, bank, 0.07), squared_distance(a, b)
+    outside = nt_xent(a, b, 0.07), info_nce(a, b, bank, 0.07), squared_distance(a, b)
+    for x, y in zip(inside, outside, strict=True):
+        torch.testing.assert_close(x, y, rtol=0, atol=0)
