@@ -166,7 +166,9 @@ class Evaluation:
 
         for fitted_on, split in fitting.items():
             scores: dict[str, Tensor] = {}
-            bank, bank_labels = features[fitted_on].to(device), split.labels.to(device)
+            labelled = split.labels.cpu() >= 0  # STL-10 trains on unlabelled images too
+            bank = features[fitted_on][labelled].to(device)
+            bank_labels = split.labels.cpu()[labelled].to(device)
             classes = len(dataset.classes)
             for preset, votes in knn_scores(bank, bank_labels, queries, self.knn, classes).items():
                 scores[f"knn-{preset}"] = votes

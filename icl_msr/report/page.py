@@ -153,7 +153,7 @@ def _tiles(results: Results) -> list[tuple[str, str, str]]:
     for split, fitted_on, what in (
         ("only_bg", "train", "right from the background alone"),
         ("mixed_rand", "balanced", "of objects read, when the probe cannot use the background"),
-        ("fg", "train", "right from the object alone"),
+        ("only_fg", "train", "right from the object alone"),
     ):
         accuracy, untrained_accuracy = (
             words.find_accuracy(results, split, classifier, fitted_on, encoder) for encoder in ENCODERS
