@@ -35,7 +35,7 @@ format: env ## Format the code
 	$(BIN)/ruff format
 
 bench: env ## Measure the speed of the hot paths, as ratios
-	$(BIN)/python experiments/benchmarks/augmentation.py
+	$(BIN)/python experiments/benchmarks/speed.py
 
 report: env ## One table over all runs in runs/ (RUNS=folder chooses others)
 	$(BIN)/python -m icl_msr.report $(or $(RUNS),runs)

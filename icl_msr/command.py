@@ -9,51 +9,71 @@ from collections.abc import Callable, Sequence
 import hydra
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
-from hydra.errors import ConfigCompositionException, HydraException, MissingConfigException, OverrideParseException
+from hydra.errors import HydraException, MissingConfigException, OverrideParseException
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from icl_msr.config import config_dir, suggestion
+from icl_msr.config import config_dir, no_keys, suggestion
 from icl_msr.errors import UserError
 
 
 def main(job: Callable[[DictConfig], float], arguments: Sequence[str] | None = None) -> int:
     """Composes the config from the command line and runs `job` in Hydra's output folder; returns the exit code."""
     typed = [rewritten for word in (sys.argv[1:] if arguments is None else arguments) for rewritten in _rewrite(word)]
+    typed.sort(key=lambda word: word not in ("-m", "--multirun"))  # Hydra cannot read a flag between overrides
     # Hydra then raises what it would otherwise print in its own words.
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")
     warnings.filterwarnings("ignore", module="hydra|pytorch_lightning|lightning_fabric")
     sys.argv[1:] = typed
+    codes: list[int] = []
+
+    def answered(config: DictConfig) -> float:
+        codes.append(0)
+        try:
+            return job(config)
+        except UserError as mistake:
+            # Hydra would announce a mistake that leaves the job; and the other jobs of a sweep go on.
+            codes[-1] = _refuse(str(mistake))
+            return float("nan")
+
     try:
-        hydra.main(version_base="1.3", config_path=str(config_dir()), config_name="config")(job)()
-    except UserError as mistake:
-        return _refuse(str(mistake))
-    except (HydraException, OmegaConfBaseException) as mistake:
+        hydra.main(version_base="1.3", config_path=str(config_dir()), config_name="config")(answered)()
+    except (HydraException, OmegaConfBaseException, ValueError) as mistake:
+        if codes:  # composed and begun, so it is no mistake of the user's
+            raise
         return _refuse(sentence(mistake, typed))
-    return 0
+    return max(codes, default=0)
 
 
 def sentence(error: Exception, typed: Sequence[str]) -> str:
     """A composition error of Hydra or OmegaConf in one sentence."""
-    text = str(error)
+    text = f"{error.__cause__ or ''}\n{error}"  # the cause knows the full key
     if isinstance(error, OverrideParseException):
         return f"{error.override} cannot be read; write key=value, and quote what has spaces: 'key=\"a b\"'."
-    if isinstance(error, MissingConfigException):
-        missing = re.search(r"'([^']*)/([^'/]*)'", text)
-        if missing:
-            group, wrong = missing.groups()
-            folder = config_dir() / group
-            known = [file.stem for file in folder.glob("*.yaml") if not file.stem.startswith("_")]
-            return f"{group}={wrong} does not exist; {suggestion(wrong, known)}"
-    key = re.search(r"Could not override '([^']*)'|Key '([^']*)' is not in struct|full_key: (\S+)", text)
-    if isinstance(error, ConfigCompositionException | OmegaConfBaseException) and key:
-        wrong = next(name for name in key.groups() if name)
-        return f"{wrong} is not a key; {suggestion(wrong, _known_keys(typed, wrong))}"
-    return " ".join(text.split())
+    if isinstance(error, MissingConfigException) and (missing := re.search(r"'([^']*)/([^'/]*)'", text)):
+        return _no_choice(*missing.groups())
+    if "Config group override" in text:  # method=null: neither a choice's name nor a list of them
+        pairs = (word.partition("=") for word in typed)
+        return next(
+            _no_choice(key, value) for key, _, value in pairs if not _choices(key) or value not in _choices(key)
+        )
+    if several := re.search(r"Ambiguous value for argument '([^']*)'", text):
+        return f"{several[1]} has several values; add -m to run them one after the other."
+    if key := re.search(r"full_key: (\S+)|Could not override '([^']*)'|Key '([^']*)' is not in struct", text):
+        return _no_key(next(name for name in key.groups() if name), typed)
+    return " ".join(str(error).split("\n\n")[0].split())
 
 
-def _known_keys(typed: Sequence[str], wrong: str) -> list[str]:
-    """All keys of the config that the rest of the command line gives, or of the default one."""
+def _no_choice(group: str, wrong: str) -> str:
+    return f"{group}={wrong} does not exist; {suggestion(wrong, _choices(group))}"
+
+
+def _choices(group: str) -> list[str]:
+    return [file.stem for file in (config_dir() / group).glob("*.yaml")] if group else []
+
+
+def _no_key(wrong: str, typed: Sequence[str]) -> str:
+    """A key that is not in the config which the rest of the command line gives."""
     choices = [word for word in typed if re.fullmatch(r"[a-z]+=[\w./-]+", word) and not word.startswith(f"{wrong}=")]
     GlobalHydra.instance().clear()
     with initialize_config_dir(str(config_dir()), version_base="1.3"):
@@ -61,10 +81,15 @@ def _known_keys(typed: Sequence[str], wrong: str) -> list[str]:
             config = compose("config", overrides=choices)
         except Exception:  # the mistake is among the choices; it has its own sentence
             config = compose("config")
-    keys = list(_flat(config, ""))
     parent = wrong.rpartition(".")[0]
+    node = OmegaConf.select(config, parent) if parent else config
+    if isinstance(node, DictConfig) and not node:  # an open mapping, such as backbone.options
+        return f"{wrong} is not there yet; a plus adds it: +{wrong}=<value>."
+    if isinstance(node, DictConfig) and node.get("_target_", "") is None:
+        return no_keys(parent, wrong)
+    keys = _flat(config, "")
     siblings = [key for key in keys if key.rpartition(".")[0] == parent]
-    return siblings or keys
+    return f"{wrong} is not a key; {suggestion(wrong, siblings or keys)}"
 
 
 def _flat(node: DictConfig | ListConfig, prefix: str) -> list[str]:

@@ -10,12 +10,14 @@ import difflib
 import hashlib
 import inspect
 import json
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from types import NoneType
+from typing import Annotated, Any, TypeVar, get_args
 
 from hydra.utils import get_object
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import InterpolationResolutionError
 from pydantic import (
     BaseModel,
     ConfigDict,
@@ -26,11 +28,12 @@ from pydantic import (
     ValidationError,
     create_model,
 )
+from pydantic.fields import FieldInfo
 
 from icl_msr.errors import UserError
 
 Schema = TypeVar("Schema", bound=BaseModel)
-_STRICT = ConfigDict(extra="forbid", strict=True)
+_STRICT = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
 
 class Trainer(BaseModel):
@@ -96,7 +99,11 @@ def check(config: DictConfig) -> Settings:
     missing = sorted(OmegaConf.missing_keys(config))
     if missing:
         raise UserError(f"{missing[0]} has no value yet; add {missing[0]}=<value>.")
-    plain = OmegaConf.to_container(config, resolve=True)
+    try:
+        plain = OmegaConf.to_container(config, resolve=True)
+    except InterpolationResolutionError as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"{error.full_key} cannot be filled in ({reason}); name a key in full, as ${{seed}}.") from None
     assert isinstance(plain, dict)
     settings = _validated(Settings, {str(key): value for key, value in plain.items()}, "")
     for name, node in settings.groups().items():
@@ -118,9 +125,16 @@ def fingerprint(settings: Settings) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
+def no_keys(group: str, wrong: str) -> str:
+    """What is said of a key of a group that is `none`."""
+    return f"{group} is none and has no keys, so {wrong} has no meaning; drop it or choose another {group}."
+
+
 def suggestion(wrong: str, known: Iterable[str]) -> str:
-    """`; did you mean a or b?`, or all known names where none is near."""
+    """`did you mean a or b?`, or all known names where none is near."""
     names = sorted(known)
+    if not names:
+        return "there is nothing to choose from."
     near = difflib.get_close_matches(wrong, names, n=2, cutoff=0.6)
     return f"did you mean {' or '.join(near)}?" if near else f"choose one of {', '.join(names)}."
 
@@ -131,12 +145,13 @@ def _check_node(group: str, node: Mapping[str, Any]) -> None:
     keys = {name: value for name, value in node.items() if name != "_target_"}
     if node["_target_"] is None:
         if keys:
-            raise UserError(f"{group} is none and has no keys, so {group}.{next(iter(keys))} has no meaning; drop it.")
+            raise UserError(no_keys(group, f"{group}.{next(iter(keys))}"))
         return
     try:
         target = get_object(node["_target_"])
     except Exception as error:
-        raise UserError(f"{group}._target_={node['_target_']} cannot be imported ({error}).") from None
+        reason = " ".join(str(error).split())
+        raise UserError(f"{group}._target_={node['_target_']} cannot be imported ({reason}).") from None
     _validated(_schema(target), keys, f"{group}.")
 
 
@@ -157,21 +172,73 @@ def _validated(schema: type[Schema], values: Mapping[str, Any], prefix: str) -> 
     try:
         return schema(**values)
     except ValidationError as errors:
-        raise UserError(_sentence(errors, schema, prefix)) from None
+        raise UserError(_sentence(errors, schema, values, prefix)) from None
 
 
-def _sentence(errors: ValidationError, schema: type[BaseModel], prefix: str) -> str:
-    error = errors.errors()[0]
-    path = prefix + ".".join(str(part) for part in error["loc"] if not str(part).startswith(("function-", "literal")))
-    kind = error["type"]
-    if kind == "extra_forbidden":
-        known = set(schema.model_fields)
-        if len(error["loc"]) > 1:  # inside trainer or loader
-            inner = schema.model_fields[str(error["loc"][0])].annotation
-            known = set(getattr(inner, "model_fields", {}))
+def _sentence(errors: ValidationError, schema: type[BaseModel], values: Mapping[str, Any], prefix: str) -> str:
+    """The first mistake, said of its key. The members of a union, which pydantic judges one by one, are one choice."""
+    first = errors.errors()[0]
+    if first["type"] == "missing":
+        key = prefix + ".".join(map(str, first["loc"]))
+        return f"{key} is missing; add {key}=<value>."
+    found = [(_path(error["loc"], values), error) for error in errors.errors()]
+    path, error = max((pair for pair in found if pair[0][0] == found[0][0][0]), key=lambda pair: len(pair[0]))
+    key, fields = prefix + ".".join(map(str, path)), _fields(schema, path)
+    if error["type"] == "extra_forbidden":
         owner = f" of {schema.__name__}" if prefix else ""
-        return f"{path} is not a key{owner}; {suggestion(str(error['loc'][-1]), known)}"
-    if kind == "missing":
-        return f"{path} is missing; add {path}=<value>."
-    reason = error["msg"].removeprefix("Value error, ").removeprefix("Input should be ")
-    return f"{path}={error['input']!r} is not allowed; it should be {reason}."
+        return f"{key} is not a key{owner}; {suggestion(str(path[-1]), fields)}"
+    value: Any = values
+    for part in path:
+        value = value[part]
+    shown = json.dumps(value, default=str)
+    if error["type"] == "value_error":
+        return f"{key}={shown} is not allowed: {error['ctx']['error']}."
+    allowed = [_allowed(other) for where, other in found if where == path]
+    if path[-1] in fields and NoneType in get_args(fields[path[-1]].annotation):
+        allowed.append("null")
+    wrong = json.dumps(error["input"], default=str)
+    subject = "it" if wrong == shown else wrong
+    return f"{key}={shown} is not allowed; {subject} should be {' or '.join(dict.fromkeys(allowed))}."
+
+
+def _path(loc: Iterable[int | str], values: Any) -> list[Any]:
+    """Where the value stands: pydantic's own path also names the types of a union that it tried."""
+    path: list[Any] = []
+    for part in loc:
+        inside = range(len(values)) if isinstance(values, list) else values if isinstance(values, Mapping) else ()
+        if part in inside:
+            path.append(part)
+            values = values[part]
+    return path
+
+
+def _fields(schema: type[BaseModel], path: Sequence[Any]) -> Mapping[str, FieldInfo]:
+    """The fields beside the last name of a path; none inside a value that is no model."""
+    fields = schema.model_fields
+    for name in path[:-1]:
+        fields = getattr(fields[name].annotation, "model_fields", {}) if name in fields else {}
+    return fields
+
+
+_ALLOWED = {
+    "int_type": "a whole number",
+    "float_type": "a number",
+    "finite_number": "a finite number",
+    "string_type": "text",
+    "bool_type": "true or false",
+    "list_type": "a list like [1, 2]",
+    "dict_type": "a mapping like {{a: 1}}",
+    "model_type": "a mapping like {{a: 1}}",
+    "too_short": "a list of {min_length} or more",
+    "too_long": "a list of {max_length} or fewer",
+    "greater_than": "greater than {gt:g}",
+    "greater_than_equal": "at least {ge:g}",
+    "less_than": "less than {lt:g}",
+    "less_than_equal": "at most {le:g}",
+}
+
+
+def _allowed(error: Mapping[str, Any]) -> str:
+    """What a value should be, in plain words."""
+    words = _ALLOWED.get(error["type"], "")
+    return words.format(**error.get("ctx", {})) or str(error["msg"]).removeprefix("Input should be ").replace("'", "")

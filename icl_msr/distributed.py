@@ -1,8 +1,14 @@
-"""Gathering over ranks, exact in the gradient for any number of ranks and any order of derivative.
+"""Collectives, exact in the gradient for any number of ranks and any order of derivative.
 
-With one process every function here is the identity.
+Every rank's loss is a mean over its own rows, and the training loss L is the mean of the W ranks' losses. All ranks
+differentiate at once and the adjoint of a sum over ranks is a sum over ranks, so what a rank obtains by its own copy of
+a parameter is the derivative of W L. The average over the copies is therefore the derivative of L itself, and so on
+for derivatives of derivatives: only the last one is averaged.
+
+All ranks must call the same collectives in the same order. With one process every function here is the identity.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -21,24 +27,18 @@ def rank() -> int:
     return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
 
 
-def _all_gather(local: Tensor) -> Tensor:
-    parts = [torch.empty_like(local) for _ in range(world_size())]
-    dist.all_gather(parts, local.contiguous())
-    return torch.cat(parts)
-
-
-def _sum_my_part(everyone: Tensor) -> Tensor:
-    total = everyone.contiguous().clone()
+def _sum_over_ranks(local: Tensor) -> Tensor:
+    total = local.clone(memory_format=torch.contiguous_format)
     dist.all_reduce(total)
-    return total.chunk(world_size())[rank()].clone()
+    return total
 
 
-class _Gather(Function):
-    """(N, ...) on each rank to (W N, ...) on all; its adjoint sums every rank's gradient of my rows."""
+class _Sum(Function):
+    """Linear and its own adjoint, so derivatives of every order cross the ranks, in reverse and in forward mode."""
 
     @staticmethod
     def forward(local: Tensor) -> Tensor:
-        return _all_gather(local)
+        return _sum_over_ranks(local)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
@@ -46,37 +46,35 @@ class _Gather(Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Tensor:
-        return _Scatter.apply(gradient)  # type: ignore[no-any-return]
+        return _Sum.apply(gradient)  # type: ignore[no-any-return]
 
     @staticmethod
     def jvp(ctx: Any, tangent: Tensor) -> Tensor:
-        return _all_gather(tangent)
+        return _sum_over_ranks(tangent)
 
 
-class _Scatter(Function):
-    """The adjoint of `_Gather`, and `_Gather` is its adjoint: so derivatives of every order cross the ranks."""
-
-    @staticmethod
-    def forward(everyone: Tensor) -> Tensor:
-        return _sum_my_part(everyone)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-        pass
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Tensor:
-        return _Gather.apply(gradient)  # type: ignore[no-any-return]
-
-    @staticmethod
-    def jvp(ctx: Any, tangent: Tensor) -> Tensor:
-        return _sum_my_part(tangent)
+def all_reduce_sum(local: Tensor) -> Tensor:
+    """The sum over ranks, on every rank: same shape."""
+    return local if world_size() == 1 else _Sum.apply(local)
 
 
 def gather(local: Tensor) -> Tensor:
-    """The rows of every rank, in rank order: (N, ...) to (W N, ...).
+    """The rows of every rank, in rank order: (N, ...) to (W N, ...); N is the same on all ranks.
 
-    Each rank's loss is a mean over its own rows and DDP averages the ranks' gradients, so a loss that compares local
-    rows with gathered ones has the gradient of one process on the whole batch.
+    A loss that compares local rows with gathered ones has the gradient of one process on the whole batch.
     """
-    return local if world_size() == 1 else _Gather.apply(local)
+    if world_size() == 1:
+        return local
+    # Adding zeros is exact, and the sum brings its derivatives along; the rows are few compared with images.
+    return all_reduce_sum(torch.cat([local if r == rank() else torch.zeros_like(local) for r in range(world_size())]))
+
+
+@torch.no_grad()
+def average(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Means over ranks of many tensors of one dtype, such as gradients, in one message; without gradient."""
+    if world_size() == 1:
+        return list(tensors)
+    bucket = torch.cat([t.flatten() for t in tensors])
+    dist.all_reduce(bucket)
+    parts = (bucket / world_size()).split([t.numel() for t in tensors])
+    return [part.view(t.shape) for part, t in zip(parts, tensors, strict=True)]

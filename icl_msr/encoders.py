@@ -105,9 +105,8 @@ def timm_model(image_size: int, *, name: str, options: dict[str, Any], weights: 
         ) from None
     if not timm.is_model(name):
         near = difflib.get_close_matches(name, timm.list_models(), n=3)
-        raise UserError(
-            f"backbone.name={name} is no timm model{': did you mean ' + ' or '.join(near) if near else ''}."
-        )
+        advice = f"did you mean {' or '.join(near)}?" if near else "timm.list_models() lists them all."
+        raise UserError(f"backbone.name={name} is no timm model; {advice}")
     options = dict(options)
     if "img_size" in inspect.signature(timm.create_model(name).__class__.__init__).parameters:
         options.setdefault("img_size", image_size)

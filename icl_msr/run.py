@@ -30,7 +30,7 @@ from icl_msr import __version__, pictures
 from icl_msr.callbacks import EpochLines, OnlineEvaluation, Throughput
 from icl_msr.checkpoint import export_encoder
 from icl_msr.command import main
-from icl_msr.config import Settings, build, check, fingerprint
+from icl_msr.config import Settings, build, check, fingerprint, suggestion
 from icl_msr.data.datamodule import DataModule
 from icl_msr.data.dataset import Dataset
 from icl_msr.encoders import Backbone
@@ -129,8 +129,16 @@ def build_as(kind: type[Built], node: Mapping[str, Any], *handed_over: Any) -> B
 
 
 def derive(settings: Settings, optimization: Optimization, images: int) -> dict[str, float]:
-    """Numbers that follow from the config; shown and saved, never written back into it."""
+    """Numbers that follow from the config; shown and saved, never written back into it.
+
+    Raises:
+        UserError: a batch is larger than the training split.
+    """
     loader, trainer = settings.loader, settings.trainer
+    if loader.batch_size > images:
+        raise UserError(
+            f"loader.batch_size={loader.batch_size} is larger than the training split; set it to {images} or less."
+        )
     batches = min(images // loader.batch_size, trainer.limit_train_batches or images)
     steps = -(-batches // trainer.accumulate_grad_batches)
     global_batch = loader.batch_size * trainer.accumulate_grad_batches
@@ -249,6 +257,8 @@ def metric(name: str, final: Mapping[str, float], results: Results) -> float:
             accuracies or ["online/knn"],
             key=lambda k: (not k.startswith("linear/"), "/balanced/" not in k, not k.endswith("/mixed_rand")),
         )
+    elif name not in values:
+        raise UserError(f"metric={name} was not measured; {suggestion(name, values)}")
     return values.get(name, float("nan"))
 
 

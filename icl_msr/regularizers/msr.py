@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from icl_msr.distributed import gather, rank
+from icl_msr.distributed import average, gather, rank
 from icl_msr.losses.contrastive import full_precision, unit
 from icl_msr.methods.base import Method, Output, Pair, Step, Targets, frozen_statistics
 from icl_msr.regularizers.strata import StrataNetwork, random_partition, uniform, uniformity
@@ -155,7 +155,8 @@ class MetaSemanticRegularizer(nn.Module):
 
         Args:
             method, views, targets, step: what the ordinary step was computed from.
-            inner: gradient of L_to by parameter name, as the ordinary step has it; None: computed here.
+            inner: gradient of L_to by parameter name, as the ordinary step has it, averaged over ranks; None: computed
+                here.
             learning_rate: theta's current one, for `alpha=lr`.
 
         Returns:
@@ -168,20 +169,20 @@ class MetaSemanticRegularizer(nn.Module):
         with meta_pass(method, views.images.device):
             strata = self.strata(views.images)
             spread = self.gamma * uniformity(strata, self.u)
-            gradient = torch.autograd.grad(spread, phi, retain_graph=self.weights == "joint")
+            gradient = average(torch.autograd.grad(spread, phi, retain_graph=self.weights == "joint"))
             log["uniformity"] = float(spread.detach()) / self.gamma if self.gamma else 0.0
             log["uniformity_grad_norm"] = norm(gradient)
             if self.weights != "uniform_only":
                 if self.weights == "joint":
                     pairs = replay(method, views, targets, step).pairs
-                    signal = torch.autograd.grad(self.lam * self.penalty(pairs, strata), phi)
+                    signal = average(torch.autograd.grad(self.lam * self.penalty(pairs, strata), phi))
                 else:
                     if inner is None:
                         inner = self.inner_gradient(method, views, targets, step)
                     log["alpha"] = self.step_size(method, inner, learning_rate)
                     signal = self.meta_gradient(method, views, targets, step, inner, log["alpha"])
                 log["meta_grad_norm"] = norm(signal)
-                gradient = tuple(a + b for a, b in zip(gradient, signal, strict=True))
+                gradient = [a + b for a, b in zip(gradient, signal, strict=True)]
         for parameter, g in zip(phi, gradient, strict=True):
             parameter.grad = g
         self.optimizer.step()
@@ -203,10 +204,14 @@ class MetaSemanticRegularizer(nn.Module):
 
     def meta_gradient(
         self, method: Method, views: Views, targets: Targets, step: Step, inner: Mapping[str, Tensor], alpha: float
-    ) -> tuple[Tensor, ...]:
+    ) -> list[Tensor]:
         """d/dphi L_ct(theta - alpha d/dtheta L_to(theta, phi)), one tensor a parameter of f_msr.
 
         Double backward through the whole network, but of lambda L_msr only: L_ct has no phi.
+
+        With W ranks, `mixed` is d(sum of all ranks' L_msr) / d(this rank's theta) and v is the same everywhere, so the
+        ranks' <v, mixed> sum to W <v, d/dtheta (mean L_msr)>. Each rank differentiates that sum by its copy of phi,
+        and the average over the copies is exact; `mixed` itself must not be averaged before.
         """
         assert self.network is not None
         theta = trainable(method)
@@ -219,7 +224,7 @@ class MetaSemanticRegularizer(nn.Module):
         along = sum((m * v[name]).sum() for name, m in zip(theta, mixed, strict=True) if m is not None)
         assert isinstance(along, Tensor)
         signal = torch.autograd.grad(along, list(self.network.parameters()))
-        return tuple(-alpha * s for s in signal)
+        return [-alpha * s for s in average(signal)]
 
     # ------------------------------------------------------------------------------------------ phi's Adam is state
 
@@ -244,9 +249,9 @@ def norm(tensors: Any) -> float:
 
 
 def gradients(loss: Tensor, theta: Mapping[str, Tensor]) -> Gradients:
-    """Gradient by name, zero where the loss does not depend on a parameter."""
-    values = list(theta.values())
-    return dict(zip(theta, torch.autograd.grad(loss, values, materialize_grads=True), strict=True))
+    """Gradient of the mean of all ranks' losses by name, zero where it does not depend on a parameter."""
+    values = average(torch.autograd.grad(loss, list(theta.values()), materialize_grads=True))
+    return dict(zip(theta, values, strict=True))
 
 
 def replay(

@@ -1,0 +1,86 @@
+"""A pool of gloo processes that lives as long as a test file and cannot hang it."""
+
+import pickle
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from datetime import timedelta
+from multiprocessing.connection import Connection
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+
+class Ranks:
+    """`size` processes; `pool(function, *arguments)` runs a module-level function on all and returns every result.
+
+    A rank that fails, or ranks that wait for each other longer than `timeout` seconds, end the pool with the cause; the
+    next call starts it again.
+    """
+
+    def __init__(self, size: int, timeout: float = 60.0):
+        self.size, self.timeout = size, timeout
+        self.processes: list[Any] = []
+        self.connections: list[Connection] = []
+
+    def start(self) -> None:
+        context = mp.get_context("spawn")
+        self.folder = TemporaryDirectory()
+        for rank in range(self.size):
+            here, there = context.Pipe()
+            arguments = (rank, self.size, f"file://{self.folder.name}/store", there)
+            process = context.Process(target=_serve, args=arguments, daemon=True)
+            process.start()
+            there.close()
+            self.processes.append(process)
+            self.connections.append(here)
+
+    def __call__(self, function: Callable[..., Any], *arguments: Any) -> list[Any]:
+        if not self.processes:
+            self.start()
+        task = pickle.dumps((function, arguments))  # plain pickle copies tensors; torch's would share descriptors
+        for connection in self.connections:
+            connection.send_bytes(task)
+        results: dict[int, Any] = {}
+        deadline = time.monotonic() + self.timeout
+        while len(results) < self.size:
+            for rank, connection in enumerate(self.connections):
+                if rank not in results and connection.poll(0.002):
+                    results[rank], error = pickle.loads(connection.recv_bytes())
+                    if error:
+                        self.close()
+                        raise AssertionError(f"rank {rank} of {self.size}:\n{error}")
+            if time.monotonic() > deadline:
+                self.close()
+                missing = set(range(self.size)) - results.keys()
+                raise TimeoutError(f"ranks {missing} of {self.size} still wait after {self.timeout} s: a deadlock?")
+        return [results[rank] for rank in range(self.size)]
+
+    def close(self) -> None:
+        for process in self.processes:
+            process.kill()
+        for process in self.processes:
+            process.join()
+        self.processes, self.connections = [], []
+
+
+def _serve(rank: int, size: int, store: str, connection: Connection) -> None:
+    sys.path.insert(0, str(Path(__file__).parent))
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=store, rank=rank, world_size=size, timeout=timedelta(seconds=30))
+    while True:
+        try:
+            task = connection.recv_bytes()
+        except EOFError:
+            return
+        try:
+            function, arguments = pickle.loads(task)
+            answer = pickle.dumps((function(*arguments), ""))
+        except Exception:
+            answer = pickle.dumps((None, traceback.format_exc()))
+        connection.send_bytes(answer)
