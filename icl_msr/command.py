@@ -47,21 +47,23 @@ def main(job: Callable[[DictConfig], float], arguments: Sequence[str] | None = N
 
 def sentence(error: Exception, typed: Sequence[str]) -> str:
     """A composition error of Hydra or OmegaConf in one sentence."""
-    text = f"{error.__cause__ or ''}\n{error}"  # the cause knows the full key
+    text = str(error)
     if isinstance(error, OverrideParseException):
         return f"{error.override} cannot be read; write key=value, and quote what has spaces: 'key=\"a b\"'."
-    if isinstance(error, MissingConfigException) and (missing := re.search(r"'([^']*)/([^'/]*)'", text)):
+    if isinstance(error, MissingConfigException) and (missing := re.search(r"'([^'/]*)/([^']*)'", text)):
         return _no_choice(*missing.groups())
-    if "Config group override" in text:  # method=null: neither a choice's name nor a list of them
-        pairs = (word.partition("=") for word in typed)
-        return next(
-            _no_choice(key, value) for key, _, value in pairs if not _choices(key) or value not in _choices(key)
-        )
+    if "Config group override" in text:  # a choice that is no name, such as method=null
+        for group, _, choice in (word.partition("=") for word in typed):
+            if _choices(group) and choice not in _choices(group):
+                return _no_choice(group, choice)
     if several := re.search(r"Ambiguous value for argument '([^']*)'", text):
         return f"{several[1]} has several values; add -m to run them one after the other."
-    if key := re.search(r"full_key: (\S+)|Could not override '([^']*)'|Key '([^']*)' is not in struct", text):
-        return _no_key(next(name for name in key.groups() if name), typed)
-    return " ".join(str(error).split("\n\n")[0].split())
+    if twice := re.search(r"already at '([^']*)'", text):
+        return f"{twice[1]} is there already; leave the plus out, {twice[1]}=<value>."
+    key = getattr(error.__cause__, "full_key", None) or re.search(r"'([^']*)' does not exist", text)
+    if key:
+        return _no_key(key if isinstance(key, str) else key[1], typed)
+    return " ".join(text.split("\n\n")[0].split())
 
 
 def _no_choice(group: str, wrong: str) -> str:
@@ -69,7 +71,9 @@ def _no_choice(group: str, wrong: str) -> str:
 
 
 def _choices(group: str) -> list[str]:
-    return [file.stem for file in (config_dir() / group).glob("*.yaml")] if group else []
+    """The YAML files of a group, those in its folders too."""
+    folder = config_dir() / group
+    return [str(file.relative_to(folder).with_suffix("")) for file in folder.rglob("*.yaml")] if group else []
 
 
 def _no_key(wrong: str, typed: Sequence[str]) -> str:
@@ -88,8 +92,8 @@ def _no_key(wrong: str, typed: Sequence[str]) -> str:
     if isinstance(node, DictConfig) and node.get("_target_", "") is None:
         return no_keys(parent, wrong)
     keys = _flat(config, "")
-    siblings = [key for key in keys if key.rpartition(".")[0] == parent]
-    return f"{wrong} is not a key; {suggestion(wrong, siblings or keys)}"
+    advice = suggestion(wrong, [key for key in keys if key.rpartition(".")[0] == parent] or keys)
+    return f"{wrong} is not a key; {advice if len(advice) < 500 else '--cfg job lists all keys.'}"
 
 
 def _flat(node: DictConfig | ListConfig, prefix: str) -> list[str]:

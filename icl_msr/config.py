@@ -96,10 +96,10 @@ def check(config: DictConfig) -> Settings:
     Raises:
         UserError: one sentence with the key, what is wrong, and the nearest valid name or the allowed values.
     """
-    missing = sorted(OmegaConf.missing_keys(config))
-    if missing:
-        raise UserError(f"{missing[0]} has no value yet; add {missing[0]}=<value>.")
     try:
+        missing = sorted(OmegaConf.missing_keys(config))
+        if missing:
+            raise UserError(f"{missing[0]} has no value yet; add {missing[0]}=<value>.")
         plain = OmegaConf.to_container(config, resolve=True)
     except InterpolationResolutionError as error:
         reason = str(error).splitlines()[0]

@@ -76,5 +76,5 @@ def average(tensors: Sequence[Tensor]) -> list[Tensor]:
         return list(tensors)
     bucket = torch.cat([t.flatten() for t in tensors])
     dist.all_reduce(bucket)
-    parts = (bucket / world_size()).split([t.numel() for t in tensors])
+    parts = torch.split(bucket / world_size(), [t.numel() for t in tensors])
     return [part.view(t.shape) for part, t in zip(parts, tensors, strict=True)]

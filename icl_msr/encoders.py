@@ -13,6 +13,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from icl_msr.batchnorm import GlobalBatchNorm
 from icl_msr.errors import UserError
 
 
@@ -176,7 +177,8 @@ def _download(build: Callable[[], nn.Module], source: str) -> dict[str, Tensor]:
 def mlp(*widths: int, norm: bool = True, norm_last: bool = False) -> nn.Sequential:
     """A head of linear layers widths[0] -> ... -> widths[-1], with BatchNorm and ReLU between them.
 
-    `norm` puts BatchNorm before every ReLU (the linear layer then has no bias); `norm_last` ends with a BatchNorm.
+    `norm` puts BatchNorm before every ReLU (the linear layer then has no bias); `norm_last` ends with a BatchNorm. It
+    is the one whose forward mode can be differentiated: torch's silently takes the batch statistics for constants.
     """
     layers: list[nn.Module] = []
     for depth, (width, wider) in enumerate(itertools.pairwise(widths), start=2):
@@ -184,7 +186,7 @@ def mlp(*widths: int, norm: bool = True, norm_last: bool = False) -> nn.Sequenti
         normalised = norm_last if last else norm
         layers.append(nn.Linear(width, wider, bias=not normalised))
         if normalised:
-            layers.append(nn.BatchNorm1d(wider))
+            layers.append(GlobalBatchNorm(wider))
         if not last:
             layers.append(nn.ReLU(inplace=True))
     return nn.Sequential(*layers)

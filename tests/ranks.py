@@ -4,6 +4,7 @@ import pickle
 import sys
 import time
 import traceback
+import warnings
 from collections.abc import Callable
 from datetime import timedelta
 from multiprocessing.connection import Connection
@@ -39,6 +40,7 @@ class Ranks:
             there.close()
             self.processes.append(process)
             self.connections.append(here)
+        self._receive(timeout=120)
 
     def __call__(self, function: Callable[..., Any], *arguments: Any) -> list[Any]:
         if not self.processes:
@@ -46,8 +48,11 @@ class Ranks:
         task = pickle.dumps((function, arguments))  # plain pickle copies tensors; torch's would share descriptors
         for connection in self.connections:
             connection.send_bytes(task)
+        return self._receive(self.timeout)
+
+    def _receive(self, timeout: float) -> list[Any]:
         results: dict[int, Any] = {}
-        deadline = time.monotonic() + self.timeout
+        deadline = time.monotonic() + timeout
         while len(results) < self.size:
             for rank, connection in enumerate(self.connections):
                 if rank not in results and connection.poll(0.002):
@@ -58,7 +63,7 @@ class Ranks:
             if time.monotonic() > deadline:
                 self.close()
                 missing = set(range(self.size)) - results.keys()
-                raise TimeoutError(f"ranks {missing} of {self.size} still wait after {self.timeout} s: a deadlock?")
+                raise TimeoutError(f"ranks {missing} of {self.size} still wait after {timeout} s: a deadlock?")
         return [results[rank] for rank in range(self.size)]
 
     def close(self) -> None:
@@ -66,13 +71,17 @@ class Ranks:
             process.kill()
         for process in self.processes:
             process.join()
+        if self.processes:
+            self.folder.cleanup()
         self.processes, self.connections = [], []
 
 
 def _serve(rank: int, size: int, store: str, connection: Connection) -> None:
     sys.path.insert(0, str(Path(__file__).parent))
     torch.set_num_threads(1)
+    warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated")
     dist.init_process_group("gloo", init_method=store, rank=rank, world_size=size, timeout=timedelta(seconds=30))
+    connection.send_bytes(pickle.dumps(("ready", "")))
     while True:
         try:
             task = connection.recv_bytes()

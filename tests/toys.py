@@ -49,7 +49,8 @@ class SmoothBackbone(nn.Module):
         )
 
     def forward(self, images: Tensor) -> Tensor:
-        return self.net(images).mean(dim=(2, 3))
+        maps: Tensor = self.net(images)
+        return maps.mean(dim=(2, 3))
 
 
 def make_views(

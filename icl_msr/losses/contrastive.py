@@ -16,7 +16,6 @@ from torch import Tensor
 from icl_msr.distributed import gather, rank
 from icl_msr.views import NonSemantic
 
-
 Arguments = ParamSpec("Arguments")
 
 

@@ -103,7 +103,10 @@ class Method(nn.Module, ABC):
 
     def forward(self, views: Views, targets: Targets, step: Step) -> Output:
         """L_ct of a batch."""
-        features = self.encode(views)
+        return self.compare(self.encode(views), targets, step)
+
+    def compare(self, features: list[Tensor], targets: Targets, step: Step) -> Output:
+        """All that follows the backbone."""
         embeddings = self.project(features)
         loss = self.loss(embeddings, targets, step)
         return Output(loss, features, self.pairs(features, embeddings, targets))

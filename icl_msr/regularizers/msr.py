@@ -12,18 +12,18 @@ has a lower L_ct, and so that its strata differ (eq. 7, 8 and Algorithm 1):
     phi <- phi - beta d/dphi [ L_ct(theta - alpha d/dtheta L_to(theta, phi)) + gamma L_uni(phi) ]
 
 L_ct does not depend on phi, so with v = grad L_ct(theta') the first term is the pure mixed second derivative
--alpha lambda d/dphi <v, d/dtheta L_msr(theta, phi)>, which is how it is computed here.
+-alpha lambda d/dphi <v, d/dtheta L_msr(theta, phi)>, which is how it is computed here (`mode`), exactly.
 """
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt
 from torch import Tensor, nn
-from torch.func import functional_call
+from torch.func import functional_call, jvp
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from icl_msr.distributed import average, gather, rank
@@ -57,6 +57,7 @@ class MetaSemanticRegularizer(nn.Module):
         temperature: PositiveFloat | None,
         negatives: Literal["method", "in_batch", "none"],
         denominators: Literal["printed", "all"],
+        mode: Literal["exact", "double_backward"],
         schedule: Literal["every", "per_epoch"],
         every: PositiveInt,
         alpha: Literal["relative", "lr"],
@@ -70,7 +71,7 @@ class MetaSemanticRegularizer(nn.Module):
         self.lam, self.gamma, self.u, self.weights = lam, gamma, u, weights
         self.temperature = temperature or method_temperature or 0.5
         self.negatives, self.denominators = negatives, denominators
-        self.schedule, self.every = schedule, every
+        self.mode, self.schedule, self.every = mode, schedule, every
         self.alpha, self.relative_step = alpha, relative_step
         self.network: StrataNetwork | None = None
         self.optimizer: torch.optim.Optimizer | None = None
@@ -205,26 +206,56 @@ class MetaSemanticRegularizer(nn.Module):
     def meta_gradient(
         self, method: Method, views: Views, targets: Targets, step: Step, inner: Mapping[str, Tensor], alpha: float
     ) -> list[Tensor]:
-        """d/dphi L_ct(theta - alpha d/dtheta L_to(theta, phi)), one tensor a parameter of f_msr.
-
-        Double backward through the whole network, but of lambda L_msr only: L_ct has no phi.
-
-        With W ranks, `mixed` is d(sum of all ranks' L_msr) / d(this rank's theta) and v is the same everywhere, so the
-        ranks' <v, mixed> sum to W <v, d/dtheta (mean L_msr)>. Each rank differentiates that sum by its copy of phi,
-        and the average over the copies is exact; `mixed` itself must not be averaged before.
-        """
+        """d/dphi L_ct(theta - alpha d/dtheta L_to(theta, phi)), one tensor a parameter of f_msr."""
         assert self.network is not None
         theta = trainable(method)
         virtual = {name: (p - alpha * inner[name]).detach().requires_grad_() for name, p in theta.items()}
         v = gradients(replay(method, views, targets, step, virtual).loss, virtual)
 
-        pairs = replay(method, views, targets, step).pairs
-        penalty = self.lam * self.penalty(pairs, self.strata(views.images))
+        directional = self._forward_mode if self.mode == "exact" else self._double_backward
+        along = directional(method, views, targets, step, v, self.strata(views.images))
+        signal = torch.autograd.grad(self.lam * along, list(self.network.parameters()))
+        return [-alpha * s for s in average(signal)]
+
+    def _forward_mode(
+        self, method: Method, views: Views, targets: Targets, step: Step, v: Gradients, strata: Tensor
+    ) -> Tensor:
+        """D_theta L_msr [v] as a function of the strata: the tangent v is pushed through the network.
+
+        Strata enter after the backbone, whose features and their tangent are constants to them. So the backbone needs
+        one pass in forward mode and keeps no graph; only the heads are differentiated backwards.
+        """
+        at = _At(method)
+        theta = {name: p.detach() for name, p in trainable(at).items()}
+        tangent = {f"method.{name}": t for name, t in v.items()}
+
+        def encode(theta: Gradients) -> Any:
+            torch.manual_seed(step.noise)
+            return functional_call(at, theta, (lambda m: m.encode(views),))
+
+        def penalty(theta: Gradients, features: list[Tensor]) -> Any:
+            compare = lambda m: self.penalty(m.compare(features, targets, step).pairs, strata)  # noqa: E731
+            return functional_call(at, theta, (compare,))
+
+        features, moved = jvp(encode, (theta,), (tangent,))[:2]
+        along: Tensor = jvp(penalty, (theta, features), (tangent, moved))[1]
+        return along
+
+    def _double_backward(
+        self, method: Method, views: Views, targets: Targets, step: Step, v: Gradients, strata: Tensor
+    ) -> Tensor:
+        """The same as <v, d/dtheta L_msr>, differentiated twice: slower, the oracle of `_forward_mode`.
+
+        With W ranks, `mixed` is d(sum of all ranks' L_msr) / d(this rank's theta) and v is the same everywhere, so the
+        ranks' <v, mixed> sum to W <v, d/dtheta (mean L_msr)>. Each rank differentiates that sum by its copy of phi,
+        and the average over the copies is exact; `mixed` itself must not be averaged before.
+        """
+        theta = trainable(method)
+        penalty = self.penalty(replay(method, views, targets, step).pairs, strata)
         mixed = torch.autograd.grad(penalty, list(theta.values()), create_graph=True, allow_unused=True)
         along = sum((m * v[name]).sum() for name, m in zip(theta, mixed, strict=True) if m is not None)
         assert isinstance(along, Tensor)
-        signal = torch.autograd.grad(along, list(self.network.parameters()))
-        return [-alpha * s for s in average(signal)]
+        return along
 
     # ------------------------------------------------------------------------------------------ phi's Adam is state
 
@@ -236,6 +267,17 @@ class MetaSemanticRegularizer(nn.Module):
         """See `get_extra_state`."""
         if self.optimizer is not None:
             self.optimizer.load_state_dict(state)
+
+
+class _At(nn.Module):
+    """Calls a function of a method; inside `functional_call`, at other parameters."""
+
+    def __init__(self, method: Method):
+        super().__init__()
+        self.method = method
+
+    def forward(self, function: Callable[[Method], Any]) -> Any:
+        return function(self.method)
 
 
 def trainable(module: nn.Module) -> dict[str, Tensor]:

@@ -28,6 +28,7 @@ KEYS: dict[str, Any] = {
     "temperature": None,
     "negatives": "method",
     "denominators": "printed",
+    "mode": "exact",
     "schedule": "every",
     "every": 1,
     "alpha": "relative",
@@ -60,6 +61,21 @@ def outer_loss(
         for (name, p), g in zip(theta.items(), gradient, strict=True)
     }
     return functional_call(method, after, (views, targets, STEP)).loss
+
+
+@pytest.mark.parametrize("negatives", [0, 2])
+def test_forward_mode_equals_double_backward(method: Method, negatives: int) -> None:
+    views = make_views(negatives=negatives)
+    both = []
+    for mode in ("exact", "double_backward"):
+        regularizer = make_regularizer(method, mode=mode)
+        with meta_pass(method, views.images.device):
+            targets = method.targets(views)
+            inner = regularizer.inner_gradient(method, views, targets, STEP)
+            signal = regularizer.meta_gradient(method, views, targets, STEP, inner, 0.1)
+        both.append(torch.cat([s.flatten() for s in signal]))
+    forward, double = both
+    assert (forward - double).abs().max() <= 1e-9 * double.abs().max()
 
 
 @pytest.mark.parametrize("negatives", [0, 2])

@@ -1,0 +1,83 @@
+"""A run so small that a test can afford it, composed and built as the program does."""
+
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
+import pytorch_lightning as pl
+from hydra import compose, initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
+from omegaconf import DictConfig
+
+from icl_msr.config import Settings, build, check, config_dir
+from icl_msr.data.datamodule import DataModule
+from icl_msr.data.dataset import Dataset
+from icl_msr.pretraining import Pretraining
+
+DATA = ["dataset.train=64", "dataset.test=16", "dataset.balanced=16", "dataset.cache=null"]
+MODEL = ["loader.batch_size=8", "method.hidden_dim=16", "method.embedding_dim=8", "optimizer.warmup_steps=0"]
+
+
+def composed(*words: str) -> DictConfig:
+    """The config that a command line gives."""
+    GlobalHydra.instance().clear()
+    with initialize_config_dir(str(config_dir()), version_base="1.3"):
+        return compose("config", overrides=list(words))
+
+
+@cache
+def dataset() -> Dataset:
+    """64 small images of shapes."""
+    built: Dataset = build(check(composed(*DATA)).dataset)
+    return built
+
+
+def pieces(*words: str) -> tuple[Settings, Pretraining, DataModule]:
+    """What the trainer of a run is handed."""
+    settings = check(composed(*DATA, *MODEL, *words))
+    pl.seed_everything(settings.seed, verbose=False)
+    data = dataset()
+    backbone = build(settings.backbone, data.image_size)
+    method = build(settings.method, backbone)
+    module = Pretraining(
+        method,
+        build(settings.regularizer, backbone.channels, method.temperature),
+        build(settings.optimizer),
+        seed=settings.seed,
+        batch_size=settings.loader.batch_size,
+    )
+    views = [build(settings.augment), build(settings.negatives)]
+    loader = settings.loader.model_dump()
+    return settings, module, DataModule(data, *views, seed=settings.seed, channels_last=False, **loader)
+
+
+def trained(*words: str, callbacks: list[pl.Callback] | None = None, **keys: Any) -> tuple[Pretraining, pl.Trainer]:
+    """The module after some batches (2 of one epoch, by default), and its trainer."""
+    settings, module, data = pieces(*words)
+    trainer = pl.Trainer(
+        accelerator="cpu",
+        max_epochs=keys.pop("max_epochs", 1),
+        limit_train_batches=keys.pop("limit_train_batches", 2),
+        accumulate_grad_batches=settings.trainer.accumulate_grad_batches,
+        gradient_clip_val=settings.trainer.gradient_clip_val,
+        log_every_n_steps=1,
+        callbacks=callbacks,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        use_distributed_sampler=False,
+        **keys,
+    )
+    trainer.fit(module, data)
+    return module, trainer
+
+
+class AfterBatch(pl.Callback):
+    """Keeps what a function says of the module after every batch."""
+
+    def __init__(self, look: Callable[[Pretraining], Any]) -> None:
+        self.look, self.seen = look, list[Any]()
+
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Any, *_: Any) -> None:
+        self.seen.append(self.look(pl_module))
