@@ -23,7 +23,14 @@ from icl_msr.regularizers.msr import trainable
 from icl_msr.views import Views
 
 STEP = Step(0, 10, noise=3)
-WEIGHTS = ("none", "meta", "joint", "uniform_only")
+REGULARIZERS: dict[str, dict[str, Any]] = {
+    "none": {},
+    # gamma = 0 leaves the signal alone, which the uniformity loss would hide otherwise.
+    "meta": {"weights": "meta", "gamma": 0.0},
+    "double_backward": {"weights": "meta", "gamma": 0.0, "mode": "double_backward"},
+    "joint": {"weights": "joint", "gamma": 0.0},
+    "uniform_only": {"weights": "uniform_only"},
+}
 IMAGES = 8
 TOLERANCE = 1e-8
 
@@ -71,12 +78,10 @@ class Training(nn.Module):
         return loss
 
 
-def one_step(name: str, weights: str, negatives: int) -> dict[str, dict[str, Tensor]]:
+def one_step(name: str, kind: str, negatives: int) -> dict[str, dict[str, Tensor]]:
     """theta's and phi's gradients and the state after a step, on this rank."""
     method, views = make_method(name), my_views(make_views(IMAGES, negatives=negatives))
-    # gamma = 0 leaves the meta signal alone, which the uniformity loss would hide otherwise.
-    gamma = 0.3 if weights == "uniform_only" else 0.0
-    regularizer = None if weights == "none" else make_regularizer(method, weights=weights, gamma=gamma)
+    regularizer = None if kind == "none" else make_regularizer(method, **REGULARIZERS[kind])
     training: nn.Module = Training(method, regularizer)
     if world_size() > 1:
         global_batch_norm(training)
@@ -96,8 +101,7 @@ def one_step(name: str, weights: str, negatives: int) -> dict[str, dict[str, Ten
             phi.update({n: p.grad.clone() for n, p in network.named_parameters() if p.grad is not None})
 
         regularizer.optimizer.register_step_pre_hook(note)
-        inner = None if weights == "joint" else theta
-        regularizer.meta_step(method, views, targets, STEP, inner, 0.1)
+        regularizer.meta_step(method, views, targets, STEP, theta, 0.1)
     method.observe(targets)
     return {"theta": theta, "phi": phi, "buffers": dict(method.named_buffers())}
 
@@ -107,13 +111,13 @@ def flat(tensors: dict[str, Tensor]) -> Tensor:
 
 
 @pytest.mark.parametrize("negatives", [0, 2])
-@pytest.mark.parametrize("weights", WEIGHTS)
+@pytest.mark.parametrize("kind", list(REGULARIZERS))
 @pytest.mark.parametrize("name", list(METHODS))
-def test_ranks_equal_one_process(ranks: Ranks, name: str, weights: str, negatives: int) -> None:
-    expected = one_step(name, weights, negatives)
+def test_ranks_equal_one_process(ranks: Ranks, name: str, kind: str, negatives: int) -> None:
+    expected = one_step(name, kind, negatives)
     assert expected["theta"]
-    assert bool(expected["phi"]) == (weights != "none")
-    for found in ranks(one_step, name, weights, negatives):
+    assert bool(expected["phi"]) == (kind != "none")
+    for found in ranks(one_step, name, kind, negatives):
         for part, tensors in expected.items():
             assert found[part].keys() == tensors.keys()
             if tensors:
@@ -318,16 +322,16 @@ def print_table() -> None:
     for size in (2, 4):
         pool = Ranks(size)
         for name in METHODS:
-            for weights in WEIGHTS:
+            for kind in REGULARIZERS:
                 for negatives in (0, 2):
-                    expected = one_step(name, weights, negatives)
-                    found = pool(one_step, name, weights, negatives)
+                    expected = one_step(name, kind, negatives)
+                    found = pool(one_step, name, kind, negatives)
                     worst = {
                         part: f"{max(error(flat(f[part]), flat(expected[part])) for f in found):.0e}"
                         for part in ("theta", "phi")
                         if expected[part]
                     }
-                    cells = (name, weights, str(negatives), str(size), worst["theta"], worst.get("phi", ""))
+                    cells = (name, kind, str(negatives), str(size), worst["theta"], worst.get("phi", ""))
                     print("| " + " | ".join(cells) + " |")
         pool.close()
 

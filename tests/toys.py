@@ -26,6 +26,7 @@ REGULARIZER: dict[str, Any] = {
     "temperature": None,
     "negatives": "method",
     "denominators": "printed",
+    "mode": "exact",
     "schedule": "every",
     "every": 1,
     "alpha": "relative",
