@@ -41,7 +41,7 @@ from icl_msr.methods import Method
 from icl_msr.optimization import Optimization
 from icl_msr.pretraining import Pretraining
 from icl_msr.regularizers import MetaSemanticRegularizer
-from icl_msr.report import matrix_table, write_report
+from icl_msr.report import gap_table, matrix_table, write_report
 from icl_msr.report.runs import Run
 from icl_msr.report.words import answer
 
@@ -115,7 +115,7 @@ def run(config: DictConfig) -> float:
     report = write_report(folder)
     saved = Run.load(folder).results
     if evaluation is not None:
-        console.print(matrix_table(saved), *answer(saved))
+        console.print(matrix_table(saved), gap_table(saved) or "", " ".join(answer(saved)))
     console.print(f"results  {folder / 'results.json'}\nreport   {report}", highlight=False, soft_wrap=True)
     return metric(settings.metric, final, results)
 

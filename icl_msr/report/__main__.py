@@ -7,7 +7,7 @@ from pathlib import Path
 from rich.console import Console
 
 from icl_msr.errors import UserError
-from icl_msr.report import matrix_table, print_summary, summarise, words, write_report, write_summary
+from icl_msr.report import gap_table, matrix_table, print_summary, summarise, words, write_report, write_summary
 from icl_msr.report.runs import Run, is_run
 
 
@@ -38,7 +38,7 @@ def _report(paths: list[Path], out: Path | None) -> None:
     if len(paths) == 1 and out is None and is_run(paths[0]):
         written = [write_report(paths[0])]
         results = Run.load(paths[0]).results
-        console.print(matrix_table(results))
+        console.print(matrix_table(results), gap_table(results) or "")
         console.print(" ".join(words.answer(results)))
     else:
         summary = summarise(paths)

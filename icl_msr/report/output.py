@@ -22,14 +22,33 @@ READING = (
 def matrix_table(results: Results) -> Table:
     """The background matrix of one run for the terminal, 80 columns wide: accuracy in %."""
     table = Table(title="Accuracy, %", title_justify="left", box=None, padding=(0, 1, 0, 0))
-    for column in ("fitted on", "classifier", "encoder"):
-        table.add_column(column)
+    for column in ("fitted\non", "classifier", "encoder"):
+        table.add_column(column, no_wrap=True)
     splits = list(dict.fromkeys(a.split for a in results.accuracies))
     for split in splits:
-        table.add_column(split, justify="right")
+        table.add_column(split.replace("_", "\n"), justify="right", no_wrap=True)
     for row in matrix(results, splits):
         cells = (f"{100 * cell.top1:.1f}" if cell else "–" for cell in row.cells)
         table.add_row(row.fitted_on, row.classifier, row.encoder, *cells, style="dim" * (row.encoder == "untrained"))
+    return table
+
+
+def gap_table(results: Results) -> Table | None:
+    """The gaps of one run for the terminal, in points with half the width of their interval; None without any."""
+    if not results.gaps:
+        return None
+    table = Table(title="\nGaps, points", title_justify="left", box=None, padding=(0, 1, 0, 0))
+    for column in ("fitted\non", "classifier", "encoder"):
+        table.add_column(column, no_wrap=True)
+    for name in dict.fromkeys(gap.gap for gap in results.gaps):
+        heading = "mixed_same\n- mixed_rand" if name == "bg_gap" else name.replace(" - ", "\n- ")
+        table.add_column(heading, justify="right", no_wrap=True)
+    rows: dict[tuple[str, str, str], list[str]] = {}
+    for gap in results.gaps:
+        width = "" if gap.low is None or gap.high is None else f" ±{(gap.high - gap.low) / 2:.1f}"
+        rows.setdefault((gap.fitted_on, gap.classifier, gap.encoder), []).append(f"{gap.points:.1f}{width}")
+    for key in sorted(rows, key=lambda k: (k[0] != "train", not k[1].startswith("linear"), k[1], k[2])):
+        table.add_row(*key, *rows[key], style="dim" * (key[2] == "untrained"))
     return table
 
 
