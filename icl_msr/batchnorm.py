@@ -1,7 +1,8 @@
 """BatchNorm over the batch of all ranks.
 
-Torch's SyncBatchNorm refuses CPU tensors and has neither a forward mode nor a second derivative, which the bi-level
-step needs. This one is made of differentiable operations and one `gather` a layer.
+Torch's SyncBatchNorm refuses CPU tensors and has neither a forward mode nor a second derivative, and the tangent of
+torch's BatchNorm has a wrong gradient (torch 2.15: its batch statistics count as constants); the bi-level step needs
+all of them. This one is made of differentiable operations and one `gather` a layer.
 """
 
 from typing import TypeVar
@@ -33,11 +34,16 @@ class GlobalBatchNorm(_BatchNorm):
             return super().forward(input)
         self._check_input_dim(input)
         batch = input.float() if input.dtype.itemsize < 4 else input
-        variance, mean = torch.var_mean(batch, [d for d in range(batch.ndim) if d != 1], correction=0)  # (C,)
+        shape = [1, -1] + [1] * (batch.ndim - 2)
+        rows = [d for d in range(batch.ndim) if d != 1]
         count = batch.numel() // batch.shape[1]
         if count * world_size() == 1:
             raise ValueError("BatchNorm needs more than one value per channel in training")
 
+        # Sums, not means, over the batch: a mean's backward pass writes out a gradient as large as the batch.
+        mean = batch.sum(rows) / count  # (C,)
+        centred = batch - mean.view(shape)
+        variance = (centred * centred).sum(rows) / count
         # Means and variances of the ranks pool without cancellation, unlike sums of squares.
         ranks = gather(torch.stack([torch.full_like(mean, count), mean, variance])[None])  # (W, 3, C)
         counts, means, variances = ranks.unbind(1)
@@ -51,7 +57,6 @@ class GlobalBatchNorm(_BatchNorm):
         scale = torch.rsqrt(variance + self.eps)
         scale = scale if self.weight is None else scale * self.weight
         shift = -mean * scale if self.bias is None else self.bias - mean * scale
-        shape = [1, -1] + [1] * (batch.ndim - 2)
         return torch.addcmul(shift.view(shape), batch, scale.view(shape)).to(input.dtype)
 
     @torch.no_grad()

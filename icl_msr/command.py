@@ -5,6 +5,7 @@ import re
 import sys
 import warnings
 from collections.abc import Callable, Sequence
+from functools import wraps
 
 import hydra
 from hydra import compose, initialize_config_dir
@@ -27,6 +28,7 @@ def main(job: Callable[[DictConfig], float], arguments: Sequence[str] | None = N
     sys.argv[1:] = typed
     codes: list[int] = []
 
+    @wraps(job)  # Hydra names the job after its module
     def answered(config: DictConfig) -> float:
         codes.append(0)
         try:

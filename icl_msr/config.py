@@ -12,10 +12,10 @@ import inspect
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
+from pkgutil import resolve_name
 from types import NoneType
 from typing import Annotated, Any, TypeVar, get_args
 
-from hydra.utils import get_object
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import InterpolationResolutionError
 from pydantic import (
@@ -116,7 +116,7 @@ def build(node: Mapping[str, Any], *handed_over: Any) -> Any:
     if node["_target_"] is None:
         return None
     keys = {name: value for name, value in node.items() if name != "_target_"}
-    return get_object(node["_target_"])(*handed_over, **keys)
+    return resolve_name(node["_target_"])(*handed_over, **keys)
 
 
 def fingerprint(settings: Settings) -> str:
@@ -148,10 +148,9 @@ def _check_node(group: str, node: Mapping[str, Any]) -> None:
             raise UserError(no_keys(group, f"{group}.{next(iter(keys))}"))
         return
     try:
-        target = get_object(node["_target_"])
+        target = resolve_name(node["_target_"])
     except Exception as error:
-        reason = " ".join(str(error).split())
-        raise UserError(f"{group}._target_={node['_target_']} cannot be imported ({reason}).") from None
+        raise UserError(f"{group}._target_={node['_target_']} cannot be imported ({error}).") from None
     _validated(_schema(target), keys, f"{group}.")
 
 

@@ -48,7 +48,7 @@ class Optimization:
         if self.schedule == "cosine":
             return (1 + math.cos(math.pi * (step - warmup) / max(total_steps - warmup, 1))) / 2
         if self.schedule == "drops":
-            passed = sum(step >= total_steps - epochs * steps_per_epoch for epochs in self.drop_at)
+            passed = sum(0 < total_steps - epochs * steps_per_epoch <= step for epochs in self.drop_at)
             return float(self.drop_factor**passed)
         return 1.0
 
@@ -57,7 +57,8 @@ class Optimization:
     ) -> tuple[Optimizer, LambdaLR]:
         """Optimiser over the module's trainable parameters, and the schedule that ticks once an optimiser step.
 
-        `drop_at` counts epochs before the end (ICL-MSR, section 6.2: x 0.2 at 50 and 25 epochs before the end).
+        `drop_at` counts epochs before the end (ICL-MSR, section 6.2: x 0.2 at 50 and 25 epochs before the end); a drop
+        that would lie before the beginning of a short run is left out.
         """
         decayed: list[nn.Parameter] = []
         free: list[nn.Parameter] = []

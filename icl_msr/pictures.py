@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from icl_msr.data.dataset import Dataset, normalise
+from icl_msr.data.dataset import Dataset
 from icl_msr.encoders import Backbone
 from icl_msr.evaluation.features import evaluating
 from icl_msr.evaluation.knn import neighbours
@@ -106,8 +106,3 @@ def _grid(
                 for spine in axis.spines.values():
                     spine.set(visible=True, color="#009e73" if marks[name][column] else "#bbbbbb", linewidth=2)
     figure.savefig(path)
-
-
-def sample(dataset: Dataset, images: int) -> Tensor:
-    """The first training images, normalised (N, 3, S, S)."""
-    return normalise(dataset.train.load(torch.arange(min(images, len(dataset.train)))), dataset.mean, dataset.std)

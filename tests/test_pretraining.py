@@ -1,8 +1,6 @@
 """The training loop: what moves, when, and that nothing else does."""
 
 import itertools
-import math
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -12,12 +10,14 @@ from tiny import AfterBatch, trained
 from torch import Tensor, nn
 
 from icl_msr.losses.contrastive import unit
-from icl_msr.methods import MoCo
-from icl_msr.pretraining import Pretraining
+from icl_msr.methods import Method, MoCo, Step, Targets
+from icl_msr.pretraining import Batch, Pretraining
 from icl_msr.regularizers import MetaSemanticRegularizer
 from icl_msr.regularizers.msr import meta_pass, norm
+from icl_msr.views import Views
 
 State = dict[str, Tensor]
+DROPOUT = ("backbone=timm", "backbone.name=test_vit", "+backbone.options.proj_drop_rate=0.5")
 LEARNED = ("meta", "uniform_only", "joint")
 
 
@@ -38,34 +38,41 @@ def regularizer_of(module: Pretraining) -> MetaSemanticRegularizer:
 
 
 class Meta(pl.Callback):
-    """Every meta step, with what it was handed and what surrounded it."""
+    """Every meta step: what it was handed, what it should have been handed, and whether the method stayed as it was."""
 
     def __init__(self) -> None:
         self.calls: list[dict[str, Any]] = []
+        self.micro_batches: list[Batch] = []
+        """Those before the one that makes the step."""
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
         regularizer, plain = regularizer_of(pl_module), regularizer_of(pl_module).meta_step
 
-        def meta_step(*args: Any) -> dict[str, float]:
-            method, views, targets, step, inner, _ = args
-            call = {
-                "index": views.index,
-                "step": step.index,
-                "inner": inner and {n: g.clone() for n, g in inner.items()},
-            }
+        def meta_step(method: Method, views: Views, targets: Targets, step: Step, inner: Any, lr: float) -> Any:
+            call: dict[str, Any] = {"index": views.index, "step": step.index, "inner": inner}
             if inner is not None:
+                call["inner"] = {name: g.clone() for name, g in inner.items()}
                 with meta_pass(method, torch.device("cpu")):
-                    call["expected"] = regularizer.inner_gradient(method, views, targets, step)
+                    parts = [
+                        regularizer.inner_gradient(method, batch.views, batch.targets, batch.step)
+                        for batch in [*self.micro_batches, pl_module.batch]
+                    ]
+                call["expected"] = {name: sum(part[name] for part in parts) / len(parts) for name in inner}
             before = state(method)
-            log = plain(*args)
+            log = plain(method, views, targets, step, inner, lr)
             self.calls.append(call | {"method stays": equal(state(method), before)})
+            self.micro_batches = []
             return log
 
         regularizer.meta_step = meta_step  # type: ignore[method-assign]
 
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Any, *_: Any) -> None:
+        if trainer.fit_loop._should_accumulate():
+            self.micro_batches.append(pl_module.batch)
+
 
 @pytest.fixture
-def start() -> Iterator[AfterBatch]:
+def start() -> AfterBatch:
     """The state before the first batch."""
 
     class Start(AfterBatch):
@@ -75,7 +82,7 @@ def start() -> Iterator[AfterBatch]:
         def on_train_batch_end(self, *_: Any) -> None:
             pass
 
-    yield Start(lambda module: (state(module.method), state(module.regularizer)))
+    return Start(lambda module: (state(module.method), state(module.regularizer)))
 
 
 @pytest.mark.parametrize("negatives", ["none", "patch"])
@@ -127,9 +134,8 @@ def test_momentum_encoders_follow_each_optimizer_step(method: str, start: AfterB
     moments = [start.seen[0][0], *look.seen]
     for batch, (before, after) in enumerate(itertools.pairwise(moments)):
         steps = batch % 2 == 1
-        # The optimiser has made this many of its 2 steps when the momentum encoder follows; BYOL's momentum rises.
-        progress = (batch + 1) / 4
-        momentum = 0.9 if method == "moco" else 1 - 0.1 * (math.cos(math.pi * progress) + 1) / 2
+        # BYOL's momentum rises: at the second of two steps it is half way to 1.
+        momentum = 0.9 if method == "moco" or batch < 2 else 0.95
         for name in followers:
             source = after[name.removeprefix("momentum_encoder.")]
             expected = momentum * before[name] + (1 - momentum) * source if steps else before[name]
@@ -164,28 +170,21 @@ def test_strata_move_at_their_due_steps_only() -> None:
     assert moved == [True, False, False, False, True, False, False]  # the second and the sixth batch end with a step
 
 
+@pytest.mark.parametrize("accumulated", [1, 2])
 @pytest.mark.parametrize("method", ["simclr", "moco", "byol"])
-def test_the_meta_step_is_handed_the_ordinary_gradient(method: str) -> None:
-    """Complete, unclipped, and left as it is; the step leaves the method alone."""
+def test_the_meta_step_is_handed_the_ordinary_gradient(method: str, accumulated: int) -> None:
+    """Complete, not yet clipped; and the meta step leaves the method alone."""
     meta = Meta()
     words = (f"method={method}", "regularizer.every=1", "trainer.gradient_clip_val=1e-4", "negatives=patch")
-    trained(*words, callbacks=[meta], limit_train_batches=3)
-    assert len(meta.calls) == 3
+    trained(*words, f"trainer.accumulate_grad_batches={accumulated}", callbacks=[meta], limit_train_batches=4)
+    assert len(meta.calls) == 4 / accumulated
     for call in meta.calls:
         assert call["method stays"]
-        difference = [call["inner"][name] - g for name, g in call["expected"].items()]
-        assert norm(difference) < 1e-4 * norm(call["inner"].values())
+        # MoCo's queue has moved since the first micro-batch.
+        tolerance = 0.2 if method == "moco" and accumulated > 1 else 1e-4
+        error = norm([call["inner"][name] - g for name, g in call["expected"].items()])
+        assert error < tolerance * norm(call["expected"].values())
         assert norm(call["inner"].values()) > 1e-2
-
-
-def test_accumulated_gradients_reach_the_meta_step_complete() -> None:
-    meta = Meta()
-    words = ("method=simclr", "regularizer.every=1", "trainer.accumulate_grad_batches=2")
-    module, trainer = trained(*words, callbacks=[meta], limit_train_batches=2)
-    (call,) = meta.calls
-    last = {name: g / 2 for name, g in call["expected"].items()}  # of the second micro-batch alone
-    share = norm([call["inner"][name] - g for name, g in last.items()]) / norm(last.values())
-    assert 0.2 < share < 5  # the first one's part is there too
 
 
 def test_the_per_epoch_schedule_moves_the_strata_alone(start: AfterBatch) -> None:
@@ -220,8 +219,8 @@ def test_the_learning_rate_follows_the_optimizer_steps() -> None:
     more = ("method=simclr", "regularizer=none", "trainer.accumulate_grad_batches=2")
     trained(*words, *more, callbacks=[look], limit_train_batches=4, max_epochs=2)
     effective = 16 / 256
-    # What the next step will use, seen before the scheduler has ticked in the batch that makes the step.
-    assert look.seen == pytest.approx([effective * f for f in (0.5, 0.5, 1, 1, 1, 1, 0.5, 0.5)])
+    # After each batch, the rate of the next one: two warm-up steps, then a cosine over the other two.
+    assert look.seen == pytest.approx([effective * factor for factor in (0.5, 1, 1, 1, 1, 0.5, 0.5, 0)])
 
 
 def test_equal_seeds_give_equal_weights_and_others_do_not() -> None:
@@ -231,19 +230,23 @@ def test_equal_seeds_give_equal_weights_and_others_do_not() -> None:
     assert not equal(first, other)
 
 
-def test_the_random_state_outside_does_not_matter() -> None:
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("method=byol", "regularizer.every=1", "negatives=patch"),
+        ("method=simclr", "regularizer=none", *DROPOUT),
+    ],
+)
+def test_the_random_state_outside_does_not_matter(words: tuple[str, ...]) -> None:
     """Every random number of the loop comes from the seed: a callback that draws some changes nothing."""
-    words = ("method=byol", "regularizer.every=1", "negatives=patch")
     noise = AfterBatch(lambda module: torch.rand(3))
     assert equal(state(trained(*words)[0]), state(trained(*words, callbacks=[noise])[0]))
 
 
-@pytest.mark.parametrize("precision", ["bf16-mixed", "64-true"])
-def test_other_precisions_take_steps(precision: str) -> None:
+def test_mixed_precision_takes_steps() -> None:
     meta = Meta()
-    module, trainer = trained("regularizer.every=1", "negatives=patch", callbacks=[meta], precision=precision)
+    module, trainer = trained("regularizer.every=1", "negatives=patch", callbacks=[meta], precision="bf16-mixed")
     assert trainer.global_step == 2
     assert float(trainer.callback_metrics["loss"]) > 0
     assert all(call["method stays"] for call in meta.calls)
-    (kind,) = {p.dtype for p in module.parameters()}
-    assert kind == (torch.float64 if precision == "64-true" else torch.float32)
+    assert {p.dtype for p in module.parameters()} == {torch.float32}
