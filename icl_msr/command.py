@@ -25,6 +25,7 @@ def main(job: Callable[[DictConfig], float], arguments: Sequence[str] | None = N
     # Hydra then raises what it would otherwise print in its own words.
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")
     warnings.filterwarnings("ignore", module="hydra|pytorch_lightning|lightning_fabric")
+    warnings.filterwarnings("ignore", "`torch.jit.script` is deprecated")  # by forward mode, inside torch
     sys.argv[1:] = typed
     codes: list[int] = []
 

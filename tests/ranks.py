@@ -24,7 +24,7 @@ class Ranks:
     next call starts it again.
     """
 
-    def __init__(self, size: int, timeout: float = 60.0):
+    def __init__(self, size: int, timeout: float = 120.0):
         self.size, self.timeout = size, timeout
         self.processes: list[Any] = []
         self.connections: list[Connection] = []
@@ -40,7 +40,7 @@ class Ranks:
             there.close()
             self.processes.append(process)
             self.connections.append(here)
-        self._receive(timeout=120)
+        self._receive(timeout=300)
 
     def __call__(self, function: Callable[..., Any], *arguments: Any) -> list[Any]:
         if not self.processes:
@@ -80,7 +80,7 @@ def _serve(rank: int, size: int, store: str, connection: Connection) -> None:
     sys.path.insert(0, str(Path(__file__).parent))
     torch.set_num_threads(1)
     warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated")
-    dist.init_process_group("gloo", init_method=store, rank=rank, world_size=size, timeout=timedelta(seconds=30))
+    dist.init_process_group("gloo", init_method=store, rank=rank, world_size=size, timeout=timedelta(minutes=5))
     connection.send_bytes(pickle.dumps(("ready", "")))
     while True:
         try:

@@ -5,7 +5,7 @@ from pkgutil import resolve_name
 from typing import Annotated, Any, Literal
 
 import pytest
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 from pydantic import Field, PositiveFloat, PositiveInt
 from tiny import composed
 
@@ -151,7 +151,7 @@ def test_missing_keys_are_named() -> None:
 def test_equal_configs_have_equal_fingerprints() -> None:
     first = fingerprint(check(composed()))
     assert first == fingerprint(check(composed("method=moco", "seed=0")))
-    assert first == fingerprint(check(OmegaConf.create(OmegaConf.to_yaml(composed()))))
+    assert first == fingerprint(check(DictConfig(OmegaConf.create(OmegaConf.to_yaml(composed())))))
     assert first != fingerprint(check(composed("seed=1")))
     assert first != fingerprint(check(composed("regularizer.lam=0.5")))
 

@@ -35,7 +35,7 @@ IMAGES = 8
 TOLERANCE = 1e-8
 
 
-@pytest.fixture(scope="module", params=[2, 4])
+@pytest.fixture(scope="module", params=[2, pytest.param(4, marks=pytest.mark.slow)])
 def ranks(request: pytest.FixtureRequest) -> Iterator[Ranks]:
     pool = Ranks(request.param)
     yield pool

@@ -102,8 +102,8 @@ def test_neighbours(grid: dict[str, Any], tmp_path: Path) -> None:
     )
     turn = torch.tensor([0.0, 0.1, 0.25, 1.0, 1.2, 1.4])
     towards = torch.tensor([0.0, 1.05, 0.2])
-    on_the_circle = lambda angle: 5 * torch.stack([angle.cos(), angle.sin()], 1)  # noqa: E731
-    features = {"train": on_the_circle(turn), "mixed_rand": on_the_circle(towards)}
+    angles = {"train": turn, "mixed_rand": towards}
+    features = {name: 5 * torch.stack([angle.cos(), angle.sin()], 1) for name, angle in angles.items()}
     pictures.neighbours_grid(dataset, features, "mixed_rand", tmp_path / "n.png", images=3, k=2)
     assert torch.equal(grid["rows"]["mixed rand"], test)
     assert torch.equal(grid["rows"]["nearest 1"], train[[0, 3, 2]])
@@ -115,7 +115,7 @@ def test_a_grid_is_a_picture(tmp_path: Path) -> None:
     """The first image is red, and it is drawn above the others and left."""
     images = torch.zeros(3, 3, 8, 8, dtype=torch.uint8)
     images[0, 0] = 255
-    rows = {"a": images, "b": (images, torch.rand(3, 8, 8)), "c": images[:2]}
+    rows: dict[str, Any] = {"a": images, "b": (images, torch.rand(3, 8, 8)), "c": images[:2]}
     pictures._grid(rows, tmp_path / "grid.png", marks={"a": torch.tensor([True, False, True])})
     picture = decode_image(str(tmp_path / "grid.png"))[:3].int()
     red = (picture[0] > 200) & (picture[1] < 50)

@@ -64,7 +64,7 @@ class Meta(pl.Callback):
             self.micro_batches = []
             return log
 
-        regularizer.meta_step = meta_step  # type: ignore[method-assign]
+        regularizer.meta_step = meta_step  # type: ignore[method-assign, assignment]
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Any, *_: Any) -> None:
         if trainer.fit_loop._should_accumulate():

@@ -34,7 +34,8 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _report(paths: list[Path], out: Path | None) -> None:
-    console = Console()
+    # A pipe or a log file has no width of its own.
+    console = Console(width=None if sys.stdout.isatty() else 120)
     if len(paths) == 1 and out is None and is_run(paths[0]):
         written = [write_report(paths[0])]
         results = Run.load(paths[0]).results
