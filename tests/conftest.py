@@ -1,61 +1,10 @@
 import pytest
-import torch
-from torch import Tensor, nn
+from toys import METHODS, make_method
 
-from icl_msr.methods import BYOL, Method, MoCo, SimCLR
-from icl_msr.views import NonSemantic, Views
-
-METHODS = {
-    "simclr": lambda backbone: SimCLR(backbone, hidden_dim=12, embedding_dim=6, temperature=0.5),
-    "moco": lambda backbone: MoCo(
-        backbone, hidden_dim=12, embedding_dim=6, batch_norm=True, temperature=0.2, queue_size=20, momentum=0.9
-    ),
-    "byol": lambda backbone: BYOL(backbone, hidden_dim=12, embedding_dim=6, momentum=0.9),
-}
-
-
-class SmoothBackbone(nn.Module):
-    """Infinitely differentiable, so that difference quotients converge; with BatchNorm, as real backbones have."""
-
-    channels = 8
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.net = nn.Sequential(
-            nn.Conv2d(3, 6, 3, 2), nn.BatchNorm2d(6), nn.Softplus(), nn.Conv2d(6, 8, 3), nn.Softplus()
-        )
-
-    def forward(self, images: Tensor) -> Tensor:
-        return self.net(images).mean(dim=(2, 3))
-
-
-def make_views(
-    n: int = 6, size: int = 8, negatives: int = 0, dtype: torch.dtype = torch.float64, seed: int = 0
-) -> Views:
-    generator = torch.Generator().manual_seed(seed)
-    images = torch.randn(n, 3, size, size, generator=generator, dtype=dtype)
-    views = [images + 0.3 * torch.randn(images.shape, generator=generator, dtype=dtype) for _ in range(2)]
-    rows = torch.randn(n, negatives, 3, size, size, generator=generator, dtype=dtype)
-    non_semantic = NonSemantic(rows, alpha=2.0, repulsion=0.25) if negatives else None
-    return Views(images, views, torch.arange(n), torch.arange(n) % 3, non_semantic)
-
-
-def smooth(module: nn.Module) -> nn.Module:
-    """ReLUs become softplus, which has all derivatives."""
-    for name, child in module.named_children():
-        if isinstance(child, nn.ReLU):
-            setattr(module, name, nn.Softplus())
-        else:
-            smooth(child)
-    return module
-
-
-def make_method(name: str, *, seed: int = 0, dtype: torch.dtype = torch.float64) -> Method:
-    torch.manual_seed(seed)
-    method: Method = METHODS[name](SmoothBackbone())
-    return smooth(method).to(dtype).train()  # type: ignore[return-value]
+from icl_msr.methods import Method
 
 
 @pytest.fixture(params=list(METHODS))
 def method(request: pytest.FixtureRequest) -> Method:
+    """Every method in turn, small, smooth and in float64."""
     return make_method(request.param)

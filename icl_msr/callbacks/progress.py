@@ -54,7 +54,9 @@ class EpochLines(pl.Callback):
         done, total = trainer.current_epoch + 1, trainer.max_epochs or 0
         seconds = (time.perf_counter() - self._began) / (done - self._first_epoch) * (total - done)
         shown = {name: float(value) for name, value in trainer.callback_metrics.items()}
-        parts = [f"epoch {done:>{len(str(total))}}/{total}", f"loss {shown.get('loss', float('nan')):.3f}"]
+        parts = [f"epoch {done:>{len(str(total))}}/{total}"]
+        if "loss" in shown:  # not yet in the first steps of a run
+            parts.append(f"loss {shown['loss']:.3f}")
         for name in ("online/knn", "online/probe"):
             if name in shown:
                 parts.append(f"{name.removeprefix('online/')} {100 * shown[name]:.1f} %")

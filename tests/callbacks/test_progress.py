@@ -62,3 +62,8 @@ def test_a_line_an_epoch(clock: list[float], capsys: pytest.CaptureFixture[str])
     assert re.fullmatch(r"epoch 1/2   loss \d\.\d{3}   knn 50\.0 %   4 images/s   0:17:32 left", first)
     assert second.startswith("epoch 2/2 ")
     assert second.endswith(" 0:00:00 left")
+
+
+def test_a_line_says_nothing_of_a_loss_that_is_not_logged_yet(capsys: pytest.CaptureFixture[str]) -> None:
+    trained(*WORDS, callbacks=[EpochLines(Throughput(8))], log_every_n_steps=10)
+    assert re.fullmatch(r"epoch 1/1   0 images/s   0:00:00 left\n", capsys.readouterr().out)

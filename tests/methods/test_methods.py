@@ -4,9 +4,9 @@ import math
 
 import pytest
 import torch
-from conftest import METHODS, make_method, make_views
 from torch import Tensor
 from torch.func import functional_call
+from toys import METHODS, make_method, make_views
 
 from icl_msr.methods import BYOL, Method, MoCo, Step
 from icl_msr.methods.momentum import Queue, rising_momentum

@@ -2,13 +2,12 @@
 
 import copy
 import math
-from typing import Any
 
 import pytest
 import torch
-from conftest import METHODS, make_method, make_views, smooth
 from torch import Tensor
 from torch.func import functional_call
+from toys import METHODS, make_method, make_regularizer, make_views
 
 from icl_msr.losses.contrastive import unit
 from icl_msr.methods import Method, Step
@@ -19,31 +18,6 @@ from icl_msr.regularizers.strata import random_partition, uniform, uniformity
 from icl_msr.views import Views
 
 STEP = Step(0, 10, noise=3)
-KEYS: dict[str, Any] = {
-    "weights": "meta",
-    "lam": 0.7,
-    "gamma": 0.3,
-    "n": 3,
-    "u": 2.0,
-    "temperature": None,
-    "negatives": "method",
-    "denominators": "printed",
-    "mode": "exact",
-    "schedule": "every",
-    "every": 1,
-    "alpha": "relative",
-    "relative_step": 0.05,
-    "lr": 1e-2,
-    "width": 8,
-    "image_size": 8,
-    "seed": 0,
-}
-
-
-def make_regularizer(method: Method, **keys: Any) -> MetaSemanticRegularizer:
-    torch.manual_seed(1)
-    regularizer = MetaSemanticRegularizer(8, method.temperature, **{**KEYS, **keys})
-    return smooth(regularizer).double()  # type: ignore[return-value]
 
 
 def outer_loss(
