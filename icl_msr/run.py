@@ -115,7 +115,9 @@ def run(config: DictConfig) -> float:
     report = write_report(folder)
     saved = Run.load(folder).results
     if evaluation is not None:
-        console.print(matrix_table(saved), gap_table(saved) or "", " ".join(answer(saved)))
+        for part in (matrix_table(saved), gap_table(saved), " ".join(answer(saved))):
+            if part is not None:
+                console.print(part)
     console.print(f"results  {folder / 'results.json'}\nreport   {report}", highlight=False, soft_wrap=True)
     return metric(settings.metric, final, results)
 
