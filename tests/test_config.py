@@ -152,6 +152,9 @@ def test_equal_configs_have_equal_fingerprints() -> None:
     first = fingerprint(check(composed()))
     assert first == fingerprint(check(composed("method=moco", "seed=0")))
     assert first == fingerprint(check(DictConfig(OmegaConf.create(OmegaConf.to_yaml(composed())))))
+    turned = composed()
+    turned.method = dict(reversed(turned.method.items()))
+    assert first == fingerprint(check(turned))
     assert first != fingerprint(check(composed("seed=1")))
     assert first != fingerprint(check(composed("regularizer.lam=0.5")))
 

@@ -32,11 +32,11 @@ def dataset() -> Dataset:
     return built
 
 
-def pieces(*words: str) -> tuple[Settings, Pretraining, DataModule]:
+def pieces(*words: str, data: Dataset | None = None) -> tuple[Settings, Pretraining, DataModule]:
     """What the trainer of a run is handed."""
     settings = check(composed(*DATA, *MODEL, *words))
     pl.seed_everything(settings.seed, verbose=False)
-    data = dataset()
+    data = data or dataset()
     backbone = build(settings.backbone, data.image_size)
     method = build(settings.method, backbone)
     module = Pretraining(
@@ -47,13 +47,15 @@ def pieces(*words: str) -> tuple[Settings, Pretraining, DataModule]:
         batch_size=settings.loader.batch_size,
     )
     views = [build(settings.augment), build(settings.negatives)]
-    loader = settings.loader.model_dump()
-    return settings, module, DataModule(data, *views, seed=settings.seed, channels_last=False, **loader)
+    keys = settings.loader.model_dump()
+    return settings, module, DataModule(data, *views, seed=settings.seed, channels_last=False, **keys)
 
 
-def trained(*words: str, callbacks: list[pl.Callback] | None = None, **keys: Any) -> tuple[Pretraining, pl.Trainer]:
+def trained(
+    *words: str, callbacks: list[pl.Callback] | None = None, data: Dataset | None = None, **keys: Any
+) -> tuple[Pretraining, pl.Trainer]:
     """The module after some batches (2 of one epoch, by default), and its trainer."""
-    settings, module, data = pieces(*words)
+    settings, module, loader = pieces(*words, data=data)
     trainer = pl.Trainer(
         accelerator="cpu",
         max_epochs=keys.pop("max_epochs", 1),
@@ -69,7 +71,7 @@ def trained(*words: str, callbacks: list[pl.Callback] | None = None, **keys: Any
         use_distributed_sampler=False,
         **keys,
     )
-    trainer.fit(module, data)
+    trainer.fit(module, loader)
     return module, trainer
 
 
