@@ -102,12 +102,9 @@ def test_neighbours(grid: dict[str, Any], tmp_path: Path) -> None:
     )
     turn = torch.tensor([0.0, 0.1, 0.25, 1.0, 1.2, 1.4])
     towards = torch.tensor([0.0, 1.05, 0.2])
-    angles = {"train": turn, "mixed_rand": towards}
-    # Directions count, lengths do not.
-    features = {
-        name: torch.linspace(1, 9, len(angle))[:, None] * torch.stack([angle.cos(), angle.sin()], 1)
-        for name, angle in angles.items()
-    }
+    circle = {"train": turn, "mixed_rand": towards}
+    features = {name: torch.stack([angle.cos(), angle.sin()], 1) for name, angle in circle.items()}
+    features["train"] *= torch.linspace(9, 1, 6)[:, None]  # directions count, lengths do not
     pictures.neighbours_grid(dataset, features, "mixed_rand", tmp_path / "n.png", images=3, k=2)
     assert torch.equal(grid["rows"]["mixed rand"], test)
     assert torch.equal(grid["rows"]["nearest 1"], train[[0, 3, 2]])
