@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import save_file
+from safetensors.torch import save
 
 from icl_msr.encoders import Backbone
 
@@ -18,7 +18,7 @@ def export_encoder(backbone: Backbone, folder: Path, facts: Mapping[str, Any]) -
     """
     path = folder / "encoder.safetensors"
     # safetensors keeps no strides: weights in channels_last are laid out again.
-    save_file({name: tensor.cpu().contiguous() for name, tensor in backbone.net.state_dict().items()}, path)
+    path.write_bytes(save({name: tensor.cpu().contiguous() for name, tensor in backbone.net.state_dict().items()}))
     load = (
         f"{backbone.load}\n\nfrom safetensors.torch import load_file\n\n"
         'net.load_state_dict(load_file("encoder.safetensors"))\nnet.eval()'

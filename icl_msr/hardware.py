@@ -15,7 +15,7 @@ class Plan:
 
     accelerator: str
     devices: int
-    precision: Literal["32-true", "bf16-mixed", "16-mixed", "64-true"]
+    precision: Literal["32-true", "bf16-mixed", "16-mixed"]
     channels_last: bool
     name: str
 
@@ -37,7 +37,7 @@ class Hardware:
         *,
         accelerator: Literal["auto", "cpu", "gpu"],
         devices: PositiveInt,
-        precision: Literal["auto", "32-true", "bf16-mixed", "16-mixed", "64-true"],
+        precision: Literal["auto", "32-true", "bf16-mixed", "16-mixed"],
         channels_last: bool | Literal["auto"],
     ):
         self.accelerator, self.devices, self.precision, self.channels_last = (
@@ -63,5 +63,5 @@ class Hardware:
         # bf16 convolutions in channels_last are about three times as fast where the processor has them.
         fast_bf16 = torch.cuda.is_bf16_supported() if gpu else torch.cpu._is_avx512_bf16_supported()
         precision = self.precision if self.precision != "auto" else "bf16-mixed" if fast_bf16 else "32-true"
-        channels_last = self.channels_last if self.channels_last != "auto" else precision != "64-true"
+        channels_last = self.channels_last if self.channels_last != "auto" else True
         return Plan("gpu" if gpu else "cpu", self.devices, precision, channels_last, name)
