@@ -8,7 +8,7 @@ import torch
 from icl_msr.errors import UserError
 from icl_msr.hardware import Hardware
 
-KEYS: dict[str, Any] = {"accelerator": "auto", "devices": 1, "precision": "auto", "channels_last": "auto"}
+KEYS: dict[str, Any] = {"accelerator": "auto", "devices": 1, "precision": "auto", "channels_last": True}
 
 
 def hardware(**changes: Any) -> Hardware:

@@ -28,7 +28,7 @@ from icl_msr.regularizers.msr import trainable
 from icl_msr.views import Views
 
 N, SIZE, ROUNDS = 256, 32, 9
-PLAN = Hardware(accelerator="auto", devices=1, precision="auto", channels_last="auto").plan()
+PLAN = Hardware(accelerator="auto", devices=1, precision="auto", channels_last=True).plan()
 
 
 def node(path: str, **changes: object) -> dict[str, object]:
