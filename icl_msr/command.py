@@ -6,31 +6,39 @@ import sys
 import warnings
 from collections.abc import Callable, Sequence
 from functools import wraps
+from pathlib import Path
 
 import hydra
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
+from hydra.core.plugins import Plugins
 from hydra.errors import HydraException, MissingConfigException, OverrideParseException
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from icl_msr.config import config_dir, no_keys, suggestion
 from icl_msr.errors import UserError
+from icl_msr.processes import hold_leash
+from icl_msr.sweeps import ProcessLauncher, register_resolvers
 
 
 def main(job: Callable[[DictConfig], float], arguments: Sequence[str] | None = None) -> int:
     """Composes the config from the command line and runs `job` in Hydra's output folder; returns the exit code."""
+    hold_leash()
     typed = [rewritten for word in (sys.argv[1:] if arguments is None else arguments) for rewritten in _rewrite(word)]
     typed.sort(key=lambda word: word not in ("-m", "--multirun"))  # Hydra cannot read a flag between overrides
     # Hydra then raises what it would otherwise print in its own words.
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")
     warnings.filterwarnings("ignore", module="hydra|pytorch_lightning|lightning_fabric")
     warnings.filterwarnings("ignore", "`torch.jit.script` is deprecated")  # by forward mode, inside torch
-    sys.argv[1:] = typed
+    warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated")
+    register_resolvers()
+    Plugins.instance().register(ProcessLauncher)
     codes: list[int] = []
 
     @wraps(job)  # Hydra names the job after its module
     def answered(config: DictConfig) -> float:
+        sys.argv[1:] = typed  # for the ranks and the jobs of a sweep, which repeat the command
         codes.append(0)
         try:
             return job(config)
@@ -40,12 +48,44 @@ def main(job: Callable[[DictConfig], float], arguments: Sequence[str] | None = N
             return float("nan")
 
     try:
-        hydra.main(version_base="1.3", config_path=str(config_dir()), config_name="config")(answered)()
+        source, words = _source(typed)
+        sys.argv[1:] = words
+        hydra.main(version_base="1.3", config_path=str(source), config_name="config")(answered)()
+    except UserError as mistake:
+        return _refuse(str(mistake))
     except (HydraException, OmegaConfBaseException, ValueError) as mistake:
         if codes:  # composed and begun, so it is no mistake of the user's
             raise
         return _refuse(sentence(mistake, typed))
+    except KeyboardInterrupt:
+        return 130
     return max(codes, default=0)
+
+
+def _source(typed: Sequence[str]) -> tuple[Path, Sequence[str]]:
+    """Where the config comes from, and the overrides: `resume=<run folder>` repeats the run's own config.
+
+    Raises:
+        UserError: the folder holds no run, or something beside the number of epochs is to be changed.
+    """
+    folders = [word.partition("=")[2] for word in typed if word.startswith("resume=")]
+    if not folders:
+        return config_dir(), typed
+    folder = Path(folders[-1])
+    if not (folder / "config.yaml").is_file():
+        raise UserError(
+            f"resume={folder} is no run that can be continued: it holds no config.yaml; give the folder of a run "
+            "that has begun to train."
+        )
+    epochs = [word for word in typed if word.startswith("trainer.max_epochs=")]
+    for word in typed:
+        if word not in epochs and not word.startswith(("resume=", "hydra.run.dir=")):
+            raise UserError(
+                f"{word} cannot be changed when a run is continued; drop it (trainer.max_epochs=N may grow), "
+                "or begin a new run."
+            )
+    where = f"hydra.run.dir='{folder}'"
+    return folder.resolve(), [*epochs, where, "hydra.output_subdir=null", "hydra/job_logging=none"]
 
 
 def sentence(error: Exception, typed: Sequence[str]) -> str:

@@ -11,6 +11,7 @@ import hashlib
 import inspect
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from inspect import Parameter
 from pathlib import Path
 from pkgutil import resolve_name
 from types import NoneType
@@ -47,6 +48,7 @@ class Trainer(BaseModel):
     log_every_n_steps: PositiveInt
     limit_train_batches: PositiveInt | None
     checkpoint_every_n_epochs: PositiveInt
+    checkpoint_every_n_minutes: PositiveFloat | None
     online_every_n_epochs: NonNegativeInt
 
 
@@ -112,11 +114,17 @@ def check(config: DictConfig) -> Settings:
 
 
 def build(node: Mapping[str, Any], *handed_over: Any) -> Any:
-    """Calls a checked node's target; None where `_target_` is null."""
+    """Calls a checked node's target; None where `_target_` is null.
+
+    A target takes as many of the things handed over as it has positional parameters.
+    """
     if node["_target_"] is None:
         return None
     keys = {name: value for name, value in node.items() if name != "_target_"}
-    return resolve_name(node["_target_"])(*handed_over, **keys)
+    target = resolve_name(node["_target_"])
+    kinds = [p.kind for p in inspect.signature(target).parameters.values()]
+    taken = sum(kind in (Parameter.POSITIONAL_ONLY, Parameter.POSITIONAL_OR_KEYWORD) for kind in kinds)
+    return target(*handed_over[:taken], **keys)
 
 
 def fingerprint(settings: Settings) -> str:

@@ -15,18 +15,27 @@ class Plan:
 
     accelerator: str
     devices: int
+    """On each node."""
+    nodes: int
     precision: Literal["32-true", "bf16-mixed", "16-mixed"]
     channels_last: bool
     name: str
+    why: str
+    """What `auto` decided the precision by; empty where it was asked for."""
+
+    @property
+    def world_size(self) -> int:
+        """Processes that train together, one a device."""
+        return self.devices * self.nodes
 
     @property
     def device(self) -> torch.device:
-        """The device of this process."""
+        """The device of this process, when it trains alone or is the first."""
         return torch.device("cuda" if self.accelerator == "gpu" else "cpu")
 
     def __str__(self) -> str:
         layout = "channels_last" if self.channels_last else "contiguous"
-        return f"{self.devices} x {self.name}, {self.precision}, {layout}"
+        return f"{self.world_size} x {self.name}, {self.precision}{self.why}, {layout}"
 
 
 class Hardware:
@@ -37,15 +46,12 @@ class Hardware:
         *,
         accelerator: Literal["auto", "cpu", "gpu"],
         devices: PositiveInt,
+        nodes: PositiveInt,
         precision: Literal["auto", "32-true", "bf16-mixed", "16-mixed"],
         channels_last: bool,
     ):
-        self.accelerator, self.devices, self.precision, self.channels_last = (
-            accelerator,
-            devices,
-            precision,
-            channels_last,
-        )
+        self.accelerator, self.devices, self.nodes = accelerator, devices, nodes
+        self.precision, self.channels_last = precision, channels_last
 
     def plan(self) -> Plan:
         """Looks at the machine.
@@ -60,7 +66,11 @@ class Hardware:
                 f"hardware asks for {self.devices} GPU but there are {there}; type hardware=cpu or fewer devices."
             )
         name = torch.cuda.get_device_name() if gpu else f"CPU ({torch.get_num_threads()} threads)"
-        # bf16 convolutions, in channels_last above all, are about three times as fast where the processor has them.
-        fast_bf16 = torch.cuda.is_bf16_supported() if gpu else torch.cpu._is_avx512_bf16_supported()
-        precision = self.precision if self.precision != "auto" else "bf16-mixed" if fast_bf16 else "32-true"
-        return Plan("gpu" if gpu else "cpu", self.devices, precision, self.channels_last, name)
+        precision, why = self.precision, ""
+        if precision == "auto":
+            # bf16 convolutions, in channels_last above all, are about three times as fast where the processor has them.
+            fast_bf16 = torch.cuda.is_bf16_supported() if gpu else torch.cpu._is_avx512_bf16_supported()
+            precision = "bf16-mixed" if fast_bf16 else "32-true"
+            why = f" (auto: {'fast' if fast_bf16 else 'no fast'} bf16 here)"
+        accelerator = "gpu" if gpu else "cpu"
+        return Plan(accelerator, self.devices, self.nodes, precision, self.channels_last, name, why)

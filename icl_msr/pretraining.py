@@ -6,9 +6,11 @@ from typing import Any
 import pytorch_lightning as pl
 import torch
 from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from icl_msr.data.datamodule import DataModule
+from icl_msr.distributed import average, gather, rank, world_size
 from icl_msr.losses.contrastive import unit
 from icl_msr.methods.base import Method, Output, Step, Targets, frozen_statistics
 from icl_msr.optimization import Optimization
@@ -51,6 +53,13 @@ class Pretraining(pl.LightningModule):
         self.optimization = optimization
         self.seed, self.batch_size = seed, batch_size
         self.batch: Batch | None = None
+        # f_msr's gradient is reduced by the regularizer itself.
+        phi = [name for name, _ in self.named_parameters() if name.startswith("regularizer.")]
+        DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(self, phi)
+
+    def configure_callbacks(self) -> list[pl.Callback]:
+        """See `Observe`."""
+        return [Observe()]
 
     def configure_optimizers(self) -> Any:
         """The encoder's optimiser; f_msr has its own, inside the regularizer."""
@@ -60,6 +69,12 @@ class Pretraining(pl.LightningModule):
         assert trainer.max_epochs is not None
         optimizer, schedule = self.optimization.build(self.method, global_batch, total, total / trainer.max_epochs)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def on_train_start(self) -> None:
+        """The learning rate is a function of the step, also where a resumed run has more epochs than before."""
+        schedule: Any = self.lr_schedulers()
+        for group, rate in zip(schedule.optimizer.param_groups, schedule.base_lrs, strict=True):
+            group["lr"] = rate * schedule.lr_lambdas[0](schedule.last_epoch)
 
     def training_step(self, views: Views, batch_index: int) -> Tensor:
         """L_to = L_ct + lambda L_msr with f_msr held fixed."""
@@ -75,7 +90,9 @@ class Pretraining(pl.LightningModule):
             loss = loss + self.regularizer.lam * penalty
             log["loss/msr"] = penalty.detach()
         if self.logs():
-            self.log_dict({"loss": loss.detach(), **log, **health(output), "lr": self.learning_rate()})
+            log = {"loss": loss.detach(), **log}
+            over_ranks = dict(zip(log, average(list(log.values())), strict=True))
+            self.log_dict({**over_ranks, **health(output), "lr": self.learning_rate()})
         return loss
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
@@ -92,11 +109,6 @@ class Pretraining(pl.LightningModule):
         """Once an optimiser step, the momentum encoders follow."""
         super().optimizer_step(*args, **kwargs)
         self.method.advance(self.step(0))
-
-    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
-        """After every micro-batch's backward pass, queues take it in."""
-        assert self.batch is not None
-        self.method.observe(self.batch.targets)
 
     def on_train_epoch_end(self) -> None:
         """Algorithm 1: a second pass over the epoch's batches that moves f_msr and nothing else."""
@@ -115,7 +127,7 @@ class Pretraining(pl.LightningModule):
 
     def step(self, batch_index: int) -> Step:
         """Where training stands; the noise of a micro-batch depends on the seed and on its place alone."""
-        place = torch.tensor([self.current_epoch << 32 | batch_index])
+        place = torch.tensor([self.current_epoch << 32 | (batch_index * world_size() + rank())])
         noise = int(keys(self.seed, self.global_step, place, view=-2))
         return Step(self.global_step, int(self.trainer.estimated_stepping_batches), noise)
 
@@ -131,7 +143,24 @@ class Pretraining(pl.LightningModule):
         return (self.global_step + 1) % every == 0
 
 
+class Observe(pl.Callback):
+    """After every micro-batch's backward pass, queues take it in.
+
+    A callback, because Lightning calls callbacks before the module's own hook, and those that write a checkpoint last.
+    """
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """See `Method.observe`."""
+        assert isinstance(pl_module, Pretraining)
+        batch_done = pl_module.batch
+        assert batch_done is not None
+        embeddings = [embedding.detach() for embedding in batch_done.output.embeddings]
+        pl_module.method.observe(batch_done.targets, embeddings)
+
+
 def health(output: Output) -> dict[str, Tensor]:
     """Collapse monitor: std of unit embeddings x sqrt(D), 1 when they fill the sphere and 0 when they collapse."""
-    anchor = unit(output.pairs[0].anchor.detach())
+    anchor = unit(gather(output.pairs[0].anchor.detach()))
     return {"embedding_std": anchor.std(dim=0).mean() * anchor.shape[1] ** 0.5}

@@ -6,12 +6,16 @@ python -m icl_msr.run method=moco regularizer=msr
 import copy
 import json
 import logging
+import math
 import platform
 import resource
+import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -20,15 +24,19 @@ from typing import Any, TypeVar
 import numpy as np
 import pytorch_lightning as pl
 import torch
+import torch.distributed as dist
 from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
-from pytorch_lightning.callbacks import Callback, ModelCheckpoint, RichProgressBar
-from pytorch_lightning.loggers import CSVLogger
+from pytorch_lightning.callbacks import Callback, RichProgressBar
+from pytorch_lightning.strategies import DDPStrategy, Strategy
+from pytorch_lightning.utilities import rank_zero_only
 from rich.console import Console
 
 from icl_msr import __version__, pictures
-from icl_msr.callbacks import EpochLines, OnlineEvaluation, Throughput
-from icl_msr.checkpoint import export_encoder
+from icl_msr.batchnorm import global_batch_norm
+from icl_msr.callbacks import Checkpoints, EpochLines, OnlineEvaluation, Throughput
+from icl_msr.checkpoint import AtomicCheckpoint, atomic_write, export_encoder, read_checkpoint
 from icl_msr.command import main
 from icl_msr.config import Settings, build, check, fingerprint, suggestion
 from icl_msr.data.datamodule import DataModule
@@ -36,36 +44,145 @@ from icl_msr.data.dataset import Dataset
 from icl_msr.encoders import Backbone
 from icl_msr.errors import UserError
 from icl_msr.evaluation.suite import Evaluation, Results
+from icl_msr.folder import RunFolder
 from icl_msr.hardware import Hardware, Plan
+from icl_msr.loggers import About, metrics_file
 from icl_msr.methods import Method
 from icl_msr.optimization import Optimization
 from icl_msr.pretraining import Pretraining
+from icl_msr.processes import is_rank, outside_world_size, run_ranks
 from icl_msr.regularizers import MetaSemanticRegularizer
 from icl_msr.report import gap_table, matrix_table, write_report
-from icl_msr.report.runs import Run
+from icl_msr.report.runs import Run, flatten, read_curves
 from icl_msr.report.words import answer
+from icl_msr.sweeps import job_type, sweep_group
 
 Built = TypeVar("Built")
 
+LOGGED = ("loss", "loss/contrastive", "online/knn", "online/probe")
+"""Logged values that a sweeper may maximise."""
+
+
+@dataclass
+class Pieces:
+    """All that a run is made of, built and checked."""
+
+    dataset: Dataset
+    untrained: torch.nn.Module
+    module: Pretraining
+    data: DataModule
+    evaluation: Evaluation | None
+    derived: dict[str, float]
+
 
 def run(config: DictConfig) -> float:
-    """One run, in Hydra's output folder; returns the metric that a sweeper maximises."""
-    began = time.perf_counter()
+    """One run, in Hydra's output folder; returns the metric that a sweeper maximises.
+
+    A folder in which the same run was begun is continued, and one in which it was finished is left as it is.
+    """
     settings = check(config)
-    choices = {group: str(HydraConfig.get().runtime.choices[group]) for group in settings.groups()}
-    name = "-".join(choices[group] for group in ("method", "regularizer", "negatives", "dataset", "backbone"))
-    folder = Path(HydraConfig.get().runtime.output_dir)
-    pl.seed_everything(settings.seed, verbose=False)
+    folder = RunFolder(Path(HydraConfig.get().runtime.output_dir))
+    console = Console(highlight=False, soft_wrap=True, quiet=rank_zero_only.rank != 0)
+    extended = folder.begun and more_epochs(settings, folder)
+    if folder.done and not extended:
+        console.print(f"{folder} is finished and stays as it is; continue it with a larger trainer.max_epochs.")
+        return folder.metric()
 
     plan = build_as(Hardware, settings.hardware).plan()
+    supervise = plan.world_size > 1 and not is_rank()
+    require_processes(plan)
+    pieces = assemble(settings, plan)
+    require_room(pieces.module, folder.path)
+    if supervise:
+        del pieces
+        code = run_ranks(plan.world_size, sys.argv[1:], folder.path)
+        return folder.metric() if code == 0 else sys.exit(code)
+    with folder.locked() if rank_zero_only.rank == 0 else nullcontext():
+        return carry_out(settings, config, plan, pieces, folder, console)
+
+
+def carry_out(
+    settings: Settings, config: DictConfig, plan: Plan, pieces: Pieces, folder: RunFolder, console: Console
+) -> float:
+    """Trains with the other ranks, if any; the first one then evaluates and reports."""
+    began = time.perf_counter()
+    resumed_at = resume_point(settings, pieces, folder, console)
+    facts = describe(settings, plan, pieces.dataset, folder)
+    about = About(
+        name=facts["name"],
+        group=sweep_group(),
+        job_type=job_type(HydraConfig.get().overrides.task),
+        config=settings.model_dump(),
+        resumed_at=resumed_at,
+    )
+    dashboard = build(settings.logger, folder.path, about)
+    if rank_zero_only.rank == 0:
+        folder.results.unlink(missing_ok=True)  # of the run before it was given more epochs
+        folder.write(folder.environment.name, facts)
+        atomic_write(folder.config, OmegaConf.to_yaml(config))
+    console.print(f"[bold]{about.name}[/bold] on {plan}\n{in_words(pieces.derived)}\n{folder}")
+
+    with closing(dashboard):
+        throughput = Throughput(settings.loader.batch_size)
+        loggers = [metrics_file(folder.path, about), *([dashboard] if dashboard else [])]
+        trainer = make_trainer(settings, plan, folder, pieces, throughput, loggers)
+        trainer.fit(
+            pieces.module,
+            pieces.data,
+            ckpt_path=folder.checkpoint if resumed_at is not None else None,
+            weights_only=True,
+        )
+        if dist.is_initialized():
+            dist.destroy_process_group()
+        if not trainer.is_global_zero:
+            return math.nan
+        results = evaluate(settings, plan, pieces, folder, facts["choices"])
+        final = {name: curve.values[-1] for name, curve in read_curves(folder.path / "metrics.csv").items()}
+        name, value = metric(settings.metric, final, results)
+        summary = {
+            "name": about.name,
+            "choices": facts["choices"],
+            "seed": settings.seed,
+            "train_on": settings.dataset.get("train_on", "full"),
+            "classes": list(pieces.dataset.classes),
+            "chance": pieces.dataset.chance,
+            "parameters": sum(p.numel() for p in pieces.module.method.backbone.parameters()),
+            "derived": pieces.derived,
+            "images_per_second": throughput.rate,
+            "peak_memory_mb": peak_memory_mb(plan),
+            "wall_time_s": throughput.earlier + time.perf_counter() - began,
+            "metric": {"name": name, "value": value if math.isfinite(value) else None},
+            "final": final,
+            **results.records(),
+        }
+        folder.write(folder.results.name, summary)
+        report = write_report(folder.path)
+        if dashboard is not None:
+            dashboard.conclude(folder.path)
+    saved = Run.load(folder.path).results
+    if results.accuracies:
+        for part in (matrix_table(saved), gap_table(saved), " ".join(answer(saved))):
+            if part is not None:
+                console.print(part)
+    console.print(f"results  {folder.results}\nreport   {report}")
+    return value
+
+
+def assemble(settings: Settings, plan: Plan) -> Pieces:
+    """Builds everything; whatever can be refused is refused here, before anything is written."""
+    pl.seed_everything(settings.seed, verbose=False)
     dataset = build_as(Dataset, settings.dataset)
     backbone = build(settings.backbone, dataset.image_size)
     untrained = copy.deepcopy(backbone)
-    method = build_as(Method, settings.method, backbone)  # type: ignore[type-abstract]
+    method = build_as(Method, settings.method, backbone, len(dataset.classes))  # type: ignore[type-abstract]
+    require_meaning(settings, method)
     regularizer: MetaSemanticRegularizer | None = build(settings.regularizer, backbone.channels, method.temperature)
+    if plan.world_size > 1:
+        global_batch_norm(method)
     optimization = build_as(Optimization, settings.optimizer)
-    evaluation: Evaluation | None = build(settings.evaluation)
     module = Pretraining(method, regularizer, optimization, seed=settings.seed, batch_size=settings.loader.batch_size)
+    if plan.channels_last:
+        module.to(memory_format=torch.channels_last)
     data = DataModule(
         dataset,
         build(settings.augment),
@@ -74,52 +191,125 @@ def run(config: DictConfig) -> float:
         channels_last=plan.channels_last,
         **settings.loader.model_dump(),
     )
-    if plan.channels_last:
-        module.to(memory_format=torch.channels_last)
+    evaluation: Evaluation | None = build(settings.evaluation)
+    known = ["auto", *LOGGED, *(evaluation.names(dataset) if evaluation else [])]
+    if settings.metric not in known:
+        raise UserError(f"metric={settings.metric} will not be measured; {suggestion(settings.metric, known)}")
+    derived = derive(settings, optimization, len(dataset.train), plan.world_size)
+    return Pieces(dataset, untrained, module, data, evaluation, derived)
 
-    derived = derive(settings, optimization, len(dataset.train))
-    about = environment(settings, plan)
-    OmegaConf.save(config, folder / "config.yaml")
-    write_json(folder / "environment.json", about)
-    console = Console()
-    console.print(f"[bold]{name}[/bold] on {plan}\n{facts(derived)}\n{folder}", highlight=False, soft_wrap=True)
 
-    throughput = Throughput(settings.loader.batch_size)
-    trainer = make_trainer(settings, plan, folder, dataset, throughput)
-    trainer.fit(module, data)
+def require_meaning(settings: Settings, method: Method) -> None:
+    """Methods say what they cannot be combined with.
 
-    final = {key: float(value) for key, value in trainer.callback_metrics.items()}
-    images = {"image_size": dataset.image_size, "mean": dataset.mean, "std": dataset.std, "dataset": dataset.name}
-    export_encoder(backbone, folder, {**images, "choices": choices, "icl_msr": __version__})
-    results = Results()
-    if evaluation is not None:
-        results = evaluation(backbone, dataset, device=plan.device, seed=settings.seed, untrained_encoder=untrained)
-        np.savez_compressed(folder / "predictions.npz", **results.predictions)  # type: ignore[arg-type]
-    draw(folder / "figures", data, module.to(plan.device), results)
-    summary = {
-        "name": name,
-        "choices": choices,
-        "seed": settings.seed,
-        "train_on": settings.dataset.get("train_on", "full"),
-        "classes": list(dataset.classes),
-        "chance": dataset.chance,
-        "parameters": sum(p.numel() for p in backbone.parameters()),
-        "derived": derived,
-        "images_per_second": throughput.rate,
-        "peak_memory_mb": peak_memory_mb(plan),
-        "wall_time_s": time.perf_counter() - began,
-        "final": final,
-        **results.records(),
-    }
-    write_json(folder / "results.json", summary)
-    report = write_report(folder)
-    saved = Run.load(folder).results
-    if evaluation is not None:
-        for part in (matrix_table(saved), gap_table(saved), " ".join(answer(saved))):
-            if part is not None:
-                console.print(part)
-    console.print(f"results  {folder / 'results.json'}\nreport   {report}", highlight=False, soft_wrap=True)
-    return metric(settings.metric, final, results)
+    Raises:
+        UserError: a group or the number of views has no meaning for this method.
+    """
+    for group, reason in method.refuses.items():
+        if settings.groups()[group]["_target_"] is not None:
+            raise UserError(f"{group}: {reason}")
+    views = len(settings.augment.get("views", [None] * method.takes[0]))
+    fewest, most = method.takes
+    if not fewest <= views <= most:
+        span = str(fewest) if fewest == most else f"{fewest} to {most}"
+        raise UserError(f"augment.views lists {views} views, and {type(method).__name__} takes {span}; change the list.")
+
+
+def more_epochs(settings: Settings, folder: RunFolder) -> bool:
+    """Whether the run in this folder is to be given more epochs than it had.
+
+    Raises:
+        UserError: another run lies there.
+    """
+    saved, now = flatten(folder.saved_config()), flatten(settings.model_dump())
+    epochs = "trainer.max_epochs"
+    for key in dict.fromkeys([*now, *saved]):
+        if saved.get(key) != now.get(key) and (key != epochs or now[key] < saved.get(key, 0)):
+            raise UserError(
+                f"{folder} holds a run with {key}={saved.get(key)}, and {now.get(key)} was asked for; a run is continued "
+                f"as it was begun, only {epochs} may grow: choose another hydra.run.dir, or type resume={folder}."
+            )
+    return bool(now[epochs] > saved[epochs])
+
+
+def require_processes(plan: Plan) -> None:
+    """Several devices need a process each, and a sweep in this process has but one.
+
+    Raises:
+        UserError: the processes cannot be had.
+    """
+    if plan.world_size == 1:
+        return
+    outside = outside_world_size()
+    if outside is not None and outside != plan.world_size:
+        raise UserError(
+            f"{outside} processes were started, and hardware asks for {plan.devices} devices on {plan.nodes} nodes; "
+            "set hardware.devices and hardware.nodes to what was started."
+        )
+    if is_rank():
+        return
+    if HydraConfig.get().mode == RunMode.MULTIRUN:
+        raise UserError(
+            "A sweep over several devices needs processes of its own for each job; add hydra/launcher=process."
+        )
+    if plan.nodes > 1:
+        raise UserError(
+            f"hardware.nodes={plan.nodes} needs the command to be started on every node, by torchrun or srun; "
+            "one machine alone takes hardware.nodes=1."
+        )
+
+
+def require_room(module: Pretraining, folder: Path) -> None:
+    """A new checkpoint is written beside the old one.
+
+    Raises:
+        UserError: they do not fit on the disk.
+    """
+    state = [t for t in module.state_dict().values() if isinstance(t, torch.Tensor)]
+    moments = [p for p in module.parameters() if p.requires_grad] * 2
+    needed = 2 * sum(t.numel() * t.element_size() for t in [*state, *moments])
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise UserError(
+            f"The disk of {folder} is full: checkpoints need {needed / 1e6:.0f} MB, and {free / 1e6:.0f} MB are free; "
+            "make room or choose another hydra.run.dir."
+        )
+
+
+def resume_point(settings: Settings, pieces: Pieces, folder: RunFolder, console: Console) -> int | None:
+    """The optimiser step to continue from, said in words; None for a fresh start."""
+    if not (folder.begun and folder.checkpoint.exists()):
+        return None
+    step = int(read_checkpoint(folder.checkpoint)["global_step"])
+    console.print(f"Continuing {folder} from step {step}.")
+    before, now = folder.saved_config()["trainer"]["max_epochs"], settings.trainer.max_epochs
+    if now > before:
+        rate, steps = pieces.module.optimization.factor, pieces.derived["steps_per_epoch"]
+        lr = pieces.derived["effective_learning_rate"]
+        old, new = (lr * rate(step, int(steps * epochs), steps) for epochs in (before, now))
+        console.print(
+            f"{before} epochs become {now}: the schedule ({settings.optimizer.get('schedule')}) ends at epoch {now} now, "
+            f"so the learning rate at this step is {new:.3g} instead of {old:.3g}."
+        )
+    return step
+
+
+@contextmanager
+def closing(dashboard: Any) -> Iterator[None]:
+    """The dashboard learns how the run ended, however it ended."""
+    code = 1
+    try:
+        yield
+        code = 0
+    except UserError:
+        code = 2
+        raise
+    except SystemExit as stop:
+        code = int(stop.code or 0)
+        raise
+    finally:
+        if dashboard is not None:
+            dashboard.close(code)
 
 
 def build_as(kind: type[Built], node: Mapping[str, Any], *handed_over: Any) -> Built:
@@ -130,16 +320,21 @@ def build_as(kind: type[Built], node: Mapping[str, Any], *handed_over: Any) -> B
     return built
 
 
-def derive(settings: Settings, optimization: Optimization, images: int) -> dict[str, float]:
+def derive(settings: Settings, optimization: Optimization, images: int, world_size: int) -> dict[str, float]:
     """Numbers that follow from the config; shown and saved, never written back into it.
 
     Raises:
-        UserError: a batch is larger than the training split.
+        UserError: a batch is larger than the training split, or cannot be shared by the devices.
     """
     loader, trainer = settings.loader, settings.trainer
     if loader.batch_size > images:
         raise UserError(
             f"loader.batch_size={loader.batch_size} is larger than the training split; set it to {images} or less."
+        )
+    if loader.batch_size % world_size:
+        fair = max(1, loader.batch_size // world_size) * world_size
+        raise UserError(
+            f"loader.batch_size={loader.batch_size} cannot be shared by {world_size} devices; set it to {fair}."
         )
     batches = min(images // loader.batch_size, trainer.limit_train_batches or images)
     steps = -(-batches // trainer.accumulate_grad_batches)
@@ -153,36 +348,53 @@ def derive(settings: Settings, optimization: Optimization, images: int) -> dict[
     }
 
 
-def facts(derived: Mapping[str, float]) -> str:
+def in_words(derived: Mapping[str, float]) -> str:
     """Derived values in one line."""
     return "   ".join(f"{name.replace('_', ' ')} {value:g}" for name, value in derived.items())
 
 
-def make_trainer(settings: Settings, plan: Plan, folder: Path, dataset: Dataset, throughput: Throughput) -> pl.Trainer:
+def make_trainer(
+    settings: Settings, plan: Plan, folder: RunFolder, pieces: Pieces, throughput: Throughput, loggers: list[Any]
+) -> pl.Trainer:
     """Lightning's Trainer with the callbacks of every run."""
-    logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)
+    for chatty in ("pytorch_lightning", "lightning_fabric"):
+        logging.getLogger(chatty).setLevel(logging.WARNING)
     t = settings.trainer
     callbacks: list[Callback] = [
-        ModelCheckpoint(
-            folder / "checkpoints", "last", every_n_epochs=t.checkpoint_every_n_epochs, enable_version_counter=False
+        Checkpoints(
+            folder.checkpoint,
+            every_n_epochs=t.checkpoint_every_n_epochs,
+            every_n_minutes=t.checkpoint_every_n_minutes,
         ),
         throughput,
     ]
     if t.online_every_n_epochs:
-        callbacks.append(OnlineEvaluation(dataset, every_n_epochs=t.online_every_n_epochs, seed=settings.seed))
+        channels = pieces.module.method.backbone.channels
+        watch = OnlineEvaluation(
+            pieces.dataset, int(channels), every_n_epochs=t.online_every_n_epochs, seed=settings.seed
+        )
+        callbacks.append(watch)
     callbacks.append(RichProgressBar() if sys.stdout.isatty() else EpochLines(throughput))
+    strategy: Strategy | str = "auto"
+    if plan.world_size > 1:
+        backend = "gloo" if plan.accelerator == "cpu" else None
+        # Buffers are equal on all ranks by themselves; a broadcast would overwrite a queue.
+        strategy = DDPStrategy(process_group_backend=backend, broadcast_buffers=False)
     return pl.Trainer(
         accelerator=plan.accelerator,
         devices=plan.devices,
+        num_nodes=plan.nodes,
+        strategy=strategy,
         precision=plan.precision,
         max_epochs=t.max_epochs,
         accumulate_grad_batches=t.accumulate_grad_batches,
         gradient_clip_val=t.gradient_clip_val,
         log_every_n_steps=t.log_every_n_steps,
         limit_train_batches=t.limit_train_batches,
-        logger=[CSVLogger(folder, name="", version=""), *build_logger(settings, folder)],
+        logger=loggers,
         callbacks=callbacks,
-        default_root_dir=folder,
+        plugins=[AtomicCheckpoint()],
+        default_root_dir=folder.path,
         enable_progress_bar=sys.stdout.isatty(),
         enable_model_summary=False,
         use_distributed_sampler=False,
@@ -190,10 +402,19 @@ def make_trainer(settings: Settings, plan: Plan, folder: Path, dataset: Dataset,
     )
 
 
-def build_logger(settings: Settings, folder: Path) -> list[Any]:
-    """The chosen logger, if any, beside the CSV files that are always written."""
-    logger = build(settings.logger, folder)
-    return [] if logger is None else [logger]
+def evaluate(settings: Settings, plan: Plan, pieces: Pieces, folder: RunFolder, choices: Mapping[str, str]) -> Results:
+    """Exports the encoder, measures it, and draws the pictures of the report."""
+    backbone, dataset = pieces.module.method.backbone, pieces.dataset
+    assert isinstance(backbone, Backbone)
+    export_encoder(backbone, folder.path, {**image_facts(dataset), "choices": choices, "icl_msr": __version__})
+    results = Results()
+    if pieces.evaluation is not None:
+        results = pieces.evaluation(
+            backbone, dataset, device=plan.device, seed=settings.seed, untrained_encoder=pieces.untrained
+        )
+        np.savez_compressed(folder.path / "predictions.npz", **results.predictions)  # type: ignore[arg-type]
+    draw(folder.path / "figures", pieces.data, pieces.module.to(plan.device), results)
+    return results
 
 
 def draw(folder: Path, data: DataModule, module: Pretraining, results: Results) -> None:
@@ -215,14 +436,19 @@ def draw(folder: Path, data: DataModule, module: Pretraining, results: Results) 
         captions["neighbours.png"] = pictures.neighbours_grid(
             dataset, results.features["trained"], split, folder / "neighbours.png"
         )
-    write_json(folder / "captions.json", captions)
+    atomic_write(folder / "captions.json", json.dumps(captions, indent=2))
 
 
-def environment(settings: Settings, plan: Plan) -> dict[str, Any]:
-    """Where a number comes from."""
+def image_facts(dataset: Dataset) -> dict[str, Any]:
+    """What an encoder of this data set must be fed with."""
+    return {"image_size": dataset.image_size, "mean": dataset.mean, "std": dataset.std, "dataset": dataset.name}
+
+
+def describe(settings: Settings, plan: Plan, dataset: Dataset, folder: RunFolder) -> dict[str, Any]:
+    """Where a number comes from. A run that goes on keeps what it was begun with and adds how it was continued."""
     root = Path(__file__).parents[1]
     commit = subprocess.run(["git", "-C", root, "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
-    return {
+    now = {
         "command": "python -m icl_msr.run " + " ".join(HydraConfig.get().overrides.task),
         "commit": commit.stdout.strip() or None,
         "config_hash": fingerprint(settings),
@@ -233,6 +459,12 @@ def environment(settings: Settings, plan: Plan) -> dict[str, Any]:
         "hardware": str(plan),
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
     }
+    if folder.begun and folder.environment.exists():
+        begun = folder.facts()
+        return {**begun, "continued": [*begun.get("continued", []), now]}
+    choices = {group: str(HydraConfig.get().runtime.choices[group]) for group in settings.groups()}
+    name = "-".join(choices[group] for group in ("method", "regularizer", "negatives", "dataset", "backbone"))
+    return {"name": name, **now, "choices": choices, "images": image_facts(dataset)}
 
 
 def peak_memory_mb(plan: Plan) -> float:
@@ -242,8 +474,8 @@ def peak_memory_mb(plan: Plan) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3
 
 
-def metric(name: str, final: Mapping[str, float], results: Results) -> float:
-    """The value that a sweeper maximises.
+def metric(name: str, final: Mapping[str, float], results: Results) -> tuple[str, float]:
+    """Name and value of what a sweeper maximises.
 
     `classifier/fitted_on/split` names an accuracy of the evaluation, anything else a logged value. `auto` is the
     accuracy that rewards the background least: the linear probe before kNN, fitted on the balanced split before train,
@@ -259,14 +491,7 @@ def metric(name: str, final: Mapping[str, float], results: Results) -> float:
             accuracies or ["online/knn"],
             key=lambda k: (not k.startswith("linear/"), "/balanced/" not in k, not k.endswith("/mixed_rand")),
         )
-    elif name not in values:
-        raise UserError(f"metric={name} was not measured; {suggestion(name, values)}")
-    return values.get(name, float("nan"))
-
-
-def write_json(path: Path, content: Mapping[str, Any]) -> None:
-    """Plain data, indented."""
-    path.write_text(json.dumps(content, indent=2) + "\n")
+    return name, values.get(name, math.nan)
 
 
 if __name__ == "__main__":

@@ -102,7 +102,8 @@ def one_step(name: str, kind: str, negatives: int) -> dict[str, dict[str, Tensor
 
         regularizer.optimizer.register_step_pre_hook(note)
         regularizer.meta_step(method, views, targets, STEP, theta, 0.1)
-    method.observe(targets)
+    with torch.no_grad(), frozen_statistics(method):
+        method.observe(targets, method(views, targets, STEP).embeddings)
     return {"theta": theta, "phi": phi, "buffers": dict(method.named_buffers())}
 
 

@@ -8,6 +8,7 @@ import pytorch_lightning as pl
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from omegaconf import DictConfig
+from pytorch_lightning.callbacks import Checkpoint
 
 from icl_msr.config import Settings, build, check, config_dir
 from icl_msr.data.datamodule import DataModule
@@ -56,6 +57,7 @@ def trained(
 ) -> tuple[Pretraining, pl.Trainer]:
     """The module after some batches (2 of one epoch, by default), and its trainer."""
     settings, module, loader = pieces(*words, data=data)
+    path = keys.pop("ckpt_path", None)
     trainer = pl.Trainer(
         accelerator="cpu",
         max_epochs=keys.pop("max_epochs", 1),
@@ -65,13 +67,13 @@ def trained(
         log_every_n_steps=keys.pop("log_every_n_steps", 1),
         callbacks=callbacks,
         logger=False,
-        enable_checkpointing=False,
+        enable_checkpointing=any(isinstance(callback, Checkpoint) for callback in callbacks or []),
         enable_progress_bar=False,
         enable_model_summary=False,
         use_distributed_sampler=False,
         **keys,
     )
-    trainer.fit(module, loader)
+    trainer.fit(module, loader, ckpt_path=path, weights_only=True)
     return module, trainer
 
 

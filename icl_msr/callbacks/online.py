@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from icl_msr.data.dataset import Dataset
+from icl_msr.distributed import gather
 from icl_msr.evaluation.features import extract
 from icl_msr.evaluation.knn import knn_predict
 from icl_msr.evaluation.linear import hold_out
@@ -17,11 +18,20 @@ from icl_msr.pretraining import Pretraining
 class OnlineEvaluation(pl.Callback):
     """Logs `online/knn` (preset dino) and `online/probe` every few epochs.
 
-    The probe is one linear layer on detached features, trained with Adam on every batch beside the encoder. The
-    held-out images are pre-trained on without their labels; neither the probe nor the kNN bank ever sees those.
+    The probe is softmax regression from zero on detached features, trained with Adam on every batch beside the encoder,
+    the same on all ranks. The held-out images are pre-trained on without their labels; neither the probe nor the kNN bank ever sees those.
     """
 
-    def __init__(self, dataset: Dataset, *, every_n_epochs: int, seed: int, bank: int = 4000, queries: int = 1000):
+    def __init__(
+        self,
+        dataset: Dataset,
+        channels: int,
+        *,
+        every_n_epochs: int,
+        seed: int,
+        bank: int = 4000,
+        queries: int = 1000,
+    ):
         self.dataset, self.every_n_epochs = dataset, every_n_epochs
         train = dataset.train
         fit, self.held = hold_out(len(train), min(queries / len(train), 0.5), seed)
@@ -30,8 +40,25 @@ class OnlineEvaluation(pl.Callback):
         self.bank = self.fit[torch.linspace(0, len(self.fit) - 1, min(bank, len(self.fit))).long()]
         self.fits = torch.zeros(len(train), dtype=torch.bool)
         self.fits[self.fit] = True
-        self.probe: nn.Linear | None = None
-        self.optimizer: torch.optim.Optimizer | None = None
+        self.probe = nn.Linear(channels, len(dataset.classes))
+        nn.init.zeros_(self.probe.weight)
+        nn.init.zeros_(self.probe.bias)
+        self.optimizer = torch.optim.Adam(self.probe.parameters(), lr=3e-3)
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """To the training device."""
+        device = trainer.strategy.root_device
+        self.probe.to(device)
+        self.fits = self.fits.to(device)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The probe and its Adam, for the checkpoint."""
+        return {"probe": self.probe.state_dict(), "optimizer": self.optimizer.state_dict()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """See `state_dict`."""
+        self.probe.load_state_dict(state_dict["probe"])
+        self.optimizer.load_state_dict(state_dict["optimizer"])
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -40,13 +67,9 @@ class OnlineEvaluation(pl.Callback):
         assert isinstance(pl_module, Pretraining)
         assert pl_module.batch is not None
         views = pl_module.batch.views
-        features = F.layer_norm((z := pl_module.batch.output.features[0].detach().float()), z.shape[1:])
-        if self.probe is None:
-            self.probe = nn.Linear(features.shape[1], len(self.dataset.classes), device=features.device)
-            self.optimizer = torch.optim.Adam(self.probe.parameters(), lr=3e-3)
-            self.fits = self.fits.to(features.device)
-        assert self.optimizer is not None
-        labels = views.labels.masked_fill(~self.fits[views.index], -1)
+        features = gather(pl_module.batch.output.features[0].detach().float())
+        labels = gather(views.labels.masked_fill(~self.fits[views.index], -1))
+        features = F.layer_norm(features, features.shape[1:])
         with torch.enable_grad():
             loss = F.cross_entropy(self.probe(features), labels, ignore_index=-1)
         if loss.isfinite():
@@ -55,12 +78,13 @@ class OnlineEvaluation(pl.Callback):
             self.optimizer.step()
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Both accuracies on the held-out images."""
+        """Both accuracies on the held-out images, measured by the first rank."""
         last = trainer.current_epoch + 1 == trainer.max_epochs
         if ((trainer.current_epoch + 1) % self.every_n_epochs and not last) or not len(self.held):
             return
+        if not trainer.is_global_zero:
+            return
         assert isinstance(pl_module, Pretraining)
-        assert self.probe is not None
         device = pl_module.device
         features = self._features(pl_module, torch.cat([self.bank, self.held]))
         bank, queries = features[: len(self.bank)], features[len(self.bank) :]
@@ -69,8 +93,8 @@ class OnlineEvaluation(pl.Callback):
         knn = knn_predict(bank, train_labels[self.bank.to(device)], queries, "dino", len(self.dataset.classes))
         with torch.no_grad():
             probe = self.probe(F.layer_norm(queries, queries.shape[1:])).argmax(1)
-        pl_module.log("online/knn", (knn == labels).float().mean())
-        pl_module.log("online/probe", (probe == labels).float().mean())
+        pl_module.log("online/knn", (knn == labels).float().mean(), rank_zero_only=True)
+        pl_module.log("online/probe", (probe == labels).float().mean(), rank_zero_only=True)
 
     def _features(self, module: Pretraining, index: Tensor) -> Tensor:
         data = self.dataset

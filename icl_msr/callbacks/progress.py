@@ -13,7 +13,20 @@ class Throughput(pl.Callback):
     def __init__(self, batch_size: int):
         self.batch_size = batch_size
         self.seconds, self.images = 0.0, 0
+        self.earlier = 0.0
+        """Wall seconds that the run took before it was continued."""
+        self._began = time.perf_counter()
         self._since: float | None = None
+
+    def state_dict(self) -> dict[str, float]:
+        """A continued run goes on counting."""
+        elapsed = self.earlier + time.perf_counter() - self._began
+        return {"seconds": self.seconds, "images": self.images, "elapsed": elapsed}
+
+    def load_state_dict(self, state_dict: dict[str, float]) -> None:
+        """See `state_dict`."""
+        self.seconds, self.images = state_dict["seconds"], int(state_dict["images"])
+        self.earlier = state_dict["elapsed"]
 
     @property
     def rate(self) -> float:
@@ -51,6 +64,8 @@ class EpochLines(pl.Callback):
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Prints the line."""
+        if not trainer.is_global_zero:
+            return
         done, total = trainer.current_epoch + 1, trainer.max_epochs or 0
         seconds = (time.perf_counter() - self._began) / (done - self._first_epoch) * (total - done)
         shown = {name: float(value) for name, value in trainer.callback_metrics.items()}

@@ -3,6 +3,7 @@
 It knows nothing of training: encoders and a data set in, plain records out.
 """
 
+import itertools
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import partial
@@ -115,6 +116,12 @@ class Evaluation:
         self.bootstrap = bootstrap
         self.untrained = untrained
         self.batch_size = batch_size
+
+    def names(self, dataset: Dataset) -> list[str]:
+        """What will be measured: `classifier/fitted_on/split`."""
+        classifiers = [*(f"knn-{preset}" for preset in self.knn), *(["linear"] if self.linear else [])]
+        fitted_on = ["train", *([] if dataset.balanced is None else ["balanced"])]
+        return ["/".join(parts) for parts in itertools.product(classifiers, fitted_on, dataset.tests)]
 
     def __call__(
         self,

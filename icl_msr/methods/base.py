@@ -1,7 +1,8 @@
 """The contract of a contrastive method: six verbs, most of them inherited as nothing."""
 
+import itertools
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 
@@ -37,6 +38,8 @@ class Targets:
     """Their projections (N, D)."""
     negatives: NonSemantic | None = None
     """Embeddings (N, m, D) of the non-semantic negatives."""
+    labels: Tensor | None = None
+    """(N,) classes, for a method that is supervised."""
 
 
 @dataclass
@@ -67,6 +70,8 @@ class Output:
     features: list[Tensor]
     """Pooled features (N, c) of each view, with gradient."""
     pairs: list[Pair]
+    embeddings: list[Tensor] = field(default_factory=list)
+    """What `project` gave, with gradient."""
 
 
 class Method(nn.Module, ABC):
@@ -79,15 +84,18 @@ class Method(nn.Module, ABC):
 
     backbone: nn.Module
     temperature: float | None = None
+    takes: tuple[int, int] = (2, 2)
+    """Fewest and most views of an image; with more than two, the first two are the global ones."""
+    refuses: Mapping[str, str] = {}
+    """Why a config group, `regularizer` or `negatives`, has no meaning here, and what to do instead."""
 
     def targets(self, views: Views) -> Targets:
         """No-gradient side of the comparison."""
         return Targets()
 
     def encode(self, views: Views) -> list[Tensor]:
-        """Pooled features (N, c) per view, in one pass of the trained backbone: the only place where it runs."""
-        features: Tensor = self.backbone(torch.cat(views.views))
-        return list(features.chunk(len(views.views)))
+        """Pooled features (N, c) per view: the only place where the trained backbone runs, once for each size."""
+        return encode_views(self.backbone, views.views)
 
     @abstractmethod
     def project(self, features: Sequence[Tensor]) -> list[Tensor]:
@@ -109,13 +117,22 @@ class Method(nn.Module, ABC):
         """All that follows the backbone."""
         embeddings = self.project(features)
         loss = self.loss(embeddings, targets, step)
-        return Output(loss, features, self.pairs(features, embeddings, targets))
+        return Output(loss, features, self.pairs(features, embeddings, targets), embeddings)
 
-    def observe(self, targets: Targets) -> None:
-        """Queues and banks take the batch in."""
+    def observe(self, targets: Targets, embeddings: Sequence[Tensor]) -> None:
+        """Queues and banks take the batch in: its targets, or what `project` gave, detached."""
 
     def advance(self, step: Step) -> None:
         """Momentum encoders follow."""
+
+
+def encode_views(backbone: nn.Module, views: Sequence[Tensor]) -> list[Tensor]:
+    """Features (N, c) of each view (N, C, h, w), neighbours of one size in one pass."""
+    features: list[Tensor] = []
+    for _, same in itertools.groupby(views, lambda view: view.shape[-1]):
+        group = list(same)
+        features += backbone(torch.cat(group)).chunk(len(group))
+    return features
 
 
 @torch.no_grad()

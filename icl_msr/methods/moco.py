@@ -63,7 +63,7 @@ class MoCo(Method):
         head = self.momentum_encoder.projector
         return [Pair(embeddings[0], targets.embeddings[0], targets.features[0], head, self.queue.keys)]
 
-    def observe(self, targets: Targets) -> None:
+    def observe(self, targets: Targets, embeddings: Sequence[Tensor]) -> None:
         """The keys enter the queue after the loss, so that a positive is never among the negatives."""
         self.queue.push(targets.embeddings[0])
 

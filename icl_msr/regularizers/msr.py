@@ -171,7 +171,7 @@ class MetaSemanticRegularizer(nn.Module):
             strata = self.strata(views.images)
             spread = self.gamma * uniformity(strata, self.u)
             gradient = average(torch.autograd.grad(spread, phi, retain_graph=self.weights == "joint"))
-            log["uniformity"] = float(spread.detach()) / self.gamma if self.gamma else 0.0
+            log["uniformity"] = float(average([spread.detach()])[0]) / self.gamma if self.gamma else 0.0
             log["uniformity_grad_norm"] = norm(gradient)
             if self.weights != "uniform_only":
                 if self.weights == "joint":

@@ -125,20 +125,8 @@ class Run:
 
     @cached_property
     def curves(self) -> dict[str, Curve]:
-        """Columns of `metrics.csv` without their empty cells, by step."""
-        file = self.path / "metrics.csv"
-        curves: dict[str, Curve] = {}
-        if file.exists():
-            with file.open(newline="") as rows:
-                for i, row in enumerate(csv.DictReader(rows)):
-                    step = float(row.get("step") or i)
-                    for name, cell in row.items():
-                        if name in ("epoch", "step") or not cell or not math.isfinite(value := float(cell)):
-                            continue
-                        curve = curves.setdefault(name, Curve([], []))
-                        curve.steps.append(step)
-                        curve.values.append(value)
-        return curves
+        """The run's `metrics.csv`."""
+        return read_curves(self.path / "metrics.csv")
 
     @cached_property
     def pictures(self) -> list[Picture]:
@@ -147,6 +135,22 @@ class Run:
         captions = _json(folder / "captions.json")
         names = [*captions, *sorted(file.name for file in folder.glob("*.png") if file.name not in captions)]
         return [Picture(folder / name, captions.get(name, "")) for name in names if (folder / name).exists()]
+
+
+def read_curves(file: Path) -> dict[str, Curve]:
+    """Columns of a `metrics.csv` without their empty cells, by step; none where there is no file."""
+    curves: dict[str, Curve] = {}
+    if file.exists():
+        with file.open(newline="") as rows:
+            for i, row in enumerate(csv.DictReader(rows)):
+                step = float(row.get("step") or i)
+                for name, cell in row.items():
+                    if name in ("epoch", "step") or not cell or not math.isfinite(value := float(cell)):
+                        continue
+                    curve = curves.setdefault(name, Curve([], []))
+                    curve.steps.append(step)
+                    curve.values.append(value)
+    return curves
 
 
 class Failed(NamedTuple):

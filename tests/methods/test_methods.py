@@ -84,7 +84,7 @@ def test_moco_never_compares_a_query_with_its_own_key_twice() -> None:
     views = make_views()
     targets = method.targets(views)
     before = method(views, targets, STEP).loss
-    method.observe(targets)
+    method.observe(targets, [])
     assert isinstance(method, MoCo)
     torch.testing.assert_close(method.queue.keys[:6], torch.nn.functional.normalize(targets.embeddings[0]))
     assert method(views, targets, STEP).loss > before  # the key, now in the queue, counts as a negative too

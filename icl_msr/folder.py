@@ -1,0 +1,88 @@
+"""What the folder of a run says of itself, and who may write there."""
+
+import errno
+import fcntl
+import json
+import os
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+
+from icl_msr.checkpoint import atomic_write
+from icl_msr.errors import UserError
+
+PATIENCE = 10.0
+"""Seconds to wait for the processes of a run that was killed to let its folder go."""
+
+
+class RunFolder:
+    """A run's files by name. `config.yaml` is written when training begins, `results.json` when all is done."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        self.config = path / "config.yaml"
+        self.environment = path / "environment.json"
+        self.checkpoint = path / "checkpoints" / "last.ckpt"
+        self.results = path / "results.json"
+
+    def __str__(self) -> str:
+        return str(self.path)
+
+    @property
+    def begun(self) -> bool:
+        """Whether a run lies here, finished or not."""
+        return self.config.exists()
+
+    @property
+    def done(self) -> bool:
+        """Whether a finished run lies here."""
+        return self.results.exists()
+
+    def saved_config(self) -> dict[str, Any]:
+        """The config of the run that lies here, interpolations filled in."""
+        saved = OmegaConf.to_container(OmegaConf.load(self.config), resolve=True)
+        return {str(key): value for key, value in saved.items()} if isinstance(saved, dict) else {}
+
+    def facts(self) -> dict[str, Any]:
+        """`environment.json`."""
+        facts: dict[str, Any] = json.loads(self.environment.read_text())
+        return facts
+
+    def metric(self) -> float:
+        """The value that the finished run gave to the sweeper."""
+        value = json.loads(self.results.read_text())["metric"]["value"]
+        return float("nan") if value is None else float(value)
+
+    def write(self, name: str, content: Mapping[str, Any]) -> None:
+        """Plain data as indented JSON, whole or not at all."""
+        atomic_write(self.path / name, json.dumps(content, indent=2) + "\n")
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Nobody else writes here meanwhile; the lock goes with the process, however that ends.
+
+        Raises:
+            UserError: another process writes here.
+        """
+        folder = os.open(self.path, os.O_RDONLY)
+        try:
+            deadline = time.monotonic() + PATIENCE
+            while True:
+                try:
+                    fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    break
+                except OSError as error:
+                    if error.errno not in (errno.EAGAIN, errno.EACCES):
+                        break  # a file system without locks
+                if time.monotonic() > deadline:
+                    raise UserError(
+                        f"{self} is being written by another process; wait for its end, or choose another hydra.run.dir."
+                    )
+                time.sleep(0.1)
+            yield
+        finally:
+            os.close(folder)
