@@ -149,7 +149,7 @@ def test_the_queue_takes_in_every_micro_batch() -> None:
         queue = module.method.queue
         return module.global_step, int(queue.position), queue.keys[:24].clone()
 
-    seen = AfterBatch(look)  # a callback's hook comes before the module's, which pushes
+    seen = AfterBatch(look)  # called before the module's own callback, which pushes
     words = ("method=moco", "regularizer=none", "trainer.accumulate_grad_batches=2")
     module, _ = trained(*words, callbacks=[seen], limit_train_batches=4)
     assert [(step, position) for step, position, _ in seen.seen] == [(0, 0), (1, 8), (1, 16), (2, 24)]
