@@ -1,11 +1,263 @@
-"""Loggers beside the CSV file."""
+"""Where numbers and pictures go: the CSV file that every run writes, and a dashboard beside it."""
 
+import csv
+import io
+import json
+import os
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import wraps
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Concatenate, Literal, ParamSpec
+
+from pytorch_lightning.loggers import TensorBoardLogger, WandbLogger
+from pytorch_lightning.loggers.logger import Logger
+from pytorch_lightning.utilities import rank_zero_only
+
+from icl_msr.checkpoint import atomic_write
+from icl_msr.errors import UserError
+
+Arguments = ParamSpec("Arguments")
 
 
-def wandb_logger(folder: Path, *, project: str, mode: Literal["online", "offline"]) -> Any:
-    """Lightning's Weights & Biases logger, writing into the run folder; wandb is imported only here."""
-    from pytorch_lightning.loggers import WandbLogger
+@dataclass(frozen=True)
+class About:
+    """What a dashboard should know of a run."""
 
-    return WandbLogger(project=project, save_dir=folder, offline=mode == "offline")
+    name: str
+    group: str | None
+    """The sweep."""
+    job_type: str | None
+    """The settings, whatever the seed."""
+    config: dict[str, Any]
+    """As composed."""
+    resumed_at: int | None
+    """Optimiser steps done when the run was continued; None for a fresh start."""
+
+
+class MetricsFile(Logger):
+    """`metrics.csv`: a row whenever something is logged, on the disk at once.
+
+    A run that is continued keeps the rows of the steps that its checkpoint has seen. Lightning's own file is deleted
+    then, and is rewritten in place when a new column comes.
+    """
+
+    def __init__(self, folder: Path, about: About):
+        super().__init__()
+        self.file = folder / "metrics.csv"
+        self.columns: list[str] = ["epoch", "step"]
+        if rank_zero_only.rank == 0:
+            done = about.resumed_at or 0
+            self._write([row for row in self._rows() if row["step"] and int(row["step"]) < done])
+
+    @property
+    def name(self) -> str:
+        """See Lightning."""
+        return ""
+
+    @property
+    def version(self) -> str:
+        """See Lightning."""
+        return ""
+
+    @rank_zero_only
+    def log_hyperparams(self, *_: Any, **__: Any) -> None:
+        """They stand in `config.yaml`."""
+
+    @rank_zero_only
+    def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
+        """One row."""
+        row = {**metrics, "step": step}
+        if row.keys() - set(self.columns):
+            self.columns = ["epoch", "step", *sorted({*self.columns, *row} - {"epoch", "step"})]
+            self._write(self._rows())
+        with self.file.open("a", newline="") as file:
+            file.write(self._text([row]))
+
+    def _rows(self) -> list[dict[str, str]]:
+        if not self.file.exists():
+            return []
+        with self.file.open(newline="") as file:
+            return [row for row in csv.DictReader(file) if None not in row.values()]  # a kill may cut the last one
+
+    def _write(self, rows: list[dict[str, str]]) -> None:
+        filled = {name for row in rows for name, cell in row.items() if cell}
+        self.columns = ["epoch", "step", *sorted(({*self.columns, *filled}) - {"epoch", "step"})]
+        atomic_write(self.file, ",".join(self.columns) + "\n" + self._text(rows))
+
+    def _text(self, rows: Any) -> str:
+        text = io.StringIO()
+        csv.DictWriter(text, self.columns, extrasaction="ignore", lineterminator="\n").writerows(rows)
+        return text.getvalue()
+
+
+def figures(folder: Path) -> dict[str, tuple[Path, str]]:
+    """The run's pictures: name to file and caption."""
+    captions = json.loads((folder / "figures" / "captions.json").read_text())
+    return {Path(file).stem: (folder / "figures" / file, caption) for file, caption in captions.items()}
+
+
+def final_numbers(folder: Path) -> dict[str, float]:
+    """The numbers of `results.json` by name: logged values, accuracies of the trained encoder, gaps, the metric."""
+    results = json.loads((folder / "results.json").read_text())
+    numbers = dict(results["final"])
+    for row in results["accuracies"]:
+        if row["encoder"] == "trained":
+            numbers["/".join((row["classifier"], row["fitted_on"], row["split"]))] = row["top1"]
+    for row in results["gaps"]:
+        if row["encoder"] == "trained":
+            numbers["/".join((row["classifier"], row["fitted_on"], row["gap"]))] = row["points"]
+    numbers |= {name: results[name] for name in ("images_per_second", "peak_memory_mb", "wall_time_s")}
+    return {**numbers, "metric": results["metric"]["value"]}
+
+
+def forgiving(
+    method: Callable[Concatenate["WeightsAndBiases", Arguments], None],
+) -> Callable[Concatenate["WeightsAndBiases", Arguments], None]:
+    """Training goes on when W&B cannot write: one line says so, and nothing more is sent."""
+
+    @wraps(method)
+    def wrapped(self: "WeightsAndBiases", *args: Arguments.args, **kwargs: Arguments.kwargs) -> None:
+        if self.lost or rank_zero_only.rank != 0:
+            return
+        try:
+            method(self, *args, **kwargs)
+        except Exception as error:
+            self.lost = True
+            reason = str(error).strip().splitlines()
+            print(
+                f"W&B cannot write ({reason[0] if reason else type(error).__name__}); the run goes on without it.",
+                file=sys.stderr,
+            )
+
+    return wrapped
+
+
+class WeightsAndBiases(WandbLogger):
+    """Weights & Biases, in the run's folder; offline without an account. See `conf/logger/wandb.yaml` for the keys."""
+
+    def __init__(
+        self,
+        folder: Path,
+        about: About,
+        *,
+        project: str,
+        entity: str | None,
+        mode: Literal["auto", "online", "offline"],
+        artifacts: bool,
+    ):
+        super().__init__(project=project, save_dir=folder)
+        self.folder, self.about, self.entity, self.mode, self.artifacts = folder, about, entity, mode, artifacts
+        self.lost = False
+        self._begin()
+
+    @forgiving
+    def _begin(self) -> None:
+        """Starts the run, under the id that it had before if it is continued."""
+        import wandb
+
+        side_file = self.folder / "wandb_id"
+        continued = self.about.resumed_at is not None and side_file.exists()
+        run_id = side_file.read_text().strip() if continued else wandb.util.generate_id()
+        atomic_write(side_file, run_id)
+        mode = os.environ.get("WANDB_MODE", self.mode)
+        if mode == "auto":
+            mode = "online" if _logged_in() else "offline"
+        # Everything stays in the run's folder, what waits for an upload too.
+        staging = {"WANDB_DATA_DIR": self.folder / "wandb", "WANDB_CACHE_DIR": self.folder / "wandb" / "cache"}
+        for name, path in staging.items():
+            os.environ[name] = str(path)
+        wanted = {
+            "project": self._project,
+            "entity": self.entity,
+            "dir": self.folder,
+            "id": run_id,
+            "resume": "allow" if mode == "online" else None,
+            "name": self.about.name,
+            "group": self.about.group,
+            "job_type": self.about.job_type,
+            "config": self.about.config,
+            "settings": wandb.Settings(silent=True, console="off", init_timeout=30, disable_git=True),
+            "reinit": "create_new",
+        }
+        (self.folder / "wandb").mkdir(exist_ok=True)
+        try:
+            self._experiment = wandb.init(mode=mode, **wanted)
+        except Exception:
+            if mode == "offline":
+                raise
+            print("W&B cannot be reached; this run is kept offline.", file=sys.stderr)
+            self._experiment = wandb.init(mode="offline", **{**wanted, "resume": None})
+        self._experiment.define_metric("trainer/global_step")
+        self._experiment.define_metric("*", step_metric="trainer/global_step", step_sync=True)
+
+    @forgiving
+    def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
+        """One point of every curve."""
+        self._experiment.log({**metrics, "trainer/global_step": step})
+
+    def log_hyperparams(self, *_: Any, **__: Any) -> None:
+        """The config was sent at the start."""
+
+    @forgiving
+    def conclude(self, folder: Path) -> None:
+        """Summary, pictures, tables and artifacts of a finished run."""
+        import wandb
+
+        run: Any = self._experiment
+        run.summary.update(final_numbers(folder))
+        results = json.loads((folder / "results.json").read_text())
+        run.log({name: wandb.Image(str(file), caption=caption) for name, (file, caption) in figures(folder).items()})
+        for name in ("accuracies", "gaps"):
+            rows = results[name]
+            if rows:
+                run.log({name: wandb.Table(columns=list(rows[0]), data=[list(row.values()) for row in rows])})
+        if self.artifacts:
+            files = {"checkpoint": ("checkpoints/last.ckpt",), "encoder": ("encoder.safetensors", "encoder.json")}
+            for kind, names in files.items():
+                artifact = wandb.Artifact(f"{kind}-{run.id}", type="model" if kind == "checkpoint" else kind)
+                for name in names:
+                    artifact.add_file(str(folder / name))
+                run.log_artifact(artifact)
+
+    @forgiving
+    def close(self, exit_code: int) -> None:
+        """The run ends here, well or not."""
+        if self._experiment is not None:
+            self._experiment.finish(exit_code=exit_code)
+        self._experiment = None
+
+
+def _logged_in() -> bool:
+    import wandb
+
+    return bool(wandb.Settings().api_key or wandb.api.api_key)
+
+
+class TensorBoard(TensorBoardLogger):
+    """TensorBoard's event files, in the run's folder."""
+
+    def __init__(self, folder: Path, about: About):
+        try:
+            super().__init__(folder, name="tensorboard", version="", purge_step=about.resumed_at)
+        except ModuleNotFoundError:
+            raise UserError(
+                "logger=tensorboard needs tensorboard, which is not installed; type: pip install 'icl-msr[tensorboard]'."
+            ) from None
+
+    @rank_zero_only
+    def conclude(self, folder: Path) -> None:
+        """Final numbers and pictures."""
+        from matplotlib.image import imread
+
+        for name, value in final_numbers(folder).items():
+            if value is not None:
+                self.experiment.add_scalar(f"final/{name}", value)
+        for name, (file, _) in figures(folder).items():
+            self.experiment.add_image(name, imread(file)[..., :3], dataformats="HWC")
+
+    @rank_zero_only
+    def close(self, exit_code: int) -> None:
+        """Flushes."""
+        self.finalize("success" if exit_code == 0 else "failed")
