@@ -3,8 +3,9 @@
 import difflib
 import inspect
 import itertools
+import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -23,12 +24,15 @@ class Backbone(nn.Module):
     `net` is a plain torchvision or timm model without its classifier, so its state dict is what other programs load.
     """
 
-    def __init__(self, net: nn.Module, channels: int, load: str):
+    def __init__(self, net: nn.Module, channels: int, load: str, recipe: Mapping[str, Any] | None = None):
         super().__init__()
         self.net = net
         self.channels = channels
         self.load = load
         """Python that builds `net` without this package; written beside every exported encoder."""
+        self.recipe = recipe
+        """The same as plain data, for `checkpoint.load_encoder`: a function of this module under `builder`, and its
+        arguments. None where another package built `net`."""
 
     def forward(self, images: Tensor) -> Tensor:
         """Pooled features: (N, 3, H, W) to (N, c)."""
@@ -68,7 +72,8 @@ net = nn.Sequential(OrderedDict(
 
 def tiny(image_size: int, *, weights: str | None) -> Backbone:
     """A small ResNet for studies on a CPU: 12 M multiply-adds at 32 px, c = 128, a 4 x 4 last map."""
-    return _with_weights(_build(_TINY, channels=128), weights)
+    recipe = {"builder": "tiny", "image_size": image_size}
+    return _with_weights(_build(_TINY, 128, recipe), weights)
 
 
 def resnet(image_size: int, *, name: str, stem: Literal["auto", "small", "standard"], weights: str | None) -> Backbone:
@@ -84,12 +89,15 @@ def resnet(image_size: int, *, name: str, stem: Literal["auto", "small", "standa
     if name not in known:
         raise UserError(f"backbone.name={name} is no torchvision ResNet; choose one of {', '.join(sorted(known))}.")
     load = f"import torchvision\nfrom torch import nn\n\nnet = torchvision.models.{name}()\nnet.fc = nn.Identity()\n"
-    if stem == "small" or (stem == "auto" and image_size <= 96):
+    if stem == "auto":
+        stem = "small" if image_size <= 96 else "standard"
+    if stem == "small":
         load += "net.conv1 = nn.Conv2d(3, 64, 3, 1, 1, bias=False)\n"
         if image_size <= 48:
             load += "net.maxpool = nn.Identity()\n"
     channels = 512 if name in ("resnet18", "resnet34") else 2048
-    return _with_weights(_build(load, channels), weights, torchvision_name=name)
+    recipe = {"builder": "resnet", "image_size": image_size, "name": name, "stem": stem}
+    return _with_weights(_build(load, channels, recipe), weights, torchvision_name=name)
 
 
 def timm_model(image_size: int, *, name: str, options: dict[str, Any], weights: str | None) -> Backbone:
@@ -108,24 +116,44 @@ def timm_model(image_size: int, *, name: str, options: dict[str, Any], weights: 
         near = difflib.get_close_matches(name, timm.list_models(), n=3)
         advice = f"did you mean {' or '.join(near)}?" if near else "timm.list_models() lists them all."
         raise UserError(f"backbone.name={name} is no timm model; {advice}")
+    _require_plain(options)
     options = dict(options)
     if "img_size" in inspect.signature(timm.create_model(name).__class__.__init__).parameters:
         options.setdefault("img_size", image_size)
     arguments = "".join(f", {key}={value!r}" for key, value in options.items())
     load = f"import timm\n\nnet = timm.create_model({name!r}, num_classes=0{arguments})\n"
+    recipe = {"builder": "timm_model", "image_size": image_size, "name": name, "options": options}
     try:
-        backbone = _build(load, channels=0)
+        backbone = _build(load, 0, recipe)
     except Exception as error:
         raise UserError(f"timm cannot build {name} with {options}: {error}.") from error
     backbone.channels = int(backbone.net.num_features)  # type: ignore[arg-type]
     return _with_weights(backbone, weights, timm_name=name)
 
 
-def _build(load: str, channels: int) -> Backbone:
-    """Runs the very recipe that is exported, so that what others will type is what was trained."""
+def _require_plain(options: Mapping[str, Any]) -> None:
+    """Options become Python source and JSON, and may come from an encoder.json of unknown origin."""
+    for key, value in options.items():
+        if not key.isidentifier() or key == "cache_dir" or key.startswith(("pretrained", "checkpoint")):
+            raise UserError(
+                f"backbone.options.{key} is not possible; options are keywords of the model, and weights come by "
+                "backbone.weights."
+            )
+        try:
+            plain = json.loads(json.dumps(value, allow_nan=False)) == value
+        except (TypeError, ValueError):
+            plain = False
+        if not plain:
+            raise UserError(
+                f"backbone.options.{key}={value!r} is no plain data; give text, numbers, lists or mappings."
+            )
+
+
+def _build(load: str, channels: int, recipe: Mapping[str, Any]) -> Backbone:
+    """Runs the very Python that is exported, so that what others will type is what was trained."""
     scope: dict[str, Any] = {}
     exec(load, scope)
-    return Backbone(scope["net"], channels, load.strip())
+    return Backbone(scope["net"], channels, load.strip(), recipe)
 
 
 def _with_weights(

@@ -80,7 +80,8 @@ class RunFolder:
                         break  # a file system without locks
                 if time.monotonic() > deadline:
                     raise UserError(
-                        f"{self} is being written by another process; wait for its end, or choose another hydra.run.dir."
+                        f"{self} is being written by another process; wait for its end, or choose another "
+                        "hydra.run.dir."
                     )
                 time.sleep(0.1)
             yield

@@ -4,6 +4,7 @@ import csv
 import io
 import json
 import os
+import secrets
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -11,7 +12,7 @@ from functools import wraps
 from pathlib import Path
 from typing import Any, Concatenate, Literal, ParamSpec
 
-from pytorch_lightning.loggers import TensorBoardLogger, WandbLogger
+from pytorch_lightning.loggers import TensorBoardLogger
 from pytorch_lightning.loggers.logger import Logger
 from pytorch_lightning.utilities import rank_zero_only
 
@@ -134,7 +135,7 @@ def forgiving(
     return wrapped
 
 
-class WeightsAndBiases(WandbLogger):
+class WeightsAndBiases(Logger):
     """Weights & Biases, in the run's folder; offline without an account. See `conf/logger/wandb.yaml` for the keys."""
 
     def __init__(
@@ -147,10 +148,22 @@ class WeightsAndBiases(WandbLogger):
         mode: Literal["auto", "online", "offline"],
         artifacts: bool,
     ):
-        super().__init__(project=project, save_dir=folder)
-        self.folder, self.about, self.entity, self.mode, self.artifacts = folder, about, entity, mode, artifacts
+        super().__init__()
+        self.folder, self.about = folder, about
+        self.project, self.entity, self.mode, self.artifacts = project, entity, mode, artifacts
         self.lost = False
+        self.run: Any = None
         self._begin()
+
+    @property
+    def name(self) -> str:
+        """See Lightning."""
+        return self.project
+
+    @property
+    def version(self) -> str | None:
+        """The run's id."""
+        return None if self.run is None else str(self.run.id)
 
     @forgiving
     def _begin(self) -> None:
@@ -159,7 +172,7 @@ class WeightsAndBiases(WandbLogger):
 
         side_file = self.folder / "wandb_id"
         continued = self.about.resumed_at is not None and side_file.exists()
-        run_id = side_file.read_text().strip() if continued else wandb.util.generate_id()
+        run_id = side_file.read_text().strip() if continued else secrets.token_hex(4)
         atomic_write(side_file, run_id)
         mode = os.environ.get("WANDB_MODE", self.mode)
         if mode == "auto":
@@ -169,7 +182,7 @@ class WeightsAndBiases(WandbLogger):
         for name, path in staging.items():
             os.environ[name] = str(path)
         wanted = {
-            "project": self._project,
+            "project": self.project,
             "entity": self.entity,
             "dir": self.folder,
             "id": run_id,
@@ -183,19 +196,19 @@ class WeightsAndBiases(WandbLogger):
         }
         (self.folder / "wandb").mkdir(exist_ok=True)
         try:
-            self._experiment = wandb.init(mode=mode, **wanted)
+            self.run = wandb.init(mode=mode, **wanted)
         except Exception:
             if mode == "offline":
                 raise
             print("W&B cannot be reached; this run is kept offline.", file=sys.stderr)
-            self._experiment = wandb.init(mode="offline", **{**wanted, "resume": None})
-        self._experiment.define_metric("trainer/global_step")
-        self._experiment.define_metric("*", step_metric="trainer/global_step", step_sync=True)
+            self.run = wandb.init(mode="offline", **{**wanted, "resume": None})
+        self.run.define_metric("trainer/global_step")
+        self.run.define_metric("*", step_metric="trainer/global_step", step_sync=True)
 
     @forgiving
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
         """One point of every curve."""
-        self._experiment.log({**metrics, "trainer/global_step": step})
+        self.run.log({**metrics, "trainer/global_step": step})
 
     def log_hyperparams(self, *_: Any, **__: Any) -> None:
         """The config was sent at the start."""
@@ -205,7 +218,7 @@ class WeightsAndBiases(WandbLogger):
         """Summary, pictures, tables and artifacts of a finished run."""
         import wandb
 
-        run: Any = self._experiment
+        run = self.run
         run.summary.update(final_numbers(folder))
         results = json.loads((folder / "results.json").read_text())
         run.log({name: wandb.Image(str(file), caption=caption) for name, (file, caption) in figures(folder).items()})
@@ -224,15 +237,15 @@ class WeightsAndBiases(WandbLogger):
     @forgiving
     def close(self, exit_code: int) -> None:
         """The run ends here, well or not."""
-        if self._experiment is not None:
-            self._experiment.finish(exit_code=exit_code)
-        self._experiment = None
+        if self.run is not None:
+            self.run.finish(exit_code=exit_code)
+        self.run = None
 
 
 def _logged_in() -> bool:
     import wandb
 
-    return bool(wandb.Settings().api_key or wandb.api.api_key)
+    return bool(wandb.login(prompt=False, verify=False))
 
 
 class TensorBoard(TensorBoardLogger):
@@ -243,7 +256,8 @@ class TensorBoard(TensorBoardLogger):
             super().__init__(folder, name="tensorboard", version="", purge_step=about.resumed_at)
         except ModuleNotFoundError:
             raise UserError(
-                "logger=tensorboard needs tensorboard, which is not installed; type: pip install 'icl-msr[tensorboard]'."
+                "logger=tensorboard needs tensorboard, which is not installed; type: "
+                "pip install 'icl-msr[tensorboard]'."
             ) from None
 
     @rank_zero_only

@@ -46,7 +46,7 @@ from icl_msr.errors import UserError
 from icl_msr.evaluation.suite import Evaluation, Results
 from icl_msr.folder import RunFolder
 from icl_msr.hardware import Hardware, Plan
-from icl_msr.loggers import About, metrics_file
+from icl_msr.loggers import About, MetricsFile
 from icl_msr.methods import Method
 from icl_msr.optimization import Optimization
 from icl_msr.pretraining import Pretraining
@@ -124,7 +124,7 @@ def carry_out(
 
     with closing(dashboard):
         throughput = Throughput(settings.loader.batch_size)
-        loggers = [metrics_file(folder.path, about), *([dashboard] if dashboard else [])]
+        loggers = [MetricsFile(folder.path, about), *([dashboard] if dashboard else [])]
         trainer = make_trainer(settings, plan, folder, pieces, throughput, loggers)
         trainer.fit(
             pieces.module,
@@ -212,7 +212,9 @@ def require_meaning(settings: Settings, method: Method) -> None:
     fewest, most = method.takes
     if not fewest <= views <= most:
         span = str(fewest) if fewest == most else f"{fewest} to {most}"
-        raise UserError(f"augment.views lists {views} views, and {type(method).__name__} takes {span}; change the list.")
+        raise UserError(
+            f"augment.views lists {views} views, and {type(method).__name__} takes {span}; change the list."
+        )
 
 
 def more_epochs(settings: Settings, folder: RunFolder) -> bool:
@@ -226,8 +228,9 @@ def more_epochs(settings: Settings, folder: RunFolder) -> bool:
     for key in dict.fromkeys([*now, *saved]):
         if saved.get(key) != now.get(key) and (key != epochs or now[key] < saved.get(key, 0)):
             raise UserError(
-                f"{folder} holds a run with {key}={saved.get(key)}, and {now.get(key)} was asked for; a run is continued "
-                f"as it was begun, only {epochs} may grow: choose another hydra.run.dir, or type resume={folder}."
+                f"{folder} holds a run with {key}={saved.get(key)}, and {now.get(key)} was asked for; a run is "
+                f"continued as it was begun, only {epochs} may grow: choose another hydra.run.dir, or "
+                f"type resume={folder}."
             )
     return bool(now[epochs] > saved[epochs])
 
@@ -288,8 +291,8 @@ def resume_point(settings: Settings, pieces: Pieces, folder: RunFolder, console:
         lr = pieces.derived["effective_learning_rate"]
         old, new = (lr * rate(step, int(steps * epochs), steps) for epochs in (before, now))
         console.print(
-            f"{before} epochs become {now}: the schedule ({settings.optimizer.get('schedule')}) ends at epoch {now} now, "
-            f"so the learning rate at this step is {new:.3g} instead of {old:.3g}."
+            f"{before} epochs become {now}: the schedule ({settings.optimizer.get('schedule')}) ends at epoch {now} "
+            f"now, so the learning rate at this step is {new:.3g} instead of {old:.3g}."
         )
     return step
 

@@ -151,7 +151,7 @@ def register_resolvers() -> None:
 
 
 def sweep_group() -> str | None:
-    """The sweep that this process is in the middle of; a job in a process of its own hears of it from W&B's variable."""
+    """The sweep that this process is in the middle of; a job in its own process hears of it from W&B's variable."""
     hydra = HydraConfig.get()
     return Path(str(hydra.sweep.dir)).name if hydra.mode == RunMode.MULTIRUN else None
 

@@ -108,6 +108,35 @@ def test_options_reach_timm() -> None:
     assert backbone(images(32)).shape == (2, backbone.channels)
 
 
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        ({"checkpoint_path": "a.pth"}, r"backbone\.options\.checkpoint_path is not possible; .* backbone\.weights"),
+        ({"pretrained": True}, r"backbone\.options\.pretrained is not possible"),
+        ({"a=1, b": 1}, "is not possible"),
+        ({"block": nn.Linear}, r"backbone\.options\.block=.* is no plain data"),
+        ({"layers": (1, 2)}, r"\(1, 2\) is no plain data"),
+        ({"depths": {1: 2}}, "is no plain data"),
+        ({"drop_rate": float("inf")}, "inf is no plain data"),
+    ],
+)
+def test_options_are_plain_data(options: dict[str, Any], sentence: str) -> None:
+    with pytest.raises(UserError, match=sentence):
+        make_timm(32, "test_vit", **options)
+
+
+def test_the_recipe_says_what_was_built() -> None:
+    assert tiny(48, weights=None).recipe == {"builder": "tiny", "image_size": 48}
+    for size, stem in ((96, "small"), (112, "standard")):
+        recipe = {"builder": "resnet", "image_size": size, "name": "resnet18", "stem": stem}
+        assert make_resnet(size).recipe == recipe
+    given = {"patch_size": 8}
+    backbone = timm_model(64, name="test_vit", options=given, weights=None)
+    options = {"patch_size": 8, "img_size": 64}
+    assert backbone.recipe == {"builder": "timm_model", "image_size": 64, "name": "test_vit", "options": options}
+    assert given == {"patch_size": 8}
+
+
 @pytest.mark.parametrize("size", [32, 64, 224])
 def test_the_recipe_builds_a_plain_network(size: int) -> None:
     for backbone in (tiny(size, weights=None), make_resnet(size), make_timm(size, "test_resnet")):

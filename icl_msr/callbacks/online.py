@@ -19,7 +19,8 @@ class OnlineEvaluation(pl.Callback):
     """Logs `online/knn` (preset dino) and `online/probe` every few epochs.
 
     The probe is softmax regression from zero on detached features, trained with Adam on every batch beside the encoder,
-    the same on all ranks. The held-out images are pre-trained on without their labels; neither the probe nor the kNN bank ever sees those.
+    the same on all ranks. The held-out images are pre-trained on without their labels; neither the probe nor the kNN
+    bank ever sees those.
     """
 
     def __init__(
