@@ -96,8 +96,10 @@ class Pretraining(pl.LightningModule):
         return loss
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
-        """f_msr's step, with the ordinary gradient as its inner gradient."""
+        """Frozen parameters lose their gradient; then f_msr's step, with the ordinary gradient as its inner one."""
         batch, regularizer = self.batch, self.regularizer
+        for parameter in self.method.frozen(self.step(0)):
+            parameter.grad = None
         if batch is None or regularizer is None or not regularizer.due(batch.step):
             return
         theta = trainable(self.method)
@@ -129,7 +131,7 @@ class Pretraining(pl.LightningModule):
         """Where training stands; the noise of a micro-batch depends on the seed and on its place alone."""
         place = torch.tensor([self.current_epoch << 32 | (batch_index * world_size() + rank())])
         noise = int(keys(self.seed, self.global_step, place, view=-2))
-        return Step(self.global_step, int(self.trainer.estimated_stepping_batches), noise)
+        return Step(self.global_step, int(self.trainer.estimated_stepping_batches), noise, self.trainer.max_epochs or 1)
 
     def learning_rate(self) -> float:
         """The learning rate that theta's next step uses."""
@@ -162,5 +164,5 @@ class Observe(pl.Callback):
 
 def health(output: Output) -> dict[str, Tensor]:
     """Collapse monitor: std of unit embeddings x sqrt(D), 1 when they fill the sphere and 0 when they collapse."""
-    anchor = unit(gather(output.pairs[0].anchor.detach()))
-    return {"embedding_std": anchor.std(dim=0).mean() * anchor.shape[1] ** 0.5}
+    embeddings = unit(gather(output.embeddings[0].detach()))
+    return {"embedding_std": embeddings.std(dim=0).mean() * embeddings.shape[1] ** 0.5}

@@ -174,9 +174,10 @@ def assemble(settings: Settings, plan: Plan) -> Pieces:
     dataset = build_as(Dataset, settings.dataset)
     backbone = build(settings.backbone, dataset.image_size)
     untrained = copy.deepcopy(backbone)
-    method = build_as(Method, settings.method, backbone, len(dataset.classes))  # type: ignore[type-abstract]
+    facts = (len(dataset.classes), dataset.mean, dataset.std)
+    method = build_as(Method, settings.method, backbone, *facts)  # type: ignore[type-abstract]
     require_meaning(settings, method)
-    regularizer: MetaSemanticRegularizer | None = build(settings.regularizer, backbone.channels, method.temperature)
+    regularizer: MetaSemanticRegularizer | None = build(settings.regularizer, method.channels, method.temperature)
     if plan.world_size > 1:
         global_batch_norm(method)
     optimization = build_as(Optimization, settings.optimizer)

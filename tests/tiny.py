@@ -39,10 +39,10 @@ def pieces(*words: str, data: Dataset | None = None) -> tuple[Settings, Pretrain
     pl.seed_everything(settings.seed, verbose=False)
     data = data or dataset()
     backbone = build(settings.backbone, data.image_size)
-    method = build(settings.method, backbone)
+    method = build(settings.method, backbone, len(data.classes), data.mean, data.std)
     module = Pretraining(
         method,
-        build(settings.regularizer, backbone.channels, method.temperature),
+        build(settings.regularizer, method.channels, method.temperature),
         build(settings.optimizer),
         seed=settings.seed,
         batch_size=settings.loader.batch_size,

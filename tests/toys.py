@@ -12,9 +12,16 @@ from icl_msr.views import NonSemantic, Views
 METHODS = {
     "simclr": lambda backbone: SimCLR(backbone, hidden_dim=12, embedding_dim=6, temperature=0.5),
     "moco": lambda backbone: MoCo(
-        backbone, hidden_dim=12, embedding_dim=6, batch_norm=True, temperature=0.2, queue_size=20, momentum=0.9
+        backbone,
+        hidden_dim=12,
+        embedding_dim=6,
+        batch_norm=True,
+        temperature=0.2,
+        queue_size=20,
+        momentum=0.9,
+        momentum_statistics="own",
     ),
-    "byol": lambda backbone: BYOL(backbone, hidden_dim=12, embedding_dim=6, momentum=0.9),
+    "byol": lambda backbone: BYOL(backbone, hidden_dim=12, embedding_dim=6, momentum=0.9, momentum_statistics="own"),
 }
 
 REGULARIZER: dict[str, Any] = {

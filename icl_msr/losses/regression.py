@@ -1,4 +1,4 @@
-"""Losses that pull a prediction towards a target and need no negatives."""
+"""Losses that pull a prediction towards a target and need no negatives, and the repulsion that gives them some."""
 
 import torch
 from torch import Tensor
@@ -8,22 +8,32 @@ from icl_msr.views import NonSemantic
 
 
 @full_precision
-def squared_distance(predictions: Tensor, targets: Tensor, negatives: NonSemantic | None = None) -> Tensor:
-    """Squared distance of unit vectors, 2 - 2 cos (BYOL; Grill et al. 2020, eq. 2), minus the repulsion.
-
-    Non-semantic negatives push the prediction away: |p - z|^2 - alpha_r |p - z_t|^2, averaged over an image's m
-    negatives. Ge et al. 2021 name the method; the formula is ours.
+def squared_distance(predictions: Tensor, targets: Tensor) -> Tensor:
+    """Squared distance of unit vectors, 2 - 2 cos (BYOL; Grill et al. 2020, eq. 2).
 
     Args:
         predictions, targets: (N, D).
-        negatives: (N, m, D) target embeddings z_t of each image's negatives, and alpha_r as `repulsion`.
 
     Returns:
         () mean over images.
     """
-    predictions = unit(predictions)
-    loss = 2 - 2 * (predictions * unit(targets)).sum(1).mean()
-    if negatives is not None:
-        cosines = torch.einsum("nd,nmd->nm", predictions, unit(negatives.rows))
-        loss = loss - negatives.repulsion * (2 - 2 * cosines.mean())
-    return loss
+    return 2 - 2 * (unit(predictions) * unit(targets)).sum(1).mean()
+
+
+@full_precision
+def repulsion(embeddings: Tensor, negatives: NonSemantic | None) -> Tensor:
+    """What a loss without negatives subtracts: alpha_r |e - e_t|^2 of unit vectors, over an image's negatives.
+
+    Ge et al. 2021 name the idea for BYOL; the formula is ours.
+
+    Args:
+        embeddings: (N, D).
+        negatives: (N, m, D) embeddings e_t of each image's non-semantic negatives, and alpha_r as `repulsion`.
+
+    Returns:
+        () mean over images; 0 without negatives.
+    """
+    if negatives is None:
+        return embeddings.new_zeros(())
+    cosines = torch.einsum("nd,nmd->nm", unit(embeddings), unit(negatives.rows))
+    return negatives.repulsion * (2 - 2 * cosines.mean())

@@ -1,8 +1,8 @@
-"""The contract of a contrastive method: six verbs, most of them inherited as nothing."""
+"""The contract of a contrastive method: a few verbs, most of them inherited as nothing."""
 
 import itertools
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 
@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from icl_msr.encoders import Backbone
 from icl_msr.views import NonSemantic, Views
 
 
@@ -20,12 +21,20 @@ class Step:
     index: int
     total: int
     noise: int = 0
-    """Seed of the random masks (dropout, stochastic depth) of this micro-batch, so that they can be replayed."""
+    """Seed of all randomness inside a method (dropout, stochastic depth, random features) for this micro-batch, so that
+    it can be replayed."""
+    epochs: int = 1
+    """What `total` is in epochs."""
 
     @property
     def progress(self) -> float:
         """From 0 at the first step to 1 at the end."""
         return min(self.index / max(self.total, 1), 1.0)
+
+    @property
+    def epoch(self) -> float:
+        """Epochs done, with fractions."""
+        return self.progress * self.epochs
 
 
 @dataclass
@@ -82,12 +91,17 @@ class Method(nn.Module, ABC):
     moves in `observe` (every micro-batch, after the backward pass) and in `advance` (every optimiser step) alone.
     """
 
-    backbone: nn.Module
+    backbone: Backbone
     temperature: float | None = None
     takes: tuple[int, int] = (2, 2)
     """Fewest and most views of an image; with more than two, the first two are the global ones."""
     refuses: Mapping[str, str] = {}
     """Why a config group, `regularizer` or `negatives`, has no meaning here, and what to do instead."""
+
+    @property
+    def channels(self) -> int:
+        """c, the width of `Pair.key_features`."""
+        return self.backbone.channels
 
     def targets(self, views: Views) -> Targets:
         """No-gradient side of the comparison."""
@@ -111,16 +125,17 @@ class Method(nn.Module, ABC):
 
     def forward(self, views: Views, targets: Targets, step: Step) -> Output:
         """L_ct of a batch."""
-        return self.compare(self.encode(views), targets, step)
-
-    def compare(self, features: list[Tensor], targets: Targets, step: Step) -> Output:
-        """All that follows the backbone."""
+        features = self.encode(views)
         embeddings = self.project(features)
         loss = self.loss(embeddings, targets, step)
         return Output(loss, features, self.pairs(features, embeddings, targets), embeddings)
 
     def observe(self, targets: Targets, embeddings: Sequence[Tensor]) -> None:
         """Queues and banks take the batch in: its targets, or what `project` gave, detached."""
+
+    def frozen(self, step: Step) -> Iterable[nn.Parameter]:
+        """Parameters that this optimiser step leaves alone."""
+        return ()
 
     def advance(self, step: Step) -> None:
         """Momentum encoders follow."""

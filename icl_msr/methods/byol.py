@@ -1,14 +1,14 @@
 """BYOL: Grill et al. Bootstrap Your Own Latent. NeurIPS 2020 (arXiv 2006.07733)."""
 
 from collections.abc import Sequence
-from typing import Annotated
+from typing import Annotated, Literal
 
 import torch
 from pydantic import Field, PositiveInt
 from torch import Tensor
 
 from icl_msr.encoders import Backbone, mlp
-from icl_msr.losses.regression import squared_distance
+from icl_msr.losses.regression import repulsion, squared_distance
 from icl_msr.methods.base import Method, Pair, Step, Targets, embed_negatives
 from icl_msr.methods.momentum import MomentumEncoder, rising_momentum
 from icl_msr.views import Views
@@ -27,12 +27,13 @@ class BYOL(Method):
         hidden_dim: PositiveInt,
         embedding_dim: PositiveInt,
         momentum: Annotated[float, Field(ge=0, le=1)],
+        momentum_statistics: Literal["own", "online"],
     ):
         super().__init__()
         self.backbone = backbone
         self.projector = mlp(backbone.channels, hidden_dim, embedding_dim)
         self.predictor = mlp(embedding_dim, hidden_dim, embedding_dim)
-        self.momentum_encoder = MomentumEncoder(backbone, self.projector)
+        self.momentum_encoder = MomentumEncoder(backbone, self.projector, momentum_statistics)
         self.momentum = momentum
 
     @torch.no_grad()
@@ -50,9 +51,8 @@ class BYOL(Method):
     def loss(self, embeddings: Sequence[Tensor], targets: Targets, step: Step) -> Tensor:
         """Mean of both directions of 2 - 2 cos (eq. 2; the paper sums them)."""
         (first, second), (key_first, key_second) = embeddings, targets.embeddings
-        there = squared_distance(first, key_second, targets.negatives)
-        back = squared_distance(second, key_first, targets.negatives)
-        return (there + back) / 2
+        attraction = squared_distance(first, key_second) + squared_distance(second, key_first)
+        return (attraction - repulsion(first, targets.negatives) - repulsion(second, targets.negatives)) / 2
 
     def pairs(self, features: Sequence[Tensor], embeddings: Sequence[Tensor], targets: Targets) -> list[Pair]:
         """Each view's prediction against the other's momentum projection."""

@@ -1,7 +1,7 @@
 """MoCo v2: He et al. Momentum Contrast. CVPR 2020 (arXiv 1911.05722); Chen et al. 2020 (arXiv 2003.04297)."""
 
 from collections.abc import Sequence
-from typing import Annotated
+from typing import Annotated, Literal
 
 import torch
 from pydantic import Field, PositiveFloat, PositiveInt
@@ -30,11 +30,12 @@ class MoCo(Method):
         temperature: PositiveFloat,
         queue_size: PositiveInt,
         momentum: Annotated[float, Field(ge=0, le=1)],
+        momentum_statistics: Literal["own", "online"],
     ):
         super().__init__()
         self.backbone = backbone
         self.projector = mlp(backbone.channels, hidden_dim, embedding_dim, norm=batch_norm)
-        self.momentum_encoder = MomentumEncoder(backbone, self.projector)
+        self.momentum_encoder = MomentumEncoder(backbone, self.projector, momentum_statistics)
         self.queue = Queue(queue_size, embedding_dim)
         self.temperature: float = temperature
         self.momentum = momentum

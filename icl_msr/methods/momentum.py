@@ -1,23 +1,28 @@
 """What momentum methods share: the slowly following copy of an encoder, and the queue of its keys."""
 
 import copy
+import itertools
 import math
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
 from icl_msr.distributed import gather
+from icl_msr.encoders import Backbone
 from icl_msr.losses.contrastive import unit
 
 
 class MomentumEncoder(nn.Module):
     """A copy of backbone and projector that follows them and is never trained.
 
-    It stays in training mode, so that it normalises with batch statistics as its source does.
+    It stays in training mode, so that it normalises with batch statistics as its source does. Its running statistics,
+    which matter where it is evaluated, are its `own`, or those of the `online` encoder.
     """
 
-    def __init__(self, backbone: nn.Module, projector: nn.Module):
+    def __init__(self, backbone: Backbone, projector: nn.Module, statistics: Literal["own", "online"]):
         super().__init__()
+        self.statistics = statistics
         self.backbone = copy.deepcopy(backbone).requires_grad_(False)
         self.projector = copy.deepcopy(projector).requires_grad_(False)
 
@@ -32,6 +37,10 @@ class MomentumEncoder(nn.Module):
         mine: list[Tensor] = list(self.parameters())
         theirs: list[Tensor] = [*backbone.parameters(), *projector.parameters()]
         torch._foreach_lerp_(mine, theirs, 1 - momentum)
+        if self.statistics == "online":
+            sources = itertools.chain(backbone.buffers(), projector.buffers())
+            for own, source in zip(self.buffers(), sources, strict=True):
+                own.copy_(source)
 
 
 def rising_momentum(base: float, progress: float) -> float:

@@ -234,7 +234,7 @@ class MetaSemanticRegularizer(nn.Module):
             return functional_call(at, theta, (lambda m: m.encode(views),))
 
         def penalty(theta: Gradients, features: list[Tensor]) -> Any:
-            compare = lambda m: self.penalty(m.compare(features, targets, step).pairs, strata)  # noqa: E731
+            compare = lambda m: self.penalty(m.pairs(features, m.project(features), targets), strata)  # noqa: E731
             return functional_call(at, theta, (compare,))
 
         features, moved = jvp(encode, (theta,), (tangent,))[:2]
