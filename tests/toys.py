@@ -1,28 +1,22 @@
 """Small, smooth, double-precision stand-ins for the real thing."""
 
+from functools import cache
 from typing import Any
 
 import torch
+from omegaconf import OmegaConf
+from tiny import composed
 from torch import Tensor, nn
 
-from icl_msr.methods import BYOL, Method, MoCo, SimCLR
+from icl_msr.config import build, config_dir
+from icl_msr.methods import Method
 from icl_msr.regularizers import MetaSemanticRegularizer
 from icl_msr.views import NonSemantic, Views
 
-METHODS = {
-    "simclr": lambda backbone: SimCLR(backbone, hidden_dim=12, embedding_dim=6, temperature=0.5),
-    "moco": lambda backbone: MoCo(
-        backbone,
-        hidden_dim=12,
-        embedding_dim=6,
-        batch_norm=True,
-        temperature=0.2,
-        queue_size=20,
-        momentum=0.9,
-        momentum_statistics="own",
-    ),
-    "byol": lambda backbone: BYOL(backbone, hidden_dim=12, embedding_dim=6, momentum=0.9, momentum_statistics="own"),
-}
+METHODS = sorted(file.stem for file in (config_dir() / "method").glob("*.yaml"))
+
+SMALL: dict[str, Any] = {"hidden_dim": 12, "embedding_dim": 6, "queue_size": 20, "momentum": 0.9}
+"""Values of keys, whichever method has them."""
 
 REGULARIZER: dict[str, Any] = {
     "weights": "meta",
@@ -82,9 +76,16 @@ def smooth(module: nn.Module) -> nn.Module:
     return module
 
 
-def make_method(name: str, *, seed: int = 0, dtype: torch.dtype = torch.float64) -> Method:
+@cache
+def method_config(name: str) -> dict[str, Any]:
+    """The method's own YAML, with small sizes."""
+    node: Any = OmegaConf.to_container(composed(f"method={name}").method)
+    return {key: SMALL.get(key, value) for key, value in node.items()}
+
+
+def make_method(name: str, *, seed: int = 0, dtype: torch.dtype = torch.float64, **keys: Any) -> Method:
     torch.manual_seed(seed)
-    method: Method = METHODS[name](SmoothBackbone())
+    method: Method = build({**method_config(name), **keys}, SmoothBackbone(), 3, (0.5, 0.5, 0.5), (0.25, 0.25, 0.25))
     return smooth(method).to(dtype).train()  # type: ignore[return-value]
 
 
