@@ -9,17 +9,33 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
+from icl_msr.errors import UserError
+
+
+def _lars() -> Any:
+    try:
+        from timm.optim import Lars
+    except ImportError:
+        raise UserError(
+            "optimizer=lars needs timm, which is not installed; type: pip install 'icl-msr[timm]'."
+        ) from None
+    return Lars
+
 
 class Optimization:
     """Builds the optimiser and its learning-rate schedule.
 
-    The effective learning rate is `lr` times (global batch / 256) if `scale_lr` is linear (Goyal et al. 2017).
+    The effective learning rate is `lr` times (global batch / 256) if `scale_lr` is linear (Goyal et al. 2017). LARS (You
+    et al. 2017) is timm's; what is free of decay is free of its adaptation too.
+
+    Raises:
+        UserError: LARS without timm.
     """
 
     def __init__(
         self,
         *,
-        name: Literal["sgd", "adam", "adamw"],
+        name: Literal["sgd", "adam", "adamw", "lars"],
         lr: PositiveFloat,
         weight_decay: NonNegativeFloat,
         momentum: NonNegativeFloat,
@@ -31,6 +47,8 @@ class Optimization:
         warmup_steps: NonNegativeInt,
         warmup_epochs: NonNegativeFloat,
     ):
+        if name == "lars":
+            _lars()
         self.name, self.lr, self.weight_decay, self.momentum = name, lr, weight_decay, momentum
         self.scale_lr, self.decay_bias_and_norm = scale_lr, decay_bias_and_norm
         self.schedule, self.drop_at, self.drop_factor = schedule, drop_at, drop_factor
@@ -71,6 +89,9 @@ class Optimization:
         optimizer: Optimizer
         if self.name == "sgd":
             optimizer = torch.optim.SGD(groups, lr, momentum=self.momentum, weight_decay=self.weight_decay)
+        elif self.name == "lars":
+            groups[0]["always_adapt"] = True  # else no decay would mean plain SGD
+            optimizer = _lars()(groups, lr, momentum=self.momentum, weight_decay=self.weight_decay)
         else:
             kind = torch.optim.Adam if self.name == "adam" else torch.optim.AdamW
             optimizer = kind(groups, lr, weight_decay=self.weight_decay)

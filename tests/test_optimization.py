@@ -1,14 +1,17 @@
 """Schedules against torch's own, and what the optimiser is given."""
 
 import math
+import sys
 from typing import Any
 
 import pytest
 import torch
+from timm.optim import Lars
 from torch import nn
 from torch.optim import SGD, Adam, AdamW, Optimizer
 from torch.optim.lr_scheduler import ConstantLR, CosineAnnealingLR, LinearLR, LRScheduler, MultiStepLR, SequentialLR
 
+from icl_msr.errors import UserError
 from icl_msr.optimization import Optimization
 
 KEYS: dict[str, Any] = {
@@ -94,11 +97,11 @@ def test_effective_learning_rate() -> None:
     assert optimizer.param_groups[0]["lr"] == pytest.approx(0.1)
 
 
-@pytest.mark.parametrize(("name", "kind"), [("sgd", SGD), ("adam", Adam), ("adamw", AdamW)])
+@pytest.mark.parametrize(("name", "kind"), [("sgd", SGD), ("adam", Adam), ("adamw", AdamW), ("lars", Lars)])
 def test_the_named_optimizer(name: str, kind: type[Optimizer]) -> None:
     optimizer, _ = optimization(name=name, momentum=0.8).build(network(), 256, TOTAL, EPOCH)
     assert type(optimizer) is kind
-    if name == "sgd":
+    if name in ("sgd", "lars"):
         assert {group["momentum"] for group in optimizer.param_groups} == {0.8}
 
 
@@ -118,3 +121,30 @@ def test_biases_and_norms_may_be_free_of_decay() -> None:
     optimizer, _ = optimization().build(net, 256, TOTAL, EPOCH)
     assert len(optimizer.param_groups[0]["params"]) == 5
     torch.testing.assert_close(optimizer.param_groups[0]["weight_decay"], 1e-4)
+
+
+@pytest.mark.parametrize("decay", [0.0, 0.1])
+def test_lars_follows_its_formula(decay: float) -> None:
+    """v <- m v + lr eta |w| / (|g| + decay |w|) (g + decay w), biases and norms by plain SGD (You et al. 2017, eq. 6)."""
+    torch.manual_seed(0)
+    net = network()
+    optimizer, _ = optimization(name="lars", weight_decay=decay, decay_bias_and_norm=False).build(net, 256, 1, 1.0)
+    weights = {p: p.detach().clone() for p in net.parameters()}
+    velocity = {p: torch.zeros_like(p) for p in net.parameters()}
+    for _ in range(3):
+        for p in net.parameters():
+            p.grad = torch.randn_like(p)
+            w, g = weights[p], p.grad
+            if p.ndim > 1:
+                g = 0.001 * w.norm() / (g.norm() + decay * w.norm()) * (g + decay * w)
+            velocity[p] = 0.9 * velocity[p] + g
+            weights[p] = w - 0.4 * velocity[p]
+        optimizer.step()
+    for p, expected in weights.items():
+        torch.testing.assert_close(p.detach(), expected)
+
+
+def test_lars_needs_timm(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "timm.optim", None)
+    with pytest.raises(UserError, match=r"pip install 'icl-msr\[timm\]'"):
+        optimization(name="lars")
