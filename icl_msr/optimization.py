@@ -25,8 +25,8 @@ def _lars() -> Any:
 class Optimization:
     """Builds the optimiser and its learning-rate schedule.
 
-    The effective learning rate is `lr` times (global batch / 256) if `scale_lr` is linear (Goyal et al. 2017). LARS (You
-    et al. 2017) is timm's; what is free of decay is free of its adaptation too.
+    The effective learning rate is `lr` times (global batch / 256) if `scale_lr` is linear (Goyal et al. 2017). LARS is
+    timm's (You et al. 2017); what is free of decay is free of its adaptation too.
 
     Raises:
         UserError: LARS without timm.

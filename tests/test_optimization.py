@@ -125,7 +125,7 @@ def test_biases_and_norms_may_be_free_of_decay() -> None:
 
 @pytest.mark.parametrize("decay", [0.0, 0.1])
 def test_lars_follows_its_formula(decay: float) -> None:
-    """v <- m v + lr eta |w| / (|g| + decay |w|) (g + decay w), biases and norms by plain SGD (You et al. 2017, eq. 6)."""
+    """v <- m v + lr eta |w| / (|g| + decay |w|) (g + decay w) (You et al. 2017, eq. 6); biases and norms by SGD."""
     torch.manual_seed(0)
     net = network()
     optimizer, _ = optimization(name="lars", weight_decay=decay, decay_bias_and_norm=False).build(net, 256, 1, 1.0)
