@@ -20,6 +20,7 @@ from icl_msr.errors import UserError
 from icl_msr.report import summarise, words, write_report, write_summary
 from icl_msr.report.__main__ import main
 from icl_msr.report.output import as_markdown
+from icl_msr.report.page import _mean_curve, _races
 from icl_msr.report.runs import Results
 from icl_msr.report.summary import GAIN, Metric, headline
 
@@ -335,6 +336,23 @@ def test_one_row_a_configuration_with_mean_and_std_over_seeds(tmp_path: Path) ->
     for row, c in zip(page.tables["headline"][1:], summary.configurations, strict=True):
         for cell, column in zip(row[3:], headline(summary.configurations), strict=True):
             assert cell.lstrip("+") == str(c.metrics[column])
+
+
+def test_curves_of_the_configurations_are_drawn_together(tmp_path: Path) -> None:
+    for method, seed, rows in (("moco", 0, 3), ("moco", 1, 2), ("byol", 0, 3)):
+        run = write_run(tmp_path / f"{method}-{seed}", method, seed=seed)
+        lines = [f"{i},{10 * i},{(0.1 * i + 0.02 * seed):.3f}" for i in range(1, rows + 1)]
+        (run / "metrics.csv").write_text("\n".join(["epoch,step,online/knn", *lines]) + "\n")
+    byol, moco = summarise([tmp_path]).configurations
+    curve = _mean_curve(moco, "online/knn")
+    assert curve is not None
+    assert curve.steps == [10, 20]
+    assert curve.values == pytest.approx([11, 21])
+    assert _mean_curve(byol, "loss") is None
+    (plot,) = _races([byol, moco])
+    svg = base64.b64decode(plot.light.partition(",")[2]).decode()
+    assert svg.index(">byol<") < svg.index(">moco<")  # 30 % against 21 %
+    assert _races([byol]) == []
 
 
 def test_only_what_differs_is_a_column(tmp_path: Path) -> None:

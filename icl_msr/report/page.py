@@ -86,6 +86,7 @@ def summary_page(summary: Summary, folder: Path) -> str:
             "headline": headline(rows),
             "best": {metric: best(metric, rows) for metric in headline(rows)},
             "plots": [_comparison(metric, rows) for metric in headline(rows)],
+            "races": _races(rows),
             "comparison": words.comparison(rows),
             "joined": summary.joined(dataset),
             "all": list(dict.fromkeys(metric for row in rows for metric in row.metrics)),
@@ -301,6 +302,24 @@ def _comparison(metric: Metric, rows: list[Configuration]) -> Plot:
         0.0 if points else None,
         note="Dot: mean. Bar: one standard deviation. Ticks: seeds." if seeds else "",
     )
+
+
+def _races(rows: list[Configuration]) -> list[Plot]:
+    """How the online kNN of each configuration rose, averaged over seeds."""
+    curves = {row.label or row.runs[0].results.name: _mean_curve(row, "online/knn") for row in rows}
+    found = {name: curve for name, curve in curves.items() if curve is not None and len(curve.steps) > 1}
+    note = "On a held-out part of train; means over seeds, best last value first."
+    return [plots.race("Online kNN during training", found, "accuracy, %", note)] if len(found) > 1 else []
+
+
+def _mean_curve(configuration: Configuration, name: str) -> Curve | None:
+    """In per cent, over the steps that all seeds have."""
+    seeds = [run.curves[name] for run in configuration.runs if name in run.curves]
+    if not seeds:
+        return None
+    steps = [step for step in seeds[0].steps if all(step in curve.steps for curve in seeds)]
+    at = [dict(zip(curve.steps, curve.values, strict=True)) for curve in seeds]
+    return Curve(steps, [100 * sum(values[step] for values in at) / len(at) for step in steps])
 
 
 def _dot(accuracy: Accuracy | None) -> Dot | None:

@@ -138,6 +138,22 @@ def lines(title: str, curves: dict[str, Curve], log: bool = False, note: str = "
     return _plot(draw, title, note, 3.3, 2.2)
 
 
+def race(title: str, curves: dict[str, Curve], unit: str, note: str = "") -> Plot:
+    """Curves of many competitors over the optimiser's steps, named in the order of their last values."""
+    order = sorted(curves, key=lambda name: -curves[name].values[-1])
+
+    def draw(axes: Axes) -> None:
+        for i, name in enumerate(order):
+            style = ("-", (0, (5, 2)), (0, (1, 1.5)), (0, (6, 2, 1, 2)))[i // len(SERIES) % 4]
+            axes.plot(*_thin(curves[name]), lw=1.4, ls=style, color=SERIES[i % len(SERIES)], label=name)
+        axes.set_xlabel("step")
+        axes.set_ylabel(unit)
+        axes.grid(axis="y")
+        axes.legend(loc="upper left", bbox_to_anchor=(1, 1.02), borderaxespad=0.2, handlelength=2.4)
+
+    return _plot(draw, title, note, 6.8, max(2.6, 0.6 + 0.18 * len(order)))
+
+
 def _short(name: str) -> str:
     """`msr/meta_grad_norm` -> `meta`: the title says the rest."""
     return name.rsplit("/")[-1].removesuffix("_grad_norm")
