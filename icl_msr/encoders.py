@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torchvision
+from pydantic import ConfigDict, validate_call
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -31,8 +32,14 @@ class Backbone(nn.Module):
         self.load = load
         """Python that builds `net` without this package; written beside every exported encoder."""
         self.recipe = recipe
-        """The same as plain data, for `checkpoint.load_encoder`: a function of this module under `builder`, and its
-        arguments. None where another package built `net`."""
+        """The same as plain data, for `checkpoint.load_encoder`: a function under `builder`, and its arguments. None
+        where another package built `net`."""
+        self.pretrained: str | None = None
+        """Where its weights came from; None: they are random."""
+
+    def parts(self) -> dict[str, "Backbone"]:
+        """Encoders inside, of use by themselves, that are exported beside the whole one."""
+        return {}
 
     def forward(self, images: Tensor) -> Tensor:
         """Pooled features: (N, 3, H, W) to (N, c)."""
@@ -73,7 +80,7 @@ net = nn.Sequential(OrderedDict(
 def tiny(image_size: int, *, weights: str | None) -> Backbone:
     """A small ResNet for studies on a CPU: 12 M multiply-adds at 32 px, c = 128, a 4 x 4 last map."""
     recipe = {"builder": "tiny", "image_size": image_size}
-    return _with_weights(_build(_TINY, 128, recipe), weights)
+    return with_weights(_build(_TINY, 128, recipe), weights)
 
 
 def resnet(image_size: int, *, name: str, stem: Literal["auto", "small", "standard"], weights: str | None) -> Backbone:
@@ -97,7 +104,7 @@ def resnet(image_size: int, *, name: str, stem: Literal["auto", "small", "standa
             load += "net.maxpool = nn.Identity()\n"
     channels = 512 if name in ("resnet18", "resnet34") else 2048
     recipe = {"builder": "resnet", "image_size": image_size, "name": name, "stem": stem}
-    return _with_weights(_build(load, channels, recipe), weights, torchvision_name=name)
+    return with_weights(_build(load, channels, recipe), weights, torchvision_name=name)
 
 
 def timm_model(image_size: int, *, name: str, options: dict[str, Any], weights: str | None) -> Backbone:
@@ -128,7 +135,7 @@ def timm_model(image_size: int, *, name: str, options: dict[str, Any], weights: 
     except Exception as error:
         raise UserError(f"timm cannot build {name} with {options}: {error}.") from error
     backbone.channels = int(backbone.net.num_features)  # type: ignore[arg-type]
-    return _with_weights(backbone, weights, timm_name=name)
+    return with_weights(backbone, weights, timm_name=name)
 
 
 def _require_plain(options: Mapping[str, Any]) -> None:
@@ -156,9 +163,28 @@ def _build(load: str, channels: int, recipe: Mapping[str, Any]) -> Backbone:
     return Backbone(scope["net"], channels, load.strip(), recipe)
 
 
-def _with_weights(
+def from_recipe(
+    recipe: Mapping[str, Any], weights: str | None, builders: Mapping[str, Callable[..., Backbone]]
+) -> Backbone:
+    """Builds what a recipe says, with the functions that it may name and the types that they ask for.
+
+    Raises:
+        AttributeError, KeyError, TypeError, ValidationError: it says something else.
+        UserError: no such network, or the weights do not fit.
+    """
+    keys = {key: value for key, value in recipe.items() if key != "builder"}
+    build = validate_call(config=ConfigDict(strict=True))(builders[recipe["builder"]])
+    return build(**{**keys, "weights": weights})
+
+
+def with_weights(
     backbone: Backbone, weights: str | None, torchvision_name: str | None = None, timm_name: str | None = None
 ) -> Backbone:
+    """The backbone with weights from a file, a run folder or, by the network's name there, torchvision or timm.
+
+    Raises:
+        UserError: there are none, or they do not fit.
+    """
     if weights is None:
         return backbone
     if weights == "torchvision" and torchvision_name:
@@ -189,6 +215,7 @@ def _with_weights(
             "choose the backbone that it was trained with."
         )
     backbone.net.load_state_dict(state)
+    backbone.pretrained = weights
     return backbone
 
 
@@ -202,11 +229,13 @@ def _download(build: Callable[[], nn.Module], source: str) -> dict[str, Tensor]:
         ) from None
 
 
-def mlp(*widths: int, norm: bool = True, norm_last: bool = False) -> nn.Sequential:
-    """A head of linear layers widths[0] -> ... -> widths[-1], with BatchNorm and ReLU between them.
+def mlp(
+    *widths: int, norm: bool = True, norm_last: bool = False, activation: type[nn.Module] = nn.ReLU
+) -> nn.Sequential:
+    """A head of linear layers widths[0] -> ... -> widths[-1], with BatchNorm and an activation between them.
 
-    `norm` puts BatchNorm before every ReLU (the linear layer then has no bias); `norm_last` ends with a BatchNorm. It
-    is the one whose forward mode can be differentiated: torch's silently takes the batch statistics for constants.
+    `norm` puts BatchNorm before every activation (the linear layer then has no bias); `norm_last` ends with one. It is
+    the one whose forward mode can be differentiated: torch's silently takes the batch statistics for constants.
     """
     layers: list[nn.Module] = []
     for depth, (width, wider) in enumerate(itertools.pairwise(widths), start=2):
@@ -216,5 +245,5 @@ def mlp(*widths: int, norm: bool = True, norm_last: bool = False) -> nn.Sequenti
         if normalised:
             layers.append(GlobalBatchNorm(wider))
         if not last:
-            layers.append(nn.ReLU(inplace=True))
+            layers.append(activation())
     return nn.Sequential(*layers)

@@ -41,11 +41,12 @@ def strata_grid(
 ) -> str:
     """Where each stratum looks: the last feature map weighted by a_t, over normalised images (N, 3, H, W).
 
-    `strata` is A(X), (N, S, c). A stratum's map is scaled to its own largest value in the image. Writes `path`;
-    returns a caption.
+    `strata` is A(X), (N, S, c), or narrower where several encoders share it, whose maps lie behind one another. A
+    stratum's map is scaled to its own largest value in the image. Writes `path`; returns a caption.
     """
     with evaluating(backbone):
         maps = backbone.maps(images).float()  # (N, c, h, w)
+    strata = strata.repeat(1, 1, maps.shape[1] // strata.shape[2])
     weighted = torch.einsum("nsc,nchw->nshw", strata, maps.clamp(min=0))
     weighted = weighted / weighted.flatten(2).amax(2).clamp(min=1e-12)[..., None, None]
     weighted = F.interpolate(weighted, images.shape[-2:], mode="bicubic").clamp(0, 1)

@@ -90,6 +90,12 @@ def test_strata_weigh_the_last_map(grid: dict[str, Any], tmp_path: Path) -> None
     assert backbone.training
     assert all(torch.equal(a, b) for a, b in zip(statistics, backbone.buffers(), strict=True))
 
+    # One channel wide, they are shared by three encoders of one channel each.
+    pictures.strata_grid(backbone, torch.ones(2, 1, 1), images, MEAN, STD, tmp_path / "strata.png")
+    total = images.sum(1)
+    _, shared = grid["rows"]["stratum 1"]
+    torch.testing.assert_close(shared, total / total.amax((1, 2), keepdim=True), rtol=1e-4, atol=1e-4)
+
 
 def test_neighbours(grid: dict[str, Any], tmp_path: Path) -> None:
     train, test = random_images(6), random_images(3, 1)

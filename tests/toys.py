@@ -3,20 +3,33 @@
 from functools import cache
 from typing import Any
 
+import pytest
 import torch
 from omegaconf import OmegaConf
 from tiny import composed
-from torch import Tensor, nn
+from torch import nn
 
 from icl_msr.config import build, config_dir
+from icl_msr.encoders import Backbone
 from icl_msr.methods import Method
 from icl_msr.regularizers import MetaSemanticRegularizer
 from icl_msr.views import NonSemantic, Views
 
 METHODS = sorted(file.stem for file in (config_dir() / "method").glob("*.yaml"))
 
-SMALL: dict[str, Any] = {"hidden_dim": 12, "embedding_dim": 6, "queue_size": 20, "momentum": 0.9}
+SMALL: dict[str, Any] = {
+    "hidden_dim": 12,
+    "embedding_dim": 6,
+    "queue_size": 20,
+    "momentum": 0.9,
+    "bottleneck_dim": 4,
+    "random_features": 32,
+    "prototypes": 10,
+}
 """Values of keys, whichever method has them."""
+
+SMALLER: dict[str, dict[str, Any]] = {"wmse": {"embedding_dim": 2, "whitening_size": 4}}
+"""Values for one method: few images can whiten few dimensions."""
 
 REGULARIZER: dict[str, Any] = {
     "weights": "meta",
@@ -39,20 +52,13 @@ REGULARIZER: dict[str, Any] = {
 }
 
 
-class SmoothBackbone(nn.Module):
+class SmoothBackbone(Backbone):
     """Infinitely differentiable, so that difference quotients converge; with BatchNorm, as real backbones have."""
 
-    channels = 8
-
     def __init__(self) -> None:
-        super().__init__()
-        self.net = nn.Sequential(
-            nn.Conv2d(3, 6, 3, 2), nn.BatchNorm2d(6), nn.Softplus(), nn.Conv2d(6, 8, 3), nn.Softplus()
-        )
-
-    def forward(self, images: Tensor) -> Tensor:
-        maps: Tensor = self.net(images)
-        return maps.mean(dim=(2, 3))
+        stem = (nn.Conv2d(3, 6, 3, 2), nn.BatchNorm2d(6), nn.Softplus())
+        last = (nn.Conv2d(6, 8, 3), nn.Softplus(), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+        super().__init__(nn.Sequential(*stem, *last), 8, load="")
 
 
 def make_views(
@@ -80,7 +86,8 @@ def smooth(module: nn.Module) -> nn.Module:
 def method_config(name: str) -> dict[str, Any]:
     """The method's own YAML, with small sizes."""
     node: Any = OmegaConf.to_container(composed(f"method={name}").method)
-    return {key: SMALL.get(key, value) for key, value in node.items()}
+    small = SMALL | SMALLER.get(name, {})
+    return {key: small.get(key, value) for key, value in node.items()}
 
 
 def make_method(name: str, *, seed: int = 0, dtype: torch.dtype = torch.float64, **keys: Any) -> Method:
@@ -89,7 +96,14 @@ def make_method(name: str, *, seed: int = 0, dtype: torch.dtype = torch.float64,
     return smooth(method).to(dtype).train()  # type: ignore[return-value]
 
 
+def skip_refused(method: Method, *groups: str) -> None:
+    """Nothing is tested of a method together with what it refuses."""
+    for group in groups:
+        if group in method.refuses:
+            pytest.skip(f"{group}: {method.refuses[group]}")
+
+
 def make_regularizer(method: Method, **keys: Any) -> MetaSemanticRegularizer:
     torch.manual_seed(1)
-    regularizer = MetaSemanticRegularizer(8, method.temperature, **{**REGULARIZER, **keys})
+    regularizer = MetaSemanticRegularizer(method.channels, method.temperature, **{**REGULARIZER, **keys})
     return smooth(regularizer).double()  # type: ignore[return-value]

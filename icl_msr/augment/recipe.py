@@ -6,7 +6,7 @@ from functools import lru_cache
 from typing import Annotated, Any, get_type_hints
 
 import torch
-from pydantic import AfterValidator, Field, NonNegativeFloat, PositiveFloat, PositiveInt, TypeAdapter
+from pydantic import AfterValidator, ConfigDict, Field, NonNegativeFloat, PositiveFloat, PositiveInt, create_model
 from torch import Tensor
 
 from icl_msr.augment import colour, geometry
@@ -27,10 +27,11 @@ def _strengths(jitter: list[float]) -> list[float]:
 
 def _changes(view: dict[str, Any]) -> dict[str, Any]:
     allowed = get_type_hints(Recipe, include_extras=True)
-    for key, value in view.items():
+    for key in view:
         if key not in allowed:
             raise ValueError(f"a view has no key {key!r}; its keys are {', '.join(allowed)}")
-        TypeAdapter(allowed[key]).validate_python(value, strict=True)
+    fields: dict[str, Any] = {key: (allowed[key], ...) for key in view}
+    create_model("View", __config__=ConfigDict(strict=True, allow_inf_nan=False), **fields)(**view)
     return view
 
 

@@ -1,10 +1,11 @@
-"""InfoNCE and its relatives. N images, D embedding, K bank, M = N x ranks, m non-semantic negatives an image.
+"""InfoNCE and its relatives. N images, D embedding, K bank, M = N x ranks, m non-semantic negatives an image, tau > 0.
 
 Embeddings need not be normalised; the functions normalise them and compute in (at least) fp32. Non-semantic negatives
 follow Ge et al. 2021 (NeurIPS), section 3: they are compared with their own image only, and alpha multiplies their
-similarity inside the exponent.
+similarity inside the exponent. Means are over the local anchors.
 """
 
+import math
 from collections.abc import Callable
 from functools import wraps
 from typing import Any, ParamSpec
@@ -14,12 +15,12 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import Function
 
-from icl_msr.distributed import gather, rank
+from icl_msr.distributed import gather, rank, world_size
 from icl_msr.views import NonSemantic
 
 Arguments = ParamSpec("Arguments")
 
-CHUNK = 2**20
+CHUNK = 2**21
 """Similarities that lie in memory at a time."""
 
 
@@ -46,36 +47,35 @@ def own_rows(n: int, device: torch.device) -> Tensor:
 
 
 class _LogSumExp(Function):
-    """Keeps no similarity for the backward pass, which computes them again, a chunk of anchors at a time.
+    """log sum_k exp(a.b_k); keeps no logit for the backward pass, which computes them again, some anchors at a time.
 
     First derivatives only: what is differentiated twice, such as a regularizer, uses torch's own.
     """
 
     @staticmethod
-    def forward(ctx: Any, anchors: Tensor, bank: Tensor, left_out: Tensor, temperature: float) -> Tensor:
-        chunk = max(1, CHUNK // len(bank))
-        parts = zip(anchors.split(chunk), left_out.split(chunk), strict=True)
-        sums = torch.cat([torch.logsumexp(_logits(a, bank, out, temperature), dim=1) for a, out in parts])
+    def forward(ctx: Any, anchors: Tensor, bank: Tensor, left_out: Tensor) -> Tensor:
+        ctx.chunk = max(1, CHUNK // len(bank))
+        sums = torch.empty_like(anchors[:, 0])
+        for a, out, total in zip(*(torch.split(t, ctx.chunk) for t in (anchors, left_out, sums)), strict=True):
+            torch.logsumexp((a @ bank.T).scatter_(1, out, float("-inf")), dim=1, out=total)
         ctx.save_for_backward(anchors, bank, left_out, sums)
-        ctx.temperature, ctx.chunk = temperature, chunk
         return sums
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor | None, None, None]:
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor | None, None]:
+        if torch.is_grad_enabled():
+            raise RuntimeError("log_sum_exp has no second derivative; use torch.logsumexp where one is needed")
         anchors, bank, left_out, sums = ctx.saved_tensors
-        to_anchors = torch.empty_like(anchors)
+        gradient = gradient[:, None]
+        to_anchors, weighted = torch.empty_like(anchors), anchors * gradient
         to_bank = torch.zeros_like(bank) if ctx.needs_input_grad[1] else None
-        parts = (t.split(ctx.chunk) for t in (anchors, left_out, sums, gradient / ctx.temperature, to_anchors))
-        for a, out, total, weight, to_a in zip(*parts, strict=True):
-            shares = _logits(a, bank, out, ctx.temperature).sub_(total[:, None]).exp_().mul_(weight[:, None])
+        parts = (torch.split(t, ctx.chunk) for t in (anchors, left_out, -sums[:, None], weighted, to_anchors))
+        for a, out, minus_total, w, to_a in zip(*parts, strict=True):
+            shares = torch.addmm(minus_total, a, bank.T).scatter_(1, out, float("-inf")).exp_()
             torch.mm(shares, bank, out=to_a)
             if to_bank is not None:
-                to_bank.addmm_(shares.T, a)
-        return to_anchors, to_bank, None, None
-
-
-def _logits(anchors: Tensor, bank: Tensor, left_out: Tensor, temperature: float) -> Tensor:
-    return (anchors @ bank.T).div_(temperature).scatter_(1, left_out, float("-inf"))
+                to_bank.addmm_(shares.T, w)
+        return to_anchors.mul_(gradient), to_bank, None
 
 
 def log_sum_exp(anchors: Tensor, bank: Tensor, temperature: float, left_out: Tensor | None = None) -> Tensor:
@@ -88,7 +88,7 @@ def log_sum_exp(anchors: Tensor, bank: Tensor, temperature: float, left_out: Ten
     """
     if left_out is None:
         left_out = torch.empty(len(anchors), 0, dtype=torch.long, device=anchors.device)
-    return _LogSumExp.apply(anchors, bank, left_out, temperature)  # type: ignore[no-any-return]
+    return _LogSumExp.apply(anchors / temperature, bank, left_out)  # type: ignore[no-any-return]
 
 
 def log_odds(
@@ -110,10 +110,17 @@ def log_odds(
     """
     for_it = (anchors * positives).sum(1) / temperature
     against = log_sum_exp(anchors, bank, temperature, left_out)
-    if negatives is not None:
-        cosines = torch.einsum("nd,nmd->nm", anchors, unit(negatives.rows))
-        against = torch.logaddexp(against, torch.logsumexp(negatives.alpha * cosines / temperature, dim=1))
-    return for_it, against
+    return for_it, with_non_semantic(against, anchors, temperature, negatives)
+
+
+def with_non_semantic(against: Tensor, anchors: Tensor, temperature: float, negatives: NonSemantic | None) -> Tensor:
+    """Adds what an image's own m negatives say against its anchors: (V N,) to (V N,), V views one after the other."""
+    if negatives is None:
+        return against
+    rows = unit(negatives.rows)
+    views = anchors.reshape(-1, len(rows), rows.shape[-1])
+    cosines = torch.einsum("vnd,nmd->vnm", views, rows).flatten(0, 1)
+    return torch.logaddexp(against, torch.logsumexp(negatives.alpha * cosines / temperature, dim=1))
 
 
 def two_view_log_odds(
@@ -125,9 +132,8 @@ def two_view_log_odds(
     everyone = torch.cat([gather(first), gather(second)])  # (2M, D)
     own = own_rows(n, first.device)
     own = torch.cat([own, own + len(everyone) // 2], dim=1).repeat(2, 1)
-    twice = None if negatives is None else NonSemantic(negatives.rows.repeat(2, 1, 1), negatives.alpha, 0.0)
     anchors, positives = torch.cat([first, second]), torch.cat([second, first])
-    return log_odds(anchors, positives, everyone, temperature, twice, own)
+    return log_odds(anchors, positives, everyone, temperature, negatives, own)
 
 
 @full_precision
@@ -181,3 +187,101 @@ def in_batch_nce(anchors: Tensor, keys: Tensor, temperature: float, negatives: N
     own = own_rows(len(keys), keys.device)
     for_it, against = log_odds(unit(anchors), keys, gather(keys), temperature, negatives, own)
     return (torch.logaddexp(for_it, against) - for_it).mean()
+
+
+@full_precision
+def decoupled(
+    first: Tensor,
+    second: Tensor,
+    temperature: float,
+    sigma: float | None = None,
+    negatives: NonSemantic | None = None,
+) -> Tensor:
+    """Decoupled contrastive loss (DCL; Yeh et al. 2021, eq. 6): NT-Xent without the positive in the denominator.
+
+    Args:
+        first, second: (N, D) embeddings of the two views.
+        temperature: tau.
+        sigma: of the von Mises-Fisher weights of the positives, which make it DCLW; None: they weigh 1.
+        negatives: m further logits for each of the two anchors of an image.
+
+    Returns:
+        () mean over the 2N anchors of log sum_k exp(z.z_k / tau) - w z.z+ / tau; it may be negative.
+    """
+    for_it, against = two_view_log_odds(first, second, temperature, negatives)
+    if sigma is not None:
+        for_it = von_mises_fisher_weights(first, second, sigma).repeat(2) * for_it
+    return (against - for_it).mean()
+
+
+def von_mises_fisher_weights(first: Tensor, second: Tensor, sigma: float) -> Tensor:
+    """w = 2 - exp(z.z+ / sigma) / mean exp(z.z+ / sigma), (N,), without gradient (DCLW; Yeh et al. 2021).
+
+    Positives that are still far apart weigh more, up to 2. The mean is over the images of all ranks.
+    """
+    similarity = (unit(first) * unit(second)).sum(1).detach() / sigma
+    everyone = gather(similarity)
+    return 2 - torch.exp(similarity - torch.logsumexp(everyone, dim=0) + math.log(len(everyone)))
+
+
+@full_precision
+def debiased(
+    first: Tensor, second: Tensor, temperature: float, tau_plus: float, negatives: NonSemantic | None = None
+) -> Tensor:
+    """Debiased contrastive loss (Chuang et al. 2020, eq. 7, 8): NT-Xent whose negatives are cleared of false ones.
+
+    A share tau+ of the n = 2M - 2 other views is expected to show the anchor's own class. What they contribute is
+    estimated by the positive and subtracted from S, the sum over the others:
+    n g = max((S - tau+ n exp(z.z+ / tau)) / (1 - tau+), n exp(-1 / tau)).
+
+    Args:
+        first, second: (N, D) embeddings of the two views.
+        temperature: tau.
+        tau_plus: tau+, 0 <= tau+ < 1; 0 makes it NT-Xent.
+        negatives: m further logits for each of the two anchors of an image; they are no false ones, so they are
+            added to n g as they are (ours).
+
+    Returns:
+        () mean over the 2N anchors of -log exp(z.z+ / tau) / (exp(z.z+ / tau) + n g).
+    """
+    for_it, against = two_view_log_odds(first, second, temperature, None)
+    n = 2 * world_size() * len(first) - 2
+    least = against.new_full((), math.log(n) - 1 / temperature)
+    log_share = for_it + against.new_tensor(tau_plus * n).log() - against
+    # Where the share is 1 or more, only the bound is left; -1 keeps the branch that is not taken finite.
+    rest = (-torch.expm1(torch.where(log_share < 0, log_share, -1))).log() - math.log1p(-tau_plus)
+    against = torch.where(log_share < 0, torch.maximum(against + rest, least), least)
+    against = with_non_semantic(against, torch.cat([unit(first), unit(second)]), temperature, negatives)
+    return (torch.logaddexp(for_it, against) - for_it).mean()
+
+
+@full_precision
+def neighbour_nce(
+    neighbours: Tensor, predictions: Tensor, temperature: float, negatives: NonSemantic | None = None
+) -> Tensor:
+    """InfoNCE with a neighbour in the anchor's place (NNCLR; Dwibedi et al. 2021, eq. 3).
+
+    Args:
+        neighbours: (N, D) the nearest neighbour of each image's one view, without gradient.
+        predictions: (N, D) of its other view, the positive; the negatives are those of the other images, on all ranks.
+        temperature: tau.
+        negatives: m further logits for each anchor. They are compared with the prediction (ours): a neighbour has no
+            gradient, so nothing would be pushed away from them.
+
+    Returns:
+        () mean over the anchors.
+    """
+    predictions = unit(predictions)
+    own = own_rows(len(predictions), predictions.device)
+    for_it, against = log_odds(unit(neighbours), predictions, gather(predictions), temperature, None, own)
+    against = with_non_semantic(against, predictions, temperature, negatives)
+    return (torch.logaddexp(for_it, against) - for_it).mean()
+
+
+@full_precision
+@torch.no_grad()
+def nearest(queries: Tensor, support: Tensor) -> Tensor:
+    """The row of the support set (K, D) with the largest cosine to each query: (N, D) to (N, D), without gradient."""
+    support = unit(support)
+    parts = torch.split(unit(queries), max(1, CHUNK // len(support)))
+    return support[torch.cat([(part @ support.T).argmax(1) for part in parts])]

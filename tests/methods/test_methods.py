@@ -53,7 +53,7 @@ def test_negatives_leave_the_running_statistics_alone(method: Method) -> None:
 
 
 def test_negatives_raise_the_loss_of_a_method_with_a_denominator() -> None:
-    for name in ("simclr", "moco"):
+    for name in ("simclr", "moco", "moco_v3", "nnclr", "dcl", "debiased", "lmcl", "relic"):
         method = make_method(name)
         views, plain = make_views(negatives=1), make_views()
         loss = method(views, method.targets(views), STEP).loss
@@ -69,7 +69,8 @@ def test_no_gradient_reaches_targets_or_momentum_encoders(method: Method) -> Non
     assert not any(t.requires_grad for t in tensors)
     method(views, targets, STEP).loss.backward()
     for name, parameter in method.named_parameters():
-        assert ("momentum_encoder" in name) == (parameter.grad is None)
+        assert parameter.requires_grad == (parameter.grad is not None)
+        assert not (parameter.requires_grad and "momentum_encoder" in name)
 
 
 def test_keys_are_the_head_of_the_key_features(method: Method) -> None:
@@ -124,6 +125,8 @@ def test_queue_wraps_and_keeps_the_newest() -> None:
 @pytest.mark.parametrize("name", list(METHODS))
 def test_training_lowers_the_loss(name: str) -> None:
     method, views = make_method(name), make_views(n=12)
+    if not any(p.requires_grad for p in method.backbone.parameters()):
+        pytest.skip("its encoder is not trained")
     optimizer = torch.optim.Adam(trainable(method).values(), lr=1e-2)
     losses = []
     for index in range(40):
@@ -134,4 +137,4 @@ def test_training_lowers_the_loss(name: str) -> None:
         optimizer.step()
         method.advance(Step(index, 40))
         losses.append(float(loss.detach()))
-    assert losses[-1] < 0.8 * losses[0]
+    assert losses[-1] < losses[0] - 0.2 * abs(losses[0])  # some losses are negative

@@ -1,0 +1,69 @@
+"""W-MSE: the mean squared error of whitened embeddings. M images on all ranks, D embedding."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from icl_msr.distributed import gather
+from icl_msr.losses.contrastive import full_precision
+from icl_msr.losses.decorrelation import single
+from icl_msr.losses.regression import squared_distance
+from icl_msr.randomness import permutation
+
+
+def partition(images: int, size: int, iterations: int, step: int) -> list[Tensor]:
+    """Random sub-batches (Ermolov et al. 2021, section 3): in each iteration, every image is in one of them.
+
+    Where `size` does not divide the batch, the sub-batches are a little larger (ours; the official code stops).
+
+    Args:
+        images: M, at least `size`.
+        size: of a sub-batch.
+        iterations: independent partitions.
+        step: counted in optimiser steps.
+
+    Returns:
+        int64 indices of each sub-batch, on the CPU.
+    """
+    # Ranks must agree, so the order is drawn from the step alone: the seed of a micro-batch's noise differs between
+    # ranks, and the run's would add nothing, because it has shuffled the images already.
+    orders = [permutation(iteration, step, images) for iteration in range(iterations)]
+    return [part for order in orders for part in order.tensor_split(images // size)]
+
+
+def whiten(rows: Tensor, shrinkage: float) -> Tensor:
+    """Rows with mean 0 and covariance I: W (v - mean), where W is the inverse of the covariance's Cholesky factor.
+
+    Args:
+        rows: (..., n, D), n > D.
+        shrinkage: eps; what is inverted is (1 - eps) covariance + eps I.
+
+    Returns:
+        (..., n, D), in the dtype of the rows, computed in fp64: a covariance has the square of the rows' condition.
+    """
+    centred = rows.double() - rows.double().mean(-2, keepdim=True)
+    covariance = centred.mT @ centred / (rows.shape[-2] - 1)
+    identity = torch.eye(rows.shape[-1], dtype=covariance.dtype, device=rows.device)
+    factor = torch.linalg.cholesky((1 - shrinkage) * covariance + shrinkage * identity)
+    whitened: Tensor = torch.linalg.solve_triangular(factor, centred.mT, upper=False).mT
+    return whitened.to(rows.dtype)
+
+
+@full_precision
+def wmse(first: Tensor, second: Tensor, parts: Sequence[Tensor], shrinkage: float) -> Tensor:
+    """Squared distance of the two views' whitened, normalised embeddings (Ermolov et al. 2021, section 3).
+
+    Each view is whitened alone, one sub-batch after the other, over the images of all ranks.
+
+    Args:
+        first, second: (N, D) embeddings of the two views.
+        parts: of the M gathered images, as `partition` gives them.
+        shrinkage: see `whiten`.
+
+    Returns:
+        () mean over all images and iterations of 2 - 2 cos, the same on all ranks.
+    """
+    views = torch.stack([gather(single(first)), gather(single(second))])  # (2, M, D)
+    whitened = torch.cat([whiten(views[:, part.to(views.device)], shrinkage) for part in parts], dim=1)
+    return squared_distance(*whitened)

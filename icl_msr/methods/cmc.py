@@ -1,0 +1,98 @@
+"""CMC: Tian, Krishnan and Isola. Contrastive Multiview Coding. ECCV 2020 (arXiv 1906.05849)."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+from pydantic import PositiveFloat, PositiveInt
+from torch import Tensor
+
+from icl_msr.encoders import Backbone, mlp
+from icl_msr.lab import LabBackbone
+from icl_msr.losses.contrastive import info_nce
+from icl_msr.methods.base import Method, Pair, Step, Targets, embed_negatives
+from icl_msr.methods.momentum import Queue
+from icl_msr.views import Views
+
+
+class CMC(Method):
+    """The lightness L of an image finds its colours ab among those of other images, and the other way round.
+
+    Each is seen by an encoder of half width, and both are always those of one augmented image. The paper augments an
+    image once; of two augmentations the losses are averaged (ours). Its memory bank has an entry for each image, the
+    positive's as well, and picks negatives at random; ours are two queues of earlier embeddings, the positive is fresh
+    and gradients reach it too. Non-semantic negatives meet an anchor as its positive does, in the other colour space,
+    by way of the trained encoders without gradient (ours).
+    """
+
+    takes = (1, 2)
+    backbone: LabBackbone
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        classes: int,
+        mean: Sequence[float],
+        std: Sequence[float],
+        *,
+        hidden_dim: PositiveInt | None,
+        embedding_dim: PositiveInt,
+        temperature: PositiveFloat,
+        queue_size: PositiveInt,
+    ):
+        super().__init__()
+        self.backbone = LabBackbone(backbone, mean, std)
+        widths = [self.channels, *([hidden_dim] if hidden_dim else []), embedding_dim]
+        self.projector_l, self.projector_ab = mlp(*widths), mlp(*widths)
+        self.queue_l, self.queue_ab = Queue(queue_size, embedding_dim), Queue(queue_size, embedding_dim)
+        self.temperature: float = temperature
+
+    @property
+    def channels(self) -> int:
+        """Of one colour space: strata weigh the channels of both encoders alike."""
+        return self.backbone.channels // 2
+
+    def targets(self, views: Views) -> Targets:
+        """The embedded non-semantic negatives, (N, m, 2 D): in L, then in ab."""
+        return Targets(negatives=embed_negatives(views.negatives, self._embed, self))
+
+    def _embed(self, images: Tensor) -> Tensor:
+        return torch.cat(self.project([self.backbone(images)]), dim=1)
+
+    def project(self, features: Sequence[Tensor]) -> list[Tensor]:
+        """Embeddings (N, D) of L, one a view, then those of ab."""
+        lightness, colours = torch.cat(list(features)).chunk(2, dim=1)
+        views = len(features)
+        return [*self.projector_l(lightness).chunk(views), *self.projector_ab(colours).chunk(views)]
+
+    def loss(self, embeddings: Sequence[Tensor], targets: Targets, step: Step) -> Tensor:
+        """InfoNCE both ways, averaged (section 3.2, where the two are summed)."""
+        in_l = in_ab = targets.negatives
+        if targets.negatives is not None:
+            in_l, in_ab = (replace(targets.negatives, rows=rows) for rows in targets.negatives.rows.chunk(2, dim=2))
+        losses = []
+        for light, colour in by_view(embeddings):
+            losses.append(info_nce(light, colour, self.queue_ab.keys, self.temperature, in_ab))
+            losses.append(info_nce(colour, light, self.queue_l.keys, self.temperature, in_l))
+        return torch.stack(losses).mean()
+
+    def pairs(self, features: Sequence[Tensor], embeddings: Sequence[Tensor], targets: Targets) -> list[Pair]:
+        """L against ab and ab against L, for each view."""
+        pairs = []
+        for both, (light, colour) in zip(features, by_view(embeddings), strict=True):
+            of_l, of_ab = both.chunk(2, dim=1)
+            pairs.append(Pair(light, colour, of_ab, self.projector_ab, self.queue_ab.keys))
+            pairs.append(Pair(colour, light, of_l, self.projector_l, self.queue_l.keys))
+        return pairs
+
+    def observe(self, targets: Targets, embeddings: Sequence[Tensor]) -> None:
+        """Both queues take the batch in."""
+        for light, colour in by_view(embeddings):
+            self.queue_l.push(light)
+            self.queue_ab.push(colour)
+
+
+def by_view(embeddings: Sequence[Tensor]) -> list[tuple[Tensor, Tensor]]:
+    """(L, ab) of each view, from what `project` gave."""
+    views = len(embeddings) // 2
+    return list(zip(embeddings[:views], embeddings[views:], strict=True))

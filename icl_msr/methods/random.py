@@ -1,0 +1,39 @@
+"""An encoder as it was initialised: the lower reference, which whatever was learnt has to beat."""
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from icl_msr.encoders import Backbone
+from icl_msr.methods.base import Method, Pair, Step, Targets
+
+
+class RandomEncoder(Method):
+    """Nothing is trained. The running statistics of BatchNorm alone follow the images, as in every other method."""
+
+    takes = (1, 12)
+    refuses: Mapping[str, str] = {
+        "regularizer": "a random encoder is not trained, so there is nothing to regularize; add regularizer=none, or "
+        "choose another method.",
+        "negatives": "a random encoder is not trained, so it takes no negatives; add negatives=none, or choose another "
+        "method.",
+    }
+
+    def __init__(self, backbone: Backbone):
+        super().__init__()
+        self.backbone = backbone.requires_grad_(False)
+        self.nothing = nn.Parameter(torch.zeros(()))
+        """What the optimiser has to move."""
+
+    def project(self, features: Sequence[Tensor]) -> list[Tensor]:
+        """The features as they are."""
+        return list(features)
+
+    def loss(self, embeddings: Sequence[Tensor], targets: Targets, step: Step) -> Tensor:
+        """Zero, and so is its gradient."""
+        return 0 * self.nothing
+
+    def pairs(self, features: Sequence[Tensor], embeddings: Sequence[Tensor], targets: Targets) -> list[Pair]:
+        """Nothing is compared."""
+        return []

@@ -1,0 +1,65 @@
+"""Supervised training with the true labels: the upper reference for encoders that never see them."""
+
+from collections.abc import Mapping, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from icl_msr.distributed import all_reduce_sum, world_size
+from icl_msr.encoders import Backbone
+from icl_msr.losses.contrastive import full_precision
+from icl_msr.methods.base import Method, Pair, Step, Targets
+from icl_msr.views import Views
+
+
+class Supervised(Method):
+    """Cross-entropy of a linear classifier on every view; images without a label teach nothing."""
+
+    takes = (1, 12)
+    refuses: Mapping[str, str] = {
+        "regularizer": "MSR reweights the positive of a contrastive pair, and supervised training has no pairs; "
+        "add regularizer=none, or choose another method.",
+        "negatives": "supervised training compares an image with classes and with no other image, so a negative has no "
+        "place in it; add negatives=none, or choose another method.",
+    }
+
+    def __init__(self, backbone: Backbone, classes: int):
+        super().__init__()
+        self.backbone = backbone
+        self.classifier = nn.Linear(backbone.channels, classes)
+
+    def targets(self, views: Views) -> Targets:
+        """The labels."""
+        return Targets(labels=views.labels)
+
+    def project(self, features: Sequence[Tensor]) -> list[Tensor]:
+        """Logits (N, classes) of each view."""
+        return list(self.classifier(torch.cat(list(features))).chunk(len(features)))
+
+    def loss(self, embeddings: Sequence[Tensor], targets: Targets, step: Step) -> Tensor:
+        """Cross-entropy, averaged over views."""
+        assert targets.labels is not None
+        return labelled_cross_entropy(torch.cat(list(embeddings)), targets.labels.repeat(len(embeddings)))
+
+    def pairs(self, features: Sequence[Tensor], embeddings: Sequence[Tensor], targets: Targets) -> list[Pair]:
+        """No image is compared with another."""
+        return []
+
+
+@full_precision
+def labelled_cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
+    """Cross-entropy, averaged over the labelled rows of all ranks; 0 where there are none.
+
+    Args:
+        logits: (N, classes).
+        labels: (N,) int64; -1: unlabelled.
+
+    Returns:
+        () this rank's sum over W times as much as its share of the labelled rows, so that the mean of the ranks' losses
+        is the loss of one process.
+    """
+    precise = logits.float() if logits.dtype.itemsize < 4 else logits
+    total = F.cross_entropy(precise, labels, ignore_index=-1, reduction="sum")
+    labelled = all_reduce_sum((labels >= 0).sum())
+    return world_size() * total / labelled.clamp(min=1)
