@@ -14,7 +14,7 @@ from icl_msr.errors import UserError
 
 def _lars() -> Any:
     try:
-        from timm.optim import Lars
+        from timm.optim.lars import Lars
     except ImportError:
         raise UserError(
             "optimizer=lars needs timm, which is not installed; type: pip install 'icl-msr[timm]'."
@@ -26,7 +26,8 @@ class Optimization:
     """Builds the optimiser and its learning-rate schedule.
 
     The effective learning rate is `lr` times (global batch / 256) if `scale_lr` is linear (Goyal et al. 2017). LARS is
-    timm's (You et al. 2017); what is free of decay is free of its adaptation too.
+    timm's (You et al. 2017): a layer learns at lr r with r = `trust_coefficient` |w| / (|g| + decay |w|), or at the
+    smaller of lr and r if `trust_clip` (LARC). What is free of decay is free of this adaptation too.
 
     Raises:
         UserError: LARS without timm.
@@ -46,6 +47,8 @@ class Optimization:
         drop_factor: PositiveFloat,
         warmup_steps: NonNegativeInt,
         warmup_epochs: NonNegativeFloat,
+        trust_coefficient: PositiveFloat,
+        trust_clip: bool,
     ):
         if name == "lars":
             _lars()
@@ -53,6 +56,7 @@ class Optimization:
         self.scale_lr, self.decay_bias_and_norm = scale_lr, decay_bias_and_norm
         self.schedule, self.drop_at, self.drop_factor = schedule, drop_at, drop_factor
         self.warmup_steps, self.warmup_epochs = warmup_steps, warmup_epochs
+        self.trust = {"trust_coeff": trust_coefficient, "trust_clip": trust_clip}
 
     def effective_lr(self, global_batch: int) -> float:
         """The learning rate after warm-up."""
@@ -91,7 +95,7 @@ class Optimization:
             optimizer = torch.optim.SGD(groups, lr, momentum=self.momentum, weight_decay=self.weight_decay)
         elif self.name == "lars":
             groups[0]["always_adapt"] = True  # else no decay would mean plain SGD
-            optimizer = _lars()(groups, lr, momentum=self.momentum, weight_decay=self.weight_decay)
+            optimizer = _lars()(groups, lr, momentum=self.momentum, weight_decay=self.weight_decay, **self.trust)
         else:
             kind = torch.optim.Adam if self.name == "adam" else torch.optim.AdamW
             optimizer = kind(groups, lr, weight_decay=self.weight_decay)

@@ -26,6 +26,8 @@ KEYS: dict[str, Any] = {
     "drop_factor": 0.2,
     "warmup_steps": 0,
     "warmup_epochs": 0.0,
+    "trust_coefficient": 0.001,
+    "trust_clip": False,
 }
 TOTAL, EPOCH = 120, 2.0  # optimiser steps, 60 epochs
 
@@ -123,28 +125,35 @@ def test_biases_and_norms_may_be_free_of_decay() -> None:
     torch.testing.assert_close(optimizer.param_groups[0]["weight_decay"], 1e-4)
 
 
+@pytest.mark.parametrize("clip", [False, True])
 @pytest.mark.parametrize("decay", [0.0, 0.1])
-def test_lars_follows_its_formula(decay: float) -> None:
-    """v <- m v + lr eta |w| / (|g| + decay |w|) (g + decay w) (You et al. 2017, eq. 6); biases and norms by SGD."""
+def test_lars_follows_its_formula(decay: float, clip: bool) -> None:
+    """v <- m v + lr r (g + decay w) with r = eta |w| / (|g| + decay |w|) (You et al. 2017, eq. 6); biases and norms by
+    SGD. Clipped (LARC): min(lr, r) in the place of lr r."""
     torch.manual_seed(0)
     net = network()
-    optimizer, _ = optimization(name="lars", weight_decay=decay, decay_bias_and_norm=False).build(net, 256, 1, 1.0)
+    keys = {"weight_decay": decay, "decay_bias_and_norm": False, "trust_coefficient": 0.5, "trust_clip": clip}
+    optimizer, _ = optimization(name="lars", **keys).build(net, 256, 1, 1.0)
+    clipped: set[bool] = set()
     weights = {p: p.detach().clone() for p in net.parameters()}
     velocity = {p: torch.zeros_like(p) for p in net.parameters()}
-    for _ in range(3):
+    for size in (1.0, 0.1, 0.3):
         for p in net.parameters():
-            p.grad = torch.randn_like(p)
+            p.grad = size * torch.randn_like(p)
             w, g = weights[p], p.grad
             if p.ndim > 1:
-                g = 0.001 * w.norm() / (g.norm() + decay * w.norm()) * (g + decay * w)
+                rate = 0.5 * (w.norm() / (g.norm() + decay * w.norm())).item()
+                clipped.add(rate > 0.4)
+                g = (min(rate / 0.4, 1) if clip else rate) * (g + decay * w)
             velocity[p] = 0.9 * velocity[p] + g
             weights[p] = w - 0.4 * velocity[p]
         optimizer.step()
     for p, expected in weights.items():
         torch.testing.assert_close(p.detach(), expected)
+    assert clipped == {False, True}  # both cases occur
 
 
 def test_lars_needs_timm(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "timm.optim", None)
+    monkeypatch.setitem(sys.modules, "timm.optim.lars", None)
     with pytest.raises(UserError, match=r"pip install 'icl-msr\[timm\]'"):
         optimization(name="lars")
