@@ -5,12 +5,14 @@ import io
 import json
 import os
 import secrets
+import shutil
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import wraps
+from functools import partial
 from pathlib import Path
-from typing import Any, Concatenate, Literal, ParamSpec
+from typing import Any, Literal
 
 from pytorch_lightning.loggers import TensorBoardLogger
 from pytorch_lightning.loggers.logger import Logger
@@ -18,8 +20,13 @@ from pytorch_lightning.utilities import rank_zero_only
 
 from icl_msr.checkpoint import atomic_write
 from icl_msr.errors import UserError
+from icl_msr.processes import is_first
 
-Arguments = ParamSpec("Arguments")
+MODES = ("online", "offline", "disabled")
+"""What the variable `WANDB_MODE` may say."""
+
+PATIENCE = 30.0
+"""Seconds to wait for W&B's server before the run is kept offline."""
 
 
 @dataclass(frozen=True)
@@ -48,7 +55,7 @@ class MetricsFile(Logger):
         super().__init__()
         self.file = folder / "metrics.csv"
         self.columns: list[str] = ["epoch", "step"]
-        if rank_zero_only.rank == 0:
+        if is_first():
             done = about.resumed_at or 0
             self._write([row for row in self._rows() if row["step"] and int(row["step"]) < done])
 
@@ -79,8 +86,8 @@ class MetricsFile(Logger):
     def _rows(self) -> list[dict[str, str]]:
         if not self.file.exists():
             return []
-        with self.file.open(newline="") as file:
-            return [row for row in csv.DictReader(file) if None not in row.values()]  # a kill may cut the last one
+        whole, _, _ = self.file.read_text().rpartition("\n")  # a kill may cut the last row
+        return list(csv.DictReader(whole.splitlines()))
 
     def _write(self, rows: list[dict[str, str]]) -> None:
         filled = {name for row in rows for name, cell in row.items() if cell}
@@ -113,30 +120,14 @@ def final_numbers(folder: Path) -> dict[str, float]:
     return {**numbers, "metric": results["metric"]["value"]}
 
 
-def forgiving(
-    method: Callable[Concatenate["WeightsAndBiases", Arguments], None],
-) -> Callable[Concatenate["WeightsAndBiases", Arguments], None]:
-    """Training goes on when W&B cannot write: one line says so, and nothing more is sent."""
-
-    @wraps(method)
-    def wrapped(self: "WeightsAndBiases", *args: Arguments.args, **kwargs: Arguments.kwargs) -> None:
-        if self.lost or rank_zero_only.rank != 0:
-            return
-        try:
-            method(self, *args, **kwargs)
-        except Exception as error:
-            self.lost = True
-            reason = str(error).strip().splitlines()
-            print(
-                f"W&B cannot write ({reason[0] if reason else type(error).__name__}); the run goes on without it.",
-                file=sys.stderr,
-            )
-
-    return wrapped
-
-
 class WeightsAndBiases(Logger):
-    """Weights & Biases, in the run's folder; offline without an account. See `conf/logger/wandb.yaml` for the keys."""
+    """Weights & Biases, in the run's folder; offline without an account. See `conf/logger/wandb.yaml` for the keys.
+
+    Training goes on when W&B cannot write: one line says so, and nothing more is sent.
+
+    Raises:
+        UserError: the variable `WANDB_MODE` is none of W&B's modes.
+    """
 
     def __init__(
         self,
@@ -150,10 +141,15 @@ class WeightsAndBiases(Logger):
     ):
         super().__init__()
         self.folder, self.about = folder, about
-        self.project, self.entity, self.mode, self.artifacts = project, entity, mode, artifacts
-        self.lost = False
+        self.project, self.entity, self.artifacts = project, entity, artifacts
         self.run: Any = None
-        self._begin()
+        self.lost = False
+        wanted: str = os.environ.get("WANDB_MODE") or mode
+        if wanted not in ("auto", *MODES):
+            raise UserError(f"WANDB_MODE={wanted} is not allowed; it should be {', '.join(MODES)} or not be set.")
+        if is_first() and wanted != "disabled":
+            with self._forgiving():
+                self._begin(wanted)
 
     @property
     def name(self) -> str:
@@ -165,57 +161,95 @@ class WeightsAndBiases(Logger):
         """The run's id."""
         return None if self.run is None else str(self.run.id)
 
-    @forgiving
-    def _begin(self) -> None:
-        """Starts the run, under the id that it had before if it is continued."""
-        import wandb
-
-        side_file = self.folder / "wandb_id"
-        continued = self.about.resumed_at is not None and side_file.exists()
-        run_id = side_file.read_text().strip() if continued else secrets.token_hex(4)
-        atomic_write(side_file, run_id)
-        mode = os.environ.get("WANDB_MODE", self.mode)
-        if mode == "auto":
-            mode = "online" if _logged_in() else "offline"
-        # Everything stays in the run's folder, what waits for an upload too.
-        staging = {"WANDB_DATA_DIR": self.folder / "wandb", "WANDB_CACHE_DIR": self.folder / "wandb" / "cache"}
-        for name, path in staging.items():
-            os.environ[name] = str(path)
-        wanted = {
-            "project": self.project,
-            "entity": self.entity,
-            "dir": self.folder,
-            "id": run_id,
-            "resume": "allow" if mode == "online" else None,
-            "name": self.about.name,
-            "group": self.about.group,
-            "job_type": self.about.job_type,
-            "config": self.about.config,
-            "settings": wandb.Settings(silent=True, console="off", init_timeout=30, disable_git=True),
-            "reinit": "create_new",
-        }
-        (self.folder / "wandb").mkdir(exist_ok=True)
-        try:
-            self.run = wandb.init(mode=mode, **wanted)
-        except Exception:
-            if mode == "offline":
-                raise
-            print("W&B cannot be reached; this run is kept offline.", file=sys.stderr)
-            self.run = wandb.init(mode="offline", **{**wanted, "resume": None})
-        self.run.define_metric("trainer/global_step")
-        self.run.define_metric("*", step_metric="trainer/global_step", step_sync=True)
-
-    @forgiving
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
         """One point of every curve."""
-        self.run.log({**metrics, "trainer/global_step": step})
+        if self._listens():
+            with self._forgiving():
+                self.run.log({**metrics, "trainer/global_step": step})
 
     def log_hyperparams(self, *_: Any, **__: Any) -> None:
         """The config was sent at the start."""
 
-    @forgiving
     def conclude(self, folder: Path) -> None:
         """Summary, pictures, tables and artifacts of a finished run."""
+        if self._listens():
+            with self._forgiving():
+                self._conclude(folder)
+
+    def close(self, exit_code: int) -> None:
+        """The run ends here, well or not."""
+        if self.run is not None:
+            with self._forgiving():
+                self.run.finish(exit_code=exit_code)
+        self.run = None
+
+    def _listens(self) -> bool:
+        return self.run is not None and not self.lost
+
+    @contextmanager
+    def _forgiving(self) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:
+            if not self.lost:
+                print(f"W&B cannot write ({_reason(error)}); the run goes on without it.", file=sys.stderr)
+            self.lost = True
+
+    def _begin(self, mode: str) -> None:
+        """Starts the run, under the id that it had before if it is continued."""
+        # Everything stays in the run's folder, what waits for an upload too.
+        home = self.folder / "wandb"
+        home.mkdir(exist_ok=True)
+        os.environ |= {"WANDB_DATA_DIR": str(home), "WANDB_CACHE_DIR": str(home / "cache")}
+        # W&B's reports of its own errors would wait for a server at the very end.
+        os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
+        import wandb
+
+        side_file = self.folder / "wandb_id"
+        continued = self.about.resumed_at is not None and side_file.exists()
+        silent = wandb.Settings(silent=True)
+        begin = partial(
+            wandb.init,
+            project=self.project,
+            entity=self.entity,
+            dir=self.folder,
+            id=side_file.read_text().strip() if continued else secrets.token_hex(4),
+            name=self.about.name,
+            group=self.about.group,
+            job_type=self.about.job_type,
+            config=self.about.config,
+            settings=wandb.Settings(
+                silent=True,
+                console="off",
+                disable_git=True,
+                init_timeout=PATIENCE,
+                finish_timeout=60 * PATIENCE,
+                finish_timeout_raises=True,
+            ),
+            reinit="create_new",
+        )
+        wandb.setup(silent)
+        if mode != "offline":
+            try:
+                if wandb.login(prompt=False, verify=False):  # asks nobody, neither the user nor the server
+                    self.run = begin(mode="online", resume="allow")
+                elif mode == "online":
+                    raise PermissionError("nobody is logged in; type wandb login")
+            except Exception as error:
+                print(
+                    f"W&B cannot be reached ({_reason(error)}); this run is kept offline. WANDB_MODE=offline spares "
+                    "the wait.",
+                    file=sys.stderr,
+                )
+                wandb.teardown()  # it would call the run's id taken
+                wandb.setup(silent)
+        if self.run is None:
+            self.run = begin(mode="offline")
+        atomic_write(side_file, self.run.id)
+        self.run.define_metric("trainer/global_step")
+        self.run.define_metric("*", step_metric="trainer/global_step", step_sync=True)
+
+    def _conclude(self, folder: Path) -> None:
         import wandb
 
         run = self.run
@@ -231,21 +265,24 @@ class WeightsAndBiases(Logger):
             for kind, names in files.items():
                 artifact = wandb.Artifact(f"{kind}-{run.id}", type="model" if kind == "checkpoint" else kind)
                 for name in names:
-                    artifact.add_file(str(folder / name))
+                    kept = self._keep(folder / name)
+                    artifact.add_file(str(kept), name=kept.name, policy="immutable")
                 run.log_artifact(artifact)
 
-    @forgiving
-    def close(self, exit_code: int) -> None:
-        """The run ends here, well or not."""
-        if self.run is not None:
-            self.run.finish(exit_code=exit_code)
-        self.run = None
+    def _keep(self, file: Path) -> Path:
+        """A second name for a file as it is now: a run with more epochs replaces it, perhaps before it is uploaded."""
+        kept = Path(self.run.dir).parent / "artifacts" / file.name
+        kept.parent.mkdir(exist_ok=True)
+        try:
+            kept.hardlink_to(file)
+        except OSError:  # a file system that has no second names
+            shutil.copy(file, kept)
+        return kept
 
 
-def _logged_in() -> bool:
-    import wandb
-
-    return bool(wandb.login(prompt=False, verify=False))
+def _reason(error: Exception) -> str:
+    said = str(error).strip().splitlines()
+    return said[0].rstrip(".") if said else type(error).__name__
 
 
 class TensorBoard(TensorBoardLogger):
