@@ -6,11 +6,13 @@ import json
 import os
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
 
 from icl_msr.checkpoint import atomic_write
 from icl_msr.errors import UserError
@@ -42,10 +44,23 @@ class RunFolder:
         """Whether a finished run lies here."""
         return self.results.exists()
 
+    @property
+    def advice(self) -> str:
+        """How to go on with what lies here."""
+        return f"continue with resume={self}" if self.checkpoint.exists() else "repeat the command"
+
     def saved_config(self) -> dict[str, Any]:
-        """The config of the run that lies here, interpolations filled in."""
-        saved = OmegaConf.to_container(OmegaConf.load(self.config), resolve=True)
-        return {str(key): value for key, value in saved.items()} if isinstance(saved, dict) else {}
+        """The config of the run that lies here, interpolations filled in.
+
+        Raises:
+            UserError: it is damaged.
+        """
+        saved: Any = None
+        with suppress(OSError, ValueError, YAMLError, OmegaConfBaseException):
+            saved = OmegaConf.to_container(OmegaConf.load(self.config), resolve=True)
+        if not saved or not isinstance(saved, dict):
+            raise UserError(f"{self.config} is damaged; restore it from a copy, or begin a new run in another folder.")
+        return {str(key): value for key, value in saved.items()}
 
     def facts(self) -> dict[str, Any]:
         """`environment.json`."""
@@ -59,7 +74,7 @@ class RunFolder:
 
     def write(self, name: str, content: Mapping[str, Any]) -> None:
         """Plain data as indented JSON, whole or not at all."""
-        atomic_write(self.path / name, json.dumps(content, indent=2) + "\n")
+        atomic_write(self.path / name, json.dumps(content, indent=2) + "\n", self.advice)
 
     @contextmanager
     def locked(self) -> Iterator[None]:

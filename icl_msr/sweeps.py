@@ -1,28 +1,32 @@
 """Sweeps: a fresh process for each job, and a folder that the same command continues."""
 
+import errno
 import fcntl
 import json
 import os
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
 from datetime import datetime, timedelta
 from pathlib import Path
-from subprocess import Popen
-from typing import Any, ClassVar
+from statistics import mean
+from typing import Any, ClassVar, NoReturn
 
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.utils import JobReturn, JobStatus
 from hydra.experimental.callback import Callback
-from hydra.plugins.launcher import Launcher
 from hydra.types import HydraContext, RunMode, TaskFunction
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from icl_msr.callbacks.checkpoints import PREEMPTED
 from icl_msr.checkpoint import atomic_write
+from icl_msr.config import check
+from icl_msr.errors import UserError
 from icl_msr.folder import RunFolder
-from icl_msr.processes import clean_environment, passed_on, start
+from icl_msr.processes import Child, clean_environment, in_folder, outside_world_size, passed_on
 
 _OURS = ("hydra.sweep.", "hydra.launcher.", "hydra.sweeper.", "hydra.mode", "hydra/launcher", "hydra/sweeper")
 """What concerns the sweep and not its jobs."""
@@ -31,7 +35,18 @@ _LONGEST = 64
 """W&B's limit for a job type, in characters."""
 
 
-class ProcessLauncher(Launcher):  # type: ignore[misc]
+@dataclass(frozen=True)
+class Job:
+    """One run of a sweep."""
+
+    overrides: list[str]
+    folder: RunFolder
+    title: str
+    done: bool
+    """Whether this very run is finished; what else may lie in its folder, the run itself judges."""
+
+
+class ProcessLauncher:
     """Runs every job as `python -m icl_msr.run` in a process of its own: one folder, one W&B run, one exit code.
 
     A job whose folder holds its results is left alone, and a job that was begun continues. One that fails does not stop
@@ -39,79 +54,135 @@ class ProcessLauncher(Launcher):  # type: ignore[misc]
     """
 
     exit_codes: ClassVar[list[int]] = []
-    """Of all jobs so far, for the exit code of the whole command."""
+    """Of the jobs of this command that have ended, for its own exit code."""
 
     def __init__(self, jobs: int):
         self.jobs = jobs
-        self.running: list[Popen[bytes]] = []
+        self.running: list[Child] = []
+        self.signals: list[int] = []
+        self.due = 0
+        self.seconds: list[float] = []
 
     def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
-        """See Hydra's Launcher."""
+        """See Hydra's Launcher; `hydra_plugins` makes this class one.
+
+        Raises:
+            UserError: the number of jobs side by side is none.
+        """
+        if not isinstance(self.jobs, int) or self.jobs < 1:
+            raise UserError(f"hydra.launcher.jobs={self.jobs} is not allowed; it should be a whole number, at least 1.")
         self.context, self.config = hydra_context, config
 
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> list[JobReturn]:
-        """Runs the jobs and gives their metrics to the sweeper."""
-        jobs = [
-            self._job(initial_job_idx + i, list(overrides), initial_job_idx + len(job_overrides))
-            for i, overrides in enumerate(job_overrides)
-        ]
-        with passed_on(self.running), ThreadPoolExecutor(self.jobs) as pool:
-            return list(pool.map(self._run, jobs))
+        """Runs the jobs and gives their metrics to the sweeper; after a signal, the command ends when they have."""
+        total = initial_job_idx + len(job_overrides)
+        jobs = [self._job(initial_job_idx + i, list(words), total) for i, words in enumerate(job_overrides)]
+        self.due += sum(not job.done for job in jobs)
+        for job in jobs:
+            job.folder.path.mkdir(parents=True, exist_ok=True)  # all count, also those that are never begun
+        with passed_on(self.running) as self.signals, ThreadPoolExecutor(self.jobs) as pool:
+            answers = list(pool.map(self._run, jobs))
+        if self._stopped():
+            print("The sweep was stopped; the same command continues it.", file=sys.stderr)
+            sys.exit(PREEMPTED)
+        return answers
 
-    def _job(self, number: int, overrides: list[str], total: int) -> dict[str, Any]:
-        config = self.context.config_loader.load_sweep_config(self.config, overrides)
-        with open_dict(config):
-            config.hydra.job.id = config.hydra.job.num = number
-        folder = Path(str(config.hydra.sweep.dir)) / str(config.hydra.sweep.subdir)
-        return {"folder": folder, "overrides": overrides, "title": f"[{number + 1}/{total}] {' '.join(overrides)}"}
+    def _job(self, number: int, overrides: list[str], total: int) -> Job:
+        config = checked_job(self.context, self.config, overrides, number)
+        HydraConfig.instance().set_config(config)  # for ${hydra:...} in the folder's name
+        folder = RunFolder(Path(str(config.hydra.sweep.dir)) / str(config.hydra.sweep.subdir))
+        task = OmegaConf.masked_copy(config, [str(key) for key in config if key != "hydra"])
+        done = folder.begun and folder.done and folder.config.read_text() == OmegaConf.to_yaml(task)
+        return Job(overrides, folder, " ".join([f"[{number + 1}/{total}]", *_varying(overrides)]), done)
 
-    def _run(self, job: dict[str, Any]) -> JobReturn:
-        folder, title = RunFolder(job["folder"]), job["title"]
-        answer = JobReturn(overrides=job["overrides"], status=JobStatus.COMPLETED)
+    def _stopped(self) -> bool:
+        return bool(self.signals) or PREEMPTED in self.exit_codes
+
+    def _run(self, job: Job) -> JobReturn:
+        answer = JobReturn(overrides=job.overrides, status=JobStatus.COMPLETED)
         answer.return_value = float("nan")
-        if folder.done:
-            answer.return_value = folder.metric()
-            print(f"{title}: done before, {folder}", flush=True)
-            return answer
-        if PREEMPTED in self.exit_codes:
-            return answer
-        print(f"{title}: {folder}", flush=True)
-        folder.path.mkdir(parents=True, exist_ok=True)
-        began, code = time.monotonic(), self._execute(job["overrides"], folder.path)
-        self.exit_codes.append(code)
-        if code == 0:
-            answer.return_value = folder.metric()
-        end = f"metric {answer.return_value:.4f}" if code == 0 else f"exit code {code}"
-        print(f"{title}: {end} after {timedelta(seconds=round(time.monotonic() - began))}", flush=True)
+        if job.done:
+            answer.return_value = job.folder.metric()
+            print(f"{job.title}: done before, {job.folder}", flush=True)
+        elif not self._stopped():
+            answer.return_value = self._execute(job)
         return answer
 
-    def _execute(self, overrides: list[str], folder: Path) -> int:
+    def _execute(self, job: Job) -> float:
+        print(f"{job.title}: {job.folder}", flush=True)
+        began, code, metric = time.monotonic(), self._exit_code(job), float("nan")
+        seconds, end, left = time.monotonic() - began, f"exit code {code}", ""
+        if code == 0:
+            metric = job.folder.metric()
+            end = f"metric {metric:.4f}"
+            self.seconds.append(seconds)
+        self.exit_codes.append(code)
+        waiting = self.due - len(self.exit_codes)
+        if waiting and self.seconds:
+            left = f"; about {_clock(mean(self.seconds) * waiting / self.jobs)} left"
+        print(f"{job.title}: {end} after {_clock(seconds)}{left}", flush=True)
+        return metric
+
+    def _exit_code(self, job: Job) -> int:
+        """Of the job's process, as a shell gives it."""
         theirs = [word for word in self.config.hydra.overrides.hydra if not word.startswith(_OURS)]
-        environment = clean_environment()
+        environment = clean_environment(self.jobs)
         environment.setdefault("WANDB_RUN_GROUP", Path(str(self.config.hydra.sweep.dir)).name)
-        words = [*overrides, *theirs, f"hydra.run.dir='{folder}'"]
+        if named := job_type(job.overrides):
+            environment.setdefault("WANDB_JOB_TYPE", named)
+        words = [*job.overrides, *theirs, in_folder(job.folder.path)]
         if self.jobs == 1:
-            process = start(words, environment)
+            process = Child(words, environment)
         else:
-            with (folder / "job.log").open("ab") as log:
-                process = start(words, environment, log)
+            with (job.folder.path / "job.log").open("ab") as log:
+                process = Child(words, environment, log)
         self.running.append(process)
         code = process.wait()
         self.running.remove(process)
+        process.leash.close()
         return code if code >= 0 else 128 - code
 
 
-class SweepRecord(Callback):  # type: ignore[misc]
+def checked_job(context: HydraContext, sweep: DictConfig, overrides: Sequence[str], number: int) -> DictConfig:
+    """A job's whole config; launchers ask for all of them first, so that a mistake in the last costs nothing.
+
+    Raises:
+        UserError: a key or value is wrong.
+    """
+    config = context.config_loader.load_sweep_config(sweep, list(overrides))
+    with open_dict(config):
+        config.hydra.job.id = config.hydra.job.num = number
+    with known_to_hydra(config):
+        check(OmegaConf.masked_copy(config, [str(key) for key in config if key != "hydra"]))
+    return config
+
+
+@contextmanager
+def known_to_hydra(config: DictConfig) -> Iterator[None]:
+    """`${hydra:...}` refers to this config meanwhile."""
+    hydra = HydraConfig.instance()
+    before = hydra.cfg
+    hydra.set_config(config)
+    try:
+        yield
+    finally:
+        hydra.cfg = before
+
+
+class SweepRecord(Callback):
     """Writes `sweep.json`: which command this is, and whether all of it is done."""
 
     def on_multirun_start(self, config: DictConfig, **_: Any) -> None:
         """The folder is ours until the end of the process."""
+        if (outside := outside_world_size() or 1) > 1:
+            _refuse(f"A sweep is started once, and {outside} processes were; add hydra/launcher=process instead.")
         self.folder = Path(str(config.hydra.sweep.dir))
         self.folder.mkdir(parents=True, exist_ok=True)
         self.lock = os.open(self.folder, os.O_RDONLY)
-        _locks(self.lock)
+        if not _locks(self.lock):
+            _refuse(f"{self.folder} is another process's sweep; wait for its end, or choose another hydra.sweep.dir.")
         if (self.folder / "sweep.json").exists():
-            print(f"Continuing {self.folder}: {self._state()[0]} jobs are done.", flush=True)
+            print(f"Continuing {self.folder}; jobs done so far: {self._state()[0]}.", flush=True)
         self._write(finished=False)
 
     def on_multirun_end(self, config: DictConfig, **_: Any) -> None:
@@ -119,7 +190,8 @@ class SweepRecord(Callback):  # type: ignore[misc]
         done, all_jobs = self._state()
         self._write(finished=done == all_jobs)
         rest = "" if done == all_jobs else "; the same command finishes the others"
-        print(f"{done} of {all_jobs} jobs are done{rest}. Compare them: python -m icl_msr.report {self.folder}")
+        compare = f" Compare them: python -m icl_msr.report {self.folder}" if done else ""
+        print(f"Jobs done: {done} of {all_jobs}{rest}.{compare}", flush=True)
         os.close(self.lock)
 
     def _state(self) -> tuple[int, int]:
@@ -153,18 +225,38 @@ def register_resolvers() -> None:
 def sweep_group() -> str | None:
     """The sweep that this process is in the middle of; a job in its own process hears of it from W&B's variable."""
     hydra = HydraConfig.get()
-    return Path(str(hydra.sweep.dir)).name if hydra.mode == RunMode.MULTIRUN else None
+    sweep = Path(str(hydra.sweep.dir)).name if hydra.mode == RunMode.MULTIRUN else None
+    return os.environ.get("WANDB_RUN_GROUP") or sweep
 
 
 def job_type(overrides: Sequence[str]) -> str | None:
-    """What a run is, whatever its seed: the overrides without it."""
-    named = ",".join(word for word in overrides if not word.startswith("seed="))
-    return named[:_LONGEST] or None
+    """What a run is, whatever its seed: the overrides without it, those alone that a sweep changes if there are any.
+
+    A job in its own process hears of it from W&B's variable.
+    """
+    named = [word for word in overrides if not word.startswith("seed=")]
+    changed = [word for word in _varying(overrides) if word in named]
+    return os.environ.get("WANDB_JOB_TYPE") or ",".join(changed or named)[:_LONGEST] or None
+
+
+def _varying(overrides: Sequence[str]) -> list[str]:
+    """What a sweep changes from job to job: the words that were not typed like this."""
+    return [word for word in overrides if word not in sys.argv[1:]]
+
+
+def _refuse(sentence: str) -> NoReturn:
+    """From a callback, where Hydra makes a warning of an exception."""
+    print(sentence, file=sys.stderr)
+    sys.exit(2)
+
+
+def _clock(seconds: float) -> timedelta:
+    return timedelta(seconds=round(seconds))
 
 
 def _locks(folder: int) -> bool:
     try:
         fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        return False
+    except OSError as error:
+        return error.errno not in (errno.EAGAIN, errno.EACCES)  # a file system without locks
     return True

@@ -24,7 +24,8 @@ class Checkpoints(Checkpoint):
     """Keeps one checkpoint, always of the last optimiser step that was reached when it was written.
 
     It is written every few epochs, every few minutes, at the end, and on a signal (SIGTERM, Ctrl-C, SLURM's SIGUSR1),
-    after which the run ends with the exit code 75. A second signal ends it at once.
+    after which the run ends with the exit code 75. A second signal ends it at once; the same one within a second is the
+    first again, since SLURM signals a rank and also the parent, which passes it on.
 
     Lightning calls a `Checkpoint` after all other callbacks, so the queues have taken the batch in.
     """
@@ -32,6 +33,7 @@ class Checkpoints(Checkpoint):
     def __init__(self, file: Path, *, every_n_epochs: int, every_n_minutes: float | None):
         self.file, self.every_n_epochs, self.every_n_minutes = file, every_n_epochs, every_n_minutes
         self.signal: signal.Signals | None = None
+        self._signalled_at = 0.0
         self._handlers: dict[signal.Signals, Any] = {}
         self._saved_at = time.monotonic()
         self._stop = False
@@ -71,9 +73,10 @@ class Checkpoints(Checkpoint):
         self._give_signals_back()
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        if self.signal is not None:
+        if self.signal is None:
+            self.signal, self._signalled_at = signal.Signals(number), time.monotonic()
+        elif number != self.signal or time.monotonic() - self._signalled_at > 1.0:
             sys.exit(128 + number)
-        self.signal = signal.Signals(number)
 
     def _give_signals_back(self) -> None:
         for number, handler in self._handlers.items():

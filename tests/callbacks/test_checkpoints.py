@@ -162,6 +162,14 @@ def test_a_signal_is_answered(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     )
 
 
+def test_the_same_signal_at_once_is_one(tmp_path: Path) -> None:
+    """SLURM signals a rank and its parent, which passes the signal on."""
+    with pytest.raises(SystemExit) as stopped:
+        fit(CASES["byol"], tmp_path / "last.ckpt", Interrupt(1), Interrupt(1))
+    assert stopped.value.code == PREEMPTED
+    assert load(tmp_path / "last.ckpt")["global_step"] == 2
+
+
 def test_a_second_signal_does_not_wait(tmp_path: Path) -> None:
     with pytest.raises(SystemExit) as stopped:
         fit(CASES["byol"], tmp_path / "last.ckpt", Interrupt(1), Interrupt(1, signal.SIGINT))
