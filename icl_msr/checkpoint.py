@@ -12,23 +12,30 @@ from typing import IO, Any
 
 import torch
 from lightning_fabric.plugins.io.torch_io import TorchCheckpointIO
-from pydantic import ConfigDict, ValidationError, validate_call
+from pydantic import ValidationError
 from safetensors.torch import save
 
-from icl_msr.encoders import Backbone, resnet, timm_model, tiny
+from icl_msr.encoders import Backbone, from_recipe, resnet, timm_model, tiny
 from icl_msr.errors import UserError
+from icl_msr.lab import half_encoder, lab_encoder
 
-BUILDERS: dict[str, Callable[..., Backbone]] = {"tiny": tiny, "resnet": resnet, "timm_model": timm_model}
+BUILDERS: dict[str, Callable[..., Backbone]] = {
+    "tiny": tiny,
+    "resnet": resnet,
+    "timm_model": timm_model,
+    "lab_encoder": lab_encoder,
+    "half_encoder": half_encoder,
+}
 """The only functions that the recipe in an encoder.json can name."""
 
 
-def atomic_write(path: Path, content: bytes | str) -> None:
+def atomic_write(path: Path, content: bytes | str, advice: str = "repeat the command") -> None:
     """Writes a file whole or not at all, however the process ends; one writer at a time.
 
     Raises:
-        UserError: the disk is full; the old file, if any, is still there.
+        UserError: the disk is full; the old file, if any, is still there. `advice` is what to do once there is room.
     """
-    with _replacing(path, "repeat the command") as file:
+    with _replacing(path, advice) as file:
         file.write(content.encode() if isinstance(content, str) else content)
 
 
@@ -67,7 +74,7 @@ def _replacing(path: Path, advice: str) -> Iterator[IO[bytes]]:
         os.replace(temporary, path)
     except BaseException as error:
         temporary.unlink(missing_ok=True)
-        if _disk_is_full(error):
+        if disk_is_full(error):
             kept = f"the previous {path.name}, if any, is kept"
             raise UserError(f"The disk of {path.parent} is full; {kept}: free space and {advice}.") from None
         raise
@@ -79,7 +86,7 @@ def _replacing(path: Path, advice: str) -> Iterator[IO[bytes]]:
             os.close(folder)
 
 
-def _disk_is_full(error: BaseException | None) -> bool:
+def disk_is_full(error: BaseException | None) -> bool:
     """Also where torch, closing its archive, has put an error of its own in front."""
     while error is not None:
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
@@ -119,18 +126,26 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
 
 
 def export_encoder(backbone: Backbone, folder: Path, facts: Mapping[str, Any]) -> Path:
-    """Writes `encoder.safetensors` and `encoder.json` into a folder.
+    """Writes `encoder.safetensors` and `encoder.json` into a folder, and `encoder-<part>` likewise; returns the first.
 
     The weights fit the plain torchvision or timm model that the Python under `load` builds; `recipe` says the same to
     `load_encoder`. `facts` (data set, mean, standard deviation, image size, method, ...) are plain data that stand
     beside it.
     """
-    path = folder / "encoder.safetensors"
-    atomic_write(path, weights(backbone))
-    load = python_to_load(backbone, path.name)
-    about = {"channels": backbone.channels, **facts, "recipe": backbone.recipe, "load": load}
-    atomic_write(path.with_suffix(".json"), json.dumps(about, indent=2) + "\n")
-    return path
+    encoders = by_file(backbone)
+    for name, encoder in encoders.items():
+        path = folder / name
+        atomic_write(path, weights(encoder))
+        load = python_to_load(encoder, name)
+        about = {"channels": encoder.channels, **facts, "recipe": encoder.recipe, "load": load}
+        atomic_write(path.with_suffix(".json"), json.dumps(about, indent=2) + "\n")
+    return folder / next(iter(encoders))
+
+
+def by_file(backbone: Backbone) -> dict[str, Backbone]:
+    """What is exported of a backbone, by the name of the file with the weights: itself, then its parts, if any."""
+    parts = {f"encoder-{name}.safetensors": part for name, part in backbone.parts().items()}
+    return {"encoder.safetensors": backbone, **parts}
 
 
 def weights(backbone: Backbone) -> bytes:
@@ -166,9 +181,7 @@ def load_encoder(path: Path) -> tuple[Backbone, dict[str, Any]]:
     if recipe is None:
         raise UserError(f"{about_file} belongs to another package, whose own function must build the network.")
     try:
-        build = BUILDERS[recipe["builder"]]
-        keys = {key: value for key, value in recipe.items() if key != "builder"}
-        backbone = validate_call(config=ConfigDict(strict=True))(build)(**{**keys, "weights": str(tensors)})
+        backbone = from_recipe(recipe, str(tensors), BUILDERS)
     except UserError as error:
         raise UserError(f"{about_file}: {error}") from None
     except (AttributeError, KeyError, TypeError, ValidationError):

@@ -104,8 +104,7 @@ def check(config: DictConfig) -> Settings:
             raise UserError(f"{missing[0]} has no value yet; add {missing[0]}=<value>.")
         plain = OmegaConf.to_container(config, resolve=True)
     except InterpolationResolutionError as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(f"{error.full_key} cannot be filled in ({reason}); name a key in full, as ${{seed}}.") from None
+        raise UserError(unfilled(error)) from None
     assert isinstance(plain, dict)
     settings = _validated(Settings, {str(key): value for key, value in plain.items()}, "")
     for name, node in settings.groups().items():
@@ -131,6 +130,12 @@ def fingerprint(settings: Settings) -> str:
     """A short hash of all values: equal for equal configs."""
     text = json.dumps(settings.model_dump(), sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+def unfilled(error: InterpolationResolutionError) -> str:
+    """What is said of a value that refers to nothing."""
+    reason = str(error).splitlines()[0]
+    return f"{error.full_key} cannot be filled in ({reason}); name a key in full, as ${{seed}}."
 
 
 def no_keys(group: str, wrong: str) -> str:

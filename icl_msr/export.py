@@ -6,11 +6,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from icl_msr.checkpoint import export_encoder, python_to_load, read_checkpoint, weights
+from icl_msr.checkpoint import by_file, export_encoder, python_to_load, read_checkpoint, weights
 from icl_msr.config import build
 from icl_msr.encoders import Backbone
 from icl_msr.errors import UserError
 from icl_msr.folder import RunFolder
+from icl_msr.methods import Method
 
 ENCODERS = {"online": "method.backbone.", "momentum": "method.momentum_encoder.backbone."}
 """Where a checkpoint keeps them."""
@@ -38,9 +39,10 @@ def main(arguments: list[str] | None = None) -> int:
     folder: Path = options.to or (options.run if options.encoder == "online" else options.run / options.encoder)
     try:
         backbone, facts = rebuild(RunFolder(options.run), options.encoder)
-        file = folder / "encoder.safetensors"
-        if file.exists() and not options.overwrite and file.read_bytes() != weights(backbone):
-            raise UserError(f"{file} holds other weights; add --overwrite to replace them, or --to ANOTHER_FOLDER.")
+        encoders = {folder / name: encoder for name, encoder in by_file(backbone).items()}
+        for file, encoder in encoders.items():
+            if file.exists() and not options.overwrite and file.read_bytes() != weights(encoder):
+                raise UserError(f"{file} holds other weights; add --overwrite to replace them, or --to ANOTHER_FOLDER.")
         export_encoder(backbone, folder, facts)
     except UserError as error:
         print(error, file=sys.stderr)
@@ -48,7 +50,9 @@ def main(arguments: list[str] | None = None) -> int:
     except OSError as error:
         print(f"{folder} cannot be written ({error.strerror}); give another one, --to FOLDER.", file=sys.stderr)
         return 2
-    print(file, file.with_suffix(".json"), "", python_to_load(backbone, str(file)), sep="\n")
+    for file in encoders:
+        print(file, file.with_suffix(".json"), sep="\n")
+    print("", python_to_load(backbone, str(next(iter(encoders)))), sep="\n")
     return 0
 
 
@@ -71,9 +75,13 @@ def rebuild(run: RunFolder, encoder: str) -> tuple[Backbone, dict[str, Any]]:
     except (OSError, ValueError, KeyError):
         raise UserError(f"{run.environment} does not say what images the encoder takes; repeat the run.") from None
     try:
-        node: Mapping[str, Any] = run.saved_config()["backbone"]
+        config, images = run.saved_config(), facts["images"]
+        node: Mapping[str, Any] = config["backbone"]
         untrained = {**node, "weights": None} if "weights" in node else node
-        backbone: Backbone = build(untrained, facts["images"]["image_size"])
+        plain = build(untrained, images["image_size"])
+        # The method may make its own encoder of it; how many classes there are matters to no encoder.
+        method: Method = build(config["method"], plain, 2, images["mean"], images["std"])
+        backbone = method.backbone
         backbone.load_state_dict(state)
     except Exception as error:
         reason = str(error).partition("\n")[0].rstrip(".: ")

@@ -55,7 +55,7 @@ class Pretraining(pl.LightningModule):
         self.batch: Batch | None = None
         # f_msr's gradient is reduced by the regularizer itself.
         phi = [name for name, _ in self.named_parameters() if name.startswith("regularizer.")]
-        DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(self, phi)
+        DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(self, phi)  # type: ignore[no-untyped-call]
 
     def configure_callbacks(self) -> list[pl.Callback]:
         """See `Observe`."""

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import Any, TypeVar
 
 import numpy as np
@@ -30,13 +31,12 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from pytorch_lightning.callbacks import Callback, RichProgressBar
 from pytorch_lightning.strategies import DDPStrategy, Strategy
-from pytorch_lightning.utilities import rank_zero_only
 from rich.console import Console
 
 from icl_msr import __version__, pictures
 from icl_msr.batchnorm import global_batch_norm
 from icl_msr.callbacks import Checkpoints, EpochLines, OnlineEvaluation, Throughput
-from icl_msr.checkpoint import AtomicCheckpoint, atomic_write, export_encoder, read_checkpoint
+from icl_msr.checkpoint import AtomicCheckpoint, atomic_write, disk_is_full, export_encoder, read_checkpoint
 from icl_msr.command import main
 from icl_msr.config import Settings, build, check, fingerprint, suggestion
 from icl_msr.data.datamodule import DataModule
@@ -48,9 +48,10 @@ from icl_msr.folder import RunFolder
 from icl_msr.hardware import Hardware, Plan
 from icl_msr.loggers import About, MetricsFile
 from icl_msr.methods import Method
+from icl_msr.methods.momentum import Queue
 from icl_msr.optimization import Optimization
 from icl_msr.pretraining import Pretraining
-from icl_msr.processes import is_rank, outside_world_size, run_ranks
+from icl_msr.processes import is_first, is_rank, outside_world_size, run_ranks
 from icl_msr.regularizers import MetaSemanticRegularizer
 from icl_msr.report import gap_table, matrix_table, write_report
 from icl_msr.report.runs import Run, flatten, read_curves
@@ -82,7 +83,7 @@ def run(config: DictConfig) -> float:
     """
     settings = check(config)
     folder = RunFolder(Path(HydraConfig.get().runtime.output_dir))
-    console = Console(highlight=False, soft_wrap=True, quiet=rank_zero_only.rank != 0)
+    console = Console(highlight=False, soft_wrap=True, quiet=not is_first())
     extended = folder.begun and more_epochs(settings, folder)
     if folder.done and not extended:
         console.print(f"{folder} is finished and stays as it is; continue it with a larger trainer.max_epochs.")
@@ -97,7 +98,7 @@ def run(config: DictConfig) -> float:
         del pieces
         code = run_ranks(plan.world_size, sys.argv[1:], folder.path)
         return folder.metric() if code == 0 else sys.exit(code)
-    with folder.locked() if rank_zero_only.rank == 0 else nullcontext():
+    with folder.locked() if is_first() else nullcontext():
         return carry_out(settings, config, plan, pieces, folder, console)
 
 
@@ -110,13 +111,13 @@ def carry_out(
     facts = describe(settings, plan, pieces.dataset, folder)
     about = About(
         name=facts["name"],
-        group=sweep_group(),
-        job_type=job_type(HydraConfig.get().overrides.task),
+        group=facts["group"],
+        job_type=facts["job_type"],
         config=settings.model_dump(),
         resumed_at=resumed_at,
     )
     dashboard = build(settings.logger, folder.path, about)
-    if rank_zero_only.rank == 0:
+    if is_first():
         folder.results.unlink(missing_ok=True)  # of the run before it was given more epochs
         folder.write(folder.environment.name, facts)
         atomic_write(folder.config, OmegaConf.to_yaml(config))
@@ -173,10 +174,10 @@ def assemble(settings: Settings, plan: Plan) -> Pieces:
     pl.seed_everything(settings.seed, verbose=False)
     dataset = build_as(Dataset, settings.dataset)
     backbone = build(settings.backbone, dataset.image_size)
-    untrained = copy.deepcopy(backbone)
     facts = (len(dataset.classes), dataset.mean, dataset.std)
     method = build_as(Method, settings.method, backbone, *facts)  # type: ignore[type-abstract]
     require_meaning(settings, method)
+    untrained = copy.deepcopy(method.backbone)
     regularizer: MetaSemanticRegularizer | None = build(settings.regularizer, method.channels, method.temperature)
     if plan.world_size > 1:
         global_batch_norm(method)
@@ -193,7 +194,8 @@ def assemble(settings: Settings, plan: Plan) -> Pieces:
         **settings.loader.model_dump(),
     )
     evaluation: Evaluation | None = build(settings.evaluation)
-    known = ["auto", *LOGGED, *(evaluation.names(dataset) if evaluation else [])]
+    logged = [name for name in LOGGED if settings.trainer.online_every_n_epochs or not name.startswith("online/")]
+    known = ["auto", *logged, *(evaluation.names(dataset) if evaluation else [])]
     if settings.metric not in known:
         raise UserError(f"metric={settings.metric} will not be measured; {suggestion(settings.metric, known)}")
     derived = derive(settings, optimization, len(dataset.train), plan.world_size)
@@ -204,7 +206,7 @@ def require_meaning(settings: Settings, method: Method) -> None:
     """Methods say what they cannot be combined with.
 
     Raises:
-        UserError: a group or the number of views has no meaning for this method.
+        UserError: a group, the number of views or the size of a batch has no meaning for this method.
     """
     for group, reason in method.refuses.items():
         if settings.groups()[group]["_target_"] is not None:
@@ -215,6 +217,12 @@ def require_meaning(settings: Settings, method: Method) -> None:
         span = str(fewest) if fewest == most else f"{fewest} to {most}"
         raise UserError(
             f"augment.views lists {views} views, and {type(method).__name__} takes {span}; change the list."
+        )
+    batch, queues = settings.loader.batch_size, [m for m in method.modules() if isinstance(m, Queue)]
+    if any(len(queue.keys) < batch for queue in queues):
+        raise UserError(
+            f"method.queue_size={len(queues[0].keys)} cannot hold one batch, loader.batch_size={batch}; "
+            f"set it to {batch} or more."
         )
 
 
@@ -242,15 +250,13 @@ def require_processes(plan: Plan) -> None:
     Raises:
         UserError: the processes cannot be had.
     """
-    if plan.world_size == 1:
-        return
     outside = outside_world_size()
     if outside is not None and outside != plan.world_size:
         raise UserError(
-            f"{outside} processes were started, and hardware asks for {plan.devices} devices on {plan.nodes} nodes; "
-            "set hardware.devices and hardware.nodes to what was started."
+            f"{outside} processes were started together, and hardware.devices={plan.devices} on hardware.nodes="
+            f"{plan.nodes} makes {plan.world_size}; set them to what was started, or start one process alone."
         )
-    if is_rank():
+    if plan.world_size == 1 or is_rank():
         return
     if HydraConfig.get().mode == RunMode.MULTIRUN:
         raise UserError(
@@ -267,8 +273,13 @@ def require_room(module: Pretraining, folder: Path) -> None:
     """A new checkpoint is written beside the old one.
 
     Raises:
-        UserError: they do not fit on the disk.
+        UserError: they do not fit on the disk, or nothing can be written there.
     """
+    try:
+        TemporaryFile(dir=folder).close()
+    except OSError as error:
+        if not disk_is_full(error):
+            raise UserError(f"{folder} cannot be written ({error.strerror}); choose another hydra.run.dir.") from None
     state = [t for t in module.state_dict().values() if isinstance(t, torch.Tensor)]
     moments = [p for p in module.parameters() if p.requires_grad] * 2
     needed = 2 * sum(t.numel() * t.element_size() for t in [*state, *moments])
@@ -284,7 +295,13 @@ def resume_point(settings: Settings, pieces: Pieces, folder: RunFolder, console:
     """The optimiser step to continue from, said in words; None for a fresh start."""
     if not (folder.begun and folder.checkpoint.exists()):
         return None
-    step = int(read_checkpoint(folder.checkpoint)["global_step"])
+    checkpoint = read_checkpoint(folder.checkpoint)
+    if shapes(checkpoint["state_dict"]) != shapes(pieces.module.state_dict()):
+        raise UserError(
+            f"{folder.checkpoint} belongs to another config than {folder.config}; put the one back that it was "
+            "trained with, or begin a new run."
+        )
+    step = int(checkpoint["global_step"])
     console.print(f"Continuing {folder} from step {step}.")
     before, now = folder.saved_config()["trainer"]["max_epochs"], settings.trainer.max_epochs
     if now > before:
@@ -296,6 +313,11 @@ def resume_point(settings: Settings, pieces: Pieces, folder: RunFolder, console:
             f"now, so the learning rate at this step is {new:.3g} instead of {old:.3g}."
         )
     return step
+
+
+def shapes(state: Mapping[str, Any]) -> dict[str, torch.Size]:
+    """Of the tensors of a state dict."""
+    return {name: value.shape for name, value in state.items() if isinstance(value, torch.Tensor)}
 
 
 @contextmanager
@@ -450,8 +472,9 @@ def image_facts(dataset: Dataset) -> dict[str, Any]:
 
 def describe(settings: Settings, plan: Plan, dataset: Dataset, folder: RunFolder) -> dict[str, Any]:
     """Where a number comes from. A run that goes on keeps what it was begun with and adds how it was continued."""
-    root = Path(__file__).parents[1]
-    commit = subprocess.run(["git", "-C", root, "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
+    checkout = Path(__file__).parents[1] / ".git"  # an installed package may lie in somebody else's
+    git = ["git", "--git-dir", str(checkout), "rev-parse", "HEAD"]
+    commit = subprocess.run(git, capture_output=True, text=True, check=False)
     now = {
         "command": "python -m icl_msr.run " + " ".join(HydraConfig.get().overrides.task),
         "commit": commit.stdout.strip() or None,
@@ -468,7 +491,8 @@ def describe(settings: Settings, plan: Plan, dataset: Dataset, folder: RunFolder
         return {**begun, "continued": [*begun.get("continued", []), now]}
     choices = {group: str(HydraConfig.get().runtime.choices[group]) for group in settings.groups()}
     name = "-".join(choices[group] for group in ("method", "regularizer", "negatives", "dataset", "backbone"))
-    return {"name": name, **now, "choices": choices, "images": image_facts(dataset)}
+    place = {"group": sweep_group(), "job_type": job_type(HydraConfig.get().overrides.task)}
+    return {"name": name, **place, **now, "choices": choices, "images": image_facts(dataset)}
 
 
 def peak_memory_mb(plan: Plan) -> float:

@@ -1,20 +1,35 @@
-"""Mistakes on the command line: exit code 2, one sentence that names the key and a way out, and nothing built."""
+"""Mistakes on the command line: exit code 2, one sentence that names the key and a way out, and nothing written.
 
+`python tests/test_command.py` prints the table: every wrong command line and its sentence.
+"""
+
+import fcntl
 import logging
+import os
+import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+import tempfile
+from collections.abc import Callable
+from contextlib import chdir, nullcontext, redirect_stderr, redirect_stdout
+from io import StringIO
 from pathlib import Path
-from typing import NamedTuple
+from types import SimpleNamespace
+from typing import Any, NamedTuple
+from unittest.mock import patch
 
+import numpy as np
 import pytest
 import pytorch_lightning as pl
+import torch
 from omegaconf import DictConfig
-from tiny import DATA
+from PIL import Image
+from tiny import DATA, MODEL
 
 from icl_msr import run as program
 from icl_msr.command import main
 from icl_msr.errors import UserError
+from icl_msr.pretraining import Pretraining
 from icl_msr.run import run
 
 
@@ -27,22 +42,27 @@ class Answer(NamedTuple):
 Command = Callable[..., Answer]
 
 
+def execute(*words: str, job: Callable[[DictConfig], float] = run) -> Answer:
+    """`python -m icl_msr.run` in this process, its loggers put back as they were."""
+    handlers, level, out, err = logging.root.handlers[:], logging.root.level, StringIO(), StringIO()
+    with redirect_stdout(out), redirect_stderr(err), patch.object(sys, "argv", ["icl_msr.run"]):
+        try:
+            code = main(job, words)
+        except SystemExit as end:
+            code = int(end.code or 0)
+        finally:
+            for handler in [h for h in logging.root.handlers if h not in handlers]:
+                handler.close()
+            logging.root.handlers[:] = handlers
+            logging.root.setLevel(level)
+    return Answer(code, out.getvalue(), err.getvalue())
+
+
 @pytest.fixture
-def command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Iterator[Command]:
-    """`python -m icl_msr.run` in this process."""
-    handlers, level = logging.root.handlers[:], logging.root.level
-    monkeypatch.setattr(sys, "argv", ["icl_msr.run"])
-    folders = [f"hydra.run.dir={tmp_path}/run", f"hydra.sweep.dir={tmp_path}/sweep"]
-
-    def call(*words: str, job: Callable[[DictConfig], float] = run) -> Answer:
-        code = main(job, [*words, *folders])
-        return Answer(code, *capsys.readouterr())
-
-    yield call
-    for handler in [h for h in logging.root.handlers if h not in handlers]:
-        handler.close()
-    logging.root.handlers[:] = handlers
-    logging.root.setLevel(level)
+def command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Command:
+    """The same, in an empty folder."""
+    monkeypatch.chdir(tmp_path)
+    return execute
 
 
 def refused(answer: Answer, *parts: str) -> None:
@@ -55,10 +75,14 @@ def refused(answer: Answer, *parts: str) -> None:
 
 BEFORE_ANYTHING_IS_BUILT = [
     # names
-    ("method=mocco", "method=mocco", "did you mean moco?"),
+    ("method=mocco", "method=mocco", "did you mean moco"),
     ("negatives=path", "negatives=path", "patch"),
-    ("method=null", "method=null", "byol, moco, simclr"),
-    ("method=", "method=", "byol, moco, simclr"),
+    ("method=null", "method=null", "choose one of", "moco"),
+    ("method=", "method=", "choose one of", "moco"),
+    ("experiment=cifar10/simcl", "experiment=cifar10/simcl", "cifar10/simclr"),
+    ("hydra/launcher=joblib", "hydra/launcher=joblib", "basic, process, serial"),
+    ("hydra.searchpath=[pkg://nothere.conf] method=mine", "hydra.searchpath", "pkg://nothere.conf"),
+    ("hydra.searchpath=[file:///no/such]", "hydra.searchpath", "file:///no/such"),
     ("metod=simclr", "metod", "did you mean method?"),
     ("metod.temperature=1", "metod", "did you mean method?"),
     ("method.temprature=0.2", "method.temprature", "method.temperature"),
@@ -72,6 +96,8 @@ BEFORE_ANYTHING_IS_BUILT = [
     ("+seed=1", "seed", "leave the plus out"),
     ("++trainer.max_epoch=3", "trainer.max_epoch", "did you mean max_epochs?"),
     ("method.temperature=${foo}", "method.temperature", "'foo' not found", "${seed}"),
+    ("seed=${oc.env:NOT_THERE}", "seed cannot be filled in", "'NOT_THERE' not found"),
+    ("hydra.run.dir=${foo}", "hydra.run.dir", "'foo' not found"),
     ("method._target_=icl_msr.nothing", "method._target_=icl_msr.nothing"),
     ("method._target_=icl_msr.optimization.Optimization", "method.", "is missing"),
     # values
@@ -92,42 +118,176 @@ BEFORE_ANYTHING_IS_BUILT = [
     ("augment.scale=[0.5,0.2]", "augment.scale=[0.5, 0.2]", "must not be larger"),
     ("augment.scale=[0.5]", "augment.scale=[0.5]", "2 or more"),
     ("augment.views=[{blurr:1}]", "augment.views.0", "'blurr'", "blur"),
-    ("augment.views=[{blur:2}]", "augment.views.0", "2 should be at most 1"),
+    ("augment.views=[{blur:2}]", "augment.views.0.blur=2", "at most 1"),
     ("augment.views=3", "augment.views=3", "a list"),
     # words
     ("a b", "a b", "key=value"),
     ("method.temperature=[1", "method.temperature=[1", "key=value"),
     ("seed=0,1", "seed=0,1", "add -m"),
+    ("--seed=3", "--seed=3", "seed=<value>"),
+    ("--cfg foo", "--cfg", "'job'"),
     # several words
     ("dataset=arrays", "dataset.path", "add dataset.path=<value>"),
     ("dataset=arrays dataset.path=3", "dataset.path=3", "text or a list"),
+    ("dataset=arrays dataset.path=[]", "dataset.path=[]", "a list of 1 or more"),
     ("regularizer=none regularizer.lam=1", "regularizer.lam", "regularizer is none"),
     ("regularizer=none +regularizer.lam=1", "regularizer.lam", "regularizer is none"),
     ("evaluation=none +evaluation.knn=[dino]", "evaluation.knn", "evaluation is none"),
     ("backbone=timm:resnet18 backbone.options={foo:1}", "backbone.options.foo", "+backbone.options.foo"),
-    ("-m method=simclr,mocco", "method=mocco", "did you mean moco?"),
+    ("-m method=simclr,mocco", "method=mocco", "did you mean moco"),
     ("method.temprature=0.2 -m seed=0,1", "method.temprature", "method.temperature"),
+    ("-m method.temperature=0.1,-1", "method.temperature=-1", "greater than 0"),
+    ("-m hydra/launcher=process seed=-1,-2", "seed=-1", "at least 0"),
 ]
 
 
 @pytest.mark.parametrize("case", BEFORE_ANYTHING_IS_BUILT, ids=lambda case: case[0])
 def test_mistakes_are_answered_before_anything_is_built(
-    case: tuple[str, ...], command: Command, monkeypatch: pytest.MonkeyPatch
+    case: tuple[str, ...], command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(program, "build", lambda node, *_: pytest.fail(f"{node} was built"))
     line, *parts = case
-    words = ["a b"] if line == "a b" else line.split()
-    refused(command(*words), *parts)
+    refused(command(*split(line)), *parts)
+    assert not list(tmp_path.iterdir())
 
 
+def split(line: str) -> list[str]:
+    return [line] if line == "a b" else line.split()
+
+
+class Bomb:
+    """Makes a folder when it is unpickled."""
+
+    def __reduce__(self) -> Any:
+        return os.mkdir, ("crater",)
+
+
+def make_world(folder: Path) -> None:
+    """A folder with all that can be wrong in it, and one run that is not."""
+    with chdir(folder):
+        Path("empty").mkdir()
+        Path("file").write_text("Nothing.")
+        make_images()
+        make_arrays()
+        done = execute(*SMALL, "trainer.max_epochs=2", "hydra.run.dir=run")
+        assert done.code == 0, done.err
+        make_runs()
+
+
+def make_images() -> None:
+    for number in range(8):
+        file = Path("photos") / "ab"[number % 2] / f"{number}.png"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        Image.effect_noise((24, 24), number + 1).save(file)
+    for copy in ("hollow", "cut", "foreign"):
+        shutil.copytree("photos", copy)
+    Path("hollow/c").mkdir()
+    os.truncate("cut/a/0.png", 200)
+    Path("foreign/a/0.png").write_text("no image")
+    Path("photos/boxes.csv").write_bytes(b"\xff\xfe\0")
+
+
+def make_arrays() -> None:
+    images, labels = np.zeros((16, 8, 8, 3), np.uint8), np.arange(16) % 2
+    good = {"train_images": images, "train_labels": labels, "test_images": images, "test_labels": labels}
+    np.savez("shape.npz", **{**good, "train_images": images[..., :2]})
+    np.savez("floats.npz", **{**good, "test_images": images / 255})
+    np.savez("unlabelled.npz", **{key: array for key, array in good.items() if key != "train_labels"})
+    np.savez("objects.npz", **{**good, "classes": np.array([Bomb()])})
+    np.savez("short.npz", **good)
+    os.truncate("short.npz", 900)
+
+
+def make_runs() -> None:
+    """The run, interrupted, with a file of it spoilt."""
+    checkpoint: dict[str, Any] = torch.load("run/checkpoints/last.ckpt")
+    weights = checkpoint["state_dict"]
+    config = Path("run/config.yaml").read_text()
+    half = {name: weights[name] for name in list(weights)[::2]}
+    contents: dict[str, Any] = {
+        "bomb": {**checkpoint, "callbacks": Bomb()},
+        "other-program": {"state_dict": {"w": torch.ones(1)}},
+        "other-network": {**checkpoint, "state_dict": half},
+        "cut-short": None,
+        "locked": None,
+        "no-yaml": "seed: [1\nmethod: }",
+        "binary": bytes(range(256)),
+        "latin": "seed: 0 # caf\xe9".encode("latin1"),
+        "list": "- 1",
+        "nothing": "",
+        "loose": config.replace("seed: 0", "seed: ${nothing}", 1),
+    }
+    for name, content in contents.items():
+        shutil.copytree("run", name)
+        Path(name, "results.json").unlink()
+        if isinstance(content, dict):
+            torch.save(content, Path(name, "checkpoints", "last.ckpt"))
+        elif content is not None:
+            Path(name, "config.yaml").write_bytes(content.encode() if isinstance(content, str) else content)
+    os.truncate("cut-short/checkpoints/last.ckpt", 1000)
+    fcntl.flock(os.open("locked", os.O_RDONLY), fcntl.LOCK_EX)  # until this process ends
+
+
+SMALL = [*DATA, *MODEL, "trainer.limit_train_batches=1", "evaluation=none", "logger=csv", "hardware=cpu"]
+DAMAGED = ("config.yaml is damaged", "begin a new run")
+CHECKPOINT = "checkpoints/last.ckpt"
+FULL = patch("shutil.disk_usage", return_value=SimpleNamespace(free=10_000))
+SITUATIONS = {"hydra.run.dir=full": FULL, "resume=locked": patch("icl_msr.folder.PATIENCE", 0.0)}
 IN_THE_WORLD = [
-    ("dataset=arrays dataset.path=/no/such.npz", "/no/such.npz", "dataset.path"),
-    ("dataset=arrays dataset.path={folder}", "cannot be read as .npz", "numpy.savez"),
-    ("dataset=imagefolder dataset.root=/no/such", "/no/such", "dataset.root"),
-    ("dataset=imagefolder dataset.root={folder}", "{folder} has no class folders", "dataset.root"),
-    ("dataset=cifar10 dataset.root={folder} dataset.download=false", "{folder}/cifar-10-batches-py", "download=true"),
-    ("dataset.rho=0.01", "dataset.rho=0.01", "[0.1, 1]"),
+    # data
+    ("dataset=arrays dataset.path=shape.npz", "train_images", "(16, 8, 8, 2)", "uint8 (N, H, W, 3)"),
+    ("dataset=arrays dataset.path=unlabelled.npz", "has no array train_labels"),
+    ("dataset=imagefolder dataset.root=nowhere", "There is no folder nowhere", "dataset.root"),
+    ("dataset=imagefolder dataset.root=hollow", "hollow/c has no images", "remove it"),
+    ("dataset=imagefolder dataset.root=cut", "cut/a/0.png cannot be read as an image", "truncated", "replace"),
+    # models and batches
     ("loader.batch_size=100", "loader.batch_size=100", "64 or less"),
+    ("loader.batch_size=16 method.queue_size=12", "method.queue_size=12", "one batch", "16 or more"),
+    ("method=simclr augment.views=[{},{},{}]", "augment.views lists 3 views", "SimCLR takes 2"),
+    ("metric=accuracy", "metric=accuracy will not be measured", "online/knn"),
+    ("metric=online/knn trainer.online_every_n_epochs=0", "metric=online/knn will not be measured", "auto"),
+    # machines
+    ("hardware.accelerator=gpu hardware.devices=99", "99 GPU", "hardware=cpu"),
+    ("hardware=ddp hardware.accelerator=cpu loader.batch_size=9", "loader.batch_size=9", "2 devices", "8"),
+    ("hardware=ddp hardware.nodes=2", "hardware.nodes=2", "torchrun"),
+    # folders
+    ("hydra.run.dir=file/run", "file/run cannot be written", "another hydra.run.dir"),
+    ("hydra.run.dir=/proc/self", "/proc/self cannot be written", "another hydra.run.dir"),
+    ("-m hydra.sweep.dir=file seed=0,1", "file cannot be written", "another hydra.sweep.dir"),
+    ("hydra.run.dir=full", "full is full", "0 MB are free", "another hydra.run.dir"),
+    ("hydra.run.dir=run seed=5", "run holds a run with", "another hydra.run.dir"),
+    ("hydra.run.dir=no-yaml", "no-yaml/config.yaml is damaged"),
+    # runs to go on with
+    ("resume=empty", "resume=empty is no run", "config.yaml"),
+    ("resume=nowhere", "resume=nowhere is no run"),
+    ("resume=run seed=1", "seed=1 cannot be changed", "trainer.max_epochs"),
+    ("resume=run method=simclr trainer.max_epochs=3", "method=simclr cannot be changed"),
+    ("resume=run trainer.max_epochs=1", "trainer.max_epochs=2, and 1 was asked for", "may grow"),
+    ("resume=run trainer.max_epochs=many", "trainer.max_epochs", "a whole number"),
+    ("resume=cut-short", f"cut-short/{CHECKPOINT} is damaged", "a copy"),
+    ("resume=bomb", f"bomb/{CHECKPOINT} could execute code", "not loaded"),
+    ("resume=other-program", f"other-program/{CHECKPOINT} is no checkpoint of icl_msr"),
+    ("resume=other-network", f"other-network/{CHECKPOINT} belongs to another config"),
+    ("resume=locked", "locked is being written by another process"),
+    *((f"resume={name}", name, *DAMAGED) for name in ("no-yaml", "binary", "latin", "list", "nothing", "loose")),
+]
+
+OTHERS_IN_THE_WORLD = [
+    ("dataset=arrays dataset.path=no.npz", "no.npz", "dataset.path"),
+    ("dataset=arrays dataset.path=empty", "cannot be read as .npz", "numpy.savez"),
+    ("dataset=arrays dataset.path=file", "cannot be read as .npz", "numpy.savez"),
+    ("dataset=arrays dataset.path=short.npz", "cannot be read as .npz", "numpy.savez"),
+    ("dataset=arrays dataset.path=objects.npz", "cannot be read as .npz without pickles", "numpy.savez"),
+    ("dataset=arrays dataset.path=floats.npz", "test_images", "float64", "uint8 (N, H, W, 3)"),
+    ("dataset=imagefolder dataset.root=file", "There is no folder file", "dataset.root"),
+    ("dataset=imagefolder dataset.root=empty", "empty has no class folders", "dataset.root"),
+    ("dataset=imagefolder dataset.root=foreign", "foreign/a/0.png is no image", "replace"),
+    ("dataset=imagefolder dataset.root=photos dataset.tests=[c]", "There is no folder photos/c", "dataset.tests"),
+    ("dataset=imagefolder dataset.root=photos dataset.boxes=boxes.csv", "boxes.csv lacks the columns", "xmin"),
+    ("dataset=imagefolder dataset.root=photos dataset.train_on=fg", "dataset.train_on=fg", "dataset.boxes"),
+    ("dataset=cifar10 dataset.root=empty dataset.download=false", "empty/cifar-10-batches-py", "download=true"),
+    ("dataset.rho=0.01", "dataset.rho=0.01", "[0.1, 1]"),
+    ("dataset.cache=file", "dataset.cache=file cannot be written", "dataset.cache=null"),
     ("negatives=patch negatives.smallest=80", "80 to 72 pixels", "negatives.smallest"),
     ("backbone=timm:nonexistent", "backbone.name=nonexistent", "timm.list_models()"),
     ("backbone=timm:resnet1", "backbone.name=resnet1", "did you mean resnet18"),
@@ -137,18 +297,78 @@ IN_THE_WORLD = [
 ]
 
 
-@pytest.mark.parametrize("case", IN_THE_WORLD, ids=lambda case: case[0])
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("world")
+    make_world(folder)
+    return folder
+
+
+def in_the_world(line: str) -> Answer:
+    small = [word for word in SMALL if not (word.startswith("dataset.") and "dataset=" in line)]
+    with SITUATIONS.get(line, nullcontext()):
+        return execute(*([] if line.startswith("resume=") else small), *line.split())
+
+
+@pytest.mark.parametrize(
+    "case",
+    [*IN_THE_WORLD, *(pytest.param(case, marks=pytest.mark.slow) for case in OTHERS_IN_THE_WORLD)],
+    ids=lambda case: case[0],
+)
 def test_mistakes_about_the_world_are_answered_too(
-    case: tuple[str, ...], command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    case: tuple[str, ...], world: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(pl.Trainer, "fit", lambda *_: pytest.fail("training began"))
-    empty = tmp_path / "empty"
-    empty.mkdir()
-    line, *parts = (text.replace("{folder}", str(empty)) for text in case)
-    small = [] if line.startswith("dataset=") else DATA
-    refused(command(*small, "loader.batch_size=8", *line.split()), *parts)
-    # No config lies there, so the report takes the folder for no run.
-    assert not (tmp_path / "run" / "config.yaml").exists()
+    monkeypatch.setattr(pl.Trainer, "fit", lambda *_, **__: pytest.fail("training began"))
+    monkeypatch.chdir(world)
+
+    def content() -> dict[Path, int | None]:
+        return {path: path.stat().st_mtime_ns if path.is_file() else None for path in world.rglob("*")}
+
+    before = content()
+    line, *parts = case
+    refused(in_the_world(line), *parts)
+    assert content() == before
+
+
+def test_a_folder_that_was_there_stays(command: Command) -> None:
+    Path("mine").mkdir()
+    refused(command("seed=-1", "hydra.run.dir=mine"), "seed=-1")
+    refused(command("seed=-1", "hydra.run.dir=mine/ours/run"), "seed=-1")
+    refused(command("-m", "method=moco,mocco", "hydra.sweep.dir=mine/ours/sweep"), "method=mocco")
+    assert list(Path.cwd().rglob("*")) == [Path.cwd() / "mine"]
+
+
+def test_devices_in_a_sweep_need_processes(command: Command) -> None:
+    """Said once, and no job leaves anything."""
+    code, _, err = command(*SMALL, "-m", "hardware=ddp", "seed=0,1,2")
+    (line,) = err.splitlines()
+    assert (code, "add hydra/launcher=process" in line) == (2, True)
+    assert {path.name for path in Path.cwd().rglob("*") if path.is_file()} == {"sweep.json", "multirun.yaml"}
+
+
+def test_what_was_trained_outlives_a_failure_after_it(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Once the disk is full, once the program is at fault; the same command goes on."""
+    words = [*SMALL, "trainer.max_epochs=1", "trainer.online_every_n_epochs=0", "hydra.run.dir=run"]
+    picture = Path("run/figures/views.png")
+    picture.parent.mkdir(parents=True)
+    picture.symlink_to("/dev/full")
+    code, _, err = command(*words)
+    run_folder = Path("run").resolve()
+    assert (code, err) == (2, f"The disk of {run_folder} is full; free space and continue with resume={run_folder}.\n")
+    trained = Path("run", CHECKPOINT).read_bytes()
+    picture.unlink()
+
+    def fails(*_: Any) -> None:
+        raise RuntimeError("a bug")
+
+    monkeypatch.setattr(Pretraining, "training_step", lambda *_: pytest.fail("trained again"))
+    with patch.object(program, "evaluate", fails), pytest.raises(RuntimeError, match="a bug") as fault:
+        command(*words)
+    assert fault.value.__notes__ == [f"What was trained is kept; continue with resume={run_folder}."]
+    code, _, err = command(*words)
+    assert (code, err) == (0, "")
+    assert Path("run/results.json").exists()
+    assert Path("run", CHECKPOINT).read_bytes() == trained
 
 
 def test_a_sweep_goes_on_after_a_mistake(command: Command) -> None:
@@ -185,13 +405,12 @@ def test_timm_models_have_a_short_name(command: Command) -> None:
     assert found[0].backbone.name == "vit_tiny_patch16_224.augreg_in21k"
 
 
-def test_help_and_config_are_worth_reading(command: Command, capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit, match="0"):
-        command("--help")
-    shown = capsys.readouterr().out
-    for words in ("method: byol, moco, simclr", "python -m icl_msr.report", "temperature: 0.2"):
+def test_help_and_config_are_worth_reading(command: Command) -> None:
+    code, shown, _ = command("--help")
+    assert code == 0
+    for words in ("method: ", "simclr", "python -m icl_msr.report", "temperature: 0.2"):
         assert words in shown
-    code, shown, _ = command("--cfg", "job", "method=byol")
+    code, shown, _ = command("seed=3", "--cfg", "job", "method=byol")
     assert code == 0
     assert "_target_: icl_msr.methods.BYOL" in shown
 
@@ -201,3 +420,23 @@ def test_as_a_process(word: str, tmp_path: Path) -> None:
     line = [sys.executable, "-m", "icl_msr.run", word, f"hydra.run.dir={tmp_path}"]
     answer = subprocess.run(line, capture_output=True, text=True, check=False)
     refused(Answer(answer.returncode, answer.stdout, answer.stderr), word)
+
+
+def print_table() -> None:
+    """Every wrong command line and its answer."""
+    with tempfile.TemporaryDirectory() as folder:
+        make_world(Path(folder))
+        with chdir(folder):
+            for line, *_ in BEFORE_ANYTHING_IS_BUILT:
+                print_answer(line, execute(*split(line)))
+            for line, *_ in [*IN_THE_WORLD, *OTHERS_IN_THE_WORLD]:
+                print_answer(line, in_the_world(line))
+
+
+def print_answer(line: str, answer: Answer) -> None:
+    said = answer.err.replace(f"{Path.cwd()}/", "")
+    print(f"$ python -m icl_msr.run {line}\n{answer.code}: {said}", flush=True)
+
+
+if __name__ == "__main__":
+    print_table()

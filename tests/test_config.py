@@ -5,15 +5,21 @@ from pkgutil import resolve_name
 from typing import Annotated, Any, Literal
 
 import pytest
+from hydra import compose, initialize_config_dir
+from hydra._internal.core_plugins.basic_launcher import BasicLauncher
+from hydra.core.global_hydra import GlobalHydra
+from hydra.plugins.launcher import Launcher
 from omegaconf import DictConfig, OmegaConf
 from pydantic import Field, PositiveFloat, PositiveInt
 from tiny import composed
 
 from icl_msr.config import build, check, config_dir, fingerprint, suggestion
 from icl_msr.errors import UserError
+from icl_msr.sweeps import ProcessLauncher
 
 FILES = sorted(file.relative_to(config_dir()) for file in config_dir().glob("*/**/*.yaml"))
-CHOICES = [f"{file.parts[0]}={file.relative_to(file.parts[0]).with_suffix('')}" for file in FILES]
+OURS = [file for file in FILES if file.parts[0] != "hydra"]
+CHOICES = [f"{file.parts[0]}={file.relative_to(file.parts[0]).with_suffix('')}" for file in OURS]
 MANDATORY = {
     "dataset=arrays": ["dataset.path=images.npz"],
     "dataset=imagefolder": ["dataset.root=images"],
@@ -39,7 +45,23 @@ def test_every_choice_composes_and_fits_its_target(choice: str) -> None:
 def test_there_are_choices_of_every_group() -> None:
     groups = check(composed()).groups()
     assert groups.keys() == {"regularizer", *GROUPS}
-    assert groups.keys() <= {file.parts[0] for file in FILES} <= groups.keys() | {"experiment"}
+    assert groups.keys() <= {file.parts[0] for file in OURS} <= groups.keys() | {"experiment"}
+
+
+@pytest.mark.parametrize(("choice", "target"), [("process", ProcessLauncher), ("serial", BasicLauncher)])
+def test_launchers_fit_their_targets_too(choice: str, target: type) -> None:
+    assert {str(file) for file in FILES if file not in OURS} == {
+        "hydra/launcher/process.yaml",
+        "hydra/launcher/serial.yaml",
+    }
+    GlobalHydra.instance().clear()
+    with initialize_config_dir(str(config_dir()), version_base="1.3"):
+        words = [f"hydra/launcher={choice}"]
+        launcher = compose("config", overrides=words, return_hydra_config=True).hydra.launcher
+    assert issubclass(resolve_name(launcher._target_), Launcher)
+    parameters = inspect.signature(target).parameters.values()
+    assert {p.name for p in parameters} == launcher.keys() - {"_target_"}
+    assert all(p.default is p.empty for p in parameters)
 
 
 @pytest.mark.parametrize("file", [config_dir() / file for file in FILES], ids=map(str, FILES))

@@ -179,6 +179,42 @@ def test_a_method_without_a_momentum_encoder(tmp_path: Path, capsys: pytest.Capt
     assert main([str(run.folder)]) == 0
 
 
+@pytest.mark.parametrize("method", ["supervised", "random"])
+def test_a_method_without_a_projector(method: str, run: Trained) -> None:
+    """How many classes a classifier has does not matter."""
+    config = OmegaConf.load(run.folder / "config.yaml")
+    config.method = composed(f"method={method}").method
+    OmegaConf.save(config, run.folder / "config.yaml")
+    assert main([str(run.folder)]) == 0
+    assert torch.equal(load_encoder(run.folder)[0](images()), run.method.backbone(images()))
+
+
+@torch.no_grad()
+def test_a_method_with_two_encoders(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """CMC's: the two together, and each by itself."""
+    run, out = train(tmp_path / "run", "method=cmc", "method.queue_size=16"), tmp_path / "out"
+    backbone = run.method.backbone
+    backbone.net.mean, backbone.net.std = IMAGES["mean"], IMAGES["std"]  # those that the folder tells of
+    names = ("encoder", "encoder-l", "encoder-ab")
+    files = [f"{out}/{name}.{kind}" for name in names for kind in ("safetensors", "json")]
+    assert main([str(run.folder), "--to", str(out)]) == 0
+    *printed, load = capsys.readouterr().out.split("\n", 7)
+    assert printed == [*files, ""]
+    scope: dict[str, Any] = {}
+    exec(load, scope)
+    expected = backbone(images())
+    for net in (scope["net"], load_encoder(out)[0]):
+        assert torch.equal(net(images()), expected)
+    halves = [load_encoder(out / f"{name}.json")[0] for name in names[1:]]
+    channels = backbone.net.split(images())
+    assert torch.equal(torch.cat([net(c) for net, c in zip(halves, channels, strict=True)], dim=1), expected)
+
+    assert main([str(run.folder), "--to", str(out)]) == 0
+    (out / "encoder-ab.safetensors").write_bytes((out / "encoder-l.safetensors").read_bytes())
+    assert main([str(run.folder), "--to", str(out)]) == 2
+    assert "encoder-ab.safetensors holds other weights" in capsys.readouterr().err
+
+
 def own(image_size: int) -> Backbone:
     """What a user's package may have: no weights key, no recipe."""
     net = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3 * image_size**2, 8))

@@ -4,7 +4,9 @@ import json
 import logging
 import re
 import sys
+from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +22,12 @@ from icl_msr.config import check, fingerprint
 from icl_msr.encoders import tiny
 from icl_msr.errors import UserError
 from icl_msr.evaluation.suite import Results
+from icl_msr.hardware import Hardware
 from icl_msr.optimization import Optimization
 from icl_msr.report import summarise
-from icl_msr.run import build_as, derive, metric, run
+from icl_msr.run import assemble, build_as, derive, metric, run
 
-WORDS = [*DATA, *MODEL, "negatives=patch", "evaluation=light"]
+WORDS = [*DATA, *MODEL, "negatives=patch", "evaluation=light", "logger=csv"]
 TRAINER = ["trainer.max_epochs=2", "trainer.limit_train_batches=3", "trainer.log_every_n_steps=1"]
 
 
@@ -33,14 +36,15 @@ class Finished:
     folder: Path
     values: list[float]
     printed: str
+    complaints: str
 
     def json(self, name: str) -> dict[str, Any]:
         content: dict[str, Any] = json.loads((self.folder / name).read_text())
         return content
 
 
-def execute(folder: Path, *words: str) -> Finished:
-    """The program in this process, its loggers put back as they were."""
+def execute(folder: Path, *words: str, code: int = 0) -> Finished:
+    """The program in this process, its loggers put back as they were; `code` is the exit code that it should have."""
     values: list[float] = []
 
     def job(config: DictConfig) -> float:
@@ -48,16 +52,17 @@ def execute(folder: Path, *words: str) -> Finished:
         return values[-1]
 
     handlers, level = logging.root.handlers[:], logging.root.level
-    with pytest.MonkeyPatch.context() as patch, (folder / "stdout").open("w") as out:
+    folders = [f"hydra.run.dir={folder}/run", f"hydra.sweep.dir={folder}/sweep"]
+    with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", ["icl_msr.run"])
-        patch.setattr(sys, "stdout", out)
-        code = main(job, [*WORDS, *TRAINER, *words, f"hydra.run.dir={folder}/run", f"hydra.sweep.dir={folder}/sweep"])
+        with redirect_stdout(StringIO()) as out, redirect_stderr(StringIO()) as err:
+            ended = main(job, [*WORDS, *TRAINER, *folders, *words])
     for handler in [h for h in logging.root.handlers if h not in handlers]:
         handler.close()
     logging.root.handlers[:] = handlers
     logging.root.setLevel(level)
-    assert code == 0
-    return Finished(folder / ("sweep" if "-m" in words else "run"), values, (folder / "stdout").read_text())
+    assert ended == code
+    return Finished(folder / ("sweep" if "-m" in words else "run"), values, out.getvalue(), err.getvalue())
 
 
 @pytest.fixture(scope="module")
@@ -225,17 +230,20 @@ def test_derived_numbers() -> None:
     words = ("loader.batch_size=10", "trainer.accumulate_grad_batches=4", "trainer.max_epochs=3", "optimizer=sgd")
     chosen = settings(*words)
     optimization = build_as(Optimization, chosen.optimizer)
-    assert derive(chosen, optimization, 128) == {
+    numbers = {
         "training_images": 128,
         "global_batch": 40,
         "steps_per_epoch": 3,  # 12 batches
         "total_steps": 9,
         "effective_learning_rate": pytest.approx(0.03 * 40 / 256),
     }
+    assert derive(chosen, optimization, 128, 1) == derive(chosen, optimization, 128, 5) == numbers
     limited = settings(*words, "trainer.limit_train_batches=5")
-    assert derive(limited, optimization, 128)["steps_per_epoch"] == 2
+    assert derive(limited, optimization, 128, 1)["steps_per_epoch"] == 2
     with pytest.raises(UserError, match=r"loader\.batch_size=10 .* set it to 9 or less"):
-        derive(chosen, optimization, 9)
+        derive(chosen, optimization, 9, 1)
+    with pytest.raises(UserError, match=r"loader\.batch_size=10 cannot be shared by 4 devices; set it to 8\."):
+        derive(chosen, optimization, 128, 4)
 
 
 def test_a_group_must_give_what_it_is_for() -> None:
@@ -261,9 +269,24 @@ def test_the_metric_of_a_sweep() -> None:
             accuracy("linear/balanced/mixed_rand", 0.6, encoder="untrained"),
         ]
     )
-    assert metric("auto", final, results) == 0.5
-    assert metric("linear/train/mixed_rand", final, results) == 0.3
-    assert metric("loss", final, results) == 3.0
-    assert metric("auto", final, Results()) == 0.1
-    with pytest.raises(UserError, match=r"metric=online/kn was not measured; did you mean online/knn"):
-        metric("online/kn", final, results)
+    assert metric("auto", final, results) == ("linear/balanced/mixed_rand", 0.5)
+    assert metric("linear/train/mixed_rand", final, results) == ("linear/train/mixed_rand", 0.3)
+    assert metric("loss", final, results) == ("loss", 3.0)
+    assert metric("auto", final, Results()) == ("online/knn", 0.1)
+    # Not yet logged in a run that was too short for it.
+    name, value = metric("online/probe", final, results)
+    assert name == "online/probe"
+    assert np.isnan(value)
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (["metric=online/kn"], r"^metric=online/kn will not be measured; did you mean online/knn"),
+        (["evaluation=none", "metric=linear/balanced/mixed_rand"], r"will not be measured; choose one of auto, loss, "),
+    ],
+)
+def test_a_metric_that_will_not_be_measured_is_refused(words: list[str], sentence: str) -> None:
+    chosen = settings("loader.batch_size=8", *words)
+    with pytest.raises(UserError, match=sentence):
+        assemble(chosen, build_as(Hardware, chosen.hardware).plan())

@@ -2,12 +2,12 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 from zipfile import BadZipFile
 
 import numpy as np
 import torch
-from pydantic import PositiveInt
+from pydantic import Field, PositiveInt
 from torch import Tensor
 
 from icl_msr.data.dataset import ArraySplit, Dataset
@@ -17,7 +17,9 @@ from icl_msr.errors import UserError
 Arrays = dict[str, np.ndarray[Any, Any]]
 
 
-def arrays(*, path: str | list[str], image_size: PositiveInt | None, train_on: TrainOn) -> Dataset:
+def arrays(
+    *, path: str | Annotated[list[str], Field(min_length=1)], image_size: PositiveInt | None, train_on: TrainOn
+) -> Dataset:
     """Images and labels from one .npz file, or from several that share out the keys; N images, no pickles.
 
     One of three layouts, with `classes` (K,) names as an option in each:
@@ -65,8 +67,8 @@ def _read(paths: Sequence[str]) -> Arrays:
             raise UserError(f"There is no file {path}; set dataset.path to an .npz file.") from error
         except (OSError, ValueError, EOFError, BadZipFile, AttributeError, TypeError) as error:
             raise UserError(
-                f"{path} cannot be read as .npz without pickles ({error}); write it with numpy.savez(path, "
-                "train_images=..., train_labels=..., test_images=..., test_labels=...)."
+                f"{path} cannot be read as .npz without pickles ({str(error).partition('. ')[0]}); write it with "
+                "numpy.savez(path, train_images=..., train_labels=..., test_images=..., test_labels=...)."
             ) from error
         twice = sorted(found.keys() & new.keys() - {"classes"})
         if twice:

@@ -219,7 +219,7 @@ def _read_boxes(path: Path) -> dict[tuple[str | None, str, str], tuple[int, int,
     if not path.is_file():
         raise UserError(f"There is no file {path}; set dataset.boxes to the .csv file of boxes, or to null.")
     table = {}
-    with path.open(newline="", encoding="utf-8-sig") as file:
+    with path.open(newline="", encoding="utf-8-sig", errors="replace") as file:
         rows = csv.DictReader(file)
         columns = set(rows.fieldnames or [])
         name = "wnid" if "wnid" in columns else "class"

@@ -44,7 +44,9 @@ def read_image(source: Path | bytes, name: str) -> Tensor:
             image: Tensor = decode_image(torch.frombuffer(bytearray(data), dtype=torch.uint8), ImageReadMode.RGB)
         except (RuntimeError, ValueError):
             image = torch.from_numpy(np.array(Image.open(BytesIO(data)).convert("RGB"))).permute(2, 0, 1)
-    except (OSError, UnidentifiedImageError, SyntaxError, Image.DecompressionBombError) as error:
+    except UnidentifiedImageError:
+        raise UserError(f"{name} is no image of a known format; replace the file or remove it.") from None
+    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
         raise UserError(f"{name} cannot be read as an image ({error}); replace the file or remove it.") from error
     return image if image.dtype == torch.uint8 else (image.int() >> 8).to(torch.uint8)
 
