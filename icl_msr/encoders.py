@@ -49,9 +49,10 @@ class Backbone(nn.Module):
     def maps(self, images: Tensor) -> Tensor:
         """The last feature map: (N, 3, H, W) to (N, c, h, w); a transformer's patch tokens laid out as a grid."""
         if not hasattr(self.net, "forward_features"):
-            for name, layer in self.net.named_children():
-                if name not in ("avgpool", "flatten", "fc"):
-                    images = layer(images)
+            for layer in self.net.children():
+                if isinstance(layer, nn.AdaptiveAvgPool2d | nn.Flatten):
+                    break
+                images = layer(images)
             return images
         net: Any = self.net
         features: Tensor = net.forward_features(images)
