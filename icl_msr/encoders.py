@@ -46,6 +46,24 @@ class Backbone(nn.Module):
         features: Tensor = self.net(images)
         return features
 
+    def last_stage(self) -> list[nn.Parameter]:
+        """Parameters of the last block of layers: layer4 of a ResNet, the last block of a transformer.
+
+        Containers that hold nearly all parameters are opened; layers after the block, such as a norm, belong to it.
+        """
+        inside: nn.Module = self.net
+        after: list[nn.Parameter] = []
+        while True:
+            parts = [list(child.parameters()) for child in inside.children()]
+            heavy = [i for i, part in enumerate(parts) if any(p.ndim > 1 for p in part)]
+            if not heavy:
+                return [*inside.parameters(), *after]
+            last, whole = parts[heavy[-1]], list(inside.parameters())
+            if sum(p.numel() for p in last) < 0.9 * sum(p.numel() for p in whole):
+                return [p for part in [*parts[heavy[-1] :], after] for p in part]
+            after = [p for part in [*parts[heavy[-1] + 1 :], after] for p in part]
+            inside = list(inside.children())[heavy[-1]]
+
     def maps(self, images: Tensor) -> Tensor:
         """The last feature map: (N, 3, H, W) to (N, c, h, w); a transformer's patch tokens laid out as a grid."""
         if not hasattr(self.net, "forward_features"):

@@ -1,6 +1,6 @@
 """One thin LightningModule: a method, an optional regularizer, an optimiser. Views arrive ready from the DataModule."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pytorch_lightning as pl
@@ -16,7 +16,7 @@ from icl_msr.methods.base import Method, Output, Step, Targets, frozen_statistic
 from icl_msr.optimization import Optimization
 from icl_msr.randomness import keys
 from icl_msr.regularizers import MetaSemanticRegularizer
-from icl_msr.regularizers.msr import trainable
+from icl_msr.regularizers.bilevel import ordinary_gradient
 from icl_msr.views import Views
 
 
@@ -79,6 +79,7 @@ class Pretraining(pl.LightningModule):
     def training_step(self, views: Views, batch_index: int) -> Tensor:
         """L_to = L_ct + lambda L_msr with f_msr held fixed."""
         step = self.step(batch_index)
+        views = at(views, step)
         targets = self.method.targets(views)
         torch.manual_seed(step.noise)
         output: Output = self.method(views, targets, step)
@@ -91,6 +92,9 @@ class Pretraining(pl.LightningModule):
             log["loss/msr"] = penalty.detach()
         if self.logs():
             log = {"loss": loss.detach(), **log}
+            if self.regularizer is not None:
+                found = self.regularizer.diagnostics(views.images, output.pairs)
+                log |= {f"msr/{name}": value for name, value in found.items()}
             over_ranks = dict(zip(log, average(list(log.values())), strict=True))
             self.log_dict({**over_ranks, **health(output), "lr": self.learning_rate()})
         return loss
@@ -102,9 +106,11 @@ class Pretraining(pl.LightningModule):
             parameter.grad = None
         if batch is None or regularizer is None or not regularizer.due(batch.step):
             return
-        theta = trainable(self.method)
-        inner = {name: p.grad if p.grad is not None else torch.zeros_like(p) for name, p in theta.items()}
-        log = regularizer.meta_step(self.method, batch.views, batch.targets, batch.step, inner, self.learning_rate())
+        inner = ordinary_gradient(self.method)
+        features = batch.output.features if self.trainer.precision == "32-true" else None
+        log = regularizer.meta_step(
+            self.method, batch.views, batch.targets, batch.step, inner, self.learning_rate(), features
+        )
         self.log_dict({f"msr/{name}": value for name, value in log.items()})
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
@@ -122,6 +128,7 @@ class Pretraining(pl.LightningModule):
         epoch = data.epoch(self.current_epoch, self.device, int(self.trainer.num_training_batches))
         for index, views in enumerate(epoch):
             step = self.step(index)
+            views = at(views, step)
             with torch.no_grad(), frozen_statistics(self.method):
                 targets = self.method.targets(views)
             log = regularizer.meta_step(self.method, views, targets, step, None, self.learning_rate())
@@ -160,6 +167,11 @@ class Observe(pl.Callback):
         assert batch_done is not None
         embeddings = [embedding.detach() for embedding in batch_done.output.embeddings]
         pl_module.method.observe(batch_done.targets, embeddings)
+
+
+def at(views: Views, step: Step) -> Views:
+    """Views whose negatives have the alpha of this step."""
+    return views if views.negatives is None else replace(views, negatives=views.negatives.at(step.progress))
 
 
 def health(output: Output) -> dict[str, Tensor]:

@@ -19,7 +19,7 @@ from icl_msr.errors import UserError
 from icl_msr.methods import Method, Step
 from icl_msr.methods.base import Targets, frozen_statistics
 from icl_msr.regularizers import MetaSemanticRegularizer
-from icl_msr.regularizers.msr import trainable
+from icl_msr.regularizers.bilevel import trainable
 from icl_msr.views import Views
 
 STEP = Step(0, 10, noise=3)

@@ -13,7 +13,7 @@ from icl_msr.losses.contrastive import unit
 from icl_msr.methods import Method, MoCo, Step, Targets
 from icl_msr.pretraining import Batch, Pretraining
 from icl_msr.regularizers import MetaSemanticRegularizer
-from icl_msr.regularizers.msr import meta_pass, norm
+from icl_msr.regularizers.bilevel import meta_pass, norm
 from icl_msr.views import Views
 
 State = dict[str, Tensor]
@@ -113,6 +113,14 @@ def test_negatives_change_the_loss(method: str) -> None:
         return float(trainer.callback_metrics["loss"])
 
     assert loss("none") != loss("patch")
+
+
+def test_alpha_follows_its_schedule() -> None:
+    """2 epochs of 2 batches: the loss sees 0, 1/4, 2/4, 3/4 of alpha."""
+    look = AfterBatch(lambda module: module.batch.targets.negatives if module.batch else None)
+    words = ("method=moco", "regularizer=msr", "negatives=patch", "negatives.alpha_schedule=linear")
+    trained(*words, callbacks=[look], max_epochs=2)
+    assert [(seen.alpha, seen.repulsion) for seen in look.seen] == [(2.0 * k / 4, 0.25 * k / 4) for k in range(4)]
 
 
 @pytest.mark.parametrize("schedule", ["every", "per_epoch"])

@@ -41,6 +41,8 @@ REGULARIZER: dict[str, Any] = {
     "negatives": "method",
     "denominators": "printed",
     "mode": "exact",
+    "difference_step": 1e-6,
+    "scope": "all",
     "schedule": "every",
     "every": 1,
     "alpha": "relative",

@@ -24,7 +24,7 @@ from icl_msr.hardware import Hardware
 from icl_msr.methods import SimCLR, Step
 from icl_msr.negatives import PatchNegatives
 from icl_msr.randomness import keys
-from icl_msr.regularizers.msr import trainable
+from icl_msr.regularizers.bilevel import trainable
 from icl_msr.views import Views
 
 N, SIZE, ROUNDS = 256, 32, 9

@@ -1,5 +1,6 @@
 """Regularizers that any contrastive method can be trained with."""
 
+from icl_msr.regularizers.bilevel import ordinary_gradient
 from icl_msr.regularizers.msr import MetaSemanticRegularizer
 
-__all__ = ["MetaSemanticRegularizer"]
+__all__ = ["MetaSemanticRegularizer", "ordinary_gradient"]

@@ -12,27 +12,46 @@ has a lower L_ct, and so that its strata differ (eq. 7, 8 and Algorithm 1):
     phi <- phi - beta d/dphi [ L_ct(theta - alpha d/dtheta L_to(theta, phi)) + gamma L_uni(phi) ]
 
 L_ct does not depend on phi, so with v = grad L_ct(theta') the first term is the pure mixed second derivative
--alpha lambda d/dphi <v, d/dtheta L_msr(theta, phi)>, which is how it is computed here (`mode`), exactly.
+-alpha lambda d/dphi <v, d/dtheta L_msr(theta, phi)>; `bilevel` computes it, `mode` says how.
 """
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Annotated, Any, Literal
 
 import torch
+from omegaconf import OmegaConf
 from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt
 from torch import Tensor, nn
-from torch.func import functional_call, jvp
-from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.modules.batchnorm import _BatchNorm
 
+from icl_msr.batchnorm import GlobalBatchNorm
+from icl_msr.config import _check_node as check_node
+from icl_msr.config import build, config_dir
 from icl_msr.distributed import average, gather, rank
+from icl_msr.errors import UserError
 from icl_msr.losses.contrastive import full_precision, unit
-from icl_msr.methods.base import Method, Output, Pair, Step, Targets, frozen_statistics
-from icl_msr.regularizers.strata import StrataNetwork, random_partition, uniform, uniformity
+from icl_msr.methods.base import Method, Pair, Step, Targets, frozen_statistics
+from icl_msr.regularizers.bilevel import (
+    Features,
+    Gradients,
+    Scope,
+    along_double_backward,
+    along_heads,
+    difference_tangent,
+    encode,
+    forward_tangent,
+    gradients,
+    meta_pass,
+    norm,
+    outer_gradient,
+    replay,
+    scoped,
+    trainable,
+)
+from icl_msr.regularizers.strata import StrataNetwork, diversity, random_partition, uniform, uniformity
 from icl_msr.views import Views
-
-Gradients = dict[str, Tensor]
 
 
 class MetaSemanticRegularizer(nn.Module):
@@ -57,7 +76,9 @@ class MetaSemanticRegularizer(nn.Module):
         temperature: PositiveFloat | None,
         negatives: Literal["method", "in_batch", "none"],
         denominators: Literal["printed", "all"],
-        mode: Literal["exact", "double_backward"],
+        mode: Literal["exact", "difference", "near_free", "double_backward"],
+        difference_step: PositiveFloat,
+        scope: Scope,
         schedule: Literal["every", "per_epoch"],
         every: PositiveInt,
         alpha: Literal["relative", "lr"],
@@ -71,7 +92,8 @@ class MetaSemanticRegularizer(nn.Module):
         self.lam, self.gamma, self.u, self.weights = lam, gamma, u, weights
         self.temperature = temperature or method_temperature or 0.5
         self.negatives, self.denominators = negatives, denominators
-        self.mode, self.schedule, self.every = mode, schedule, every
+        self.mode, self.difference_step, self.scope = mode, difference_step, scope
+        self.schedule, self.every = schedule, every
         self.alpha, self.relative_step = alpha, relative_step
         self.network: StrataNetwork | None = None
         self.optimizer: torch.optim.Optimizer | None = None
@@ -84,6 +106,21 @@ class MetaSemanticRegularizer(nn.Module):
         if weights in ("meta", "uniform_only", "joint"):
             assert self.network is not None
             self.optimizer = torch.optim.Adam(self.network.parameters(), lr=lr)
+
+    @classmethod
+    def with_defaults(
+        cls, channels: int, method_temperature: float | None, *, seed: int, **keys: Any
+    ) -> "MetaSemanticRegularizer":
+        """For a training loop of your own: the values of `conf/regularizer/msr.yaml`, but for `keys`.
+
+        Raises:
+            UserError: a key does not exist, or has a value that is not allowed.
+        """
+        node: Any = OmegaConf.to_container(OmegaConf.load(config_dir() / "regularizer" / "msr.yaml"))
+        node |= {"seed": seed, **keys}
+        check_node("regularizer", node)
+        regularizer: MetaSemanticRegularizer = build(node, channels, method_temperature)
+        return regularizer
 
     # ------------------------------------------------------------------------------------------ the loss for theta
 
@@ -108,22 +145,36 @@ class MetaSemanticRegularizer(nn.Module):
         are reweighted and no feature map is ever copied. Strata enter as sqrt(c) a_t (ours): a uniform a_t is then
         the identity.
         """
-        losses = []
+        losses = [
+            -(torch.logsumexp(log_p, dim=1) - math.log(log_p.shape[1])).mean() for log_p in self._log_p(pairs, strata)
+        ]
+        return torch.stack(losses).mean()
+
+    @torch.no_grad()
+    def diagnostics(self, images: Tensor, pairs: Sequence[Pair]) -> dict[str, Tensor]:
+        """For the log: `loss_t`, what L_msr would be with stratum t alone, and `diversity` of the strata."""
+        strata = self.strata(images)
+        alone = -torch.stack([log_p.mean(0) for log_p in self._log_p(pairs, strata)]).mean(0)  # (S,)
+        return {**diversity(strata), **{f"loss_{t}": loss for t, loss in enumerate(alone, start=1)}}
+
+    def _log_p(self, pairs: Sequence[Pair], strata: Tensor) -> list[Tensor]:
+        """log e_t / (e_t + neg), (N, S), of each direction."""
+        found = []
         for pair in pairs:
             reweighted = math.sqrt(strata.shape[-1]) * strata * pair.key_features[:, None]  # (N, S, c)
             with frozen_statistics(pair.head):
                 positives = pair.head(reweighted.flatten(0, 1)).reshape(*strata.shape[:2], -1)  # (N, S, D)
-            losses.append(self._interventional_loss(unit(positives), pair, pairs))
-        return torch.stack(losses).mean()
+            found.append(self._against_negatives(unit(positives), pair, pairs))
+        return found
 
     @full_precision
-    def _interventional_loss(self, positives: Tensor, pair: Pair, pairs: Sequence[Pair]) -> Tensor:
-        """-log P_do of one direction, averaged over anchors, from the reweighted positives (N, S, D)."""
+    def _against_negatives(self, positives: Tensor, pair: Pair, pairs: Sequence[Pair]) -> Tensor:
+        """log e_t / (e_t + neg), (N, S), of one direction, from the reweighted positives (N, S, D)."""
         anchor = unit(pair.anchor)
         log_p = torch.einsum("nd,nsd->ns", anchor, positives) / self.temperature
         if self.negatives != "none":
             log_p = log_p - torch.logaddexp(log_p, self._log_negatives(pair, pairs, anchor)[:, None])
-        return -(torch.logsumexp(log_p, dim=1) - math.log(log_p.shape[1])).mean()
+        return log_p
 
     def _log_negatives(self, pair: Pair, pairs: Sequence[Pair], anchor: Tensor) -> Tensor:
         """log neg(i, j), (N,): over the method's bank, else over the other images' keys on all ranks."""
@@ -151,6 +202,7 @@ class MetaSemanticRegularizer(nn.Module):
         step: Step,
         inner: Mapping[str, Tensor] | None,
         learning_rate: float,
+        features: Features | None = None,
     ) -> dict[str, float]:
         """One step of phi on a batch; nothing of the method moves.
 
@@ -159,14 +211,20 @@ class MetaSemanticRegularizer(nn.Module):
             inner: gradient of L_to by parameter name, as the ordinary step has it, averaged over ranks; None: computed
                 here.
             learning_rate: theta's current one, for `alpha=lr`.
+            features: the ordinary step's, if they are of full precision; saves `mode=difference` a forward pass.
 
         Returns:
             Norms of both parts of phi's gradient, and alpha, for the log.
+
+        Raises:
+            UserError: the method's precision, or a layer of its heads, makes the meta gradient wrong.
         """
         assert self.network is not None
         assert self.optimizer is not None
         phi = list(self.network.parameters())
         log = {}
+        if self.weights == "meta":
+            require_exact(method)
         with meta_pass(method, views.images.device):
             strata = self.strata(views.images)
             spread = self.gamma * uniformity(strata, self.u)
@@ -181,7 +239,7 @@ class MetaSemanticRegularizer(nn.Module):
                     if inner is None:
                         inner = self.inner_gradient(method, views, targets, step)
                     log["alpha"] = self.step_size(method, inner, learning_rate)
-                    signal = self.meta_gradient(method, views, targets, step, inner, log["alpha"])
+                    signal = self.meta_gradient(method, views, targets, step, inner, log["alpha"], features)
                 log["meta_grad_norm"] = norm(signal)
                 gradient = [a + b for a, b in zip(gradient, signal, strict=True)]
         for parameter, g in zip(phi, gradient, strict=True):
@@ -194,8 +252,8 @@ class MetaSemanticRegularizer(nn.Module):
         """alpha of the virtual step: `lr`, or r |theta| / |g|, which means the same under any optimiser."""
         if self.alpha == "lr":
             return learning_rate
-        theta = trainable(method)
-        return self.relative_step * norm(theta.values()) / max(norm(inner.values()), 1e-12)
+        theta = scoped(method, self.scope)
+        return self.relative_step * norm(theta.values()) / max(norm(inner[name] for name in theta), 1e-12)
 
     def inner_gradient(self, method: Method, views: Views, targets: Targets, step: Step) -> Gradients:
         """Gradient of L_to = L_ct + lambda L_msr by theta."""
@@ -204,58 +262,43 @@ class MetaSemanticRegularizer(nn.Module):
         return gradients(output.loss + self.lam * self.forward(views.images, output.pairs), theta)
 
     def meta_gradient(
-        self, method: Method, views: Views, targets: Targets, step: Step, inner: Mapping[str, Tensor], alpha: float
+        self,
+        method: Method,
+        views: Views,
+        targets: Targets,
+        step: Step,
+        inner: Mapping[str, Tensor],
+        alpha: float,
+        features: Features | None = None,
     ) -> list[Tensor]:
-        """d/dphi L_ct(theta - alpha d/dtheta L_to(theta, phi)), one tensor a parameter of f_msr."""
+        """d/dphi L_ct(theta - alpha d/dtheta L_to(theta, phi)), one tensor a parameter of f_msr; see `bilevel`."""
         assert self.network is not None
-        theta = trainable(method)
-        virtual = {name: (p - alpha * inner[name]).detach().requires_grad_() for name, p in theta.items()}
-        v = gradients(replay(method, views, targets, step, virtual).loss, virtual)
+        theta = scoped(method, self.scope)
+        penalty = partial(self.penalty, strata=self.strata(views.images))
+        still = self.scope == "projector"
+        if still and features is None:
+            with torch.no_grad():
+                features = encode(method, views, step, theta)
 
-        directional = self._forward_mode if self.mode == "exact" else self._double_backward
-        along = directional(method, views, targets, step, v, self.strata(views.images))
+        if self.mode == "near_free":
+            v = {name: inner[name] for name in theta}
+        else:
+            virtual = {name: p - alpha * inner[name] for name, p in theta.items()}
+            v = outer_gradient(method, views, targets, step, virtual, features if still else None)
+
+        if self.mode == "double_backward":
+            along = along_double_backward(method, views, targets, step, penalty, v)
+        else:
+            moved = None
+            if not still:
+                if self.mode == "exact":
+                    features, moved = forward_tangent(method, views, step, v)
+                else:
+                    features, moved = difference_tangent(method, views, step, v, self.difference_step, features)
+            assert features is not None
+            along = along_heads(method, targets, penalty, v, features, moved)
         signal = torch.autograd.grad(self.lam * along, list(self.network.parameters()))
         return [-alpha * s for s in average(signal)]
-
-    def _forward_mode(
-        self, method: Method, views: Views, targets: Targets, step: Step, v: Gradients, strata: Tensor
-    ) -> Tensor:
-        """D_theta L_msr [v] as a function of the strata: the tangent v is pushed through the network.
-
-        Strata enter after the backbone, whose features and their tangent are constants to them. So the backbone needs
-        one pass in forward mode and keeps no graph; only the heads are differentiated backwards.
-        """
-        at = _At(method)
-        theta = {name: p.detach() for name, p in trainable(at).items()}
-        tangent = {f"method.{name}": t for name, t in v.items()}
-
-        def encode(theta: Gradients) -> Any:
-            torch.manual_seed(step.noise)
-            return functional_call(at, theta, (lambda m: m.encode(views),))
-
-        def penalty(theta: Gradients, features: list[Tensor]) -> Any:
-            compare = lambda m: self.penalty(m.pairs(features, m.project(features), targets), strata)  # noqa: E731
-            return functional_call(at, theta, (compare,))
-
-        features, moved = jvp(encode, (theta,), (tangent,))[:2]
-        along: Tensor = jvp(penalty, (theta, features), (tangent, moved))[1]
-        return along
-
-    def _double_backward(
-        self, method: Method, views: Views, targets: Targets, step: Step, v: Gradients, strata: Tensor
-    ) -> Tensor:
-        """The same as <v, d/dtheta L_msr>, differentiated twice: slower, the oracle of `_forward_mode`.
-
-        With W ranks, `mixed` is d(sum of all ranks' L_msr) / d(this rank's theta) and v is the same everywhere, so the
-        ranks' <v, mixed> sum to W <v, d/dtheta (mean L_msr)>. Each rank differentiates that sum by its copy of phi,
-        and the average over the copies is exact; `mixed` itself must not be averaged before.
-        """
-        theta = trainable(method)
-        penalty = self.penalty(replay(method, views, targets, step).pairs, strata)
-        mixed = torch.autograd.grad(penalty, list(theta.values()), create_graph=True, allow_unused=True)
-        along = sum((m * v[name]).sum() for name, m in zip(theta, mixed, strict=True) if m is not None)
-        assert isinstance(along, Tensor)
-        return along
 
     # ------------------------------------------------------------------------------------------ phi's Adam is state
 
@@ -269,57 +312,17 @@ class MetaSemanticRegularizer(nn.Module):
             self.optimizer.load_state_dict(state)
 
 
-class _At(nn.Module):
-    """Calls a function of a method; inside `functional_call`, at other parameters."""
+def require_exact(method: Method) -> None:
+    """Heads are differentiated through their forward mode.
 
-    def __init__(self, method: Method):
-        super().__init__()
-        self.method = method
-
-    def forward(self, function: Callable[[Method], Any]) -> Any:
-        return function(self.method)
-
-
-def trainable(module: nn.Module) -> dict[str, Tensor]:
-    """theta: the parameters that the ordinary optimiser trains, by name."""
-    return {name: p for name, p in module.named_parameters() if p.requires_grad}
-
-
-def norm(tensors: Any) -> float:
-    """Euclidean norm of many tensors taken as one vector."""
-    return float(torch.linalg.vector_norm(torch.stack(torch._foreach_norm([t.detach() for t in tensors]))))
-
-
-def gradients(loss: Tensor, theta: Mapping[str, Tensor]) -> Gradients:
-    """Gradient of the mean of all ranks' losses by name, zero where it does not depend on a parameter."""
-    values = average(torch.autograd.grad(loss, list(theta.values()), materialize_grads=True))
-    return dict(zip(theta, values, strict=True))
-
-
-def replay(
-    method: Method, views: Views, targets: Targets, step: Step, theta: Mapping[str, Tensor] | None = None
-) -> Output:
-    """The ordinary forward pass again, same random masks, at theta or at the method's own parameters."""
-    torch.manual_seed(step.noise)
-    if theta is None:
-        output: Output = method(views, targets, step)
-    else:
-        output = functional_call(method, dict(theta), (views, targets, step))
-    return output
-
-
-@contextmanager
-def meta_pass(method: Method, device: torch.device) -> Iterator[None]:
-    """Passes that leave no trace: statistics and random state stay, precision is full, derivatives of any order exist.
-
-    A fresh autocast context is needed too: within an old one, a weight that was changed in place keeps its cached copy.
+    Raises:
+        UserError: the method is of half precision, or torch's BatchNorm, whose tangent has a wrong gradient, is in one.
     """
-    devices = [device] if device.type == "cuda" else []
-    with (
-        frozen_statistics(method),
-        torch.random.fork_rng(devices=devices),
-        torch.autocast(device.type, enabled=False),
-        sdpa_kernel(SDPBackend.MATH),
-        torch.enable_grad(),
-    ):
-        yield
+    for name, layer in method.named_modules():
+        if isinstance(layer, _BatchNorm) and not isinstance(layer, GlobalBatchNorm) and "backbone." not in name:
+            raise UserError(
+                f"{name} is a {type(layer).__name__}, through whose tangent torch differentiates wrongly; build heads "
+                "with icl_msr.encoders.mlp, or pass them to icl_msr.batchnorm.global_batch_norm."
+            )
+    if any(p.dtype.itemsize < 4 for p in method.parameters()):
+        raise UserError("The meta gradient needs parameters of full precision; choose bf16-mixed or 32-true.")

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from icl_msr.distributed import average
 from icl_msr.randomness import permutation
 
 
@@ -62,3 +63,22 @@ def uniformity(strata: Tensor, u: float) -> Tensor:
 def uniform(channels: int) -> Tensor:
     """One stratum that weights all channels alike: (1, c), unit length."""
     return torch.full((1, channels), 1 / math.sqrt(channels))
+
+
+@torch.no_grad()
+def diversity(strata: Tensor) -> dict[str, Tensor]:
+    """How far the strata (N, S, c) of a batch are from being all alike; all values () in [0, 1].
+
+    `entropy` of a_t^2 over the channels, divided by log c: 1 is uniform, 0 one channel. `overlap`: mean cosine of two
+    strata of an image, left out where there is one stratum alone. `variation` between the images of all ranks, 1 minus
+    the squared length of the mean a_t: 0 where every image has the same.
+    """
+    count, channels = strata.shape[1:]
+    shares = strata.square()
+    found = {"entropy": -torch.special.xlogy(shares, shares).sum(-1).mean() / math.log(channels)}
+    if count > 1:
+        first, second = torch.triu_indices(count, count, 1, device=strata.device)
+        found["overlap"] = (strata @ strata.mT)[:, first, second].mean()
+    mean = average([strata.mean(0)])[0]  # (S, c)
+    found["variation"] = (1 - mean.square().sum(-1).mean()).clamp(min=0)
+    return found

@@ -10,7 +10,7 @@ from toys import METHODS, make_method, make_views
 
 from icl_msr.methods import BYOL, Method, MoCo, Step
 from icl_msr.methods.momentum import Queue, rising_momentum
-from icl_msr.regularizers.msr import trainable
+from icl_msr.regularizers.bilevel import trainable
 
 STEP = Step(0, 10)
 

@@ -14,7 +14,7 @@ from toys import make_method, make_regularizer, make_views
 from icl_msr.batchnorm import global_batch_norm
 from icl_msr.distributed import average, world_size
 from icl_msr.methods import Step
-from icl_msr.regularizers.msr import meta_pass, trainable
+from icl_msr.regularizers.bilevel import meta_pass, trainable
 from icl_msr.views import Views
 
 MULTICROP = ["dino", "swav"]

@@ -2,6 +2,7 @@
 
 import copy
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from icl_msr.losses.contrastive import unit
 from icl_msr.methods import Method, Step
 from icl_msr.methods.base import Pair
 from icl_msr.regularizers import MetaSemanticRegularizer
-from icl_msr.regularizers.msr import meta_pass, norm, trainable
+from icl_msr.regularizers.bilevel import meta_pass, norm, trainable
 from icl_msr.regularizers.strata import random_partition, uniform, uniformity
 from icl_msr.views import Views
 
@@ -101,6 +102,40 @@ def test_meta_gradient_is_the_derivative_of_the_bilevel_objective(name: str, neg
     exact = float(sum((m * d).sum() for m, d in zip(meta, direction, strict=True)))
     assert exact != 0
     assert abs(exact - richardson) <= 1e-5 * abs(richardson)
+
+
+def meta_gradient(method: Method, views: Views, relative_step: float = 0.05, **keys: Any) -> Tensor:
+    """As one vector, from a regularizer that differs from the others in `keys` alone."""
+    regularizer = make_regularizer(method, relative_step=relative_step, **keys)
+    with meta_pass(method, views.images.device):
+        targets = method.targets(views)
+        inner = regularizer.inner_gradient(method, views, targets, STEP)
+        alpha = regularizer.step_size(method, inner, 0.0)
+        return torch.cat(
+            [g.flatten() for g in regularizer.meta_gradient(method, views, targets, STEP, inner, alpha)]
+        )
+
+
+def test_difference_converges_to_the_exact_gradient(method: Method) -> None:
+    """Error of first order in h on a smooth net."""
+    views = make_views()
+    exact = meta_gradient(method, views)
+    errors = [
+        float((meta_gradient(method, views, mode="difference", difference_step=h) - exact).abs().max())
+        for h in (1e-4, 1e-5)
+    ]
+    assert errors[1] < 2e-3 * exact.abs().max()
+    assert errors[1] == pytest.approx(errors[0] / 10, rel=0.2)
+
+
+@pytest.mark.parametrize("mode", ["exact", "difference"])
+@pytest.mark.parametrize("scope", ["last_stage", "projector"])
+def test_a_narrow_scope_is_double_backward_of_the_same_parameters(method: Method, scope: str, mode: str) -> None:
+    views = make_views(negatives=1)
+    found = meta_gradient(method, views, scope=scope, mode=mode, difference_step=1e-7)
+    oracle = meta_gradient(method, views, scope=scope, mode="double_backward")
+    tolerance = 1e-9 if mode == "exact" or scope == "projector" else 1e-4
+    assert (found - oracle).abs().max() <= tolerance * oracle.abs().max()
 
 
 def test_uniform_strata_are_the_identity(method: Method) -> None:

@@ -1,0 +1,266 @@
+"""What the modes of the meta gradient cost, and how well they agree with the exact one.
+
+python experiments/msr/modes.py agreement [key=value ...]     over a whole run, against exact, at the same states
+python experiments/msr/modes.py speed BACKBONE BATCH           time and memory of a step, in one run, alternating
+
+The first takes the words of `python -m icl_msr.run`. Both print a table and write it as CSV beside this file.
+"""
+
+import copy
+import csv
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+import torch.nn.functional as F
+from hydra import compose, initialize_config_dir
+from rich.console import Console
+from rich.table import Table
+
+from icl_msr.config import build, check, config_dir
+from icl_msr.hardware import Hardware, Plan
+from icl_msr.methods import Step
+from icl_msr.pretraining import Pretraining
+from icl_msr.regularizers import MetaSemanticRegularizer
+from icl_msr.regularizers.bilevel import meta_pass, norm, replay, trainable
+from icl_msr.run import assemble, peak_memory_mb
+from icl_msr.views import Views
+
+HERE = Path(__file__).parent
+
+VARIANTS: dict[str, dict[str, Any]] = {
+    "exact": {"mode": "exact"},
+    "difference h=1e-6": {"mode": "difference", "difference_step": 1e-6},
+    "difference h=1e-3": {"mode": "difference", "difference_step": 1e-3},
+    "difference h=1e-4": {"mode": "difference", "difference_step": 1e-4},
+    "difference h=1e-5": {"mode": "difference", "difference_step": 1e-5},
+    "near_free": {"mode": "near_free"},
+    "exact, last_stage": {"mode": "exact", "scope": "last_stage"},
+    "exact, projector": {"mode": "exact", "scope": "projector"},
+}
+STEPS = (0.0003, 0.001, 0.003, 0.01, 0.03)
+"""Relative virtual steps r at which the approximations are judged; the run itself takes its own."""
+
+
+def variant(regularizer: MetaSemanticRegularizer, **keys: Any) -> MetaSemanticRegularizer:
+    """The same f_msr with other keys."""
+    other = copy.copy(regularizer)
+    for key, value in keys.items():
+        assert hasattr(other, key)
+        setattr(other, key, value)
+    return other
+
+
+class Agreement(pl.Callback):
+    """Every few steps, the meta gradient of all variants at the same state."""
+
+    def __init__(self, every: int):
+        self.every = every
+        self.rows: list[dict[str, Any]] = []
+
+    def on_before_optimizer_step(self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Any) -> None:
+        """See the class."""
+        assert isinstance(pl_module, Pretraining)
+        batch, regularizer = pl_module.batch, pl_module.regularizer
+        if trainer.global_step % self.every or batch is None or regularizer is None:
+            return
+        method = pl_module.method
+        inner = {name: p.grad for name, p in trainable(method).items() if p.grad is not None}
+        for r in STEPS:
+            found = {}
+            for name, keys in VARIANTS.items():
+                other = variant(regularizer, relative_step=r, **keys)
+                with meta_pass(method, pl_module.device):
+                    alpha = other.step_size(method, inner, 0.0)
+                    parts = other.meta_gradient(method, batch.views, batch.targets, batch.step, inner, alpha)
+                found[name] = torch.cat([part.flatten() for part in parts]).double()
+            exact = found["exact"]
+            with meta_pass(method, pl_module.device), torch.no_grad():
+                theta = trainable(method)
+                alpha = variant(regularizer, relative_step=r).step_size(method, inner, 0.0)
+                virtual = {name: p - alpha * inner[name] for name, p in theta.items()}
+                before, after = (
+                    replay(method, batch.views, batch.targets, batch.step, at).loss for at in (theta, virtual)
+                )
+            for name, gradient in found.items():
+                cosine = float(F.cosine_similarity(gradient, exact, dim=0))
+                ratio = norm([gradient]) / norm([exact])
+                row = {"step": trainer.global_step, "r": r, "variant": name, "cosine": cosine, "norm_ratio": ratio}
+                self.rows.append({**row, "norm": norm([gradient]), "outer_change": float(after - before)})
+
+
+def agreement(words: list[str]) -> None:
+    """One run; nothing of it is changed by being watched."""
+    with initialize_config_dir(str(config_dir()), version_base="1.3"):
+        settings = check(compose("config", overrides=words))
+    plan = Hardware(**{k: v for k, v in settings.hardware.items() if k != "_target_"}).plan()
+    pieces = assemble(settings, plan)
+    watch = Agreement(every=max(1, int(pieces.derived["total_steps"]) // 12))
+    trainer = pl.Trainer(
+        accelerator=plan.accelerator,
+        devices=1,
+        precision=plan.precision,
+        max_epochs=settings.trainer.max_epochs,
+        callbacks=[watch],
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=sys.stdout.isatty(),
+        enable_model_summary=False,
+        use_distributed_sampler=False,
+    )
+    trainer.fit(pieces.module, pieces.data)
+    method = type(pieces.module.method).__name__.lower()
+    write(HERE / f"agreement_{method}.csv", watch.rows)
+    table = Table(title=f"{' '.join(words)}, {plan}: {len(watch.rows) // len(VARIANTS) // len(STEPS)} looks at a run")
+    for column in (
+        "r",
+        "variant",
+        "cosine: median",
+        "min",
+        "first",
+        "norm ratio: median",
+        "L_ct(theta') - L_ct: median",
+    ):
+        table.add_column(column)
+    for r in STEPS:
+        for name in VARIANTS:
+            rows = [row for row in watch.rows if row["r"] == r and row["variant"] == name]
+            cosines = [row["cosine"] for row in rows]
+            ratio = statistics.median(row["norm_ratio"] for row in rows)
+            change = statistics.median(row["outer_change"] for row in rows)
+            values = (statistics.median(cosines), min(cosines), cosines[0])
+            table.add_row(f"{r:g}", name, *(f"{value:.5f}" for value in values), f"{ratio:.3f}", f"{change:+.4f}")
+        table.add_section()
+    Console(width=130).print(table)
+
+
+SPEED: dict[str, dict[str, Any] | None] = {
+    "plain": None,
+    "L_msr, no meta step": {"every": 0},
+    "double_backward": {"mode": "double_backward"},
+    "exact": {"mode": "exact"},
+    "difference": {"mode": "difference"},
+    "near_free": {"mode": "near_free"},
+    "exact, last_stage": {"mode": "exact", "scope": "last_stage"},
+    "exact, projector": {"mode": "exact", "scope": "projector"},
+    "exact, every=4": {"mode": "exact", "every": 4},
+    "difference, every=4": {"mode": "difference", "every": 4},
+    "double_backward, every=4": {"mode": "double_backward", "every": 4},
+}
+
+
+Stepper = Callable[[dict[str, Any] | None, int], None]
+
+
+def stepper(backbone_name: str, batch: int, precision: str, layout: str, size: int = 32) -> tuple[Plan, Stepper]:
+    """A SimCLR step with and without each mode: forward, backward, phi's step and Adam."""
+    plan = Hardware(accelerator="auto", devices=1, nodes=1, precision=precision, channels_last=layout != "nchw").plan()  # type: ignore[arg-type]
+    words = [f"backbone={backbone_name}", "method=simclr", "regularizer=msr"]
+    with initialize_config_dir(str(config_dir()), version_base="1.3"):
+        settings = check(compose("config", overrides=words))
+    torch.manual_seed(0)
+    backbone = build(settings.backbone, size)
+    method = build(settings.method, backbone, 10, (0.5,) * 3, (0.25,) * 3).to(plan.device)
+    regularizer = build(settings.regularizer, backbone.channels, method.temperature).to(plan.device)
+    images = [torch.randn(batch, 3, size, size, device=plan.device) for _ in range(3)]
+    if plan.channels_last:
+        method.to(memory_format=torch.channels_last)
+        images = [image.contiguous(memory_format=torch.channels_last) for image in images]
+    index = torch.arange(batch, device=plan.device)
+    views, optimizer = Views(images[0], images[1:], index, index), torch.optim.Adam(method.parameters(), 1e-4)
+
+    def step(keys: dict[str, Any] | None, number: int) -> None:
+        other = None if keys is None else variant(regularizer, **keys)
+        with torch.autocast(plan.device.type, torch.bfloat16, enabled="bf16" in plan.precision):
+            targets = method.targets(views)
+            output = method(views, targets, Step(0, 1))
+            loss = output.loss + (0 if other is None else other(views.images, output.pairs))
+        optimizer.zero_grad()
+        loss.backward()
+        if other is not None and other.every and number % other.every == 0:
+            inner = {name: p.grad for name, p in trainable(method).items() if p.grad is not None}
+            features = output.features if plan.precision == "32-true" else None
+            other.meta_step(method, views, targets, Step(0, 1), inner, 1e-3, features)
+        optimizer.step()
+
+    return plan, step
+
+
+def speed(backbone: str, batch: int, precision: str, layout: str, rounds: int) -> None:
+    """Times the steps of `SPEED`, means over a cycle of `every`; the memory of each is taken in a process of its own."""
+    plan, step = stepper(backbone, batch, precision, layout)
+    seconds: dict[str, list[float]] = {name: [] for name in SPEED}
+    for round_ in range(rounds + 1):
+        for name, keys in SPEED.items():
+            cycle = (keys or {}).get("every") or 1
+            start = time.perf_counter()
+            for number in range(cycle):
+                step(keys, number)
+            if plan.accelerator == "gpu":
+                torch.cuda.synchronize()
+            if round_:  # the first warms up
+                seconds[name].append((time.perf_counter() - start) / cycle)
+    memory = {}
+    for name in SPEED:
+        command = [sys.executable, __file__, "memory", backbone, str(batch), precision, layout, name]
+        memory[name] = float(subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[-1])
+    table = Table(title=f"SimCLR, {backbone}, batch {batch}, 32 px, {plan}, {rounds} alternating rounds")
+    for column in ("step", "seconds", "time: ratio to plain", "range", "memory, MB", "ratio to plain"):
+        table.add_column(column, justify="left" if column == "step" else "right")
+    rows = []
+    for name, values in seconds.items():
+        ratios = [s / plain for s, plain in zip(values, seconds["plain"], strict=True)]
+        ratio, median = statistics.median(ratios), statistics.median(values)
+        rows.append({"step": name, "seconds": median, "time_ratio": ratio, "memory_mb": memory[name]})
+        spread = f"{min(ratios):.2f} to {max(ratios):.2f}"
+        cells = (
+            f"{median:.3f}",
+            f"{ratio:.2f}",
+            spread,
+            f"{memory[name]:.0f}",
+            f"{memory[name] / memory['plain']:.2f}",
+        )
+        table.add_row(name, *cells)
+    Console(width=120).print(table)
+    write(HERE / f"speed_{backbone}_{batch}_{plan.precision}_{layout}.csv", rows)
+
+
+def memory(backbone: str, batch: int, precision: str, layout: str, name: str) -> None:
+    """Prints by how many MB two steps raise the peak of memory above the model, its data and the libraries."""
+    plan, step = stepper(backbone, batch, precision, layout)
+    before = peak_memory_mb(plan)
+    for _ in range(2):
+        step(SPEED[name], 0)
+    print(peak_memory_mb(plan) - before)
+
+
+def write(path: Path, rows: list[dict[str, Any]]) -> None:
+    """Rows as CSV."""
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, list(rows[0]))
+        writer.writeheader()
+        writer.writerows({k: f"{v:.6g}" if isinstance(v, float) else v for k, v in row.items()} for row in rows)
+
+
+def main() -> None:
+    """See the module."""
+    what, *words = sys.argv[1:] or ["help"]
+    if what == "agreement":
+        agreement(words)
+    elif what == "speed":
+        backbone, batch, precision, layout, rounds = [*words, *("resnet18", "64", "auto", "cl", "5")[len(words) :]]
+        speed(backbone, int(batch), precision, layout, int(rounds))
+    elif what == "memory":
+        memory(words[0], int(words[1]), *words[2:])
+    else:
+        print(__doc__)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,207 @@
+"""The bi-level step of any method: d/dphi L_ct(theta - alpha d/dtheta L_to(theta, phi)).
+
+phi enters L_to through a penalty on the method's pairs alone, weighted by lambda, and L_ct does not depend on it. So
+with v = grad L_ct(theta') this is the pure mixed second derivative
+
+    -alpha lambda d/dphi [ D_theta penalty(theta, phi) [v] ]
+
+of a derivative along one direction. `outer_gradient` finds v, and `along_*` the derivative along it, as a function of
+phi that is differentiated once more by the caller. phi acts after the backbone, whose features Z and their change D Z[v]
+are constants to it: only the heads are differentiated backwards, and no pass through the backbone keeps a graph.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call, jvp
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from icl_msr.distributed import average
+from icl_msr.methods.base import Method, Output, Pair, Step, Targets, frozen_statistics
+from icl_msr.views import Views
+
+Gradients = dict[str, Tensor]
+Features = Sequence[Tensor]
+Scope = Literal["all", "last_stage", "projector"]
+Penalty = Callable[[list[Pair]], Tensor]
+
+
+def trainable(module: nn.Module) -> Gradients:
+    """theta: the parameters that the ordinary optimiser trains, by name."""
+    return {name: p for name, p in module.named_parameters() if p.requires_grad}
+
+
+def scoped(method: Method, scope: Scope) -> Gradients:
+    """The part of theta that the virtual step moves: all of it, or the heads with or without the last stage."""
+    theta = trainable(method)
+    if scope == "all":
+        return theta
+    still = {id(p) for p in method.backbone.parameters()}
+    if scope == "last_stage":
+        still -= {id(p) for p in method.backbone.last_stage()}
+    return {name: p for name, p in theta.items() if id(p) not in still}
+
+
+def norm(tensors: Any) -> float:
+    """Euclidean norm of many tensors taken as one vector."""
+    return float(torch.linalg.vector_norm(torch.stack(torch._foreach_norm([t.detach() for t in tensors]))))
+
+
+def gradients(loss: Tensor, theta: Mapping[str, Tensor]) -> Gradients:
+    """Gradient of the mean of all ranks' losses by name, zero where it does not depend on a parameter."""
+    values = average(torch.autograd.grad(loss, list(theta.values()), materialize_grads=True))
+    return dict(zip(theta, values, strict=True))
+
+
+def ordinary_gradient(method: Method) -> Gradients:
+    """What an ordinary backward pass has left in .grad, by name, zero where it left nothing: `inner` of `meta_step`."""
+    return {name: torch.zeros_like(p) if p.grad is None else p.grad for name, p in trainable(method).items()}
+
+
+def replay(
+    method: Method, views: Views, targets: Targets, step: Step, theta: Mapping[str, Tensor] | None = None
+) -> Output:
+    """The ordinary forward pass again, same random masks, at theta or at the method's own parameters."""
+    torch.manual_seed(step.noise)
+    if theta is None:
+        output: Output = method(views, targets, step)
+    else:
+        output = functional_call(method, dict(theta), (views, targets, step))
+    return output
+
+
+def encode(method: Method, views: Views, step: Step, theta: Mapping[str, Tensor]) -> list[Tensor]:
+    """Features Z per view (N, c) at theta, same random masks."""
+    torch.manual_seed(step.noise)
+    features: list[Tensor] = _call(method, theta, lambda m: m.encode(views))
+    return features
+
+
+def outer_gradient(
+    method: Method,
+    views: Views,
+    targets: Targets,
+    step: Step,
+    virtual: Mapping[str, Tensor],
+    features: Features | None = None,
+) -> Gradients:
+    """v = grad L_ct at theta', by the parameters in `virtual`; theta holds the others.
+
+    `features` are those at theta', where they are known because the virtual step leaves the backbone alone.
+    """
+    virtual = {name: p.detach().requires_grad_() for name, p in virtual.items()}
+    theta = _constants(method) | virtual
+    if features is None:
+        return gradients(replay(method, views, targets, step, theta).loss, virtual)
+    torch.manual_seed(step.noise)
+    return gradients(_call(method, theta, lambda m: m.loss(m.project(features), targets, step)), virtual)
+
+
+def forward_tangent(method: Method, views: Views, step: Step, v: Gradients) -> tuple[Features, Features]:
+    """Z and D Z[v], exactly: one pass through the backbone in forward mode."""
+    moving, constant = _split(method, v)
+    features, moved = jvp(
+        lambda theta: encode(method, views, step, constant | theta), (moving,), ({name: v[name] for name in moving},)
+    )[:2]
+    return features, moved
+
+
+@torch.no_grad()
+def difference_tangent(
+    method: Method, views: Views, step: Step, v: Gradients, h: float, features: Features | None = None
+) -> tuple[Features, Features]:
+    """Z and (Z(theta + eps v) - Z) / eps with eps = h |theta| / |v|: one ordinary pass more where Z is known."""
+    moving, constant = _split(method, v)
+    eps = h * norm(moving.values()) / max(norm(v[name] for name in moving), 1e-30)
+    # TF32's rounding would be as large as the difference.
+    with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+        if features is None:
+            features = encode(method, views, step, constant | moving)
+        ahead = encode(method, views, step, constant | {name: p + eps * v[name] for name, p in moving.items()})
+    return features, [(a - z) / eps for a, z in zip(ahead, features, strict=True)]
+
+
+def along_heads(
+    method: Method, targets: Targets, penalty: Penalty, v: Gradients, features: Features, moved: Features | None
+) -> Tensor:
+    """D_theta penalty [v], given Z and D Z[v] (None: the backbone stands still): forward mode through the heads.
+
+    The loss is never asked for, so it may have a backward pass of its own.
+    """
+    theta = _constants(method)
+    heads = {name: theta[name] for name in v if not name.startswith("backbone.")}
+    constant = {name: p for name, p in theta.items() if name not in heads}
+    start = [z.detach() for z in features]
+    tangent = [torch.zeros_like(z) for z in start] if moved is None else list(moved)
+
+    def value(heads: Gradients, features: list[Tensor]) -> Any:
+        compare = lambda m: penalty(m.pairs(features, m.project(features), targets))  # noqa: E731
+        return _call(method, constant | heads, compare)
+
+    along: Tensor = jvp(value, (heads, start), ({name: v[name] for name in heads}, tangent))[1]
+    return along
+
+
+def along_double_backward(
+    method: Method, views: Views, targets: Targets, step: Step, penalty: Penalty, v: Gradients
+) -> Tensor:
+    """The same as <v, d/dtheta penalty>, differentiated twice through everything: the slow oracle.
+
+    With W ranks, `mixed` is d(sum of all ranks' penalties) / d(this rank's theta) and v is the same everywhere, so the
+    ranks' <v, mixed> sum to W <v, d/dtheta (mean penalty)>. Each rank differentiates that sum by its copy of phi, and
+    the average over the copies is exact; `mixed` itself must not be averaged before.
+    """
+    theta = {name: p for name, p in trainable(method).items() if name in v}
+    value = penalty(replay(method, views, targets, step).pairs)
+    mixed = torch.autograd.grad(value, list(theta.values()), create_graph=True, allow_unused=True)
+    along = sum((m * v[name]).sum() for name, m in zip(theta, mixed, strict=True) if m is not None)
+    assert isinstance(along, Tensor)
+    return along
+
+
+@contextmanager
+def meta_pass(method: Method, device: torch.device) -> Iterator[None]:
+    """Passes that leave no trace: statistics and random state stay, precision is full, derivatives of any order exist.
+
+    A fresh autocast context is needed too: within an old one, a weight that was changed in place keeps its cached copy.
+    Compiled modules run eagerly, since their graphs have neither a forward mode nor a second derivative.
+    """
+    devices = [device] if device.type == "cuda" else []
+    with (
+        frozen_statistics(method),
+        torch.random.fork_rng(devices=devices),
+        torch.autocast(device.type, enabled=False),
+        sdpa_kernel(SDPBackend.MATH),
+        torch.compiler.set_stance("force_eager"),
+        torch.enable_grad(),
+    ):
+        yield
+
+
+def _constants(method: Method) -> Gradients:
+    return {name: p.detach() for name, p in trainable(method).items()}
+
+
+def _split(method: Method, v: Gradients) -> tuple[Gradients, Gradients]:
+    """theta as (what of the backbone moves along v, the rest)."""
+    theta = _constants(method)
+    moving = {name: theta.pop(name) for name in v if name.startswith("backbone.")}
+    return moving, theta
+
+
+class _At(nn.Module):
+    """Calls a function of a method; inside `functional_call`, at other parameters."""
+
+    def __init__(self, method: Method):
+        super().__init__()
+        self.method = method
+
+    def forward(self, function: Callable[[Method], Any]) -> Any:
+        return function(self.method)
+
+
+def _call(method: Method, theta: Mapping[str, Tensor], function: Callable[[Method], Any]) -> Any:
+    return functional_call(_At(method), {f"method.{name}": p for name, p in theta.items()}, (function,))
