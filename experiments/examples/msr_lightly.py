@@ -1,0 +1,77 @@
+"""The meta semantic regularizer around a lightly model: its projection head and its loss, in a plain loop.
+
+pip install lightly
+python experiments/examples/msr_lightly.py
+"""
+
+from collections.abc import Sequence
+
+import torch
+import torchvision
+from lightly.loss import NTXentLoss
+from lightly.models.modules import SimCLRProjectionHead
+from torch import Tensor, nn
+
+from icl_msr.batchnorm import global_batch_norm
+from icl_msr.encoders import Backbone
+from icl_msr.methods import Method, Step, Targets
+from icl_msr.methods.base import Pair
+from icl_msr.regularizers import MetaSemanticRegularizer, ordinary_gradient
+from icl_msr.views import Views
+
+STEPS, BATCH, LR = 3, 16, 0.03
+
+
+class LightlySimCLR(Method):
+    """lightly's SimCLR, told apart into features, embeddings and loss."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        net = torchvision.models.resnet18()
+        net.fc = nn.Identity()
+        self.backbone = Backbone(net, channels=512, load="")
+        # The meta gradient goes through the head's forward mode, which torch's own BatchNorm gets wrong.
+        self.projection_head = global_batch_norm(SimCLRProjectionHead(512, 512, 128))
+        self.criterion = NTXentLoss(temperature=0.5)
+
+    def project(self, features: Sequence[Tensor]) -> list[Tensor]:
+        """As in lightly, one view after the other."""
+        return [self.projection_head(z) for z in features]
+
+    def loss(self, embeddings: Sequence[Tensor], targets: Targets, step: Step) -> Tensor:
+        """lightly's NT-Xent."""
+        loss: Tensor = self.criterion(*embeddings)
+        return loss
+
+    def pairs(self, features: Sequence[Tensor], embeddings: Sequence[Tensor], targets: Targets) -> list[Pair]:
+        """Each view is the anchor once."""
+        return [Pair(embeddings[i], embeddings[1 - i], features[1 - i], self.projection_head) for i in (0, 1)]
+
+
+def main() -> list[dict[str, float]]:
+    """Trains on noise; returns what was printed."""
+    torch.manual_seed(0)
+    model, printed = LightlySimCLR(), []
+    regularizer = MetaSemanticRegularizer.with_defaults(model.channels, 0.5, seed=0, every=1)
+    optimizer = torch.optim.SGD(model.parameters(), LR, momentum=0.9)
+    for index in range(STEPS):
+        x = torch.randn(
+            BATCH, 3, 32, 32
+        )  # (x0, x1), _, _ = batch gives the two views, a plain transform of the image x
+        x0, x1 = (x + 0.5 * torch.randn_like(x) for _ in range(2))
+        views = Views(x, [x0, x1], index=torch.arange(BATCH), labels=torch.zeros(BATCH, dtype=torch.long))
+
+        step, targets = Step(index, STEPS, noise=index), Targets()
+        output = model(views, targets, step)
+        loss = output.loss + regularizer.lam * regularizer(x, output.pairs)
+        optimizer.zero_grad()
+        loss.backward()
+        log = regularizer.meta_step(model, views, targets, step, ordinary_gradient(model), LR)
+        optimizer.step()
+        printed.append({"step": index, "loss": float(loss.detach()), **log})
+        print("   ".join(f"{name} {value:.4g}" for name, value in printed[-1].items()))
+    return printed
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,167 @@
+"""Grids of runs, written down beforehand, resumable, with what they found committed as it grows.
+
+python experiments/study.py run FOLDER [jobs=2] [NAME=PATH]...    the runs of FOLDER/grid.yaml that are not yet done
+python experiments/study.py table FOLDER                           FOLDER/table.md from FOLDER/results.jsonl
+
+A row of a grid is a command line and its seeds. Each finished run leaves one line in results.jsonl: what it was asked,
+what came out, and where. The table has means and standard deviations over seeds, and for a row with a baseline the
+paired differences, seed by seed, with their 95 % interval (Student's t) and the smallest difference that a design of
+this spread and size detects in four cases of five.
+"""
+
+import json
+import math
+import statistics
+import subprocess
+import sys
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from string import Template
+from typing import Any
+
+from omegaconf import OmegaConf
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from scipy.stats import t as student
+
+from icl_msr.report.runs import Run
+from icl_msr.report.summary import measurements
+
+CURVES = ("loss", "loss/contrastive", "online/knn", "msr/meta_grad_norm", "msr/uniformity_grad_norm", "msr/uniformity")
+
+
+def rows(folder: Path, given: dict[str, str]) -> dict[str, dict[str, Any]]:
+    """Rows of the grid: `words` of the command line, `seeds`, and perhaps a `baseline`.
+
+    A $name in them stands for another entry of the grid or for a path given; rows that lack one are left out.
+    """
+    grid: Any = OmegaConf.to_container(OmegaConf.load(folder / "grid.yaml"))
+    parts = {key: value for key, value in grid.items() if isinstance(value, str)}
+    found = {}
+    for name, row in grid["rows"].items():
+        line = f"{grid['common']} {row['words']}"
+        for _ in range(2):  # an entry may name a path
+            line = Template(line).safe_substitute(parts | given)
+        if "$" not in line:
+            found[name] = {"seeds": grid["seeds"], **row, "words": line.split()}
+    return found
+
+
+def run(folder: Path, given: dict[str, str], jobs: int) -> None:
+    """What is not yet done, one process a run."""
+    done = {(record["row"], record["seed"]) for record in records(folder)}
+    todo = [
+        (name, row["words"], seed)
+        for name, row in rows(folder, given).items()
+        for seed in row["seeds"]
+        if (name, seed) not in done
+    ]
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    lock = threading.Lock()
+    with Progress(*columns, TimeRemainingColumn()) as progress, ThreadPoolExecutor(jobs) as pool:
+        task = progress.add_task(f"{len(done)} done before", total=len(todo))
+
+        def one(job: tuple[str, list[str], int]) -> None:
+            name, words, seed = job
+            record = {"row": name, "seed": seed, **execute(folder, name, words, seed)}
+            with lock, (folder / "results.jsonl").open("a") as file:
+                file.write(json.dumps(record) + "\n")
+            progress.advance(task)
+
+        for future in [pool.submit(one, job) for job in todo]:
+            future.result()
+
+
+def execute(folder: Path, name: str, words: list[str], seed: int) -> dict[str, Any]:
+    """Runs the main job and reads what it left."""
+    place = Path("runs/studies") / folder.name / name.replace(" ", "-").replace(",", "") / str(seed)
+    command = [sys.executable, "-m", "icl_msr.run", *words, f"seed={seed}", f"hydra.run.dir={place}"]
+    began = time.perf_counter()
+    finished = subprocess.run(command, capture_output=True, text=True, check=False)
+    if finished.returncode:
+        raise SystemExit(f"{' '.join(command)}\n{finished.stdout[-2000:]}\n{finished.stderr[-2000:]}")
+    run = Run.load(place)
+    metrics = {
+        "/".join((m.classifier, m.fitted_on, m.quantity)) + ("" if m.encoder == "trained" else f" ({m.encoder})"): value
+        for m, value in measurements(run.results).items()
+    }
+    curves = {name: [round(v, 6) for v in run.curves[name].values] for name in CURVES if name in run.curves}
+    facts = {
+        key: run.environment.get(key) for key in ("command", "commit", "config_hash", "torch", "hardware", "started")
+    }
+    return {
+        "metrics": {key: round(value, 3) for key, value in metrics.items()},
+        "curves": curves,
+        "seconds": round(time.perf_counter() - began, 1),
+        **facts,
+    }
+
+
+def records(folder: Path) -> list[dict[str, Any]]:
+    """What is known so far."""
+    file = folder / "results.jsonl"
+    return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+
+
+def table(folder: Path) -> str:
+    """Markdown: means and standard deviations of the grid's headline, paired differences, and where they come from."""
+    grid: Any = OmegaConf.to_container(OmegaConf.load(folder / "grid.yaml"))
+    found: dict[str, dict[int, dict[str, Any]]] = {}
+    for record in records(folder):
+        found.setdefault(record["row"], {})[record["seed"]] = record
+    groups: dict[tuple[str, ...], list[str]] = {}
+    for name in (name for name in grid["rows"] if name in found):
+        measured = next(iter(found[name].values()))["metrics"]
+        groups.setdefault(tuple(key for key in grid["headline"] if key in measured), []).append(name)
+    lines = []
+    for keys, names in groups.items():
+        lines += [line("mean ± std, %", "seeds", *keys), line("---", *["---:"] * (1 + len(keys)))]
+        for name in names:
+            values = [[record["metrics"][key] for record in found[name].values()] for key in keys]
+            lines.append(line(name, str(len(found[name])), *map(mean_and_std, values)))
+        lines += ["", line("difference, points", "against", *keys), line("---", "---", *["---:"] * len(keys))]
+        for name in names:
+            baseline = grid["rows"][name].get("baseline")
+            seeds = sorted(found[name].keys() & found.get(baseline, {}).keys())
+            if len(seeds) > 1:
+                pairs = [[found[name][s]["metrics"][k] - found[baseline][s]["metrics"][k] for s in seeds] for k in keys]
+                lines.append(line(name, baseline, *map(difference, pairs)))
+        lines.append("")
+    return "\n".join(lines)
+
+
+def line(*cells: str) -> str:
+    """One row of Markdown."""
+    return f"| {' | '.join(cells)} |"
+
+
+def mean_and_std(values: list[float]) -> str:
+    """`12.3 ± 0.4`."""
+    return f"{statistics.fmean(values):.1f}" + (f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else "")
+
+
+def difference(values: list[float]) -> str:
+    """`+1.2 (−0.3 to 2.7; 2.1)` of paired differences, in bold where the interval leaves zero out."""
+    n = len(values)
+    mean, error = statistics.fmean(values), statistics.stdev(values) / math.sqrt(n)
+    reach, power = student.ppf(0.975, n - 1), student.ppf(0.8, n - 1)
+    low, high = mean - reach * error, mean + reach * error
+    cell = f"{mean:+.1f} ({low:.1f} to {high:.1f}; {(reach + power) * error:.1f})".replace("-", "−")
+    return f"**{cell}**" if low > 0 or high < 0 else cell
+
+
+def main(words: list[str]) -> None:
+    """See the module."""
+    if len(words) < 2 or words[0] not in ("run", "table"):
+        raise SystemExit(__doc__)
+    folder = Path(words[1])
+    given = dict(word.split("=", 1) for word in words[2:])
+    if words[0] == "run":
+        run(folder, given, jobs=int(given.pop("jobs", 1)))
+    (folder / "table.md").write_text(table(folder))
+    print(table(folder))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
