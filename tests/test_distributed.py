@@ -27,10 +27,15 @@ REGULARIZERS: dict[str, dict[str, Any]] = {
     "none": {},
     # gamma = 0 leaves the signal alone, which the uniformity loss would hide otherwise.
     "meta": {"weights": "meta", "gamma": 0.0},
+    "difference": {"weights": "meta", "gamma": 0.0, "mode": "difference"},
+    "near_free": {"weights": "meta", "gamma": 0.0, "mode": "near_free"},
+    "projector": {"weights": "meta", "gamma": 0.0, "scope": "projector"},
     "double_backward": {"weights": "meta", "gamma": 0.0, "mode": "double_backward"},
     "joint": {"weights": "joint", "gamma": 0.0},
     "uniform_only": {"weights": "uniform_only"},
 }
+QUICK = ("none", "meta", "difference")
+"""The other kinds are slow tests."""
 IMAGES = 8
 TOLERANCE = 1e-8
 
@@ -119,7 +124,7 @@ def flat(tensors: dict[str, Tensor]) -> Tensor:
 
 
 @pytest.mark.parametrize("negatives", [0, 2])
-@pytest.mark.parametrize("kind", list(REGULARIZERS))
+@pytest.mark.parametrize("kind", [k if k in QUICK else pytest.param(k, marks=pytest.mark.slow) for k in REGULARIZERS])
 @pytest.mark.parametrize("name", list(METHODS))
 def test_ranks_equal_one_process(ranks: Ranks, name: str, kind: str, negatives: int) -> None:
     method = make_method(name)

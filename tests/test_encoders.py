@@ -93,6 +93,26 @@ def test_features_are_the_mean_of_the_last_map(build: Callable[[], Backbone], ch
 
 
 @torch.no_grad()
+@pytest.mark.parametrize(
+    ("build", "first", "last"),
+    [
+        (lambda: tiny(32, weights=None), "layer3.conv1.weight", "layer3.downsample.1.bias"),
+        (lambda: resnet(32, name="resnet18", stem="auto", weights=None), "layer4.0.conv1.weight", "layer4.1.bn2.bias"),
+        (
+            lambda: timm_model(32, name="vit_tiny_patch16_224", options={"patch_size": 8, "depth": 3}, weights=None),
+            "blocks.2.norm1.weight",
+            "norm.bias",
+        ),
+    ],
+)
+def test_the_last_stage(build: Callable[[], Backbone], first: str, last: str) -> None:
+    backbone = build()
+    inside = {id(p) for p in backbone.last_stage()}
+    names = [name for name, p in backbone.net.named_parameters() if id(p) in inside]
+    assert len(names) == len(inside)
+    assert (names[0], names[-1]) == (first, last)
+
+
 def test_a_transformer_is_told_the_image_size() -> None:
     backbone = make_timm(64, "test_vit", patch_size=8).eval()
     assert "img_size=64" in backbone.load

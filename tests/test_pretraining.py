@@ -48,7 +48,9 @@ class Meta(pl.Callback):
     def on_fit_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
         regularizer, plain = regularizer_of(pl_module), regularizer_of(pl_module).meta_step
 
-        def meta_step(method: Method, views: Views, targets: Targets, step: Step, inner: Any, lr: float) -> Any:
+        def meta_step(
+            method: Method, views: Views, targets: Targets, step: Step, inner: Any, lr: float, features: Any = None
+        ) -> Any:
             call: dict[str, Any] = {"index": views.index, "step": step.index, "inner": inner}
             if inner is not None:
                 call["inner"] = {name: g.clone() for name, g in inner.items()}
@@ -59,7 +61,7 @@ class Meta(pl.Callback):
                     ]
                 call["expected"] = {name: sum(part[name] for part in parts) / len(parts) for name in inner}
             before = state(method)
-            log = plain(method, views, targets, step, inner, lr)
+            log = plain(method, views, targets, step, inner, lr, features)
             self.calls.append(call | {"method stays": equal(state(method), before)})
             self.micro_batches = []
             return log

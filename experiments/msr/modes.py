@@ -18,7 +18,6 @@ from typing import Any
 
 import pytorch_lightning as pl
 import torch
-import torch.nn.functional as F
 from hydra import compose, initialize_config_dir
 from rich.console import Console
 from rich.table import Table
@@ -89,7 +88,7 @@ class Agreement(pl.Callback):
                     replay(method, batch.views, batch.targets, batch.step, at).loss for at in (theta, virtual)
                 )
             for name, gradient in found.items():
-                cosine = float(F.cosine_similarity(gradient, exact, dim=0))
+                cosine = float(gradient @ exact) / (norm([gradient]) * norm([exact]))
                 ratio = norm([gradient]) / norm([exact])
                 row = {"step": trainer.global_step, "r": r, "variant": name, "cosine": cosine, "norm_ratio": ratio}
                 self.rows.append({**row, "norm": norm([gradient]), "outer_change": float(after - before)})
@@ -193,7 +192,7 @@ def stepper(backbone_name: str, batch: int, precision: str, layout: str, size: i
 
 
 def speed(backbone: str, batch: int, precision: str, layout: str, rounds: int) -> None:
-    """Times the steps of `SPEED`, means over a cycle of `every`; the memory of each is taken in a process of its own."""
+    """Times the steps of `SPEED`, means over a cycle of `every`; each one's memory is taken in a process of its own."""
     plan, step = stepper(backbone, batch, precision, layout)
     seconds: dict[str, list[float]] = {name: [] for name in SPEED}
     for round_ in range(rounds + 1):

@@ -6,8 +6,8 @@ with v = grad L_ct(theta') this is the pure mixed second derivative
     -alpha lambda d/dphi [ D_theta penalty(theta, phi) [v] ]
 
 of a derivative along one direction. `outer_gradient` finds v, and `along_*` the derivative along it, as a function of
-phi that is differentiated once more by the caller. phi acts after the backbone, whose features Z and their change D Z[v]
-are constants to it: only the heads are differentiated backwards, and no pass through the backbone keeps a graph.
+phi that is differentiated once more by the caller. phi acts after the backbone, whose features Z and their change
+D Z[v] are constants to it: only the heads are differentiated backwards, and no pass through the backbone keeps a graph.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence

@@ -256,10 +256,12 @@ class MetaSemanticRegularizer(nn.Module):
         return self.relative_step * norm(theta.values()) / max(norm(inner[name] for name in theta), 1e-12)
 
     def inner_gradient(self, method: Method, views: Views, targets: Targets, step: Step) -> Gradients:
-        """Gradient of L_to = L_ct + lambda L_msr by theta."""
+        """Gradient of L_to = L_ct + lambda L_msr by theta, zero for what the method holds still at this step."""
         theta = trainable(method)
         output = replay(method, views, targets, step)
-        return gradients(output.loss + self.lam * self.forward(views.images, output.pairs), theta)
+        inner = gradients(output.loss + self.lam * self.forward(views.images, output.pairs), theta)
+        frozen = {id(p) for p in method.frozen(step)}
+        return {name: torch.zeros_like(g) if id(theta[name]) in frozen else g for name, g in inner.items()}
 
     def meta_gradient(
         self,

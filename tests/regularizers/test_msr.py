@@ -10,6 +10,8 @@ from torch import Tensor
 from torch.func import functional_call
 from toys import METHODS, make_method, make_regularizer, make_views, skip_refused
 
+from icl_msr.batchnorm import global_batch_norm
+from icl_msr.errors import UserError
 from icl_msr.losses.contrastive import unit
 from icl_msr.methods import Method, Step
 from icl_msr.methods.base import Pair
@@ -41,9 +43,10 @@ def virtual_step(
     output = method(views, targets, STEP)
     strata = functional_call(regularizer.network, phi, (views.images,))
     total = output.loss + regularizer.lam * regularizer.penalty(output.pairs, strata)
-    gradient = torch.autograd.grad(total, list(theta.values()), allow_unused=True)
+    gradient = torch.autograd.grad(total, list(theta.values()), materialize_grads=True)
+    still = {id(p) for p in method.frozen(STEP)}
     return {
-        name: (p - alpha * g if g is not None else p).detach().requires_grad_()
+        name: (p if id(p) in still else p - alpha * g).detach().requires_grad_()
         for (name, p), g in zip(theta.items(), gradient, strict=True)
     }
 
@@ -111,9 +114,7 @@ def meta_gradient(method: Method, views: Views, relative_step: float = 0.05, **k
         targets = method.targets(views)
         inner = regularizer.inner_gradient(method, views, targets, STEP)
         alpha = regularizer.step_size(method, inner, 0.0)
-        return torch.cat(
-            [g.flatten() for g in regularizer.meta_gradient(method, views, targets, STEP, inner, alpha)]
-        )
+        return torch.cat([g.flatten() for g in regularizer.meta_gradient(method, views, targets, STEP, inner, alpha)])
 
 
 def test_difference_converges_to_the_exact_gradient(method: Method) -> None:
@@ -136,6 +137,69 @@ def test_a_narrow_scope_is_double_backward_of_the_same_parameters(method: Method
     oracle = meta_gradient(method, views, scope=scope, mode="double_backward")
     tolerance = 1e-9 if mode == "exact" or scope == "projector" else 1e-4
     assert (found - oracle).abs().max() <= tolerance * oracle.abs().max()
+
+
+@pytest.mark.parametrize("name", ["simclr", "moco", "byol", "swav"])
+def test_near_free_is_exact_in_the_limit_of_small_steps(name: str) -> None:
+    """With a small lambda the ordinary gradient is that of L_ct, and theta' is theta."""
+    method, views = make_method(name), make_views()
+    exact, near_free = (
+        meta_gradient(method, views, mode=mode, lam=1e-6, relative_step=1e-7) for mode in ("exact", "near_free")
+    )
+    assert exact @ near_free / (exact.norm() * near_free.norm()) > 1 - 1e-6
+    assert near_free.norm() == pytest.approx(float(exact.norm()), rel=1e-3)
+
+
+def test_features_of_the_ordinary_step_change_nothing(method: Method) -> None:
+    views = make_views(negatives=1)
+    targets = method.targets(views)
+    features = method(views, targets, STEP).features
+    for keys in ({"mode": "difference"}, {"mode": "exact", "scope": "projector"}):
+        regularizer = make_regularizer(method, **keys)
+        with meta_pass(method, views.images.device):
+            inner = regularizer.inner_gradient(method, views, targets, STEP)
+            given, found = (
+                regularizer.meta_gradient(method, views, targets, STEP, inner, 0.1, z) for z in (features, None)
+            )
+        for a, b in zip(given, found, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-12)
+
+
+def test_a_head_with_batch_norm_of_torch_is_refused() -> None:
+    """Its tangent takes the batch statistics for constants, which makes the gradient of the tangent wrong."""
+    method, views = make_method("simclr"), make_views()
+    assert isinstance(method.projector, torch.nn.Sequential)
+    method.projector[1] = torch.nn.BatchNorm1d(12).double()
+    regularizer, targets = make_regularizer(method), method.targets(views)
+    with pytest.raises(UserError, match=r"projector\.1 is a BatchNorm1d.*global_batch_norm"):
+        regularizer.meta_step(method, views, targets, STEP, None, 0.1)
+    global_batch_norm(method.projector)
+    regularizer.meta_step(method, views, targets, STEP, None, 0.1)
+
+
+def test_half_precision_is_refused() -> None:
+    method, views = make_method("simclr", dtype=torch.bfloat16), make_views()
+    with pytest.raises(UserError, match="full precision"):
+        make_regularizer(method).meta_step(
+            method, views, method.targets(make_views(dtype=torch.bfloat16)), STEP, None, 0
+        )
+
+
+@pytest.mark.parametrize("mode", ["exact", "difference", "double_backward"])
+def test_compiled_networks_are_run_eagerly(mode: str) -> None:
+    views = make_views()
+    plain, compiled = make_method("simclr"), make_method("simclr")
+    compiled.backbone.net.compile(backend="aot_eager")
+    eager = meta_gradient(plain, views, mode=mode)
+    torch.testing.assert_close(meta_gradient(compiled, views, mode=mode), eager, rtol=1e-6, atol=1e-12)
+
+
+def test_what_is_frozen_does_not_take_the_virtual_step() -> None:
+    method, views = make_method("swav", freeze_epochs=1.0), make_views()
+    inner = make_regularizer(method).inner_gradient(method, views, method.targets(views), STEP)
+    assert not inner["prototypes"].any()
+    later = Step(9, 10, epochs=10)
+    assert make_regularizer(method).inner_gradient(method, views, method.targets(views), later)["prototypes"].any()
 
 
 def test_uniform_strata_are_the_identity(method: Method) -> None:
@@ -271,8 +335,11 @@ def test_ordinary_gradient_is_the_inner_gradient(method: Method) -> None:
     inner = regularizer.inner_gradient(method, views, targets, STEP)
     output = method(views, targets, STEP)
     (output.loss + regularizer.lam * regularizer(views.images, output.pairs)).backward()
+    still = {id(p) for p in method.frozen(STEP)}
     for name, parameter in trainable(method).items():
-        torch.testing.assert_close(parameter.grad, inner[name])
+        assert parameter.grad is not None
+        expected = torch.zeros_like(parameter) if id(parameter) in still else parameter.grad
+        torch.testing.assert_close(inner[name], expected)
 
 
 def test_pairs_say_what_the_loss_compares(method: Method) -> None:
