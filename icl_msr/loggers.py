@@ -256,8 +256,9 @@ class WeightsAndBiases(Logger):
         run.summary.update(final_numbers(folder))
         results = json.loads((folder / "results.json").read_text())
         run.log({name: wandb.Image(str(file), caption=caption) for name, (file, caption) in figures(folder).items()})
-        for name in ("accuracies", "gaps"):
-            rows = results[name]
+        tables = {name: results[name] for name in ("accuracies", "gaps")}
+        tables["strata_on_object"] = (results.get("strata") or {}).get("shares")
+        for name, rows in tables.items():
             if rows:
                 run.log({name: wandb.Table(columns=list(rows[0]), data=[list(row.values()) for row in rows])})
         if self.artifacts:

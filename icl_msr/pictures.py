@@ -1,5 +1,6 @@
-"""Grids of images for the report: views, negatives, strata and nearest neighbours."""
+"""Pictures for the report: views, negatives, strata, their weights, and nearest neighbours."""
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -13,6 +14,8 @@ from icl_msr.data.dataset import Dataset
 from icl_msr.encoders import Backbone
 from icl_msr.evaluation.features import evaluating
 from icl_msr.evaluation.knn import neighbours
+from icl_msr.evaluation.strata import ALL, weighted_maps
+from icl_msr.regularizers.strata import uniform
 from icl_msr.views import Views
 
 matplotlib.rcParams["svg.fonttype"] = "none"
@@ -41,21 +44,54 @@ def strata_grid(
 ) -> str:
     """Where each stratum looks: the last feature map weighted by a_t, over normalised images (N, 3, H, W).
 
-    `strata` is A(X), (N, S, c), or narrower where several encoders share it, whose maps lie behind one another. A
-    stratum's map is scaled to its own largest value in the image. Writes `path`; returns a caption.
+    `strata` is A(X), (N, S, c), or narrower where several encoders share it; the map in which all channels count alike
+    comes first. Each map is scaled to its own largest value in the image. Writes `path`; returns a caption.
     """
     with evaluating(backbone):
         maps = backbone.maps(images).float()  # (N, c, h, w)
-    strata = strata.repeat(1, 1, maps.shape[1] // strata.shape[2])
-    weighted = torch.einsum("nsc,nchw->nshw", strata, maps.clamp(min=0))
+    alike = uniform(strata.shape[2]).to(strata).expand(len(strata), 1, -1)
+    weighted = weighted_maps(maps, torch.cat([alike, strata], dim=1).float())
     weighted = weighted / weighted.flatten(2).amax(2).clamp(min=1e-12)[..., None, None]
     weighted = F.interpolate(weighted, images.shape[-2:], mode="bicubic").clamp(0, 1)
     shown = pixels(images, mean, std)
-    rows = {"image X": shown}
-    for t in range(strata.shape[1]):
-        rows[f"stratum {t + 1}"] = (shown, weighted[:, t])  # type: ignore[assignment]
-    _grid(rows, path)
-    return "What each stratum of f_msr weighs up: the last feature map, weighted by a_t (bright: large)."
+    names = [ALL, *(f"stratum {t}" for t in range(1, strata.shape[1] + 1))]
+    overlays = {name: (shown, weighted[:, t]) for t, name in enumerate(names)}
+    _grid({"image X": shown, **overlays}, path)
+    return (
+        "What each stratum of f_msr weighs up: the last feature map, weighted by a_t (bright: large, each map by "
+        "itself), below the map in which all channels count alike."
+    )
+
+
+def weights_figure(strata: Tensor, path: Path) -> str:
+    """How A(X), (N, S, c), of a batch is distributed: sqrt(c) a_t, which is 1 where all channels count alike.
+
+    Left a histogram over images and channels, right the mean over images, channels in the order of the stratum that
+    weighs them most and of that weight. Writes `path`; returns a caption.
+    """
+    weights = math.sqrt(strata.shape[2]) * strata.detach().float().cpu()
+    mean = weights.mean(0)  # (S, c)
+    most, owner = mean.max(0)
+    order = sorted(range(len(owner)), key=lambda channel: (int(owner[channel]), -float(most[channel])))
+    top = max(float(weights.max()), 1.5)
+    figure = Figure(figsize=(9.5, 0.25 * max(len(mean), 6) + 1.2), dpi=110, layout="constrained")
+    left, right = figure.subplots(1, 2, width_ratios=(1, 1.6))
+    for t, values in enumerate(weights.unbind(1)):
+        counts = torch.histc(values, 40, 0, top) / values.numel()
+        left.stairs(100 * counts.numpy(), torch.linspace(0, top, 41).numpy(), color=f"C{t}", label=f"stratum {t + 1}")
+    left.axvline(1, color="#6b7177", lw=1, ls=":")
+    left.set(xlabel="sqrt(c) a_t", ylabel="% of weights", xlim=(0, top))
+    left.spines[["top", "right"]].set_visible(False)
+    left.legend(frameon=False, fontsize=7, ncols=3, loc="lower left", bbox_to_anchor=(0, 1), borderaxespad=0)
+    shades = right.imshow(mean[:, order].numpy(), aspect="auto", cmap="magma", vmin=0, interpolation="nearest")
+    right.set_yticks(range(len(mean)), [f"stratum {t + 1}" for t in range(len(mean))])
+    right.set_xlabel("channels, each beside those that the same stratum weighs most")
+    figure.colorbar(shades, label="mean over images")
+    figure.savefig(path)
+    return (
+        "The channel weights sqrt(c) a_t of a batch: 1 (dotted) is a channel that counts as without the regularizer. "
+        "Disjoint strata show as separate bright blocks, equal ones as equal rows."
+    )
 
 
 def neighbours_grid(

@@ -43,6 +43,8 @@ from icl_msr.data.datamodule import DataModule
 from icl_msr.data.dataset import Dataset
 from icl_msr.encoders import Backbone
 from icl_msr.errors import UserError
+from icl_msr.evaluation.metrics import Bootstrap
+from icl_msr.evaluation.strata import Look, look, measure, split_with_masks
 from icl_msr.evaluation.suite import Evaluation, Results
 from icl_msr.folder import RunFolder
 from icl_msr.hardware import Hardware, Plan
@@ -55,7 +57,7 @@ from icl_msr.processes import is_first, is_rank, outside_world_size, run_ranks
 from icl_msr.regularizers import MetaSemanticRegularizer
 from icl_msr.report import gap_table, matrix_table, write_report
 from icl_msr.report.runs import Run, flatten, read_curves
-from icl_msr.report.words import answer
+from icl_msr.report.words import answer, faint_meta_signal
 from icl_msr.sweeps import job_type, sweep_group
 
 Built = TypeVar("Built")
@@ -155,16 +157,20 @@ def carry_out(
             "metric": {"name": name, "value": value if math.isfinite(value) else None},
             "final": final,
             **results.records(),
+            "strata": looks(settings, plan, pieces),
         }
         folder.write(folder.results.name, summary)
         report = write_report(folder.path)
         if dashboard is not None:
             dashboard.conclude(folder.path)
-    saved = Run.load(folder.path).results
+    finished = Run.load(folder.path)
+    saved = finished.results
     if results.accuracies:
         for part in (matrix_table(saved), gap_table(saved), " ".join(answer(saved))):
             if part is not None:
                 console.print(part)
+    if warning := faint_meta_signal(finished.curves, settings.regularizer):
+        console.print(warning, style="yellow")
     console.print(f"results  {folder.results}\nreport   {report}")
     return value
 
@@ -300,6 +306,11 @@ def resume_point(settings: Settings, pieces: Pieces, folder: RunFolder, console:
         raise UserError(
             f"{folder.checkpoint} belongs to another config than {folder.config}; put the one back that it was "
             "trained with, or begin a new run."
+        )
+    if "optimizer_states" not in checkpoint:
+        raise UserError(
+            f"{folder.checkpoint} holds no state of the optimiser, so training cannot go on from it; put the run's own "
+            "checkpoint back, or begin a new run with backbone.weights."
         )
     step = int(checkpoint["global_step"])
     console.print(f"Continuing {folder} from step {step}.")
@@ -443,6 +454,25 @@ def evaluate(settings: Settings, plan: Plan, pieces: Pieces, folder: RunFolder, 
     return results
 
 
+def looks(settings: Settings, plan: Plan, pieces: Pieces) -> Look | None:
+    """What the strata look at; None without strata, evaluation, or a test split that knows where its objects are."""
+    dataset, backbone, regularizer = pieces.dataset, pieces.module.method.backbone, pieces.module.regularizer
+    split = split_with_masks(dataset)
+    if pieces.evaluation is None or regularizer is None or split is None or not isinstance(backbone, Backbone):
+        return None
+    found = measure(
+        backbone,
+        regularizer.strata,
+        dataset.tests[split],
+        mean=dataset.mean,
+        std=dataset.std,
+        device=plan.device,
+        images=1000,
+        batch_size=pieces.evaluation.batch_size,
+    )
+    return look(found, split, Bootstrap(pieces.evaluation.bootstrap, settings.seed))
+
+
 def draw(folder: Path, data: DataModule, module: Pretraining, results: Results) -> None:
     """The grids of the report."""
     folder.mkdir(exist_ok=True)
@@ -457,6 +487,7 @@ def draw(folder: Path, data: DataModule, module: Pretraining, results: Results) 
         captions["strata.png"] = pictures.strata_grid(
             method.backbone, strata[:10], views.images[:10], dataset.mean, dataset.std, folder / "strata.png"
         )
+        captions["weights.png"] = pictures.weights_figure(strata, folder / "weights.png")
     if results.features:
         split = "mixed_rand" if "mixed_rand" in dataset.tests else next(iter(dataset.tests))
         captions["neighbours.png"] = pictures.neighbours_grid(

@@ -1,8 +1,13 @@
 """What travels from the loader to a method."""
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, replace
+from typing import Literal
 
 from torch import Tensor
+
+AlphaMode = Literal["exponent", "weight"]
+AlphaSchedule = Literal["constant", "linear", "cosine"]
 
 
 @dataclass
@@ -12,9 +17,22 @@ class NonSemantic:
     rows: Tensor
     """(N, m, C, h, w) images in `Views`; (N, m, D) their embeddings in `Targets`."""
     alpha: float
-    """Factor on their similarity inside the exponent of InfoNCE-like losses."""
+    """How much they count in InfoNCE-like losses; see `alpha_mode`."""
     repulsion: float
     """Weight alpha_r of the repulsion in losses without negatives."""
+    alpha_mode: AlphaMode = "exponent"
+    """What a negative t adds to its anchor's denominator: exp(alpha q.t / tau); `weight`: alpha exp(q.t / tau)."""
+    alpha_schedule: AlphaSchedule = "constant"
+    """How alpha and alpha_r get to their values: they have them, or rise from 0 over all of training."""
+
+    def at(self, progress: float) -> "NonSemantic":
+        """These negatives with the alpha and alpha_r of the moment; `progress` through training is in [0, 1].
+
+        With alpha 0 a negative repels nothing in either mode: inside the exponent it is a constant in the denominator.
+        """
+        share = {"constant": 1.0, "linear": progress, "cosine": (1 - math.cos(math.pi * progress)) / 2}
+        factor = share[self.alpha_schedule]
+        return replace(self, alpha=factor * self.alpha, repulsion=factor * self.repulsion, alpha_schedule="constant")
 
 
 @dataclass

@@ -208,6 +208,7 @@ def make_runs() -> None:
         "bomb": {**checkpoint, "callbacks": Bomb()},
         "other-program": {"state_dict": {"w": torch.ones(1)}},
         "other-network": {**checkpoint, "state_dict": half},
+        "weights-only": {key: value for key, value in checkpoint.items() if key != "optimizer_states"},
         "cut-short": None,
         "locked": None,
         "no-yaml": "seed: [1\nmethod: }",
@@ -268,6 +269,7 @@ IN_THE_WORLD = [
     ("resume=bomb", f"bomb/{CHECKPOINT} could execute code", "not loaded"),
     ("resume=other-program", f"other-program/{CHECKPOINT} is no checkpoint of icl_msr"),
     ("resume=other-network", f"other-network/{CHECKPOINT} belongs to another config"),
+    ("resume=weights-only", f"weights-only/{CHECKPOINT} holds no state of the optimiser", "backbone.weights"),
     ("resume=locked", "locked is being written by another process"),
     *((f"resume={name}", name, *DAMAGED) for name in ("no-yaml", "binary", "latin", "list", "nothing", "loose")),
 ]

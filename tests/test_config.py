@@ -24,6 +24,7 @@ MANDATORY = {
     "dataset=arrays": ["dataset.path=images.npz"],
     "dataset=imagefolder": ["dataset.root=images"],
     "backbone=timm": ["backbone.name=resnet18"],
+    "negatives=cached": ["negatives.folder=textures"],
 }
 GROUPS = ["augment", "backbone", "dataset", "evaluation", "hardware", "logger", "method", "negatives", "optimizer"]
 

@@ -246,9 +246,9 @@ def test_pictures_are_logged(story: Story) -> None:
     assert np.array_equal(imread(shown), imread(story.folder / "figures" / file))
 
 
-@pytest.mark.parametrize("name", ["accuracies", "gaps"])
+@pytest.mark.parametrize("name", ["accuracies", "gaps", "strata_on_object"])
 def test_final_tables_are_logged(name: str, story: Story) -> None:
-    rows = story.results[name]
+    rows = story.results["strata"]["shares"] if name == "strata_on_object" else story.results[name]
     logged = next(row[name] for row in story.first.history if name in row)
     assert logged["_type"] == "table-file"
     content = json.loads((story.first.folder / "files" / logged["path"]).read_text())

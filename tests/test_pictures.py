@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from matplotlib.figure import Figure
 from torch import Tensor, nn
 from torchvision.io import decode_image
 
@@ -82,7 +83,10 @@ def test_strata_weigh_the_last_map(grid: dict[str, Any], tmp_path: Path) -> None
     strata = torch.eye(3).expand(2, 3, 3)
     pictures.strata_grid(backbone, strata, images, MEAN, STD, tmp_path / "strata.png")
     rows = grid["rows"]
-    assert list(rows) == ["image X", "stratum 1", "stratum 2", "stratum 3"]
+    assert list(rows) == ["image X", "all channels", "stratum 1", "stratum 2", "stratum 3"]
+    together = images.sum(1)
+    _, alike = rows["all channels"]
+    torch.testing.assert_close(alike, together / together.amax((1, 2), keepdim=True), rtol=1e-4, atol=1e-4)
     shown, first = rows["stratum 1"]
     assert torch.equal(shown, pictures.pixels(images, MEAN, STD))
     torch.testing.assert_close(first, images[:, 0] / images[:, 0].amax((1, 2), keepdim=True), rtol=1e-4, atol=1e-4)
@@ -95,6 +99,31 @@ def test_strata_weigh_the_last_map(grid: dict[str, Any], tmp_path: Path) -> None
     total = images.sum(1)
     _, shared = grid["rows"]["stratum 1"]
     torch.testing.assert_close(shared, total / total.amax((1, 2), keepdim=True), rtol=1e-4, atol=1e-4)
+
+
+def test_the_weights_are_drawn_by_the_stratum_that_weighs_them_most(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Two strata of three channels each, in any order, show as two blocks."""
+    figures: list[Figure] = []
+
+    def keep(self: Figure, path: Path) -> None:
+        figures.append(self)
+
+    monkeypatch.setattr(Figure, "savefig", keep)
+    owner = torch.tensor([1, 0, 1, 0, 0, 1])
+    one = torch.stack([owner == 0, owner == 1]) * torch.tensor([1.0, 3.0, 2.0, 2.0, 1.0, 3.0])
+    strata = torch.nn.functional.normalize(one, dim=1).expand(4, 2, 6)
+    pictures.weights_figure(strata, tmp_path / "weights.png")
+    histogram, heat = figures[0].axes[:2]
+    shown = torch.tensor(heat.images[0].get_array().data)
+    assert torch.equal(shown > 0, torch.tensor([[1, 1, 1, 0, 0, 0], [0, 0, 0, 1, 1, 1]]).bool())
+    assert (shown[0, :3].diff() <= 0).all()
+    assert (shown[1, 3:].diff() <= 0).all()
+    torch.testing.assert_close(shown.square().sum(1), torch.full((2,), 6.0))  # sqrt(c) a_t
+    for bars in histogram.patches:
+        assert float(bars.get_data().values.sum()) == pytest.approx(100)
+    assert [text.get_text() for text in histogram.get_legend().get_texts()] == ["stratum 1", "stratum 2"]
 
 
 def test_neighbours(grid: dict[str, Any], tmp_path: Path) -> None:

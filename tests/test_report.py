@@ -20,8 +20,8 @@ from icl_msr.errors import UserError
 from icl_msr.report import summarise, words, write_report, write_summary
 from icl_msr.report.__main__ import main
 from icl_msr.report.output import as_markdown
-from icl_msr.report.page import _mean_curve, _races
-from icl_msr.report.runs import Results
+from icl_msr.report.page import _curve_plots, _mean_curve, _races
+from icl_msr.report.runs import Curve, Look, Results, Run
 from icl_msr.report.summary import GAIN, Metric, headline
 
 SPLITS = ("original", "mixed_same", "mixed_rand", "only_fg", "only_bg")
@@ -439,3 +439,123 @@ def test_unreadable_results_are_a_users_error(tmp_path: Path) -> None:
     (tmp_path / "results.json").write_text('{"seed": "zero"}')
     with pytest.raises(UserError, match="seed"):
         write_report(tmp_path)
+
+
+LOOK: dict[str, Any] = {
+    "split": "original",
+    "n": 1000,
+    "area": 0.132,
+    "shares": [
+        {
+            "stratum": name,
+            "share": share,
+            "low": share - 0.004,
+            "high": share + 0.004,
+            "by_place": 0.1304,
+            "excess": share - 0.1304,
+            "excess_low": share - 0.1324,
+            "excess_high": share - 0.1284,
+        }
+        for name, share in (("all channels", 0.1333), ("1", 0.2051), ("2", 0.1042), ("3", 0.1317))
+    ],
+    "difference": {"more": "1", "less": "2", "points": 0.1011, "low": 0.095, "high": 0.107},
+}
+
+
+def test_page_says_where_the_strata_look(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run")
+    results = json.loads((run / "results.json").read_text())
+    (run / "results.json").write_text(json.dumps(results | {"strata": LOOK}))
+    page = Page(write_report(run))
+    page.assert_self_contained()
+    assert page.tables["strata"][1:] == [
+        ["all channels", "13.3 12.9 to 13.7", "13.0", "+0.3 0.1 to 0.5"],
+        ["stratum 1", "20.5 20.1 to 20.9", "13.0", "+7.5 7.3 to 7.7"],
+        ["stratum 2", "10.4 10.0 to 10.8", "13.0", "−2.6 −2.8 to −2.4"],
+        ["stratum 3", "13.2 12.8 to 13.6", "13.0", "+0.1 −0.1 to 0.3"],
+    ]
+    assert (
+        "Stratum 2 has clearly less activation on the object than a map that does not see it: stratum 2 has 10.4 % "
+        "instead of 13.0 %; stratum 1 has clearly more. They differ: stratum 1 has more of it on the object than "
+        "stratum 2: +10.1 points (95 % interval 9.5 to 10.7)." in page.text
+    )
+    assert "1,000 images of original" in page.text
+    assert "Activation on the object, because of it" in page.text
+    assert "strata" not in Page(write_report(write_run(tmp_path / "without"))).tables
+
+
+def test_strata_that_look_at_the_same_place_are_said_to() -> None:
+    look = Look.model_validate(LOOK)
+    for share in look.shares:
+        share.excess_low, share.excess_high = -0.012, 0.012  # a tenth of the area is 1.3 points
+    assert look.difference is not None
+    for low, high in ((-0.01, 0.03), (0.001, 0.004)):  # not distinguishable, or too little to matter
+        look.difference.low, look.difference.high = low, high
+        none, same = words.strata(look)
+        assert none.startswith("No stratum avoids the object: none has clearly less")
+        assert none.endswith(", and none has clearly more.")
+        assert same.startswith("All strata look at about the same place")
+    for share in look.shares[1:]:
+        share.excess_low, share.excess_high = 0.014, 0.02
+    assert words.strata(look)[0].endswith("; strata 1, 2 and 3 have clearly more.")
+    for share in look.shares[1:]:
+        share.excess_low, share.excess_high = -0.02, -0.014
+    assert words.strata(look)[0].startswith("Strata 1, 2 and 3 have clearly less activation on the object")
+
+
+def norms(meta: list[float], uniformity: list[float]) -> dict[str, Curve]:
+    steps = [float(step) for step in range(len(meta))]
+    return {
+        "msr/meta_grad_norm": Curve(steps, meta),
+        "msr/uniformity_grad_norm": Curve(steps, uniformity),
+    }
+
+
+def test_a_faint_meta_signal_is_said_and_a_live_one_is_not() -> None:
+    faint = norms([0.004, 0.002, 0.5], [1.0, 1.0, 1.0])  # the median counts
+    relative = {"weights": "meta", "alpha": "relative", "relative_step": 0.01}
+    said = words.faint_meta_signal(faint, relative)
+    assert said == (
+        "The meta gradient was 0.4 % of the uniformity gradient (median of 3 logged steps), so f_msr learnt from "
+        "uniformity alone; type a larger regularizer.relative_step (it was 0.01; try 0.1) or a smaller "
+        "regularizer.gamma."
+    )
+    assert "type regularizer.alpha=relative." in words.faint_meta_signal(faint, {"weights": "meta", "alpha": "lr"})
+    assert "regularizer.lam" in words.faint_meta_signal(faint, {**relative, "weights": "joint"})
+    assert words.faint_meta_signal(norms([0.02, 0.0, 0.02], [1.0, 1.0, 1.0]), relative) == ""
+    assert words.faint_meta_signal(norms([0.02, 0.0], [0.0, 0.0]), relative) == ""  # gamma = 0
+    assert words.faint_meta_signal({}, relative) == ""  # no regularizer, or one without a meta step
+    # A row may have one of the two alone.
+    some = faint | {"msr/uniformity_grad_norm": Curve([1.0], [0.1])}
+    assert "was 2 %" not in words.faint_meta_signal(some, relative)
+    assert words.faint_meta_signal(some, relative) == ""
+
+
+def test_the_warning_is_on_the_page_of_a_run_that_needs_it(tmp_path: Path) -> None:
+    """The written run's meta gradient falls from 1/300 of uniformity's."""
+    run = write_run(tmp_path / "run")
+    page = Page(write_report(run))
+    assert "of the uniformity gradient (median of" in page.text
+    rows = list(csv.DictReader((run / "metrics.csv").read_text().splitlines()))
+    for row in rows:
+        row["msr/meta_grad_norm"] = row["msr/uniformity_grad_norm"]
+    with (run / "metrics.csv").open("w", newline="") as out:
+        writer = csv.DictWriter(out, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+    assert "of the uniformity gradient (median of" not in Page(write_report(run)).text
+
+
+def test_the_strata_have_curves(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run")
+    logged = {"entropy": 0.97, "overlap": 0.9, "variation": 0.01, "loss_1": 4.0, "loss_2": 4.1}
+    rows = [{"step": step, "loss": 1.0, **{f"msr/{name}": v for name, v in logged.items()}} for step in range(3)]
+    with (run / "metrics.csv").open("w", newline="") as out:
+        writer = csv.DictWriter(out, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+    plots = {
+        plot.title: base64.b64decode(plot.light.split(",")[1]).decode() for plot in _curve_plots(Run.load(run).curves)
+    }
+    assert {"entropy", "overlap", "variation"} <= set(re.findall(r">(\w+)</text>", plots["The strata"]))
+    assert {"a_1", "a_2"} <= set(re.findall(r">(\w+)</text>", plots["L_msr with one stratum alone"]))

@@ -1,7 +1,8 @@
 """From a data set to batches of `Views` on the training device."""
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple, Protocol
 
 import pytorch_lightning as pl
@@ -14,11 +15,12 @@ from torch.utils.data import Dataset as TorchDataset
 from torchvision.transforms.v2 import functional as F
 
 from icl_msr.augment import Augmentation
-from icl_msr.data.dataset import ArraySplit, Dataset, normalise
+from icl_msr.data.dataset import ArraySplit, Dataset, Split, normalise
 from icl_msr.data.folders import FileSplit
 from icl_msr.errors import UserError
+from icl_msr.negatives.cached import CachedNegatives
 from icl_msr.randomness import keys, permutation
-from icl_msr.views import NonSemantic, Views
+from icl_msr.views import AlphaMode, AlphaSchedule, NonSemantic, Views
 
 NEGATIVES = -2
 """The view number of the negatives' keys."""
@@ -36,13 +38,17 @@ class Batch(NamedTuple):
     """(N, 3, S, S) uint8, whole images."""
     crops: list[Tensor] | None = None
     """V tensors (N, 3, s, s) uint8."""
+    textures: Tensor | None = None
+    """(N, 3, s, s) uint8, the first view's crops of the cached textures, if there are."""
 
 
 class Negatives(Protocol):
-    """A generator of non-semantic negatives; see `NonSemantic` for its two numbers."""
+    """A generator of non-semantic negatives; see `NonSemantic` for what it says of them."""
 
     alpha: float
     repulsion: float
+    alpha_mode: AlphaMode
+    alpha_schedule: AlphaSchedule
 
     def __call__(self, query: Tensor, keys: Tensor) -> Tensor:
         """Query (N, C, H, W), keys int64 (N,); returns (N, m, C, H, W)."""
@@ -91,7 +97,7 @@ class DataModule(pl.LightningDataModule):
     Args:
         dataset: what to train on.
         augmentation: makes the views.
-        negatives: makes non-semantic negatives of the first view, or None.
+        negatives: makes non-semantic negatives of the first view, or reads them, or None.
         batch_size: images of one step of all devices together, before accumulation.
         num_workers: processes that decode; a data set in memory needs none.
         seed: of order, views and negatives.
@@ -102,7 +108,7 @@ class DataModule(pl.LightningDataModule):
         self,
         dataset: Dataset,
         augmentation: Augmentation,
-        negatives: Negatives | None,
+        negatives: Negatives | CachedNegatives | None,
         *,
         batch_size: PositiveInt,
         num_workers: NonNegativeInt,
@@ -114,7 +120,11 @@ class DataModule(pl.LightningDataModule):
         self.batch_size, self.num_workers, self.seed = batch_size, num_workers, seed
         self.format = torch.channels_last if channels_last else torch.contiguous_format
         self._training: _TrainLoader | None = None
-        self._resident: Tensor | None = None
+        self._resident: dict[str, Tensor] = {}
+        self._textures: Split | None = None
+        if isinstance(negatives, CachedNegatives):
+            self._textures = negatives.open(dataset)
+            self._first_view = replace(augmentation, views=augmentation.views[:1])
         self._labels = dataset.train.labels
 
     def train_dataloader(self) -> "_TrainLoader":
@@ -138,7 +148,8 @@ class DataModule(pl.LightningDataModule):
         train = self.dataset.train
         source: TorchDataset[Any] = _Indices()
         if isinstance(train, FileSplit):
-            source = _Crops(train, self.augmentation, self.seed, self.dataset.image_size)
+            textures = self._textures if isinstance(self._textures, FileSplit) else None
+            source = _Crops(train, textures, self.augmentation, self.seed, self.dataset.image_size)
         batches = EpochBatches(len(train), self.batch_size, self.seed, trainer.global_rank, trainer.world_size)
         workers = self.num_workers if isinstance(train, FileSplit) else 0
         loader = DataLoader(
@@ -168,10 +179,29 @@ class DataModule(pl.LightningDataModule):
     def views(self, batch: Batch) -> Views:
         """The views of a batch, on the device of its index."""
         data, index = self.dataset, batch.positions
-        images = self._images(index) if batch.images is None else batch.images
-        views = self.augmentation(
-            images if batch.crops is None else batch.crops,
-            index,
+        images = self._images("train", data.train, index) if batch.images is None else batch.images
+        views = self._augmented(self.augmentation, images if batch.crops is None else batch.crops, batch)
+        negatives, of = None, self.negatives
+        if of is not None:
+            if isinstance(of, CachedNegatives):
+                textures = batch.textures
+                source = self._images("textures", self._textures, index) if textures is None else [textures]
+                rows = self._augmented(self._first_view, source, batch)[0][:, None]
+            else:
+                rows = of(views[0], keys(self.seed, batch.epoch, index, NEGATIVES))
+            rows = self._laid_out(rows.flatten(0, 1)).view_as(rows)
+            negatives = NonSemantic(rows, of.alpha, of.repulsion, of.alpha_mode, of.alpha_schedule)
+        whole = normalise(images, data.mean, data.std)
+        self._labels = self._labels.to(index.device)
+        return Views(
+            self._laid_out(whole), [self._laid_out(view) for view in views], index, self._labels[index], negatives
+        )
+
+    def _augmented(self, augmentation: Augmentation, images: Tensor | Sequence[Tensor], batch: Batch) -> list[Tensor]:
+        data = self.dataset
+        return augmentation(
+            images,
+            batch.positions,
             seed=self.seed,
             epoch=batch.epoch,
             size=data.image_size,
@@ -179,22 +209,12 @@ class DataModule(pl.LightningDataModule):
             std=data.std,
             cropped=batch.crops is not None,
         )
-        negatives = None
-        if self.negatives is not None:
-            rows = self.negatives(views[0], keys(self.seed, batch.epoch, index, NEGATIVES))
-            rows = self._laid_out(rows.flatten(0, 1)).view_as(rows)
-            negatives = NonSemantic(rows, self.negatives.alpha, self.negatives.repulsion)
-        whole = normalise(images, data.mean, data.std)
-        self._labels = self._labels.to(index.device)
-        return Views(
-            self._laid_out(whole), [self._laid_out(view) for view in views], index, self._labels[index], negatives
-        )
 
-    def _images(self, index: Tensor) -> Tensor:
-        if self._resident is None or self._resident.device != index.device:
-            assert isinstance(self.dataset.train, ArraySplit)
-            self._resident = self.dataset.train.images.to(index.device)
-        return self._resident[index]
+    def _images(self, name: str, split: Split | None, index: Tensor) -> Tensor:
+        if name not in self._resident or self._resident[name].device != index.device:
+            assert isinstance(split, ArraySplit)
+            self._resident[name] = split.images.to(index.device)
+        return self._resident[name][index]
 
     def _laid_out(self, images: Tensor) -> Tensor:
         return images.contiguous(memory_format=self.format)
@@ -241,26 +261,45 @@ class _Indices(TorchDataset[Batch]):
 
 
 class _Crops(TorchDataset[Any]):
-    """Decodes the images of a batch and cuts their views, in a worker."""
+    """Decodes the images of a batch and cuts their views, in a worker; and their textures, as the first view."""
 
-    def __init__(self, split: FileSplit, augmentation: Augmentation, seed: int, size: int) -> None:
-        self.split, self.augmentation, self.seed = split, augmentation, seed
+    def __init__(
+        self, split: FileSplit, textures: FileSplit | None, augmentation: Augmentation, seed: int, size: int
+    ) -> None:
+        self.split, self.textures, self.augmentation, self.seed = split, textures, augmentation, seed
         self.sizes = [recipe.size or size for recipe in augmentation.recipes]
 
     def __getitem__(self, batch: Batch) -> Batch | UserError:
         """The batch with its pixels; an error goes back as a value, as a worker would wrap it in its traceback."""
         images: list[Tensor] = []
         crops: list[list[Tensor]] = [[] for _ in self.sizes]
+        textures: list[Tensor] = []
         positions = batch.positions
         try:
             for part in (positions[k : k + _DECODED] for k in range(0, len(positions), _DECODED)):
                 decoded = [self.split.image(i) for i in part.tolist()]
                 images += [self.split.square(image) for image in decoded]
-                shape = torch.tensor([image.shape[1:] for image in decoded])
-                boxes = self.augmentation.crop_parameters(part, *shape.T, seed=self.seed, epoch=batch.epoch)
-                for view, size in enumerate(self.sizes):
-                    for image, box in zip(decoded, boxes[view].tolist(), strict=True):
-                        crops[view].append(F.resized_crop(image, *box, [size, size], antialias=True))
+                for view, cut in enumerate(self._cut(decoded, part, batch.epoch, self.sizes)):
+                    crops[view] += cut
+                if self.textures is not None:
+                    decoded = [self.textures.image(i) for i in part.tolist()]
+                    textures += self._cut(decoded, part, batch.epoch, self.sizes[:1])[0]
         except UserError as error:
             return error
-        return batch._replace(images=torch.stack(images), crops=[torch.stack(view) for view in crops])
+        return batch._replace(
+            images=torch.stack(images),
+            crops=[torch.stack(view) for view in crops],
+            textures=torch.stack(textures) if textures else None,
+        )
+
+    def _cut(self, decoded: list[Tensor], index: Tensor, epoch: int, sizes: Sequence[int]) -> list[list[Tensor]]:
+        """The crops of the first views, of those sizes."""
+        shape = torch.tensor([image.shape[1:] for image in decoded])
+        boxes = self.augmentation.crop_parameters(index, *shape.T, seed=self.seed, epoch=epoch)
+        return [
+            [
+                F.resized_crop(image, *box, [size, size], antialias=True)
+                for image, box in zip(decoded, of_view.tolist(), strict=True)
+            ]
+            for size, of_view in zip(sizes, boxes, strict=False)
+        ]

@@ -31,6 +31,8 @@ class ArraySplit:
     """(N,) int64."""
     masks: Tensor | None = None
     """(N, S, S) bool, true on the object; None where the data set has none."""
+    files: Sequence[str] | None = None
+    """Where each image was read from, if it had a file of its own."""
 
     def __len__(self) -> int:
         return len(self.labels)

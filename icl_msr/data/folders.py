@@ -89,7 +89,7 @@ class FileSplit:
         masks = None
         if self.region == "full" and (self.boxes is not None or self.mask_files is not None):
             masks = stack(self._square_mask, len(self), "Reading masks")
-        return ArraySplit(images, self.labels, masks)
+        return ArraySplit(images, self.labels, masks, self.files)
 
     def _square_mask(self, i: int) -> Tensor:
         mask = self.mask(i, read_image(Path(self.files[i]), self.files[i]))

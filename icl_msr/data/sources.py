@@ -91,15 +91,20 @@ def stack(load: Callable[[int], Tensor], count: int, doing: str) -> Tensor:
         return min(_CHUNK, count - start)
 
     began = time.monotonic()
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), _Rate(), TimeRemainingColumn())
-    bar = Progress(*columns, console=Console(stderr=True), transient=True)
+    bar = progress_bar()
     task = bar.add_task(doing, total=count)
-    with ThreadPoolExecutor(_cores()) as pool, ExitStack() as shown:
+    with ThreadPoolExecutor(cores()) as pool, ExitStack() as shown:
         for done in pool.map(fill, range(0, count, _CHUNK)):
             bar.update(task, advance=done)
             if not bar.live.is_started and time.monotonic() - began > 2:
                 shown.enter_context(bar)
     return result
+
+
+def progress_bar() -> Progress:
+    """Of images: how many are done, how many a second, and the time left."""
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), _Rate(), TimeRemainingColumn())
+    return Progress(*columns, console=Console(stderr=True), transient=True)
 
 
 def statistics(images: Tensor) -> tuple[tuple[float, float, float], tuple[float, float, float]]:
@@ -145,7 +150,8 @@ class _Rate(ProgressColumn):
         return Text(f"{task.speed or 0:,.0f} images/s")
 
 
-def _cores() -> int:
+def cores() -> int:
+    """Those that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 

@@ -2,7 +2,8 @@
 
 Embeddings need not be normalised; the functions normalise them and compute in (at least) fp32. Non-semantic negatives
 follow Ge et al. 2021 (NeurIPS), section 3: they are compared with their own image only, and alpha multiplies their
-similarity inside the exponent. Means are over the local anchors.
+similarity inside the exponent, as in their code, or their exponential (`NonSemantic.alpha_mode`). Means are over the
+local anchors.
 """
 
 import math
@@ -117,10 +118,13 @@ def with_non_semantic(against: Tensor, anchors: Tensor, temperature: float, nega
     """Adds what an image's own m negatives say against its anchors: (V N,) to (V N,), V views one after the other."""
     if negatives is None:
         return against
+    weight, factor = (negatives.alpha, 1.0) if negatives.alpha_mode == "weight" else (1.0, negatives.alpha)
+    if weight == 0:
+        return against
     rows = unit(negatives.rows)
     views = anchors.reshape(-1, len(rows), rows.shape[-1])
     cosines = torch.einsum("vnd,nmd->vnm", views, rows).flatten(0, 1)
-    return torch.logaddexp(against, torch.logsumexp(negatives.alpha * cosines / temperature, dim=1))
+    return torch.logaddexp(against, torch.logsumexp(factor * cosines / temperature, dim=1) + math.log(weight))
 
 
 def two_view_log_odds(

@@ -12,7 +12,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from icl_msr.report import plots, words
 from icl_msr.report.plots import Dot, Plot, Series
-from icl_msr.report.runs import Accuracy, Curve, Gap, Results, Run, flatten
+from icl_msr.report.runs import Accuracy, Curve, Gap, Look, Results, Run, flatten
 from icl_msr.report.summary import (
     CONDITIONS,
     GAIN,
@@ -60,6 +60,7 @@ def run_page(run: Run) -> str:
             run=run,
             results=results,
             answer=words.answer(results),
+            warning=words.faint_meta_signal(run.curves, run.config.get("regularizer") or {}),
             tiles=_tiles(results),
             splits=splits,
             images={a.split: a.n for a in results.accuracies},
@@ -69,6 +70,9 @@ def run_page(run: Run) -> str:
             gaps=_gap_rows(results),
             gap_columns=_gap_columns(results),
             curve_plots=_curve_plots(run.curves),
+            look=results.strata,
+            look_said=words.strata(results.strata) if results.strata else [],
+            look_plot=_look_plot(results.strata) if results.strata else None,
             pictures=[(picture.file.stem, picture.caption, _png(picture.file)) for picture in run.pictures],
             settings=_settings_cards(run),
             facts=_facts(results),
@@ -130,6 +134,7 @@ def _environment() -> Environment:
         "readable": words.readable,
         "duration": words.duration,
         "fitted": words.fitted,
+        "stratum": _stratum,
         "signed": _signed,
     }
     environment.globals["interval"] = words.interval
@@ -236,6 +241,7 @@ def _curve_plots(curves: dict[str, Curve]) -> list[Plot]:
         }
 
     norms = {name: curve for name, curve in curves.items() if name.endswith("grad_norm") and min(curve.values) > 0}
+    alone = [(name, curve) for name, curve in curves.items() if name.startswith("msr/loss_")]
     panels = [
         ("Loss and its parts", chosen("loss", "loss/"), False, "", False),
         (
@@ -253,11 +259,42 @@ def _curve_plots(curves: dict[str, Curve]) -> list[Plot]:
             False,
         ),
         ("Uniformity of the channel weights", chosen("msr/uniformity"), False, "", False),
+        (
+            "The strata",
+            chosen("msr/entropy", "msr/overlap", "msr/variation"),
+            False,
+            "Entropy of the squared weights over channels (1: uniform), mean cosine of two strata (0: disjoint), "
+            "and how much they change from image to image (0: not at all).",
+            True,
+        ),
+        (
+            "L_msr with one stratum alone",
+            {f"a_{name.removeprefix('msr/loss_')}": curve for name, curve in alone},
+            False,
+            "",
+            False,
+        ),
         ("Embedding standard deviation", chosen("embedding_std"), False, "Near zero is collapse.", True),
         ("Learning rate", chosen("lr"), False, "", True),
         ("Images per second", chosen("images_per_second"), False, "", True),
     ]
     return [plots.lines(title, found, log, note, zero) for title, found, log, note, zero in panels if found]
+
+
+def _look_plot(look: Look) -> Plot:
+    cells = [Dot(100 * share.excess, 100 * share.excess_low, 100 * share.excess_high) for share in look.shares]
+    return plots.dots(
+        "Activation on the object, because of it",
+        [_stratum(share.stratum) for share in look.shares],
+        [Series("trained", cells, 0)],
+        "points",
+        0.0,
+        note="Bars are 95 % intervals over images. On the dashed line a map does not see the object.",
+    )
+
+
+def _stratum(name: str) -> str:
+    return f"stratum {name}" if name.isdigit() else name
 
 
 def _settings_cards(run: Run) -> list[tuple[str, str, list[tuple[str, Any]]]]:

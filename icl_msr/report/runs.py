@@ -41,6 +41,42 @@ class Gap(BaseModel):
     high: float | None = None
 
 
+class Share(BaseModel):
+    """The share of one stratum's map on the object, as a fraction, with its 95 % interval over images.
+
+    `by_place`: what a map that does not see the object would have there; `excess`: the rest, with its interval.
+    """
+
+    stratum: str
+    share: float
+    low: float
+    high: float
+    by_place: float
+    excess: float
+    excess_low: float
+    excess_high: float
+
+
+class Difference(BaseModel):
+    """How much the strata that differ most on half of the images differ on the other half, with its interval."""
+
+    more: str
+    less: str
+    points: float
+    low: float
+    high: float
+
+
+class Look(BaseModel):
+    """Where the strata look, on n images of a split whose objects cover `area` of them on average."""
+
+    split: str
+    n: int
+    area: float
+    shares: list[Share]
+    difference: Difference | None = None
+
+
 class Results(BaseModel):
     """`results.json`. What a page can do without may be missing."""
 
@@ -62,6 +98,7 @@ class Results(BaseModel):
     accuracies: list[Accuracy] = []
     gaps: list[Gap] = []
     probes: list[dict[str, Any]] = []
+    strata: Look | None = None
 
 
 class Curve(NamedTuple):

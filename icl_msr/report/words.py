@@ -1,9 +1,10 @@
 """Numbers said in words."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from statistics import median
 from typing import Any
 
-from icl_msr.report.runs import Accuracy, Gap, Results
+from icl_msr.report.runs import Accuracy, Curve, Gap, Look, Results, Share
 from icl_msr.report.summary import Configuration, Metric, headline, main_classifiers
 
 GAPS = {
@@ -142,6 +143,73 @@ def _decodable(results: Results, classifier: str) -> list[str]:
         + (f" (95 % interval {bounds})" if bounds else "")
         + (f", against {percent(untrained.top1)} for the untrained encoder." if untrained else ".")
     ]
+
+
+CLEARLY = 0.1
+"""Of the object's area: how far the whole interval must be from a map that does not see the object."""
+
+
+def strata(look: Look) -> list[str]:
+    """Whether a stratum looks at the background only, and whether strata differ: sentences."""
+    named = [share for share in look.shares if share.stratum.isdigit()]
+    outside = [share for share in named if share.excess_high < -CLEARLY * look.area]
+    inside = [share for share in named if share.excess_low > CLEARLY * look.area]
+    if outside:
+        least = min(outside, key=lambda share: share.excess)
+        first = (
+            f"{_these(outside).capitalize()} clearly less activation on the object than a map that does not see it: "
+            f"stratum {least.stratum} has {percent(least.share)} instead of {percent(least.by_place)}"
+        )
+    else:
+        first = "No stratum avoids the object: none has clearly less activation there than a map that does not see it"
+    first += f"; {_these(inside)} clearly more." if inside else ", and none has clearly more."
+    gap = look.difference
+    if gap is None:
+        return [first]
+    apart = f"{points(100 * gap.points)} points (95 % interval {interval(gap.low, gap.high, 100)})"
+    if gap.low <= CLEARLY * look.area:
+        return [first, f"All strata look at about the same place: the two that differ most are {apart} apart."]
+    return [first, f"They differ: stratum {gap.more} has more of it on the object than stratum {gap.less}: {apart}."]
+
+
+def _these(shares: Sequence[Share]) -> str:
+    names = [share.stratum for share in shares]
+    if len(names) == 1:
+        return f"stratum {names[0]} has"
+    return f"strata {', '.join(names[:-1])} and {names[-1]} have"
+
+
+FAINT = 0.01
+"""Of the uniformity gradient: below this, f_msr learns from uniformity alone."""
+
+
+def faint_meta_signal(curves: Mapping[str, Curve], regularizer: Mapping[str, Any]) -> str:
+    """What is wrong with a run in which the meta gradient was too small to matter, and what to type; else empty.
+
+    Args:
+        curves: the run's log.
+        regularizer: its config.
+    """
+    meta, spread = (curves.get(f"msr/{part}_grad_norm") for part in ("meta", "uniformity"))
+    if meta is None or spread is None:
+        return ""
+    at = dict(zip(spread.steps, spread.values, strict=True))
+    ratios = [value / at[step] for step, value in zip(*meta, strict=True) if at.get(step)]
+    if not ratios or median(ratios) >= FAINT:
+        return ""
+    cure = "a smaller regularizer.gamma"
+    if regularizer.get("weights") == "joint":
+        cure = f"a larger regularizer.lam or {cure}"
+    elif regularizer.get("alpha") == "lr":
+        cure = "regularizer.alpha=relative"
+    elif "relative_step" in regularizer:
+        step = regularizer["relative_step"]
+        cure = f"a larger regularizer.relative_step (it was {step:g}; try {10 * step:g}) or {cure}"
+    share = f"{100 * median(ratios):.2g} %"
+    return (
+        f"The meta gradient was {share} of the uniformity gradient (median of {len(ratios)} logged steps), "
+        f"so f_msr learnt from uniformity alone; type {cure}."
+    )
 
 
 def readable(value: Any) -> str:

@@ -125,6 +125,7 @@ def test_batches_that_cannot_be_are_refused():
 def test_views_have_their_shapes_and_the_images_are_untouched(resident):
     class Negatives:
         alpha, repulsion = 2.0, 0.25
+        alpha_mode, alpha_schedule = "weight", "linear"
 
         def __call__(self, query, keys):
             assert keys.dtype == torch.int64
@@ -138,6 +139,7 @@ def test_views_have_their_shapes_and_the_images_are_untouched(resident):
     assert torch.equal(views.negatives.rows[:, 2], views.views[0])
     assert views.negatives.rows.flatten(0, 1).is_contiguous(memory_format=torch.channels_last)
     assert (views.negatives.alpha, views.negatives.repulsion) == (2.0, 0.25)
+    assert (views.negatives.alpha_mode, views.negatives.alpha_schedule) == ("weight", "linear")
     assert views.labels.tolist() == [1, 1, 1]
     assert module(resident).views(Batch(0, torch.tensor([5, 1, 7]))).negatives is None
 

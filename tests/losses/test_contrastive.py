@@ -1,6 +1,8 @@
 """Against lightly, against the papers' formulas written out slowly, and against the finite-difference gradient."""
 
 import math
+from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
@@ -21,9 +23,10 @@ from icl_msr.losses.contrastive import (
     nt_xent,
     unit,
     von_mises_fisher_weights,
+    with_non_semantic,
 )
 from icl_msr.losses.regression import repulsion, squared_distance
-from icl_msr.views import NonSemantic
+from icl_msr.views import AlphaMode, AlphaSchedule, NonSemantic
 
 
 def random(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:
@@ -217,7 +220,61 @@ def test_alpha_is_inside_the_exponent() -> None:
     torch.testing.assert_close(*losses)
 
 
-@pytest.mark.parametrize("negatives", [None, NEGATIVES])
+WEIGHTED = replace(NEGATIVES, alpha_mode="weight")
+WITH_NEGATIVES = {
+    "nt_xent": lambda negatives: nt_xent(A, B, 0.3, negatives),
+    "info_nce": lambda negatives: info_nce(A, B, BANK, 0.3, negatives),
+    "in_batch_nce": lambda negatives: in_batch_nce(A, B, 0.3, negatives),
+    "neighbour_nce": lambda negatives: neighbour_nce(B, A, 0.3, negatives),
+    "decoupled": lambda negatives: decoupled(A, B, 0.3, None, negatives),
+    "debiased": lambda negatives: debiased(A, B, 0.3, 0.1, negatives),
+}
+
+
+@pytest.mark.parametrize("loss", WITH_NEGATIVES.values(), ids=WITH_NEGATIVES)
+def test_alpha_as_a_weight(loss: Callable[[NonSemantic | None], Tensor]) -> None:
+    """A weight of 3 is three copies; of 1, the same as an exponent of 1; of 0, no negatives."""
+    copies = NonSemantic(ROWS.repeat(1, 3, 1), alpha=1.0, repulsion=0.25)
+    torch.testing.assert_close(loss(replace(WEIGHTED, alpha=3.0)), loss(copies))
+    torch.testing.assert_close(loss(replace(WEIGHTED, alpha=1.0)), loss(replace(NEGATIVES, alpha=1.0)))
+    assert torch.equal(loss(replace(WEIGHTED, alpha=0.0)), loss(None))
+    assert not torch.isclose(loss(WEIGHTED), loss(NEGATIVES), rtol=1e-4)
+
+
+def test_alpha_as_a_weight_follows_the_formula() -> None:
+    terms = []
+    for i in range(7):
+        q, positive = unit(A)[i], torch.exp(unit(A)[i] @ unit(B)[i] / 0.2)
+        denominator = positive + sum(torch.exp(q @ k / 0.2) for k in unit(BANK))
+        denominator += sum(2.0 * torch.exp(q @ t / 0.2) for t in unit(ROWS)[i])
+        terms.append(-torch.log(positive / denominator))
+    torch.testing.assert_close(info_nce(A, B, BANK, 0.2, WEIGHTED), torch.stack(terms).mean())
+
+
+@pytest.mark.parametrize(("schedule", "quarter"), [("constant", 1), ("linear", 0.25), ("cosine", 0.5 - 0.125**0.5)])
+def test_alpha_rises_with_progress(schedule: AlphaSchedule, quarter: float) -> None:
+    negatives = replace(NEGATIVES, alpha_schedule=schedule, alpha_mode="weight")
+    for progress, share in ((0.0, float(schedule == "constant")), (0.25, quarter), (1.0, 1)):
+        now = negatives.at(progress)
+        assert (now.alpha, now.repulsion) == pytest.approx((2.0 * share, 0.25 * share))
+        assert now.rows is ROWS
+        assert now.alpha_mode == "weight"
+        assert now.at(0.5).alpha == now.alpha  # what holds at a step is never scaled again
+
+
+@pytest.mark.parametrize("mode", ["exponent", "weight"])
+def test_alpha_zero_repels_nothing(mode: AlphaMode) -> None:
+    """So a schedule may begin at 0 in both modes."""
+    a = A.clone().requires_grad_()
+    for negatives in (None, replace(NEGATIVES, alpha=0.0, alpha_mode=mode)):
+        (gradient,) = torch.autograd.grad(with_non_semantic(unit(a) @ unit(B)[0], unit(a), 0.2, negatives).sum(), a)
+        share = 1.0 if negatives is None or mode == "weight" else (unit(A) @ unit(B)[0]).exp()
+        share = share if isinstance(share, float) else (share / (share + 3))[:, None]
+        plain = torch.autograd.grad((unit(a) @ unit(B)[0]).sum(), a)[0]
+        torch.testing.assert_close(gradient, share * plain)
+
+
+@pytest.mark.parametrize("negatives", [None, NEGATIVES, WEIGHTED])
 def test_gradients(negatives: NonSemantic | None) -> None:
     a, b = A.clone().requires_grad_(), B.clone().requires_grad_()
     assert torch.autograd.gradcheck(lambda x, y: nt_xent(x, y, 0.5, negatives), (a, b))

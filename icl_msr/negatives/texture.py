@@ -1,0 +1,246 @@
+"""Texture negatives: a texture synthesised from two pieces of an image (Ge et al. 2021, section 3), by image quilting.
+
+Efros and Freeman. Image Quilting for Texture Synthesis and Transfer. SIGGRAPH 2001.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from pydantic import NonNegativeFloat, PositiveFloat, PositiveInt
+from torch import Tensor
+
+from icl_msr.errors import UserError
+from icl_msr.randomness import integers
+from icl_msr.views import AlphaMode, AlphaSchedule
+
+_PIXELS = 2**20
+"""Pixels that a CPU works on at a time, so that its candidates stay near its cache."""
+
+
+class TextureNegatives:
+    """Sews blocks of two examples together: the centre of the image and a piece of it from a uniform position.
+
+    Blocks are laid from left to right and from the top down, each over the edges of its neighbours. Out of
+    `candidates` random blocks of both examples it is a random one of those whose difference from the edges, a sum of
+    squares, is at most 1 + `tolerance` times the smallest; and it is cut out along the path of least difference.
+
+    The paper's textures come from another program, offline, and from the raw image; see `icl_msr.textures` for that.
+    Sizes are given for images of side `reference` and scale with the actual one.
+    """
+
+    def __init__(
+        self,
+        *,
+        count: PositiveInt,
+        example: PositiveInt,
+        block: PositiveInt,
+        overlap: PositiveInt,
+        reference: PositiveInt,
+        candidates: PositiveInt,
+        tolerance: NonNegativeFloat,
+        alpha: PositiveFloat,
+        alpha_mode: AlphaMode,
+        alpha_schedule: AlphaSchedule,
+        repulsion: NonNegativeFloat,
+    ) -> None:
+        if not 2 * overlap <= block <= example <= reference:
+            raise UserError(
+                f"blocks of {block} pixels with edges of {overlap} from examples of {example} do not fit: choose "
+                f"2 negatives.overlap <= negatives.block <= negatives.example <= negatives.reference, which is "
+                f"{reference}."
+            )
+        self.count = count
+        self.example, self.block, self.overlap, self.reference = example, block, overlap, reference
+        self.candidates, self.tolerance = candidates, tolerance
+        # What the losses read; see `icl_msr.views.NonSemantic`.
+        self.alpha, self.alpha_mode, self.alpha_schedule = alpha, alpha_mode, alpha_schedule
+        self.repulsion = repulsion
+
+    def sizes(self, side: int) -> tuple[int, int, int]:
+        """Sides of example, block and overlap, in pixels, for images whose shorter side is `side`."""
+        example, block, overlap = (round(s * side / self.reference) for s in (self.example, self.block, self.overlap))
+        example = min(max(example, 2), side)
+        block = min(max(block, 4), example)
+        return example, block, min(max(overlap, 2), block // 2)
+
+    def __call__(self, query: Tensor, keys: Tensor) -> Tensor:
+        """m negatives (N, m, C, H, W) of each image.
+
+        Args:
+            query: (N, C, H, W) of any dtype, usually the first view, augmented and normalised; H and W at least 2.
+            keys: int64 (N,), from `icl_msr.randomness.keys`, on the device of the images.
+        """
+        height, width = query.shape[2:]
+        examples = self.examples(query, keys, self.sizes(min(height, width))[0])
+        return self.quilt(examples, keys, height, width)
+
+    def examples(self, images: Tensor, keys: Tensor, side: int) -> Tensor:
+        """The centre and m pieces from uniform positions: (N, 1 + m, C, side, side).
+
+        Args:
+            images: (N, C, H, W), neither H nor W less than `side`.
+            keys: int64 (N,).
+            side: in pixels.
+        """
+        height, width = images.shape[2:]
+        numbers = integers(keys, self.count)
+        top = (numbers >> 16) * (height - side + 1) >> 16
+        left = (numbers & 0xFFFF) * (width - side + 1) >> 16
+        top = F.pad(top, (1, 0), value=(height - side) // 2)
+        left = F.pad(left, (1, 0), value=(width - side) // 2)
+        line = torch.arange(side, device=images.device)
+        row, column = top[..., None] + line, left[..., None] + line
+        image = torch.arange(len(images), device=images.device)[:, None, None, None]
+        return images.movedim(1, 3)[image, row[..., :, None], column[..., None, :]].movedim(4, 2)
+
+    @torch.no_grad()
+    def quilt(self, examples: Tensor, keys: Tensor, height: int, width: int) -> Tensor:
+        """Textures (N, m, C, height, width) from examples (N, 1 + m, C, p, p); each is made of the first and its own.
+
+        Args:
+            examples: see `examples`.
+            keys: int64 (N,).
+            height, width: of the textures, in pixels.
+        """
+        n, _, c, side, _ = examples.shape
+        _, block, overlap = self.sizes(min(height, width))
+        plan = _Plan(height, width, min(block, side), min(overlap, side // 2), c)
+        places = 2 * (side - plan.block + 1) ** 2
+        pairs = torch.stack([examples[:, :1].expand(-1, self.count, -1, -1, -1), examples[:, 1:]], 2).flatten(0, 1)
+        slots = plan.down * plan.across + len(plan) * self.candidates
+        numbers = integers(keys, self.count * slots, first=self.count).view(n * self.count, slots)
+        choices, drawn = numbers[:, : plan.down * plan.across], numbers[:, plan.down * plan.across :]
+        drawn = (drawn * places >> 32).view(-1, len(plan), self.candidates)
+        textures = examples.new_empty(n * self.count, c, height, width)
+        step = max(1, _PIXELS // (height * width)) if examples.device.type == "cpu" else len(pairs)
+        with torch.autocast(examples.device.type, enabled=False):
+            for k in range(0, len(pairs), step):
+                part = slice(k, k + step)
+                sewn = _sew(plan, pairs[part].float(), choices[part], drawn[part], self.tolerance)
+                textures[part] = sewn[:, :height, :width].movedim(3, 1)
+        return textures.view(n, self.count, c, height, width)
+
+
+@dataclass
+class _Plan:
+    """Where the blocks lie, and in which order: wave by wave.
+
+    A block needs its left neighbour and the three above it. So the blocks (row, column) with column + 2 row = t can be
+    laid at the same time, after those of smaller t, with the same result as one after the other. In memory the blocks
+    of a wave are evenly spaced, so that they are a strided view of the canvas, to read and to write.
+    """
+
+    height: int
+    width: int
+    block: int
+    overlap: int
+    channels: int
+
+    def __post_init__(self) -> None:
+        self.step = self.block - self.overlap
+        self.down, self.across = (max(1, -(-(s - self.overlap) // self.step)) for s in (self.height, self.width))
+
+    def __len__(self) -> int:
+        """Waves."""
+        return self.across + 2 * (self.down - 1)
+
+    def canvas(self) -> tuple[int, int]:
+        """Height and width that the blocks cover."""
+        return self.overlap + self.step * self.down, self.overlap + self.step * self.across
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        """The blocks (row, column) of each wave, from the top right to the bottom left."""
+        for t in range(len(self)):
+            rows = range(max(0, -(-(t - self.across + 1) // 2)), min(self.down - 1, t // 2) + 1)
+            yield [(row, t - 2 * row) for row in rows]
+
+    def blocks(self, canvas: Tensor, wave: list[tuple[int, int]]) -> Tensor:
+        """The blocks of a wave as a view (B, n, block, block, channels) of a contiguous canvas (B, h, w, channels)."""
+        (row, column), (_, width, channels) = wave[0], canvas.shape[1:]
+        line = width * channels
+        strides = (canvas.stride(0), self.step * (line - 2 * channels), line, channels, 1)
+        shape = (len(canvas), len(wave), self.block, self.block, channels)
+        return canvas.as_strided(shape, strides, self.step * (row * line + column * channels))
+
+
+def _sew(plan: _Plan, examples: Tensor, choices: Tensor, places: Tensor, tolerance: float) -> Tensor:
+    """Canvases (B, h, w, C), at least as large as the plan asks.
+
+    Args:
+        plan: where the blocks lie.
+        examples: float (B, 2, C, p, p).
+        choices: int64 (B, blocks), a number below 2^32 for each block, in rows.
+        places: int64 (B, waves, K), where the candidates of a wave come from: an example, a row and a column in one.
+        tolerance: see `TextureNegatives`.
+    """
+    b, o, c = plan.block, plan.overlap, plan.channels
+    count, _, _, side, _ = examples.shape
+    lines = examples.movedim(2, 4).reshape(-1)  # channels last, so that a row of a block is one piece of memory
+    free = side - b + 1
+    corner = (places // free**2 * side + places // free % free) * side + places % free
+    corner += torch.arange(count, device=corner.device)[:, None, None] * 2 * side**2
+    row = torch.arange(b, device=corner.device) * side
+
+    def cut(corner: Tensor, rows: slice, columns: int) -> Tensor:
+        """Rows and first columns of the blocks at these corners: (..., rows, columns * C)."""
+        return lines.unfold(0, columns * c, 1)[(corner[..., None] + row[rows]) * c]
+
+    energy = examples.square().sum(2)
+    parts = (_sums(energy, o, b), _sums(energy, o, o), _sums(energy[:, :, o:], b - o, o))  # above, its corner, beside
+    squares = torch.stack([part[:, :, :free, :free].flatten(1) for part in parts], 1)
+    squares = squares.gather(2, places.flatten(1)[:, None].expand(-1, 3, -1)).view(count, 3, *places.shape[1:])
+
+    canvas = examples.new_zeros(count, *plan.canvas(), c)
+    for t, wave in enumerate(plan):
+        there = plan.blocks(canvas, wave)
+        old = there.clone()  # (B, n, b, b, C), zero where nothing lies yet
+        # The first row of blocks has nothing above it, the first column nothing beside it.
+        k = torch.arange(len(wave), device=canvas.device)
+        above, beside = wave[0][0] + k > 0, wave[0][1] - 2 * k > 0
+        # The squares of the differences are expanded, so that most of the work is a product of matrices.
+        error = torch.stack([above, beside & ~above, beside], 1).float() @ squares[:, :, t]
+        for edge, rows, columns in ((old[:, :, :o], slice(0, o), b), (old[:, :, o:, :o], slice(o, b), o)):
+            edge = edge.flatten(2)
+            error -= 2 * edge @ cut(corner[:, t], rows, columns).flatten(2).mT
+            error += edge.square().sum(2, keepdim=True)
+        number = torch.stack([choices[:, r * plan.across + s] for r, s in wave], 1)
+        new = cut(corner[:, t].gather(1, _choose(error, number, tolerance)), slice(0, b), b).view_as(old)
+        # Two paths of least difference, along the upper and the left edge, cut the blocks out.
+        upper = (new[:, :, :o] - old[:, :, :o]).square().sum(4).mT
+        left = (new[:, :, :, :o] - old[:, :, :, :o]).square().sum(4)
+        path = _least_path(torch.stack([upper, left], 2)) * torch.stack([above, beside], 1)[:, :, None]  # (B, n, 2, b)
+        over, beyond = (torch.arange(b, device=path.device) < path[..., None]).unbind(2)
+        there.copy_(torch.where((over.mT | beyond)[..., None], old, new))
+    return canvas
+
+
+def _sums(energy: Tensor, height: int, width: int) -> Tensor:
+    """Sums over every window of that size: (..., h, w) to (..., h - height + 1, w - width + 1)."""
+    return energy.unfold(-2, height, 1).sum(-1).unfold(-1, width, 1).sum(-1)
+
+
+def _choose(error: Tensor, number: Tensor, tolerance: float) -> Tensor:
+    """A candidate (B, n) for each block, any of the good ones; error (B, n, K), number int64 (B, n) below 2^32."""
+    error = error.clamp(min=0)  # of rounding
+    good = (error <= (1 + tolerance) * error.amin(2, keepdim=True)).cumsum(2)
+    return (good <= number[..., None] * good[..., -1:] >> 32).sum(2)
+
+
+def _least_path(error: Tensor) -> Tensor:
+    """The path from the first row to the last with the least sum: its column in each row, int64 (..., rows).
+
+    From row to row a path moves by at most one column. Error is (..., rows, columns); of equals, the leftmost is taken.
+    """
+    *batch, rows, columns = error.shape
+    gain = -error.view(-1, rows, columns)
+    best, back = gain[:, 0], []
+    for i in range(1, rows):
+        best, before = F.max_pool1d(best, 3, 1, 1, return_indices=True)
+        best = best + gain[:, i]
+        back.append(before)
+    path = [best.argmax(1, keepdim=True)]
+    for before in reversed(back):
+        path.append(before.gather(1, path[-1]))
+    return torch.cat(path[::-1], 1).view(*batch, rows)
