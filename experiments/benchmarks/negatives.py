@@ -39,7 +39,7 @@ def generator(name: str) -> object:
 
 
 def patch_loop(query: Tensor, patch: PatchNegatives) -> Tensor:
-    """The official procedure, image by image: see methods.md 2.1, or Ge et al. 2021, section 3."""
+    """The official procedure, image by image, from its description (Ge et al. 2021, section 3)."""
     side = query.shape[-1]
     low, high = patch.sizes(side)
     results = []
