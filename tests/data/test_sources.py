@@ -55,6 +55,13 @@ def test_sixteen_bits_keep_the_upper_eight():
     assert torch.equal(image[1], torch.from_numpy((values >> 8).astype(np.uint8)))
 
 
+def test_a_flipped_bit_is_found_by_the_checksum():
+    data = bytearray(encoded(Image.fromarray(random_pixels(32, 32, 3)), "PNG"))
+    data[len(data) // 2] ^= 1
+    with pytest.raises(UserError, match=r"cat\.png cannot be read as an image"):
+        read_image(bytes(data), "cat.png")
+
+
 @pytest.mark.parametrize("kind", ["PNG", "JPEG", "BMP"])
 def test_a_truncated_image_is_named(tmp_path, kind):
     path = tmp_path / "cut.img"
