@@ -14,6 +14,9 @@ PAPERS = {
 }
 """Pairs that the papers themselves report; how MSR and the negatives enter the other methods is ours."""
 
+COLUMNS = [("regularizer", "msr"), ("negatives", "patch"), ("negatives", "texture")]
+"""`cached` is as `texture`; `phase` is ours everywhere."""
+
 README = Path(__file__).parents[1] / "README.md"
 BEGIN, END = "<!-- methods: written by experiments/methods_table.py -->", "<!-- end of methods -->"
 
@@ -25,11 +28,9 @@ def choices(group: str) -> list[str]:
 
 def table() -> str:
     """Markdown: a row a method, a column a regularizer or kind of negatives; then why pairs are refused."""
-    columns = [("regularizer", name) for name in choices("regularizer")]
-    columns += [("negatives", name) for name in choices("negatives")]
     reasons: list[str] = []
-    lines = [" | ".join(["| `method=`", "what", *(f"`{group}={name}`" for group, name in columns)]) + " |"]
-    lines.append("|---" * (2 + len(columns)) + "|")
+    lines = [" | ".join(["| `method=`", "what", *(f"`{group}={name}`" for group, name in COLUMNS)]) + " |"]
+    lines.append("|---" * (2 + len(COLUMNS)) + "|")
     with initialize_config_dir(str(config_dir()), version_base="1.3"):
         for method in choices("method"):
             module, _, name = str(compose("config", [f"method={method}"]).method["_target_"]).rpartition(".")
@@ -37,7 +38,7 @@ def table() -> str:
             title = str(importlib.import_module(kind.__module__).__doc__).strip().replace("\n", " ").rstrip(".")
             cells = [
                 "refused" if group in kind.refuses else "paper" if method in PAPERS.get(column, ()) else "ours"
-                for group, column in columns
+                for group, column in COLUMNS
             ]
             lines.append(" | ".join([f"| `{method}`", title, *cells]) + " |")
             reasons += [f"* `{method}` with a `{group}`: {reason}" for group, reason in kind.refuses.items()]
