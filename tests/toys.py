@@ -48,6 +48,7 @@ REGULARIZER: dict[str, Any] = {
     "alpha": "relative",
     "relative_step": 0.05,
     "lr": 1e-2,
+    "uniformity_trains": "head",
     "width": 8,
     "image_size": 8,
     "seed": 0,

@@ -41,7 +41,9 @@ def read_image(source: Path | bytes, name: str) -> Tensor:
     try:
         data = source if isinstance(source, bytes) else source.read_bytes()
         if data.startswith(b"\x89PNG"):
-            Image.open(BytesIO(data)).verify()  # torchvision's decoder takes the process along where a checksum is wrong
+            Image.open(
+                BytesIO(data)
+            ).verify()  # torchvision's decoder takes the process along where a checksum is wrong
         try:
             image: Tensor = decode_image(torch.frombuffer(bytearray(data), dtype=torch.uint8), ImageReadMode.RGB)
         except (RuntimeError, ValueError):

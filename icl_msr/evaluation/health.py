@@ -20,7 +20,7 @@ def feature_std(features: Tensor) -> float:
 
 
 def alignment(first: Tensor, second: Tensor, power: float = 2.0) -> float:
-    """E |f(x) - f(y)|^power of positive pairs (Wang and Isola, ICML 2020), unit features (N, c) each: less is better."""
+    """E |f(x) - f(y)|^power of positive pairs (Wang and Isola, ICML 2020), unit features (N, c); less is better."""
     distances: Tensor = (_unit(first) - _unit(second)).norm(dim=1)
     return float((distances**power).mean())
 

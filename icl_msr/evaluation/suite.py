@@ -4,10 +4,11 @@ It knows nothing of training: encoders and a data set in, plain records out.
 """
 
 import itertools
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields
 from functools import partial
-from typing import Annotated, Any, TypedDict
+from typing import Annotated, Any, Protocol, TypedDict
 
 import numpy as np
 import torch
@@ -18,16 +19,23 @@ from torch import Tensor, nn
 from icl_msr.data.dataset import Dataset, Split
 from icl_msr.evaluation.background import background_gaps
 from icl_msr.evaluation.features import extract
+from icl_msr.evaluation.health import effective_rank, feature_std, spread
 from icl_msr.evaluation.knn import PresetName, knn_scores
 from icl_msr.evaluation.linear import LinearProbe, fit_linear_probe
 from icl_msr.evaluation.metrics import Bootstrap
+from icl_msr.evaluation.scores import confusion, in_top, most_confused, per_class
 
 Fraction = Annotated[float, Field(gt=0, lt=1)]
+
+LARGEST_MATRIX = 32
+"""Classes up to which the whole confusion is in the records; predictions.npz has that of any number."""
+LOOKED_AT = 4096
+"""Images that the health of a representation is measured on, at most."""
 
 
 class _Row(TypedDict):
     encoder: str
-    """`trained` or `untrained`."""
+    """`trained`, the one that is evaluated, or `untrained`."""
     classifier: str
     """`linear` or `knn-<preset>`."""
     fitted_on: str
@@ -35,13 +43,15 @@ class _Row(TypedDict):
 
 
 class Accuracy(_Row):
-    """Top-1 accuracy on one test split, in [0, 1], with its 95 % interval over n images."""
+    """Accuracies on one test split, in [0, 1], top-1 with its 95 % interval over n images."""
 
     split: str
     top1: float
     low: float
     high: float
     n: int
+    top5: float | None
+    """None of five classes or fewer. A class that no neighbour votes for is no answer of kNN."""
 
 
 class Gap(_Row):
@@ -51,6 +61,31 @@ class Gap(_Row):
     points: float
     low: float
     high: float
+
+
+class ByClass(_Row):
+    """Where one classifier is right on a test split, and what it takes for what."""
+
+    split: str
+    accuracies: list[float | None]
+    """In [0, 1], in the order of the classes; None of a class without images."""
+    confused: list[tuple[str, str, int]]
+    """(true class, predicted class, images): the ten largest confusions."""
+    confusion: list[list[int]] | None
+    """Images of each true class (rows) taken for each class (columns); None of more than `LARGEST_MATRIX` classes."""
+
+
+class Health(TypedDict):
+    """How well one encoder uses its space, on n images of a test split; see `evaluation.health`."""
+
+    encoder: str
+    split: str
+    n: int
+    channels: int
+    effective_rank: float | None
+    feature_std: float | None
+    spread: float | None
+    """None where it has no value, as of features that are all zero."""
 
 
 class Choice(TypedDict):
@@ -71,6 +106,14 @@ class Results:
     accuracies: list[Accuracy] = field(default_factory=list)
     gaps: list[Gap] = field(default_factory=list)
     choices: list[Choice] = field(default_factory=list)
+    by_class: list[ByClass] = field(default_factory=list)
+    health: list[Health] = field(default_factory=list)
+    corruptions: list[Any] = field(default_factory=list)
+    """Of `corruptions.CorruptedAccuracy`."""
+    shape: list[Any] = field(default_factory=list)
+    """Of `shape.ShapeBias`."""
+    decodability: list[Any] = field(default_factory=list)
+    """Of `shape.Decodability`."""
     predictions: dict[str, NDArray[np.int64]] = field(default_factory=dict)
     """Predicted classes (n,) under `encoder/classifier/fitted_on/split`, and true ones under `labels/split`: what
     `numpy.savez` takes, for paired comparisons between runs."""
@@ -78,8 +121,42 @@ class Results:
     """float32 (N, c) on the CPU, by encoder and split (`train`, `balanced` and the test splits)."""
 
     def records(self) -> dict[str, Any]:
-        """The plain-data part, ready for JSON: `accuracies`, `gaps` and `probes`."""
-        return {"accuracies": self.accuracies, "gaps": self.gaps, "probes": self.choices}
+        """The plain-data part, ready for JSON."""
+        return {
+            "accuracies": self.accuracies,
+            "gaps": self.gaps,
+            "probes": self.choices,
+            "per_class": self.by_class,
+            "health": self.health,
+            "corruptions": self.corruptions,
+            "shape": self.shape,
+            "decodability": self.decodability,
+        }
+
+    def add(self, other: "Results") -> None:
+        """Puts what another evaluation of the same encoders found behind what is here; a row that is here stays."""
+        for part in fields(self):
+            here, there = getattr(self, part.name), getattr(other, part.name)
+            if isinstance(here, dict):
+                here.update({key: value for key, value in there.items() if key not in here})
+            else:
+                here.extend([row for row in there if row not in here])
+
+
+class Extractor(Protocol):
+    """`features.extract`, or what does the same: (encoder, split) to float32 (N, c) on the CPU."""
+
+    def __call__(
+        self,
+        encoder: nn.Module,
+        split: Split,
+        *,
+        mean: Sequence[float],
+        std: Sequence[float],
+        device: torch.device | str,
+        batch_size: int,
+        label: str = ...,
+    ) -> Tensor: ...
 
 
 class Evaluation:
@@ -119,9 +196,13 @@ class Evaluation:
 
     def names(self, dataset: Dataset) -> list[str]:
         """What will be measured: `classifier/fitted_on/split`."""
-        classifiers = [*(f"knn-{preset}" for preset in self.knn), *(["linear"] if self.linear else [])]
         fitted_on = ["train", *([] if dataset.balanced is None else ["balanced"])]
-        return ["/".join(parts) for parts in itertools.product(classifiers, fitted_on, dataset.tests)]
+        return ["/".join(parts) for parts in itertools.product(self.classifiers, fitted_on, dataset.tests)]
+
+    @property
+    def classifiers(self) -> list[str]:
+        """The names of what is fitted."""
+        return [*(f"knn-{preset}" for preset in self.knn), *(["linear"] if self.linear else [])]
 
     def __call__(
         self,
@@ -131,6 +212,7 @@ class Evaluation:
         device: torch.device | str,
         seed: int,
         untrained_encoder: nn.Module | None = None,
+        extractor: Extractor = extract,
     ) -> Results:
         """Evaluate `encoder`, and `untrained_encoder` if given and asked for; both map images to pooled features.
 
@@ -142,21 +224,41 @@ class Evaluation:
         """
         results = Results()
         results.predictions = {f"labels/{name}": split.labels.cpu().numpy() for name, split in dataset.tests.items()}
-        encoders = {"trained": encoder}
-        if self.untrained and untrained_encoder is not None:
-            encoders["untrained"] = untrained_encoder
-        for name, network in encoders.items():
-            self._evaluate(name, network, dataset, torch.device(device), seed, results)
+        for name, network in both(encoder, untrained_encoder if self.untrained else None).items():
+            self._evaluate(name, network, dataset, torch.device(device), seed, results, extractor)
         return results
 
+    def fit(
+        self, bank: Tensor, labels: Tensor, queries: Tensor, classes: int, seed: int
+    ) -> tuple[dict[str, Tensor], LinearProbe | None]:
+        """Class scores (N, K) of `queries` (N, c) by every classifier fitted to `bank` (M, c), and the probe, if any.
+
+        Images of the bank whose label is negative have none and are left out.
+        """
+        labelled = labels >= 0  # STL-10 trains on unlabelled images too
+        bank, labels = bank[labelled], labels[labelled]
+        votes = knn_scores(bank, labels, queries, self.knn, classes)
+        scores: dict[str, Tensor] = {f"knn-{preset}": values for preset, values in votes.items()}
+        if not self.linear:
+            return scores, None
+        probe = self.fit_probe(bank, labels, classes, seed=seed)
+        return {**scores, "linear": probe(queries)}, probe
+
     def _evaluate(
-        self, name: str, encoder: nn.Module, dataset: Dataset, device: torch.device, seed: int, results: Results
+        self,
+        name: str,
+        encoder: nn.Module,
+        dataset: Dataset,
+        device: torch.device,
+        seed: int,
+        results: Results,
+        extractor: Extractor,
     ) -> None:
         fitting: dict[str, Split] = {"train": dataset.train}
         if dataset.balanced is not None:
             fitting["balanced"] = dataset.balanced
         features = results.features[name] = {
-            split_name: extract(
+            split_name: extractor(
                 encoder,
                 split,
                 mean=dataset.mean,
@@ -167,49 +269,89 @@ class Evaluation:
             )
             for split_name, split in (fitting | dict(dataset.tests)).items()
         }
+        first = next(iter(dataset.tests))
+        results.health.append(health(name, first, features[first].to(device)))
         labels = {split_name: split.labels.cpu() for split_name, split in dataset.tests.items()}
         queries = torch.cat([features[split_name] for split_name in labels]).to(device)
         bootstrap = Bootstrap(self.bootstrap, seed)
 
         for fitted_on, split in fitting.items():
-            scores: dict[str, Tensor] = {}
-            labelled = split.labels.cpu() >= 0  # STL-10 trains on unlabelled images too
-            bank = features[fitted_on][labelled].to(device)
-            bank_labels = split.labels.cpu()[labelled].to(device)
-            classes = len(dataset.classes)
-            for preset, votes in knn_scores(bank, bank_labels, queries, self.knn, classes).items():
-                scores[f"knn-{preset}"] = votes
-            if self.linear:
-                probe = self.fit_probe(bank, bank_labels, classes, seed=seed)
-                scores["linear"] = probe(queries)
-                results.choices.append(_choice(name, fitted_on, probe))
+            bank, bank_labels = features[fitted_on].to(device), split.labels.to(device)
+            scores, probe = self.fit(bank, bank_labels, queries, len(dataset.classes), seed)
+            if probe is not None:
+                results.choices.append(choice(name, fitted_on, probe))
             for classifier, values in scores.items():
                 row = _Row(encoder=name, classifier=classifier, fitted_on=fitted_on)
                 sizes = [len(target) for target in labels.values()]
-                predictions = dict(zip(labels, torch.split(values.argmax(1).cpu(), sizes), strict=True))
-                for split_name, predicted in predictions.items():
-                    results.predictions[f"{name}/{classifier}/{fitted_on}/{split_name}"] = predicted.numpy()
-                self._measure(row, predictions, labels, dataset.chance, bootstrap, results)
+                by_split = dict(zip(labels, torch.split(values.cpu(), sizes), strict=True))
+                self._measure(row, by_split, labels, dataset, bootstrap, results)
 
     @staticmethod
     def _measure(
         row: _Row,
-        predictions: Mapping[str, Tensor],
+        scores: Mapping[str, Tensor],
         labels: Mapping[str, Tensor],
-        chance: float,
+        dataset: Dataset,
         bootstrap: Bootstrap,
         results: Results,
     ) -> None:
-        correct = {split: predicted == labels[split] for split, predicted in predictions.items()}
-        for split, hits in correct.items():
-            top1, low, high = bootstrap.mean(hits)
-            results.accuracies.append(Accuracy(**row, split=split, top1=top1, low=low, high=high, n=len(hits)))
-        for gap, interval in background_gaps(correct, labels, chance, bootstrap).items():
+        correct = {}
+        for split, values in scores.items():
+            predicted = values.argmax(1)
+            correct[split] = predicted == labels[split]
+            results.predictions["/".join([row["encoder"], row["classifier"], row["fitted_on"], split])] = (
+                predicted.numpy()
+            )
+            results.accuracies.append(accuracy(row, split, values, labels[split], bootstrap))
+            results.by_class.append(by_class(row, split, predicted, labels[split], dataset.classes))
+        for gap, interval in background_gaps(correct, labels, dataset.chance, bootstrap).items():
             points, low, high = (100 * value for value in interval)
             results.gaps.append(Gap(**row, gap=gap, points=points, low=low, high=high))
 
 
-def _choice(encoder: str, fitted_on: str, probe: LinearProbe) -> Choice:
+def both(encoder: nn.Module, untrained: nn.Module | None) -> dict[str, nn.Module]:
+    """The encoders by the names that they have in all records."""
+    return {"trained": encoder, **({} if untrained is None else {"untrained": untrained})}
+
+
+def accuracy(row: _Row, split: str, scores: Tensor, labels: Tensor, bootstrap: Bootstrap) -> Accuracy:
+    """Of class `scores` (n, K) on one split with `labels` (n,)."""
+    top1, low, high = bootstrap.mean(scores.argmax(1) == labels)
+    top5 = None
+    if scores.shape[1] > 5:
+        hits = in_top(scores, labels, 5)
+        if row["classifier"].startswith("knn"):
+            hits &= scores.gather(1, labels[:, None])[:, 0] > 0
+        top5 = hits.float().mean().item()
+    return Accuracy(**row, split=split, top1=top1, low=low, high=high, n=len(labels), top5=top5)
+
+
+def by_class(row: _Row, split: str, predicted: Tensor, labels: Tensor, classes: Sequence[str]) -> ByClass:
+    """Of predicted and true classes (n,)."""
+    matrix = confusion(predicted, labels, len(classes))
+    return ByClass(
+        **row,
+        split=split,
+        accuracies=per_class(matrix),
+        confused=[(classes[true], classes[taken], n) for true, taken, n in most_confused(matrix, 10)],
+        confusion=matrix.tolist() if len(classes) <= LARGEST_MATRIX else None,
+    )
+
+
+def health(encoder: str, split: str, features: Tensor) -> Health:
+    """Of features (N, c), up to `LOOKED_AT` of them, spread evenly."""
+    index = torch.linspace(0, len(features) - 1, min(LOOKED_AT, len(features))).round().long()
+    seen = features[index.to(features.device)]
+    measures = [measure(seen) for measure in (effective_rank, feature_std, spread)]
+    rank, std, apart = (value if math.isfinite(value) else None for value in measures)
+    n, channels = seen.shape
+    return Health(
+        encoder=encoder, split=split, n=n, channels=channels, effective_rank=rank, feature_std=std, spread=apart
+    )
+
+
+def choice(encoder: str, fitted_on: str, probe: LinearProbe) -> Choice:
+    """How the learning rate of a probe was chosen."""
     rate = f"{probe.learning_rate:g}"
     note = f"The chosen learning rate {rate} lies at the edge of the grid: widen evaluation.learning_rates."
     return Choice(

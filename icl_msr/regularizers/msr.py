@@ -84,6 +84,7 @@ class MetaSemanticRegularizer(nn.Module):
         alpha: Literal["relative", "lr"],
         relative_step: PositiveFloat,
         lr: PositiveFloat,
+        uniformity_trains: Literal["head", "all"],
         width: Annotated[int, Field(gt=0, multiple_of=8)],
         image_size: PositiveInt,
         seed: int,
@@ -95,6 +96,7 @@ class MetaSemanticRegularizer(nn.Module):
         self.mode, self.difference_step, self.scope = mode, difference_step, scope
         self.schedule, self.every = schedule, every
         self.alpha, self.relative_step = alpha, relative_step
+        self.uniformity_trains = uniformity_trains
         self.network: StrataNetwork | None = None
         self.optimizer: torch.optim.Optimizer | None = None
         if weights == "ones":
@@ -226,9 +228,12 @@ class MetaSemanticRegularizer(nn.Module):
         if self.weights == "meta":
             require_exact(method)
         with meta_pass(method, views.images.device):
-            strata = self.strata(views.images)
-            spread = self.gamma * uniformity(strata, self.u)
-            gradient = average(torch.autograd.grad(spread, phi, retain_graph=self.weights == "joint"))
+            seen = self.network.look(views.images)
+            strata = self.network.assign(seen)
+            # One partition of the channels for all images is an optimum of L_uni: a trunk that follows it goes blind.
+            apart = strata if self.uniformity_trains == "all" else self.network.assign(seen.detach())
+            spread = self.gamma * uniformity(apart, self.u)
+            gradient = average(torch.autograd.grad(spread, phi, retain_graph=True, materialize_grads=True))
             log["uniformity"] = float(average([spread.detach()])[0]) / self.gamma if self.gamma else 0.0
             log["uniformity_grad_norm"] = norm(gradient)
             if self.weights != "uniform_only":

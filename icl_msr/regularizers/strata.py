@@ -17,8 +17,9 @@ from icl_msr.randomness import permutation
 class StrataNetwork(nn.Module):
     """f_msr: un-augmented images to strata.
 
-    "A convolutional network" is all the paper says. Ours: four strided convolutions with GroupNorm, so that A(X)
-    depends on its own image alone, a pool, a linear layer, a sigmoid, and unit length over the channels.
+    "A convolutional network" is all the paper says. Ours: a trunk of four strided convolutions with GroupNorm, a pool
+    and a LayerNorm, so that A(X) depends on its own image alone; a linear layer, a sigmoid, and unit length over the
+    channels.
     """
 
     def __init__(self, channels: int, strata: int, width: int, image_size: int):
@@ -29,14 +30,24 @@ class StrataNetwork(nn.Module):
         for narrow, wide in itertools.pairwise(widths):
             blocks += [nn.Conv2d(narrow, wide, 3, 2, 1, bias=False), nn.GroupNorm(8, wide), nn.ReLU(inplace=True)]
         self.trunk = nn.Sequential(*blocks, nn.AdaptiveAvgPool2d(1), nn.Flatten())
+        self.norm = nn.LayerNorm(widths[-1], elementwise_affine=False)
         self.head = nn.Linear(widths[-1], strata * channels)
 
     def forward(self, images: Tensor) -> Tensor:
         """Normalised images (N, 3, H, W) to A (N, S, c), non-negative and of unit length."""
+        return self.assign(self.look(images))
+
+    def look(self, images: Tensor) -> Tensor:
+        """What the trunk sees: normalised images (N, 3, H, W) to (N, 4 width)."""
         if images.shape[-1] > self.image_size:
             size = (self.image_size, self.image_size)
             images = F.interpolate(images, size=size, mode="bilinear", antialias=True)
-        logits = self.head(self.trunk(images)).reshape(len(images), self.strata, -1)
+        seen: Tensor = self.norm(self.trunk(images))
+        return seen
+
+    def assign(self, seen: Tensor) -> Tensor:
+        """A (N, S, c) from what the trunk sees, (N, 4 width)."""
+        logits = self.head(seen).reshape(len(seen), self.strata, -1)
         return F.normalize(torch.sigmoid(logits.float() if logits.dtype.itemsize < 4 else logits), dim=-1)
 
 

@@ -17,7 +17,7 @@ from icl_msr.methods import Method, Step
 from icl_msr.methods.base import Pair
 from icl_msr.regularizers import MetaSemanticRegularizer
 from icl_msr.regularizers.bilevel import meta_pass, norm, trainable
-from icl_msr.regularizers.strata import random_partition, uniform, uniformity
+from icl_msr.regularizers.strata import diversity, random_partition, uniform, uniformity
 from icl_msr.views import Views
 
 STEP = Step(0, 10, noise=3)
@@ -277,6 +277,22 @@ def test_meta_step_moves_phi_and_nothing_else(method: Method, weights: str) -> N
     assert any(not torch.equal(value, phi[name]) for name, value in state(regularizer).items())
     assert log["uniformity_grad_norm"] > 0
     assert ("meta_grad_norm" in log) == (weights != "uniform_only")
+
+
+def test_uniformity_alone_would_blind_the_trunk() -> None:
+    """Any one partition of the channels is an optimum, whatever the image; the head can learn it without the trunk."""
+    method, images = make_method("simclr"), make_views(n=16, size=16)
+    targets, variation = method.targets(images), {}
+    for part in ("head", "all"):
+        regularizer = make_regularizer(method, weights="uniform_only", uniformity_trains=part, lr=1e-3)
+        assert regularizer.network is not None
+        trunk = state(regularizer.network.trunk)
+        for _ in range(40):
+            regularizer.meta_step(method, images, targets, STEP, None, 0.1)
+        moved = [not torch.equal(value, trunk[name]) for name, value in state(regularizer.network.trunk).items()]
+        assert any(moved) == (part == "all")
+        variation[part] = float(diversity(regularizer.strata(images.images))["variation"])
+    assert variation["head"] > 10 * variation["all"]
 
 
 @pytest.mark.parametrize("weights", ["random", "random_net", "ones"])
