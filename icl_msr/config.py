@@ -108,7 +108,7 @@ def check(config: DictConfig) -> Settings:
     assert isinstance(plain, dict)
     settings = _validated(Settings, {str(key): value for key, value in plain.items()}, "")
     for name, node in settings.groups().items():
-        _check_node(name, node)
+        check_node(name, node)
     return settings
 
 
@@ -152,7 +152,12 @@ def suggestion(wrong: str, known: Iterable[str]) -> str:
     return f"did you mean {' or '.join(near)}?" if near else f"choose one of {', '.join(names)}."
 
 
-def _check_node(group: str, node: Mapping[str, Any]) -> None:
+def check_node(group: str, node: Mapping[str, Any]) -> None:
+    """Holds the keys of a group against what its `_target_` takes.
+
+    Raises:
+        UserError: a key is missing, unknown, or has a value that is not allowed.
+    """
     if "_target_" not in node:
         raise UserError(f"{group} names no _target_; choose one of the group's YAML files, {group}=<name>.")
     keys = {name: value for name, value in node.items() if name != "_target_"}

@@ -25,7 +25,7 @@ class Backbone(nn.Module):
     `net` is a plain torchvision or timm model without its classifier, so its state dict is what other programs load.
     """
 
-    def __init__(self, net: nn.Module, channels: int, load: str, recipe: Mapping[str, Any] | None = None):
+    def __init__(self, net: nn.Module, channels: int, load: str = "", recipe: Mapping[str, Any] | None = None):
         super().__init__()
         self.net = net
         self.channels = channels

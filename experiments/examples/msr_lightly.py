@@ -29,7 +29,7 @@ class LightlySimCLR(Method):
         super().__init__()
         net = torchvision.models.resnet18()
         net.fc = nn.Identity()
-        self.backbone = Backbone(net, channels=512, load="")
+        self.backbone = Backbone(net, channels=512)
         # The meta gradient goes through the head's forward mode, which torch's own BatchNorm gets wrong.
         self.projection_head = global_batch_norm(SimCLRProjectionHead(512, 512, 128))
         self.criterion = NTXentLoss(temperature=0.5)
@@ -55,9 +55,7 @@ def main() -> list[dict[str, float]]:
     regularizer = MetaSemanticRegularizer.with_defaults(model.channels, 0.5, seed=0, every=1)
     optimizer = torch.optim.SGD(model.parameters(), LR, momentum=0.9)
     for index in range(STEPS):
-        x = torch.randn(
-            BATCH, 3, 32, 32
-        )  # (x0, x1), _, _ = batch gives the two views, a plain transform of the image x
+        x = torch.randn(BATCH, 3, 32, 32)  # the plain image; lightly's transforms give the two views of it
         x0, x1 = (x + 0.5 * torch.randn_like(x) for _ in range(2))
         views = Views(x, [x0, x1], index=torch.arange(BATCH), labels=torch.zeros(BATCH, dtype=torch.long))
 

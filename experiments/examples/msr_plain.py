@@ -24,7 +24,7 @@ class Mine(Method):
     def __init__(self) -> None:
         super().__init__()
         layers = (nn.Conv2d(3, 32, 3, 2), nn.BatchNorm2d(32), nn.ReLU(), nn.Conv2d(32, 64, 3, 2), nn.ReLU())
-        self.backbone = Backbone(nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten()), channels=64, load="")
+        self.backbone = Backbone(nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten()), channels=64)
         self.head = mlp(64, 128, 32)
 
     def project(self, features: Sequence[Tensor]) -> list[Tensor]:

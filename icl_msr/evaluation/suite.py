@@ -28,7 +28,7 @@ from icl_msr.evaluation.scores import confusion, in_top, most_confused, per_clas
 Fraction = Annotated[float, Field(gt=0, lt=1)]
 
 LARGEST_MATRIX = 32
-"""Classes up to which the whole confusion is in the records; predictions.npz has that of any number."""
+"""Classes up to which the whole confusion is in the records; that of any number follows from predictions.npz."""
 LOOKED_AT = 4096
 """Images that the health of a representation is measured on, at most."""
 
@@ -156,7 +156,9 @@ class Extractor(Protocol):
         device: torch.device | str,
         batch_size: int,
         label: str = ...,
-    ) -> Tensor: ...
+    ) -> Tensor:
+        """See `features.extract`."""
+        ...
 
 
 class Evaluation:

@@ -27,8 +27,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from icl_msr.batchnorm import GlobalBatchNorm
-from icl_msr.config import _check_node as check_node
-from icl_msr.config import build, config_dir
+from icl_msr.config import build, check_node, config_dir
 from icl_msr.distributed import average, gather, rank
 from icl_msr.errors import UserError
 from icl_msr.losses.contrastive import full_precision, unit
