@@ -6,6 +6,7 @@ import json
 import math
 import os
 import re
+import shutil
 import statistics
 from html.parser import HTMLParser
 from pathlib import Path
@@ -365,6 +366,20 @@ def test_only_what_differs_is_a_column(tmp_path: Path) -> None:
     assert [tuple(label) for label in labels] == [("regularizer", "optimizer.lr")] * 3
     single = summarise([tmp_path / "a"]).configurations[0]
     assert single.labels == {"run": "moco-none-none-confounded"}
+
+
+def test_keys_that_nobody_typed_tell_runs_apart_only_where_nothing_else_does(tmp_path: Path) -> None:
+    for seed, (method, gray) in enumerate((("moco", 0.1), ("cmc", 0.0))):
+        write_run(tmp_path / method, method, "none", 0, augment__gray=gray)
+    assert [c.labels for c in summarise([tmp_path]).configurations] == [{"method": "cmc"}, {"method": "moco"}]
+    write_run(tmp_path / "again", "moco", "none", 0, augment__gray=0.2)
+    labels = [tuple(c.labels.items()) for c in summarise([tmp_path]).configurations]
+    assert (("method", "moco"), ("augment.gray", "0.2")) in labels
+    file = tmp_path / "cmc" / "environment.json"
+    file.write_text(json.dumps({"command": "python -m icl_msr.run method=cmc +augment.gray=0.0"}))
+    shutil.rmtree(tmp_path / "again")
+    labels = [tuple(c.labels) for c in summarise([tmp_path]).configurations]
+    assert labels == [("method", "augment.gray")] * 2
 
 
 def test_same_configuration_and_seed_twice_counts_once(tmp_path: Path) -> None:

@@ -217,7 +217,10 @@ def _identity(run: Run) -> tuple[Any, ...]:
 
 
 def _differing(runs: list[Run]) -> list[str]:
-    """Config groups whose choice differs, then dotted keys that differ between runs of one and the same choice."""
+    """Config groups whose choice differs, then dotted keys that differ between runs of one and the same choice.
+
+    Keys that no command line names follow from the choices, and stay out where the rest tells the runs apart.
+    """
     settings = [_settings(run) for run in runs]
     groups = dict.fromkeys(group for choices, _ in settings for group in choices)
     columns = [group for group in groups if len({choices.get(group) for choices, _ in settings}) > 1]
@@ -228,7 +231,10 @@ def _differing(runs: list[Run]) -> list[str]:
             values.setdefault(choices.get(group), set()).add(keys.get(key))
         if any(len(seen) > 1 for seen in values.values()):
             columns.append(key)
-    return columns
+    typed = {word.partition("=")[0].lstrip("+") for run in runs for word in run.environment.get("command", "").split()}
+    short = [c for c in columns if c in groups or any(f"{c}.".startswith(f"{word}.") for word in typed)]
+    apart = {tuple(_labels(run, short).items()) for run in runs}
+    return short if len(apart) == len(runs) else columns
 
 
 def _labels(run: Run, columns: list[str]) -> dict[str, str]:
