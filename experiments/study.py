@@ -28,7 +28,8 @@ from scipy.stats import t as student
 from icl_msr.report.runs import Run
 from icl_msr.report.summary import measurements
 
-CURVES = ("loss", "loss/contrastive", "online/knn", "msr/meta_grad_norm", "msr/uniformity_grad_norm", "msr/uniformity")
+CURVES = ("loss", "loss/contrastive", "loss/msr", "online/knn", "msr/meta_grad_norm", "msr/uniformity_grad_norm")
+CURVES += ("msr/uniformity", "msr/entropy", "msr/overlap", "msr/variation")
 
 
 def rows(folder: Path, given: dict[str, str]) -> dict[str, dict[str, Any]]:

@@ -369,7 +369,7 @@ def test_only_what_differs_is_a_column(tmp_path: Path) -> None:
 
 
 def test_keys_that_nobody_typed_tell_runs_apart_only_where_nothing_else_does(tmp_path: Path) -> None:
-    for seed, (method, gray) in enumerate((("moco", 0.1), ("cmc", 0.0))):
+    for method, gray in (("moco", 0.1), ("cmc", 0.0)):
         write_run(tmp_path / method, method, "none", 0, augment__gray=gray)
     assert [c.labels for c in summarise([tmp_path]).configurations] == [{"method": "cmc"}, {"method": "moco"}]
     write_run(tmp_path / "again", "moco", "none", 0, augment__gray=0.2)
