@@ -82,6 +82,8 @@ class Subject:
     """That of the run which trained it."""
     choices: Mapping[str, str] | None = None
     """Those of the run."""
+    random: bool = False
+    """Whether its weights are random, so that there is no untrained one to compare it with."""
 
 
 @dataclass
@@ -175,9 +177,9 @@ def find(source: str, value: str, weights: str | None) -> Subject:
         def made(image_size: int, seed: int) -> Backbone:
             return foreign.foreign_encoder(library, name, image_size, chosen, seed)
 
-        return Subject(
-            f"{library}:{name}", f"{value}, weights={chosen or 'null'}", made, *foreign.statistics_of(*named.groups())
-        )
+        mean, std = foreign.statistics_of(library, name)
+        said = f"{value}, weights={chosen or 'null'}"
+        return Subject(f"{library}:{name}", said, made, mean, std, random=chosen is None)
     if source == "encoder":
         if not Path(value).exists():
             raise UserError(f"There is no encoder {value}; give a .safetensors file, timm:NAME or torchvision:NAME.")
@@ -285,7 +287,7 @@ def evaluate(order: Order, words: Sequence[str]) -> Path:
     require_fit(encoder, subject, dataset)
     # The encoder is fed as it was trained, whatever the data set's own statistics are.
     dataset = replace(dataset, mean=tuple(subject.mean), std=tuple(subject.std))
-    untrained = foreign.untrained_copy(encoder, settings.seed)
+    untrained = None if subject.random else foreign.untrained_copy(encoder, settings.seed)
     console.print(f"[bold]{subject.name}[/bold] on {dataset.name}, {plan}")
     results = Results()
     for evaluation in evaluations:

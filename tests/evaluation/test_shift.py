@@ -1,0 +1,107 @@
+"""Accuracy under corruptions, on the flat images of conftest.py."""
+
+import json
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from icl_msr.data.dataset import Dataset
+from icl_msr.errors import UserError
+from icl_msr.evaluation.cache import split_identity
+from icl_msr.evaluation.corruptions import corrupt
+from icl_msr.evaluation.shift import Corrupted, CorruptionRobustness, Some
+from icl_msr.evaluation.suite import Results
+
+Make = Callable[..., CorruptionRobustness]
+
+
+@pytest.fixture
+def make() -> Make:
+    def build(**keys: Any) -> CorruptionRobustness:
+        standard: dict[str, Any] = {
+            "knn": ["dino"],
+            "linear": True,
+            "learning_rates": [1e-1],
+            "probe_epochs": 5,
+            "probe_batch_size": 64,
+            "probe_held_out": 0.2,
+            "bootstrap": 100,
+            "untrained": True,
+            "batch_size": 64,
+            "corruptions": ["brightness", "gaussian_noise"],
+            "severities": [5, 1, 3],
+            "images": 50,
+            "split": None,
+        }
+        return CorruptionRobustness(**(standard | keys))
+
+    return build
+
+
+def rows(results: Results, classifier: str = "linear", encoder: str = "trained") -> dict[tuple[str, int | None], Any]:
+    found = [row for row in results.corruptions if row["classifier"] == classifier and row["encoder"] == encoder]
+    return {(row["corruption"], row["severity"]): row for row in found}
+
+
+def test_what_is_measured(make: Make, dataset: Dataset, object_encoder: nn.Module) -> None:
+    evaluation = make()
+    results = evaluation(object_encoder, dataset, device="cpu", seed=0, untrained_encoder=object_encoder)
+    json.dumps(results.records(), allow_nan=False)
+    found = rows(results)
+    assert list(found) == [
+        *(("gaussian_noise", severity) for severity in (1, 3, 5)),
+        *(("brightness", severity) for severity in (1, 3, 5)),
+        *(("gaussian_noise", None), ("brightness", None), ("mean", None)),
+    ]
+    assert all(row["n"] == 50 and row["low"] <= row["top1"] <= row["high"] for row in found.values())
+    for name in ("brightness", "gaussian_noise"):
+        each = [found[name, severity]["top1"] for severity in (1, 3, 5)]
+        assert found[name, None]["top1"] == pytest.approx(np.mean(each))
+    assert found["mean", None]["top1"] == pytest.approx(
+        np.mean([found[name, None]["top1"] for name in ("brightness", "gaussian_noise")])
+    )
+    # A class is a grey level, which brightness changes.
+    assert found["brightness", 5]["top1"] < 0.6 < found["gaussian_noise", 1]["top1"]
+    by_split = {row["split"]: row for row in results.accuracies if row["classifier"] == "linear"}
+    assert by_split["clean"]["top1"] == 1
+    assert by_split["corrupted"]["top1"] == found["mean", None]["top1"]
+    names = {"/".join((r["classifier"], r["fitted_on"], r["split"])) for r in results.accuracies}
+    assert names == set(evaluation.names(dataset))
+    (gap,) = (g for g in results.gaps if g["classifier"] == "linear" and g["encoder"] == "trained")
+    assert gap["points"] == pytest.approx(100 * (1 - found["mean", None]["top1"]), abs=1e-4)
+    assert gap["low"] <= gap["points"] <= gap["high"]
+    predicted, labels = (results.predictions[key] for key in ("trained/linear/train/corrupted", "labels/corrupted"))
+    assert np.mean(predicted == labels) == pytest.approx(found["mean", None]["top1"])
+
+
+def test_images_are_those_of_the_corruption(dataset: Dataset) -> None:
+    clean = Some(dataset.tests["original"], torch.tensor([4, 9, 100]))
+    variants = [("brightness", 2), ("gaussian_noise", 4)]
+    shown = Corrupted(clean, variants, seed=7, device=torch.device("cpu"))  # type: ignore[arg-type]
+    assert len(shown) == 6
+    assert torch.equal(shown.labels, dataset.tests["original"].labels[[4, 9, 100] * 2])
+    images = dataset.tests["original"].load(clean.index)
+    expected = torch.cat([corrupt(images, *v, seed=7, index=clean.index) for v in variants])  # type: ignore[arg-type]
+    assert torch.equal(shown.load(torch.arange(6)), expected)
+    assert torch.equal(shown.load(torch.tensor([5, 0])), expected[[5, 0]])
+    identities = {
+        split_identity(Corrupted(part, chosen, seed, torch.device("cpu")))  # type: ignore[arg-type]
+        for part in (clean, Some(dataset.tests["original"], torch.tensor([4, 9, 101])))
+        for chosen in (variants, variants[:1])
+        for seed in (7, 8)
+    }
+    assert len(identities) == 8
+
+
+def test_batch_size_does_not_matter(make: Make, dataset: Dataset, object_encoder: nn.Module) -> None:
+    one = make()(object_encoder, dataset, device="cpu", seed=3).records()
+    assert make(batch_size=7)(object_encoder, dataset, device="cpu", seed=3).records() == one
+
+
+def test_a_split_that_is_not_there(make: Make, dataset: Dataset) -> None:
+    with pytest.raises(UserError, match=r"evaluation.split=orignal is no test split; did you mean original?"):
+        make(split="orignal").names(dataset)
