@@ -25,6 +25,7 @@ MANDATORY = {
     "dataset=imagefolder": ["dataset.root=images"],
     "backbone=timm": ["backbone.name=resnet18"],
     "negatives=cached": ["negatives.folder=textures"],
+    "evaluation=shape": ["evaluation.stimuli=stimuli"],
 }
 GROUPS = ["augment", "backbone", "dataset", "evaluation", "hardware", "logger", "method", "negatives", "optimizer"]
 

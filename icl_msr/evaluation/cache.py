@@ -136,7 +136,7 @@ def _file(name: str) -> str:
 
 def _tensor(name: str, value: Tensor) -> str:
     content = value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
-    return _digest(name, str(value.dtype), str(tuple(value.shape)), hashlib.sha256(content).hexdigest())
+    return _digest(name, str(value.dtype), str(tuple(value.shape)), hashlib.sha256(content.data).hexdigest())
 
 
 def _digest(*words: str | None) -> str:

@@ -167,7 +167,8 @@ class Draw:
 
     def normal(self, *shape: int) -> Tensor:
         """Standard normal, (N, *shape)."""
-        return torch.special.ndtri(self.uniform(*shape).double()).float()
+        values: Tensor = torch.special.ndtri(self.uniform(*shape).double())
+        return values.float()
 
 
 def gaussian_noise(x: Tensor, std: float, draw: Draw) -> Tensor:
@@ -243,8 +244,7 @@ def pushed(offsets: Tensor, reach: int) -> Tensor:
     here = torch.arange(size**2, device=offsets.device)
     moved = (offsets[:, 0] * size + offsets[:, 1]).flatten(1) + here
     target = torch.where(inside, moved, here)
-    had_its_turn = (target > here) & inside[target]
-    follow = torch.where(had_its_turn, target, here)
+    follow = torch.where(target > here, target, here)
     for _ in range(math.ceil(math.log2(size**2)) + 1):
         follow = follow.gather(1, follow)
     return target.gather(1, follow).view(-1, size, size)
@@ -416,7 +416,7 @@ def jpeg_compression(x: Tensor, quality: int, draw: Draw) -> Tensor:
     red, green, blue = (pad(x, (0, whole - size, 0, whole - size), mode="replicate") * 255).unbind(1)
     luma = 0.299 * red + 0.587 * green + 0.114 * blue
     colours = torch.stack([(blue - luma) / 1.772, (red - luma) / 1.402], 1) + 128
-    fours = colours.round().unflatten(3, (-1, 2)).unflatten(2, (-1, 2)).sum((3, 5))
+    fours = colours.round().view(len(x), 2, whole // 2, 2, whole // 2, 2).sum((3, 5))
     # Means of four end in a half more often than not; the reference encoder rounds them down and up in turn.
     small = ((fours + 1 + torch.arange(whole // 2, device=x.device) % 2) / 4).floor()
     percent = 5000 / quality if quality < 50 else 200 - 2 * quality
@@ -433,9 +433,10 @@ def _rounded_blocks(channels: Tensor, table: list[list[int]], percent: float) ->
     line = torch.arange(8, dtype=channels.dtype, device=channels.device)
     cosine = torch.cos((2 * line + 1) * line[:, None] * math.pi / 16) / 2
     cosine[0] /= 2**0.5
-    blocks = (channels - 128).unflatten(3, (-1, 8)).unflatten(2, (-1, 8)).transpose(3, 4)  # (N, C, H/8, W/8, 8, 8)
+    n, colours, height, width = channels.shape
+    blocks = (channels - 128).view(n, colours, height // 8, 8, width // 8, 8).transpose(3, 4)
     rounded = (cosine @ blocks @ cosine.T / steps).round() * steps
-    restored = (cosine.T @ rounded @ cosine).transpose(3, 4).flatten(4, 5).flatten(2, 3)
+    restored: Tensor = (cosine.T @ rounded @ cosine).transpose(3, 4).reshape(channels.shape)
     return (restored + 128).round().clamp(0, 255)
 
 

@@ -32,7 +32,7 @@ def spread(features: Tensor, t: float = 2.0) -> float:
     """
     rows = _unit(features)
     n = len(rows)
-    parts = [torch.logsumexp((2 * t * (part @ rows.T) - 2 * t).flatten(), 0) for part in rows.split(1024)]
+    parts = [torch.logsumexp((2 * t * (part @ rows.T) - 2 * t).flatten(), 0) for part in torch.split(rows, 1024)]
     everything = torch.logsumexp(torch.stack(parts), 0)
     # The n pairs of an image with itself, each exp(0), are taken out.
     return float(torch.log(torch.exp(everything) - n) - torch.log(torch.tensor(n * (n - 1.0))))

@@ -23,13 +23,13 @@ from icl_msr.errors import UserError
 from icl_msr.evaluation.features import extract
 from icl_msr.evaluation.knn import PresetName
 from icl_msr.evaluation.metrics import Bootstrap
-from icl_msr.evaluation.suite import Evaluation, Extractor, Fraction, Results, both
+from icl_msr.evaluation.suite import Accuracy, Evaluation, Extractor, Fraction, Gap, Results, Row, both
 
 CUES = ("shape", "texture")
 
 
 class ShapeBias(TypedDict):
-    """How one classifier decides where shape and texture disagree; shares in [0, 1], with a 95 % interval over images."""
+    """How one classifier decides where shape and texture disagree; shares in [0, 1], with 95 % intervals."""
 
     encoder: str
     classifier: str
@@ -162,13 +162,15 @@ class ShapeAndTexture:
             )
 
     def names(self, dataset: Dataset) -> list[str]:
-        """Nothing that a sweeper could maximise.
+        """What will be measured: `classifier/fitted_on/split`.
 
         Raises:
             UserError: a class of `same` is not in the data set.
         """
-        covered(self.stimuli.classes, dataset.classes, self.same)
-        return []
+        label = covered(self.stimuli.classes, dataset.classes, self.same)
+        bias = self.classifiers.classifiers if self._conflicts(label)[0].numel() else []
+        decoded = [f"linear/stimuli/{cue}" for cue in CUES]
+        return [*(f"{classifier}/train/conflict_{cue}" for classifier in bias for cue in CUES), *decoded]
 
     def __call__(
         self,
@@ -180,7 +182,11 @@ class ShapeAndTexture:
         untrained_encoder: nn.Module | None = None,
         extractor: Extractor = extract,
     ) -> Results:
-        """See `suite.Evaluation`. Without two covered classes there is no shape bias, and decodability alone."""
+        """See `suite.Evaluation`. Without two covered classes there is no shape bias, and decodability alone.
+
+        Among the accuracies, the splits `conflict_shape` and `conflict_texture` are the shares that are taken for
+        either, and `shape` and `texture`, fitted on `stimuli`, the decodability.
+        """
         device = torch.device(device)
         results, bootstrap = Results(), Bootstrap(self.bootstrap, seed)
         shown = FileSplit(self.stimuli.files, self.stimuli.labels["shape"], dataset.image_size)
@@ -188,13 +194,21 @@ class ShapeAndTexture:
         for which, network in both(encoder, untrained_encoder if self.untrained else None).items():
             keys = {"mean": dataset.mean, "std": dataset.std, "device": device, "batch_size": self.batch_size}
             stimuli = extractor(network, shown, **keys, label=f"{which} features of stimuli").to(device)  # type: ignore[arg-type]
-            if len(set(label.values())) > 1:
+            if self._conflicts(label)[0].numel():
                 train = extractor(network, dataset.train, **keys, label=f"{which} features of train").to(device)  # type: ignore[arg-type]
-                results.shape += self._bias(
-                    which, train, dataset.train.labels.to(device), stimuli, label, seed, bootstrap
-                )
-            results.decodability += [self._decode(which, cue, stimuli, seed, bootstrap) for cue in CUES]
+                self._bias(which, train, dataset.train.labels.to(device), stimuli, label, seed, bootstrap, results)
+            for cue in CUES:
+                self._decode(which, cue, stimuli, seed, bootstrap, results)
         return results
+
+    def _conflicts(self, label: Mapping[int, int]) -> tuple[Tensor, Tensor, Tensor]:
+        """Positions (n,) of the stimuli whose shape and texture are both covered, and the two as places among the
+        covered classes.
+        """
+        classes = sorted(set(label.values()))
+        shape, texture = (self._among(self.stimuli.labels[cue], classes) for cue in CUES)
+        chosen = ((shape >= 0) & (texture >= 0)).nonzero()[:, 0]
+        return chosen, shape[chosen], texture[chosen]
 
     def _bias(
         self,
@@ -205,30 +219,25 @@ class ShapeAndTexture:
         label: Mapping[int, int],
         seed: int,
         bootstrap: Bootstrap,
-    ) -> list[ShapeBias]:
+        results: Results,
+    ) -> None:
         """`label` is the stimuli's class of a class of the data set."""
         classes = sorted(set(label.values()))
         translate = labels.new_full((int(labels.max()) + 2,), -1)  # the last for -1, images without a label
         for of_data, of_stimuli in label.items():
             if of_data < len(translate) - 1:
                 translate[of_data] = classes.index(of_stimuli)
-        shape, texture = (self._among(self.stimuli.labels[cue], classes) for cue in CUES)
-        chosen = (shape >= 0) & (texture >= 0)
-        shape, texture = shape[chosen], texture[chosen]
-        if not len(shape):
-            return []
+        chosen, shape, texture = self._conflicts(label)
         queries = stimuli[chosen.to(stimuli.device)]
         scores, _ = self.classifiers.fit(train, translate[labels], queries, len(classes), seed)
-        rows = []
         for classifier, values in scores.items():
             taken = values.argmax(1).cpu()
             for_shape, for_texture = taken == shape, taken == texture
             decided = for_shape | for_texture
             bias, low, high = bootstrap.mean(for_shape[decided]) if decided.any() else (None, None, None)
-            row = ShapeBias(
-                encoder=which,
-                classifier=classifier,
-                fitted_on="train",
+            row = Row(encoder=which, classifier=classifier, fitted_on="train")
+            found = ShapeBias(
+                **row,
                 classes=[self.stimuli.classes[k] for k in classes],
                 n=len(shape),
                 decided=int(decided.sum()),
@@ -238,8 +247,12 @@ class ShapeAndTexture:
                 shape=for_shape.float().mean().item(),
                 texture=for_texture.float().mean().item(),
             )
-            rows.append(row)
-        return rows
+            results.shape.append(found)
+            for cue, hits in zip(CUES, (for_shape, for_texture), strict=True):
+                results.accuracies.append(_accuracy(row, f"conflict_{cue}", hits, bootstrap))
+            points, least, most = (100 * v for v in bootstrap.difference(for_shape, for_texture, paired=True))
+            gap = "conflict_shape - conflict_texture"
+            results.gaps.append(Gap(**row, gap=gap, points=points, low=least, high=most))
 
     @staticmethod
     def _among(labels: Tensor, classes: Sequence[int]) -> Tensor:
@@ -249,7 +262,7 @@ class ShapeAndTexture:
             places[labels == k] = place
         return places
 
-    def _decode(self, which: str, cue: str, stimuli: Tensor, seed: int, bootstrap: Bootstrap) -> Decodability:
+    def _decode(self, which: str, cue: str, stimuli: Tensor, seed: int, bootstrap: Bootstrap, results: Results) -> None:
         labels, classes = self.stimuli.labels[cue], len(self.stimuli.classes)
         fold, folds = folds_by_instance(self.stimuli.instances[cue], labels, self.folds)
         hits = torch.zeros(len(labels), dtype=torch.bool)
@@ -257,19 +270,26 @@ class ShapeAndTexture:
             rest, held = (part.to(stimuli.device) for part in (fold != k, fold == k))
             probe = self.classifiers.fit_probe(stimuli[rest], labels.to(stimuli.device)[rest], classes, seed=seed)
             hits[fold == k] = probe(stimuli[held]).argmax(1).cpu() == labels[fold == k]
-        accuracy, low, high = bootstrap.mean(hits)
-        kinds = labels.unique().numel()
-        return Decodability(
+        right = _accuracy(Row(encoder=which, classifier="linear", fitted_on="stimuli"), cue, hits, bootstrap)
+        results.accuracies.append(right)
+        kinds = len(set(labels.tolist()))
+        found = Decodability(
             encoder=which,
             cue=cue,
             classes=kinds,
             n=len(labels),
             folds=folds,
-            accuracy=accuracy,
-            low=low,
-            high=high,
+            accuracy=right["top1"],
+            low=right["low"],
+            high=right["high"],
             chance=1 / kinds,
         )
+        results.decodability.append(found)
+
+
+def _accuracy(row: Row, split: str, hits: Tensor, bootstrap: Bootstrap) -> Accuracy:
+    top1, low, high = bootstrap.mean(hits)
+    return Accuracy(**row, split=split, top1=top1, low=low, high=high, n=len(hits), top5=None)
 
 
 def covered(stimuli: Sequence[str], classes: Sequence[str], same: Mapping[str, Sequence[str]]) -> dict[int, int]:

@@ -16,7 +16,6 @@ from icl_msr.evaluation.corruptions import Corruption, corrupt
 from icl_msr.evaluation.features import extract
 from icl_msr.evaluation.knn import PresetName
 from icl_msr.evaluation.metrics import Bootstrap
-from icl_msr.evaluation.scores import in_top
 from icl_msr.evaluation.suite import (
     Accuracy,
     Evaluation,
@@ -24,11 +23,12 @@ from icl_msr.evaluation.suite import (
     Fraction,
     Gap,
     Results,
-    _Row,
+    Row,
     accuracy,
     both,
     choice,
     health,
+    top_five,
 )
 
 Severity = Literal[1, 2, 3, 4, 5]
@@ -36,7 +36,7 @@ MEAN = "mean"
 """The name of the mean over all corruptions."""
 
 
-class CorruptedAccuracy(_Row):
+class CorruptedAccuracy(Row):
     """Top-1 accuracy under one corruption, in [0, 1], with its 95 % interval over the n images.
 
     `severity` None is the mean over severities, and the corruption `mean` that over all corruptions.
@@ -59,10 +59,8 @@ class Some:
     index: Tensor
     """(n,) int64."""
 
-    @property
-    def labels(self) -> Tensor:
-        """(n,) int64."""
-        return self.split.labels.cpu()[self.index]
+    def __post_init__(self) -> None:
+        self.labels = self.split.labels.cpu()[self.index]
 
     def __len__(self) -> int:
         return len(self.index)
@@ -87,10 +85,8 @@ class Corrupted:
     seed: int
     device: torch.device
 
-    @property
-    def labels(self) -> Tensor:
-        """(n variants,) int64."""
-        return self.clean.labels.repeat(len(self.variants))
+    def __post_init__(self) -> None:
+        self.labels = self.clean.labels.repeat(len(self.variants))
 
     def __len__(self) -> int:
         return len(self.clean) * len(self.variants)
@@ -99,7 +95,7 @@ class Corrupted:
         """See `Split.load`; the images lie on `device`."""
         variant, place = index // len(self.clean), index % len(self.clean)
         images = self.clean.load(place).to(self.device)
-        for v in variant.unique().tolist():
+        for v in sorted(set(variant.tolist())):
             chosen = (variant == v).nonzero()[:, 0]
             at = chosen.to(self.device)
             images[at] = corrupt(images[at], *self.variants[v], seed=self.seed, index=self.clean.index[place[chosen]])
@@ -186,8 +182,8 @@ class CorruptionRobustness:
         corrupted = Corrupted(clean, self.variants, seed, device)
         results.predictions = {"labels/clean": clean.labels.numpy(), "labels/corrupted": corrupted.labels.numpy()}
         for which, network in both(encoder, untrained_encoder if self.untrained else None).items():
-            shown = {"train": dataset.train, "clean": clean, "corrupted": corrupted}
-            features = results.features[which] = {
+            shown: dict[str, Split] = {"train": dataset.train, "clean": clean, "corrupted": corrupted}
+            features = {
                 part: extractor(
                     network,
                     images,
@@ -206,7 +202,7 @@ class CorruptionRobustness:
             if probe is not None:
                 results.choices.append(choice(which, "train", probe))
             for classifier, values in scores.items():
-                row = _Row(encoder=which, classifier=classifier, fitted_on="train")
+                row = Row(encoder=which, classifier=classifier, fitted_on="train")
                 self._measure(row, name, values.cpu(), clean.labels, bootstrap, results)
         return results
 
@@ -217,7 +213,7 @@ class CorruptionRobustness:
         return name
 
     def _measure(
-        self, row: _Row, split: str, scores: Tensor, labels: Tensor, bootstrap: Bootstrap, results: Results
+        self, row: Row, split: str, scores: Tensor, labels: Tensor, bootstrap: Bootstrap, results: Results
     ) -> None:
         """`scores` (n + n variants, K), those of the clean images first."""
         n = len(labels)
@@ -243,14 +239,11 @@ class CorruptionRobustness:
         results.corruptions += [*rows, overall]
 
         results.accuracies.append(accuracy(row, "clean", scores[:n], labels, bootstrap))
-        top5 = None
-        if scores.shape[1] > 5:
-            near = in_top(scores[n:], repeated[n:], 5)
-            if row["classifier"].startswith("knn"):
-                near &= scores[n:].gather(1, repeated[n:, None])[:, 0] > 0
-            top5 = near.float().mean().item()
-        bounds = {key: overall[key] for key in ("top1", "low", "high")}  # type: ignore[literal-required]
-        results.accuracies.append(Accuracy(**row, split="corrupted", n=n, top5=top5, **bounds))
+        top5 = top_five(row["classifier"], scores[n:], repeated[n:])
+        corrupted = Accuracy(
+            **row, split="corrupted", top1=overall["top1"], low=overall["low"], high=overall["high"], n=n, top5=top5
+        )
+        results.accuracies.append(corrupted)
         variants = len(self.variants)
         lost = bootstrap.mean(variants * hits[0].long() - hits[1:].sum(0))
         points, low, high = (100 * value / variants for value in lost)

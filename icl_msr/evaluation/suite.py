@@ -33,7 +33,9 @@ LOOKED_AT = 4096
 """Images that the health of a representation is measured on, at most."""
 
 
-class _Row(TypedDict):
+class Row(TypedDict):
+    """What was evaluated, and how."""
+
     encoder: str
     """`trained`, the one that is evaluated, or `untrained`."""
     classifier: str
@@ -42,7 +44,7 @@ class _Row(TypedDict):
     """`train` or `balanced`."""
 
 
-class Accuracy(_Row):
+class Accuracy(Row):
     """Accuracies on one test split, in [0, 1], top-1 with its 95 % interval over n images."""
 
     split: str
@@ -54,7 +56,7 @@ class Accuracy(_Row):
     """None of five classes or fewer. A class that no neighbour votes for is no answer of kNN."""
 
 
-class Gap(_Row):
+class Gap(Row):
     """A difference between test splits in percentage points, with its 95 % interval; see `background.GAPS`."""
 
     gap: str
@@ -63,7 +65,7 @@ class Gap(_Row):
     high: float
 
 
-class ByClass(_Row):
+class ByClass(Row):
     """Where one classifier is right on a test split, and what it takes for what."""
 
     split: str
@@ -283,14 +285,14 @@ class Evaluation:
             if probe is not None:
                 results.choices.append(choice(name, fitted_on, probe))
             for classifier, values in scores.items():
-                row = _Row(encoder=name, classifier=classifier, fitted_on=fitted_on)
+                row = Row(encoder=name, classifier=classifier, fitted_on=fitted_on)
                 sizes = [len(target) for target in labels.values()]
                 by_split = dict(zip(labels, torch.split(values.cpu(), sizes), strict=True))
                 self._measure(row, by_split, labels, dataset, bootstrap, results)
 
     @staticmethod
     def _measure(
-        row: _Row,
+        row: Row,
         scores: Mapping[str, Tensor],
         labels: Mapping[str, Tensor],
         dataset: Dataset,
@@ -316,19 +318,24 @@ def both(encoder: nn.Module, untrained: nn.Module | None) -> dict[str, nn.Module
     return {"trained": encoder, **({} if untrained is None else {"untrained": untrained})}
 
 
-def accuracy(row: _Row, split: str, scores: Tensor, labels: Tensor, bootstrap: Bootstrap) -> Accuracy:
+def accuracy(row: Row, split: str, scores: Tensor, labels: Tensor, bootstrap: Bootstrap) -> Accuracy:
     """Of class `scores` (n, K) on one split with `labels` (n,)."""
     top1, low, high = bootstrap.mean(scores.argmax(1) == labels)
-    top5 = None
-    if scores.shape[1] > 5:
-        hits = in_top(scores, labels, 5)
-        if row["classifier"].startswith("knn"):
-            hits &= scores.gather(1, labels[:, None])[:, 0] > 0
-        top5 = hits.float().mean().item()
+    top5 = top_five(row["classifier"], scores, labels)
     return Accuracy(**row, split=split, top1=top1, low=low, high=high, n=len(labels), top5=top5)
 
 
-def by_class(row: _Row, split: str, predicted: Tensor, labels: Tensor, classes: Sequence[str]) -> ByClass:
+def top_five(classifier: str, scores: Tensor, labels: Tensor) -> float | None:
+    """Top-5 accuracy of class `scores` (n, K); see `Accuracy`."""
+    if scores.shape[1] <= 5:
+        return None
+    hits = in_top(scores, labels, 5)
+    if classifier.startswith("knn"):
+        hits &= scores.gather(1, labels[:, None])[:, 0] > 0
+    return hits.float().mean().item()
+
+
+def by_class(row: Row, split: str, predicted: Tensor, labels: Tensor, classes: Sequence[str]) -> ByClass:
     """Of predicted and true classes (n,)."""
     matrix = confusion(predicted, labels, len(classes))
     return ByClass(

@@ -7,7 +7,8 @@ from icl_msr.evaluation.suite import Results
 
 def tables(results: Results) -> list[Table]:
     """One for each kind of measure that was taken."""
-    return [table for table in (health_table(results),) if table is not None]
+    kinds = (corruption_table, shape_table, decodability_table, health_table)
+    return [table for kind in kinds if (table := kind(results)) is not None]
 
 
 def _table(title: str, *left: str) -> Table:
@@ -19,6 +20,59 @@ def _table(title: str, *left: str) -> Table:
 
 def _number(value: float | None, digits: int) -> str:
     return "–" if value is None else f"{value:.{digits}f}".replace("-", "−")
+
+
+def _percent(value: float | None) -> str:
+    return _number(None if value is None else 100 * value, 1)
+
+
+def corruption_table(results: Results) -> Table | None:
+    """Accuracy under each corruption, by severity and in the mean over severities; None where that was not measured."""
+    if not results.corruptions:
+        return None
+    table = _table("Accuracy under corruptions, %", "corruption", "classifier", "encoder")
+    severities = sorted({row["severity"] for row in results.corruptions if row["severity"] is not None})
+    for column in (*map(str, severities), "mean"):
+        table.add_column(column, justify="right")
+    cells: dict[tuple[str, str, str], dict[int | None, str]] = {}
+    for row in results.corruptions:
+        key = (row["corruption"], row["classifier"], row["encoder"])
+        cells.setdefault(key, {})[row["severity"]] = _percent(row["top1"])
+    names = list(dict.fromkeys(corruption for corruption, _, _ in cells))
+    for key in sorted(cells, key=lambda key: (names.index(key[0]), key[1] != "linear", key[1])):
+        shown = [cells[key].get(severity, "") for severity in (*severities, None)]
+        table.add_row(*key, *shown, style="dim" * (key[2] == "untrained"))
+    return table
+
+
+def shape_table(results: Results) -> Table | None:
+    """Shape bias; None where that was not measured."""
+    if not results.shape:
+        return None
+    first = results.shape[0]
+    title = f"Shape bias on {first['n']} cue-conflict images of {len(first['classes'])} classes, %"
+    table = _table(title, "classifier", "encoder")
+    for column in ("shape bias", "95 % interval", "taken for\ntheir shape", "taken for\ntheir texture"):
+        table.add_column(column, justify="right")
+    for row in results.shape:
+        bounds = "–" if row["low"] is None else f"{_percent(row['low'])} to {_percent(row['high'])}"
+        cells = (_percent(row["shape_bias"]), bounds, _percent(row["shape"]), _percent(row["texture"]))
+        table.add_row(row["classifier"], row["encoder"], *cells, style="dim" * (row["encoder"] == "untrained"))
+    return table
+
+
+def decodability_table(results: Results) -> Table | None:
+    """What linear probes read of shape and texture inside the stimuli; None where that was not measured."""
+    if not results.decodability:
+        return None
+    chance = _percent(results.decodability[0]["chance"])
+    table = _table(f"Read from the features of the stimuli, % (chance {chance})", "cue", "encoder")
+    for column in ("accuracy", "95 % interval", "n"):
+        table.add_column(column, justify="right")
+    for row in results.decodability:
+        cells = (_percent(row["accuracy"]), f"{_percent(row['low'])} to {_percent(row['high'])}", str(row["n"]))
+        table.add_row(row["cue"], row["encoder"], *cells, style="dim" * (row["encoder"] == "untrained"))
+    return table
 
 
 def health_table(results: Results) -> Table | None:

@@ -27,6 +27,7 @@ class Accuracy(BaseModel):
     low: float | None = None
     high: float | None = None
     n: int | None = None
+    top5: float | None = None
 
 
 class Gap(BaseModel):
@@ -98,6 +99,11 @@ class Results(BaseModel):
     accuracies: list[Accuracy] = []
     gaps: list[Gap] = []
     probes: list[dict[str, Any]] = []
+    per_class: list[dict[str, Any]] = []
+    health: list[dict[str, Any]] = []
+    corruptions: list[dict[str, Any]] = []
+    shape: list[dict[str, Any]] = []
+    decodability: list[dict[str, Any]] = []
     strata: Look | None = None
 
 

@@ -41,7 +41,8 @@ class Texture(nn.Module):
 
 class Both(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
-        return torch.cat([Silhouette()(images), 3 * Texture()(images)], 1)
+        mask = images.amax(1) > -1.2
+        return torch.cat([mask.any(1).sum(1)[:, None], mask.any(2).sum(1)[:, None], Texture()(images)], 1)
 
 
 class Nothing(nn.Module):
@@ -98,6 +99,10 @@ Make = Callable[..., ShapeAndTexture]
 def test_encoders_that_see_one_cue_alone(make: Make, natural: Dataset, encoder: nn.Module, bias: float) -> None:
     results = make()(encoder, natural, device="cpu", seed=0)
     json.dumps(results.records(), allow_nan=False)
+    names = {"/".join((r["classifier"], r["fitted_on"], r["split"])) for r in results.accuracies}
+    assert names == set(make().names(natural))
+    for row, gap in zip(results.shape, results.gaps, strict=True):
+        assert gap["points"] == pytest.approx(100 * (row["shape"] - row["texture"]), abs=1e-4)
     assert [row["classifier"] for row in results.shape] == ["knn-icl", "linear"]
     for row in results.shape:
         assert row["n"] == 36
@@ -126,7 +131,7 @@ def test_classes_that_the_data_does_not_cover(make: Make, natural: Dataset) -> N
     """Two covered classes, one under other names: conflicts between these two alone."""
     natural.classes = ["kitten", "hound", "cat_and_such", "bear"]  # the data set's numbers stand for other classes now
     evaluation = make(same={"cat": ["kitten", "cat_and_such"]})
-    evaluation.names(natural)
+    assert "linear/train/conflict_shape" in evaluation.names(natural)
     results = evaluation(Silhouette(), natural, device="cpu", seed=0)
     for row in results.shape:
         assert row["classes"] == ["bear", "cat"]
@@ -134,6 +139,7 @@ def test_classes_that_the_data_does_not_cover(make: Make, natural: Dataset) -> N
     natural.classes = ["a", "b", "c", "d"]
     alone = make()(Silhouette(), natural, device="cpu", seed=0)
     assert alone.shape == []
+    assert make().names(natural) == ["linear/stimuli/shape", "linear/stimuli/texture"]
     assert len(alone.decodability) == 2
 
 

@@ -78,6 +78,14 @@ def test_what_is_measured(make: Make, dataset: Dataset, object_encoder: nn.Modul
     assert np.mean(predicted == labels) == pytest.approx(found["mean", None]["top1"])
 
 
+def test_the_loss_is_counted_from_the_clean_images(make: Make, dataset: Dataset, object_encoder: nn.Module) -> None:
+    results = make(severities=[5], knn=[])(object_encoder, dataset, device="cpu", seed=0)
+    found = rows(results)
+    assert found["gaussian_noise", 5]["top1"] < 1
+    (gap,) = results.gaps
+    assert gap["points"] == pytest.approx(100 * (1 - found["mean", None]["top1"]), abs=1e-4)
+
+
 def test_images_are_those_of_the_corruption(dataset: Dataset) -> None:
     clean = Some(dataset.tests["original"], torch.tensor([4, 9, 100]))
     variants = [("brightness", 2), ("gaussian_noise", 4)]

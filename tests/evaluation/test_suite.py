@@ -1,14 +1,20 @@
 import json
+from collections.abc import Callable
 
 import numpy as np
 import pytest
 import torch
-from torch import nn
+from sklearn.metrics import confusion_matrix, recall_score, top_k_accuracy_score
+from torch import Tensor, nn
 
 from icl_msr.data.dataset import Dataset
+from icl_msr.encoders import tiny
+from icl_msr.evaluation import suite
 from icl_msr.evaluation.background import background_gaps
+from icl_msr.evaluation.health import effective_rank, feature_std, spread
 from icl_msr.evaluation.metrics import Bootstrap
 from icl_msr.evaluation.suite import Evaluation, Results
+from icl_msr.report.runs import Results as Saved
 
 
 @pytest.fixture
@@ -92,6 +98,98 @@ def test_batch_size_does_not_matter(evaluation: Evaluation, dataset: Dataset, ba
     results = evaluation(background_encoder, dataset, device="cpu", seed=0)
     evaluation.batch_size = 9
     assert evaluation(background_encoder, dataset, device="cpu", seed=0).records() == results.records()
+
+
+def test_batches_of_one_and_two_images(evaluation: Evaluation, dataset: Dataset) -> None:
+    """Of a network whose convolutions may round otherwise: all metrics that count images are identical."""
+    torch.manual_seed(0)
+    network = tiny(32, weights=None)
+    dataset.tests = {"original": dataset.tests["original"]}
+    dataset.balanced = None
+    found = []
+    for batch_size in (1, 2):
+        evaluation.batch_size = batch_size
+        found.append(evaluation(network, dataset, device="cpu", seed=0).records())
+    one, two = found
+    for part in ("accuracies", "gaps", "per_class", "probes"):
+        assert one[part] == two[part]
+    for a, b in zip(one["health"], two["health"], strict=True):
+        for key in ("effective_rank", "feature_std", "spread"):
+            assert a[key] == pytest.approx(b[key], rel=1e-4)
+
+
+def test_classes_and_their_confusions(evaluation: Evaluation, dataset: Dataset, background_encoder: nn.Module) -> None:
+    results = evaluation(background_encoder, dataset, device="cpu", seed=0)
+    assert len(results.by_class) == len(results.accuracies)
+    for row, accuracy in zip(results.by_class, results.accuracies, strict=True):
+        assert all(row[key] == accuracy[key] for key in ("encoder", "classifier", "fitted_on", "split"))  # type: ignore[literal-required]
+        name = f"{row['encoder']}/{row['classifier']}/{row['fitted_on']}/{row['split']}"
+        predicted, labels = results.predictions[name], results.predictions[f"labels/{row['split']}"]
+        assert np.array_equal(row["confusion"], confusion_matrix(labels, predicted, labels=range(4)))
+        assert row["accuracies"] == pytest.approx(recall_score(labels, predicted, average=None))
+        if row["confused"]:
+            true, taken, n = row["confused"][0]
+            wrong = np.array(row["confusion"]) * (1 - np.eye(4))
+            assert n == wrong.max() == wrong[int(true), int(taken)]
+        assert accuracy["top5"] is None  # of four classes
+
+
+def test_top5(evaluation: Evaluation, blobs: Callable[..., tuple[Tensor, Tensor]]) -> None:
+    (bank, labels), (queries, targets) = blobs(500, seed=1), blobs(300, seed=2)
+    scores, _ = evaluation.fit(bank, labels, queries, 10, seed=0)
+    row = {"encoder": "trained", "fitted_on": "train"}
+    for classifier, values in scores.items():
+        found = suite.accuracy({**row, "classifier": classifier}, "test", values, targets, Bootstrap(10, 0))  # type: ignore[arg-type]
+        best = values.double() - 1e-9 * torch.arange(10)  # ties as ours
+        expected = top_k_accuracy_score(targets, best, k=5, labels=range(10))
+        if classifier == "linear":
+            assert found["top5"] == pytest.approx(expected)
+        else:  # classes without a vote are no answer
+            voted = values.gather(1, targets[:, None])[:, 0] > 0
+            right = [
+                int(t) in row[:5] and v
+                for t, row, v in zip(targets, best.argsort(descending=True).tolist(), voted, strict=True)
+            ]
+            assert found["top5"] == pytest.approx(np.mean(right))
+        assert found["top1"] < found["top5"] < 1
+
+
+def test_health_of_every_encoder(evaluation: Evaluation, dataset: Dataset, object_encoder: nn.Module) -> None:
+    class Collapsed(nn.Module):
+        def forward(self, images: Tensor) -> Tensor:
+            return images.new_zeros(len(images), 5)
+
+    results = evaluation(object_encoder, dataset, device="cpu", seed=0, untrained_encoder=Collapsed())
+    trained, collapsed = results.health
+    features = results.features["trained"]["original"]
+    assert trained == {
+        "encoder": "trained", "split": "original", "n": 200, "channels": 24, "effective_rank": effective_rank(features),
+        "feature_std": feature_std(features), "spread": spread(features),
+    }  # fmt: skip
+    assert collapsed["effective_rank"] is None
+    assert collapsed["feature_std"] == 0
+    json.dumps(results.records(), allow_nan=False)
+
+
+def test_two_evaluations_together(evaluation: Evaluation, dataset: Dataset, object_encoder: nn.Module) -> None:
+    one = evaluation(object_encoder, dataset, device="cpu", seed=0)
+    rows = json.dumps(one.records())
+    one.add(evaluation(object_encoder, dataset, device="cpu", seed=0))
+    assert json.dumps(one.records()) == rows
+    other = Results(health=[{**one.health[0], "split": "fog"}])  # type: ignore[typeddict-item]
+    one.add(other)
+    assert [row["split"] for row in one.health] == ["original", "fog"]
+
+
+def test_files_with_and_without_the_new_parts_are_read(
+    evaluation: Evaluation, dataset: Dataset, object_encoder: nn.Module
+) -> None:
+    records = evaluation(object_encoder, dataset, device="cpu", seed=0).records()
+    new = Saved.model_validate_json(json.dumps({"seed": 0, **records}))
+    assert new.per_class
+    assert new.accuracies[0].top5 is None
+    old = {"seed": 0, "accuracies": [{k: v for k, v in row.items() if k != "top5"} for row in records["accuracies"]]}
+    assert Saved.model_validate_json(json.dumps(old)).accuracies == new.accuracies
 
 
 def test_full_and_foreground_and_splits_of_other_objects() -> None:

@@ -1,0 +1,43 @@
+from rich.console import Console
+
+from icl_msr.evaluation.suite import Results
+from icl_msr.evaluation.tables import tables
+
+ROW = {"encoder": "trained", "classifier": "linear", "fitted_on": "train", "low": 0.1, "high": 0.3, "n": 20}
+
+
+def printed(results: Results) -> str:
+    console = Console(width=100, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
+    for table in tables(results):
+        console.print(table)
+    return console.export_text()
+
+
+def test_nothing_measured_nothing_shown() -> None:
+    assert tables(Results()) == []
+
+
+def test_numbers_are_those_of_the_rows() -> None:
+    corruptions = [
+        {**ROW, "split": "test", "corruption": name, "severity": severity, "top1": top1}
+        for name, severity, top1 in (("fog", 1, 0.5), ("fog", 5, 0.25), ("fog", None, 0.375), ("mean", None, 0.375))
+    ]
+    shape = [
+        {**ROW, "classes": ["cat", "dog"], "decided": 8, "shape_bias": 0.625, "shape": 0.25, "texture": 0.15},
+        {**ROW, "encoder": "untrained", "classes": ["cat", "dog"], "decided": 0, "shape_bias": None, "low": None,
+         "high": None, "shape": 0.0, "texture": 0.0},
+    ]  # fmt: skip
+    decodability = [
+        {"encoder": "trained", "cue": cue, "classes": 4, "n": 36, "folds": 3, "accuracy": accuracy, "low": 0.5,
+         "high": 0.9, "chance": 0.25}
+        for cue, accuracy in (("shape", 0.75), ("texture", 0.5))
+    ]  # fmt: skip
+    lines = printed(Results(corruptions=corruptions, shape=shape, decodability=decodability)).splitlines()
+    cells = [line.split() for line in lines]
+    assert ["fog", "linear", "trained", "50.0", "25.0", "37.5"] in cells
+    assert ["mean", "linear", "trained", "37.5"] in cells
+    assert any("20 cue-conflict images of 2 classes" in line for line in lines)
+    assert ["linear", "trained", "62.5", "10.0", "to", "30.0", "25.0", "15.0"] in cells
+    assert ["linear", "untrained", "–", "–", "0.0", "0.0"] in cells
+    assert ["texture", "trained", "50.0", "50.0", "to", "90.0", "36"] in cells
+    assert any("chance 25.0" in line for line in lines)

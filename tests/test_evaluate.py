@@ -1,0 +1,254 @@
+"""`python -m icl_msr.evaluate`: any encoder, on any data set, by the numbers that a run would give."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from omegaconf import OmegaConf
+from PIL import Image
+from safetensors.torch import load_file
+from tiny import DATA, MODEL, composed, trained
+from tiny import dataset as tiny_dataset
+
+from icl_msr import __version__
+from icl_msr.callbacks import Checkpoints
+from icl_msr.checkpoint import AtomicCheckpoint, export_encoder, load_encoder
+from icl_msr.config import build, check
+from icl_msr.evaluate import main
+from icl_msr.evaluation.features import extract
+from icl_msr.evaluation.foreign import foreign_encoder, untrained_copy
+from icl_msr.report.__main__ import main as report
+from icl_msr.report.runs import Run
+
+FAST = ["hardware=cpu", "evaluation=light", "evaluation.untrained=false"]
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of two steps that was never finished; `seed` 3, so that it is not the seed of anything else."""
+    folder = tmp_path_factory.mktemp("runs") / "run"
+    words = ("regularizer=none", "method=moco", "seed=3")
+    keep = Checkpoints(folder / "checkpoints" / "last.ckpt", every_n_epochs=1, every_n_minutes=None)
+    module, _ = trained(*words, callbacks=[keep], plugins=[AtomicCheckpoint()])
+    OmegaConf.save(composed(*DATA, *MODEL, *words), folder / "config.yaml")
+    data = tiny_dataset()
+    images = {"image_size": data.image_size, "mean": data.mean, "std": data.std, "dataset": data.name}
+    choices = {"method": "moco", "regularizer": "none", "dataset": "confounded", "evaluation": "default"}
+    about = {"name": "moco-none", "images": images, "choices": choices, "icl_msr": __version__}
+    (folder / "environment.json").write_text(json.dumps(about))
+    export_encoder(module.method.backbone, folder.parent / "exported", {**images, "choices": choices})
+    return folder.parent
+
+
+@pytest.fixture(autouse=True)
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Caches and default folders are relative to the working directory."""
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of images of two classes, 12 in train and 4 in test each."""
+    root = tmp_path_factory.mktemp("photos")
+    rng = np.random.default_rng(0)
+    for split, count in (("train", 12), ("test", 4)):
+        for k, name in enumerate(("cat", "dog")):
+            (root / split / name).mkdir(parents=True)
+            for i in range(count):
+                pixels = rng.integers(0, 120, (40, 50, 3)) + 120 * k
+                Image.fromarray(pixels.astype(np.uint8)).save(root / split / name / f"{i}.png")
+    return root
+
+
+def results(folder: str | Path) -> dict[str, Any]:
+    content: dict[str, Any] = json.loads((Path(folder) / "results.json").read_text())
+    return content
+
+
+def test_a_run_gives_the_numbers_of_its_own_evaluation(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """By its folder, by its checkpoint and by its exported encoder; the data set is its own unless it has none."""
+    words = [*FAST, "evaluation.untrained=true"]
+    assert main([f"run={runs}/run", *words, "to=a"]) == 0
+    out = capsys.readouterr().out
+    assert "Accuracy, %" in out
+    assert "Gaps, points" in out
+    assert "Representation" in out
+    assert "a/results.json" in out
+    assert main([f"checkpoint={runs}/run/checkpoints/last.ckpt", *words, "to=b"]) == 0
+    exported = f"encoder={runs}/exported/encoder.safetensors"
+    assert main([exported, *DATA, "seed=3", *words, "to=c"]) == 0
+    found = [results(folder) for folder in "abc"]
+    for part in ("accuracies", "gaps", "per_class", "health"):
+        assert found[0][part] == found[1][part] == found[2][part]
+    assert found[0]["seed"] == found[0]["evaluation_seed"] == 3
+    assert {row["encoder"] for row in found[0]["accuracies"]} == {"trained", "untrained"}
+
+    backbone, _ = load_encoder(runs / "exported")
+    evaluation = build(check(composed("evaluation=light")).evaluation)
+    own = evaluation(backbone, tiny_dataset(), device="cpu", seed=3).records()
+    ours = [row for row in found[0]["accuracies"] if row["encoder"] == "trained"]
+    assert ours == json.loads(json.dumps(own["accuracies"]))
+
+
+@pytest.mark.parametrize("name", ["torchvision:resnet18", "timm:test_vit", "torchvision:mobilenet_v3_small"])
+def test_foreign_encoders_with_random_weights(name: str, photos: Path) -> None:
+    words = [f"encoder={name}", "weights=null", "dataset=imagefolder", f"dataset.root={photos}", *FAST]
+    words.append("dataset.image_size=32")
+    assert main([*words, "to=one"]) == 0
+    assert main([*words, "to=again", "cache=null"]) == 0
+    assert main([*words, "to=other", "seed=1"]) == 0
+    one, again = results("one"), results("again")
+    assert one["accuracies"] == again["accuracies"]
+    assert one["per_class"] == again["per_class"]
+    assert one["classes"] == ["cat", "dog"]
+    identities = [
+        json.loads(Path(to, "environment.json").read_text())["encoder"]["identity"] for to in ("one", "other")
+    ]
+    assert identities[0] != identities[1]
+    assert one["choices"]["dataset"] == f"imagefolder {photos.name}"
+    assert one["choices"]["encoder"] == name
+
+
+def test_features_are_kept(photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    words = ["encoder=torchvision:resnet18", "weights=null", "dataset=imagefolder", f"dataset.root={photos}", *FAST]
+    words.append("dataset.image_size=32")
+    assert main([*words, "to=one"]) == 0
+    kept = sorted(Path(".cache/icl-msr/features").rglob("*.safetensors"))
+    assert len(kept) == 2  # train and test
+    with monkeypatch.context() as patched:
+        patched.setattr("icl_msr.evaluation.cache.extract", None)
+        assert main([*words, "to=two"]) == 0
+    assert results("one")["accuracies"] == results("two")["accuracies"]
+    kept[0].write_bytes(b"cut short")
+    assert main([*words, "to=three"]) == 0
+    assert results("one")["accuracies"] == results("three")["accuracies"]
+    assert len(kept[0].read_bytes()) > 1000
+    assert main([*words, "seed=5", "to=four"]) == 0  # other weights
+    assert len(list(Path(".cache/icl-msr/features").rglob("*.safetensors"))) == 4
+
+
+def test_an_encoder_is_fed_as_it_was_trained(runs: Path, photos: Path) -> None:
+    """On other data it keeps the statistics of its own."""
+    words = ["dataset=imagefolder", f"dataset.root={photos}", "dataset.image_size=32", *FAST]
+    assert main([f"run={runs}/run", *words, "to=it"]) == 0
+    files = Path(".cache/icl-msr/features").rglob("*.safetensors")
+    (features,) = (kept for file in files if len(kept := load_file(file)["features"]) == 8)
+    other, own = build(check(composed(*words[:3])).dataset), tiny_dataset()
+    backbone, _ = load_encoder(runs / "exported")
+    expected = extract(backbone, other.tests["test"], mean=own.mean, std=own.std, device="cpu", batch_size=8)
+    torch.testing.assert_close(features, expected)
+
+
+def test_several_evaluations_at_once_and_their_report(
+    runs: Path, photos: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    few = ["evaluation=[light,corruptions]", "evaluation.corruptions=[fog,contrast]", "evaluation.severities=[1,5]"]
+    few += ["evaluation.probe_epochs=2", "evaluation.images=5", "evaluation.bootstrap=20"]
+    words = [f"run={runs}/run", "dataset=imagefolder", f"dataset.root={photos}", "dataset.image_size=32", *few]
+    assert main([*words, "hardware=cpu", "to=runs/with"]) == 0
+    assert "fog" in capsys.readouterr().out
+    found = results("runs/with")
+    assert [row["split"] for row in found["accuracies"] if row["encoder"] == "trained"] == [
+        "test",
+        "clean",
+        "corrupted",
+    ]
+    assert len(found["corruptions"]) == 2 * (2 * 2 + 2 + 1)  # encoders; corruptions by severity, alone, together
+    assert {row["n"] for row in found["corruptions"]} == {5}
+    assert found["choices"] == {
+        "method": "moco",
+        "regularizer": "none",
+        "pretrained_on": "confounded",
+        "dataset": f"imagefolder {photos.name}",
+        "evaluation": "light+corruptions",
+    }
+    saved = np.load("runs/with/predictions.npz")
+    assert saved["trained/linear/train/corrupted"].shape == (5 * 4,)
+    assert main(["encoder=torchvision:resnet18", "weights=null", *words[1:], "hardware=cpu", "to=runs/other"]) == 0
+    assert "report.html" in capsys.readouterr().out
+    assert Run.load(Path("runs/with")).results.accuracies
+    assert report(["runs"]) == 0
+    table = capsys.readouterr().out
+    assert f"imagefolder {photos.name}" in table
+    summary = json.loads(Path("runs/summary.json").read_text())
+    assert len(summary["configurations"]) == 2
+    assert not summary["failed"]
+    assert report(["runs/with"]) == 0
+
+
+@pytest.mark.parametrize(
+    ("words", "parts"),
+    [
+        ([], ["Nothing is given to evaluate", "run=FOLDER"]),
+        (["run=a", "encoder=b"], ["run and encoder are given; give one"]),
+        (["run=a", "run=b"], ["run is given twice"]),
+        (["a"], ["a is no key=value"]),
+        (["run=nowhere"], ["There is no run nowhere"]),
+        (["checkpoint=nowhere"], ["There is no checkpoint nowhere"]),
+        (["encoder=nowhere.safetensors"], ["There is no encoder nowhere.safetensors"]),
+        (["encoder=tim:resnet18"], ["unknown library; did you mean timm?"]),
+        (["encoder=timm:resnet1"], ["is no timm model; did you mean"]),
+        (["encoder=torchvision:resnet19"], ["is no torchvision model; did you mean", "resnet18"]),
+        (["encoder=torchvision:r3d_18"], ["is no torchvision model"]),
+        (["encoder=timm:test_vit", "method=byol"], ["method is not a key of an evaluation"]),
+        (["encoder=timm:test_vit", "datset=cifar10"], ["did you mean dataset?"]),
+        (["encoder=timm:test_vit", "dataset=cifar"], ["dataset=cifar does not exist; did you mean"]),
+        (["encoder=timm:test_vit", "evaluation=[default,corrupt]"], ["evaluation=corrupt does not exist"]),
+        (["encoder=timm:test_vit", "evaluation.kn=[dino]"], ["evaluation.kn is not a key; did you mean"]),
+        (["encoder=timm:test_vit", "dataset.train=0"], ["dataset.train=0 is not allowed"]),
+        (["encoder=timm:test_vit", "evaluation=corruptions", "evaluation.corruptions=[frost]"], ["frost", "fog"]),
+        (["encoder=timm:test_vit", "evaluation=shape"], ["evaluation.stimuli has no value yet"]),
+        (["encoder=timm:test_vit", "evaluation=none"], ["evaluation=none measures nothing"]),
+        (["encoder=timm:test_vit", "weights=null", "to=/proc/none"], ["/proc/none cannot be written", "to=FOLDER"]),
+        (["encoder=timm:test_vit", "weights=null", "cache=/proc/none"], ["cannot be kept in /proc/none", "cache=null"]),
+        (["encoder=timm:test_vit", "weights=file"], ["weights=file is neither a .safetensors file"]),
+        (["encoder=timm:test_vit", "hardware=ddp"], ["on one device"]),
+    ],
+)  # fmt: skip
+def test_mistakes(words: list[str], parts: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    """One sentence, before any work, and no trace."""
+    small = DATA if any(word.startswith("encoder=timm:test_vit") for word in words) else []
+    small = [word for word in small if word.partition("=")[0] not in {w.partition("=")[0] for w in words}]
+    small = [] if "dataset=cifar" in words else small
+    assert main([*words, *small]) == 2
+    out, err = capsys.readouterr()
+    assert "Accuracy" not in out
+    (line,) = err.splitlines()
+    assert all(part in line for part in parts), line
+    assert line.endswith((".", "?"))
+    assert not Path("runs").exists()
+
+
+def test_results_are_not_overwritten(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["encoder=timm:test_vit", f"to={runs}/run"]) == 2
+    assert "holds results or a run already" in capsys.readouterr().err
+
+
+def test_a_run_whose_encoder_takes_other_images(runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    shutil.copytree(runs / "exported", tmp_path / "vit")
+    backbone = foreign_encoder("timm", "vit_tiny_patch16_224", 32, None, 0)
+    images = {"image_size": 32, "mean": [0.5] * 3, "std": [0.25] * 3, "dataset": "confounded"}
+    export_encoder(backbone, tmp_path / "vit", images)
+    assert main([f"encoder={tmp_path}/vit", *DATA, "dataset.image_size=48", *FAST]) == 2
+    err = capsys.readouterr().err
+    assert "cannot take images of 48 pixels" in err
+    assert "set dataset.image_size=32." in err
+
+
+def test_seeded_weights_leave_the_random_numbers_alone() -> None:
+    torch.manual_seed(0)
+    expected = torch.rand(3)
+    torch.manual_seed(0)
+    one, two = (foreign_encoder("torchvision", "resnet18", 32, None, seed) for seed in (7, 7))
+    copy = untrained_copy(one, 7)
+    other = untrained_copy(one, 8)
+    assert torch.equal(torch.rand(3), expected)
+    weight = "net.conv1.weight"
+    states = [net.state_dict()[weight] for net in (one, two, copy, other) if net is not None]
+    assert torch.equal(states[0], states[1])
+    assert torch.equal(states[0], states[2])
+    assert not torch.equal(states[0], states[3])
