@@ -28,7 +28,7 @@ from icl_msr.methods import Step
 from icl_msr.pretraining import Pretraining
 from icl_msr.regularizers import MetaSemanticRegularizer
 from icl_msr.regularizers.bilevel import meta_pass, norm, replay, trainable
-from icl_msr.run import assemble, peak_memory_mb
+from icl_msr.run import assemble
 from icl_msr.views import Views
 
 HERE = Path(__file__).parent
@@ -150,7 +150,6 @@ SPEED: dict[str, dict[str, Any] | None] = {
     "exact, projector": {"mode": "exact", "scope": "projector"},
     "exact, every=4": {"mode": "exact", "every": 4},
     "difference, every=4": {"mode": "difference", "every": 4},
-    "double_backward, every=4": {"mode": "double_backward", "every": 4},
 }
 
 
@@ -233,10 +232,20 @@ def speed(backbone: str, batch: int, precision: str, layout: str, rounds: int) -
 def memory(backbone: str, batch: int, precision: str, layout: str, name: str) -> None:
     """Prints by how many MB two steps raise the peak of memory above the model, its data and the libraries."""
     plan, step = stepper(backbone, batch, precision, layout)
-    before = peak_memory_mb(plan)
+    if plan.accelerator == "gpu":
+        before, peak = torch.cuda.memory_allocated() / 1e6, lambda: torch.cuda.max_memory_allocated() / 1e6
+    else:
+        Path("/proc/self/clear_refs").write_text("5")  # the peak is forgotten
+        before, peak = resident("VmRSS"), lambda: resident("VmHWM")
     for _ in range(2):
         step(SPEED[name], 0)
-    print(peak_memory_mb(plan) - before)
+    print(peak() - before)
+
+
+def resident(field: str) -> float:
+    """Memory of this process in MB: VmRSS now, VmHWM at its peak."""
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(field))
+    return float(line.split()[1]) / 1e3
 
 
 def write(path: Path, rows: list[dict[str, Any]]) -> None:
