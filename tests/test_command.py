@@ -240,7 +240,7 @@ IN_THE_WORLD = [
     ("dataset=arrays dataset.path=unlabelled.npz", "has no array train_labels"),
     ("dataset=imagefolder dataset.root=nowhere", "There is no folder nowhere", "dataset.root"),
     ("dataset=imagefolder dataset.root=hollow", "hollow/c has no images", "remove it"),
-    ("dataset=imagefolder dataset.root=cut", "cut/a/0.png cannot be read as an image", "truncated", "replace"),
+    ("dataset=imagefolder dataset.root=cut", "cut/a/0.png cannot be read as an image", "Truncated", "replace"),
     # models and batches
     ("loader.batch_size=100", "loader.batch_size=100", "64 or less"),
     ("loader.batch_size=16 method.queue_size=12", "method.queue_size=12", "one batch", "16 or more"),
