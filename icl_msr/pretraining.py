@@ -108,9 +108,8 @@ class Pretraining(pl.LightningModule):
             return
         inner = ordinary_gradient(self.method)
         features = batch.output.features if self.trainer.precision == "32-true" else None
-        log = regularizer.meta_step(
-            self.method, batch.views, batch.targets, batch.step, inner, self.learning_rate(), features
-        )
+        arguments = (self.method, batch.views, batch.targets, batch.step, inner, self.learning_rate())
+        log = regularizer.meta_step(*arguments, features, self.autocast())
         self.log_dict({f"msr/{name}": value for name, value in log.items()})
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
@@ -131,7 +130,8 @@ class Pretraining(pl.LightningModule):
             views = at(views, step)
             with torch.no_grad(), frozen_statistics(self.method):
                 targets = self.method.targets(views)
-            log = regularizer.meta_step(self.method, views, targets, step, None, self.learning_rate())
+            arguments = (self.method, views, targets, step, None, self.learning_rate())
+            log = regularizer.meta_step(*arguments, precision=self.autocast())
         self.log_dict({f"msr/{name}": value for name, value in log.items()})
 
     def step(self, batch_index: int) -> Step:
@@ -145,6 +145,10 @@ class Pretraining(pl.LightningModule):
         optimizer = self.optimizers(use_pl_optimizer=False)
         assert isinstance(optimizer, Optimizer)
         return float(optimizer.param_groups[0]["lr"])
+
+    def autocast(self) -> torch.dtype | None:
+        """What a gradient beside the ordinary one is computed in; fp16's would need a scale of its own."""
+        return torch.bfloat16 if self.trainer.precision == "bf16-mixed" else None
 
     def logs(self) -> bool:
         """Logging costs more than a small step, so values are computed only when they are written."""

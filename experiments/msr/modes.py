@@ -1,9 +1,10 @@
 """What the modes of the meta gradient cost, and how well they agree with the exact one.
 
 python experiments/msr/modes.py agreement [key=value ...]     over a whole run, against exact, at the same states
+python experiments/msr/modes.py signal [key=value ...]        over a whole run, how much of it other views repeat
 python experiments/msr/modes.py speed BACKBONE BATCH           time and memory of a step, in one run, alternating
 
-The first takes the words of `python -m icl_msr.run`. Both print a table and write it as CSV beside this file.
+The first two take the words of `python -m icl_msr.run`. All print a table and write it as CSV beside this file.
 """
 
 import copy
@@ -14,6 +15,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytorch_lightning as pl
@@ -23,11 +25,13 @@ from rich.console import Console
 from rich.table import Table
 
 from icl_msr.config import build, check, config_dir
+from icl_msr.data.datamodule import Batch, DataModule
 from icl_msr.hardware import Hardware, Plan
 from icl_msr.methods import Step
 from icl_msr.pretraining import Pretraining
 from icl_msr.regularizers import MetaSemanticRegularizer
 from icl_msr.regularizers.bilevel import meta_pass, norm, replay, trainable
+from icl_msr.regularizers.strata import uniformity
 from icl_msr.run import assemble
 from icl_msr.views import Views
 
@@ -35,6 +39,7 @@ HERE = Path(__file__).parent
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "exact": {"mode": "exact"},
+    "difference h=1e-5, v in bf16": {"mode": "difference", "difference_step": 1e-5, "precision": torch.bfloat16},
     "difference h=1e-6": {"mode": "difference", "difference_step": 1e-6},
     "difference h=1e-3": {"mode": "difference", "difference_step": 1e-3},
     "difference h=1e-4": {"mode": "difference", "difference_step": 1e-4},
@@ -74,10 +79,14 @@ class Agreement(pl.Callback):
         for r in STEPS:
             found = {}
             for name, keys in VARIANTS.items():
+                keys = dict(keys)
+                precision = keys.pop("precision", None)
                 other = variant(regularizer, relative_step=r, **keys)
                 with meta_pass(method, pl_module.device):
                     alpha = other.step_size(method, inner, 0.0)
-                    parts = other.meta_gradient(method, batch.views, batch.targets, batch.step, inner, alpha)
+                    parts = other.meta_gradient(
+                        method, batch.views, batch.targets, batch.step, inner, alpha, precision=precision
+                    )
                 found[name] = torch.cat([part.flatten() for part in parts]).double()
             exact = found["exact"]
             with meta_pass(method, pl_module.device), torch.no_grad():
@@ -94,13 +103,70 @@ class Agreement(pl.Callback):
                 self.rows.append({**row, "norm": norm([gradient]), "outer_change": float(after - before)})
 
 
-def agreement(words: list[str]) -> None:
-    """One run; nothing of it is changed by being watched."""
+class Signal(pl.Callback):
+    """Every few steps, the meta gradient from other views of the same images, at the same state.
+
+    What one draw of the views says and the next does not is noise, from which f_msr can learn nothing.
+    """
+
+    def __init__(self, every: int, data: DataModule):
+        self.every, self.data = every, data
+        self.rows: list[dict[str, Any]] = []
+
+    def on_before_optimizer_step(self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Any) -> None:
+        """See the class."""
+        assert isinstance(pl_module, Pretraining)
+        batch, regularizer, method = pl_module.batch, pl_module.regularizer, pl_module.method
+        if trainer.global_step % self.every or batch is None or regularizer is None:
+            return
+        index = batch.views.index
+        with torch.no_grad():
+            strata = regularizer.strata(batch.views.images)
+        draws = [self.data.views(Batch(1000 + draw, index)) for draw in range(4)]
+        with meta_pass(method, pl_module.device):
+            apart = strata.clone().requires_grad_()
+            phi = list(regularizer.phi.values())
+            spread = uniformity(regularizer.strata(batch.views.images), regularizer.u)
+            uniform = norm(torch.autograd.grad(spread, phi, materialize_grads=True))
+            for r in (*STEPS, "lr"):
+                other = variant(regularizer, alpha="lr" if r == "lr" else "relative")
+                other.relative_step = 0.0 if r == "lr" else float(r)
+                whole, each = [], []
+                for views in draws:
+                    targets = method.targets(views)
+                    inner = other.inner_gradient(method, views, targets, batch.step)
+                    alpha = other.step_size(method, inner, pl_module.learning_rate())
+                    arguments = (method, views, targets, batch.step, inner, alpha)
+                    whole.append(torch.cat([g.flatten() for g in other.meta_gradient(*arguments)]))
+                    each.append(by_strata(other, arguments, apart))
+                row = {"step": trainer.global_step, "r": r, "phi": agreement_of(torch.stack(whole)[:, None])}
+                row |= {"image": agreement_of(torch.stack(each)), "ratio": norm([whole[0]]) / uniform}
+                self.rows.append(row)
+
+
+def by_strata(regularizer: MetaSemanticRegularizer, arguments: Any, strata: torch.Tensor) -> torch.Tensor:
+    """The meta gradient by A(X) itself, (N, S c): what each image asks of its strata."""
+    alone = copy.copy(regularizer)
+    alone.__dict__.update(strata=lambda images: strata)
+    alone.__dict__.update(network=SimpleNamespace(named_parameters=lambda: [("A", strata)]))
+    alone._modules = {}
+    return alone.meta_gradient(*arguments)[0].flatten(1)
+
+
+def agreement_of(draws: torch.Tensor) -> float:
+    """Mean cosine of two draws of (draws, N, D), over all pairs of draws and all N."""
+    unit = torch.nn.functional.normalize(draws.double(), dim=-1)
+    count = len(draws)
+    return float((unit.sum(0).square().sum(-1).mean() - count) / (count * (count - 1)))
+
+
+def watched(words: list[str], make: Callable[[int, DataModule], Any]) -> tuple[Any, str, Plan]:
+    """One run with a callback that looks at it twelve times; nothing of the run is changed by it."""
     with initialize_config_dir(str(config_dir()), version_base="1.3"):
         settings = check(compose("config", overrides=words))
     plan = Hardware(**{k: v for k, v in settings.hardware.items() if k != "_target_"}).plan()
     pieces = assemble(settings, plan)
-    watch = Agreement(every=max(1, int(pieces.derived["total_steps"]) // 12))
+    watch = make(max(1, int(pieces.derived["total_steps"]) // 12), pieces.data)
     trainer = pl.Trainer(
         accelerator=plan.accelerator,
         devices=1,
@@ -114,7 +180,31 @@ def agreement(words: list[str]) -> None:
         use_distributed_sampler=False,
     )
     trainer.fit(pieces.module, pieces.data)
-    method = type(pieces.module.method).__name__.lower()
+    return watch, type(pieces.module.method).__name__.lower(), plan
+
+
+def signal(words: list[str]) -> None:
+    """How alive the meta signal is: beside uniformity's, and beside its own noise."""
+    watch, method, plan = watched(words, Signal)
+    write(HERE / f"signal_{method}.csv", watch.rows)
+    table = Table(
+        title=f"{' '.join(words)}, {plan}: 4 draws of the views at {len(watch.rows) // 6} steps; median (range)"
+    )
+    for column in ("r", "|meta| / |uniformity|", "cosine of two draws: phi", "of an image's A"):
+        table.add_column(column)
+    for r in (*STEPS, "lr"):
+        rows = [row for row in watch.rows if row["r"] == r]
+        cells = []
+        for key in ("ratio", "phi", "image"):
+            values = [row[key] for row in rows]
+            cells.append(f"{statistics.median(values):.3f} ({min(values):.3f} to {max(values):.3f})")
+        table.add_row(str(r), *cells)
+    Console(width=130).print(table)
+
+
+def agreement(words: list[str]) -> None:
+    """How close the cheaper modes are to the exact gradient."""
+    watch, method, plan = watched(words, lambda every, _: Agreement(every))
     write(HERE / f"agreement_{method}.csv", watch.rows)
     table = Table(title=f"{' '.join(words)}, {plan}: {len(watch.rows) // len(VARIANTS) // len(STEPS)} looks at a run")
     for column in (
@@ -184,7 +274,8 @@ def stepper(backbone_name: str, batch: int, precision: str, layout: str, size: i
         if other is not None and other.every and number % other.every == 0:
             inner = {name: p.grad for name, p in trainable(method).items() if p.grad is not None}
             features = output.features if plan.precision == "32-true" else None
-            other.meta_step(method, views, targets, Step(0, 1), inner, 1e-3, features)
+            mixed = torch.bfloat16 if plan.precision == "bf16-mixed" else None
+            other.meta_step(method, views, targets, Step(0, 1), inner, 1e-3, features, mixed)
         optimizer.step()
 
     return plan, step
@@ -261,6 +352,8 @@ def main() -> None:
     what, *words = sys.argv[1:] or ["help"]
     if what == "agreement":
         agreement(words)
+    elif what == "signal":
+        signal(words)
     elif what == "speed":
         backbone, batch, precision, layout, rounds = [*words, *("resnet18", "64", "auto", "cl", "5")[len(words) :]]
         speed(backbone, int(batch), precision, layout, int(rounds))

@@ -87,17 +87,22 @@ def outer_gradient(
     step: Step,
     virtual: Mapping[str, Tensor],
     features: Features | None = None,
+    precision: torch.dtype | None = None,
 ) -> Gradients:
     """v = grad L_ct at theta', by the parameters in `virtual`; theta holds the others.
 
-    `features` are those at theta', where they are known because the virtual step leaves the backbone alone.
+    `features` are those at theta', where they are known because the virtual step leaves the backbone alone;
+    `precision` is that of the ordinary step's autocast, if it has one: v is an ordinary gradient too.
     """
     virtual = {name: p.detach().requires_grad_() for name, p in virtual.items()}
     theta = _constants(method) | virtual
-    if features is None:
-        return gradients(replay(method, views, targets, step, theta).loss, virtual)
-    torch.manual_seed(step.noise)
-    return gradients(_call(method, theta, lambda m: m.loss(m.project(features), targets, step)), virtual)
+    with torch.autocast(views.images.device.type, precision, enabled=precision is not None):
+        if features is None:
+            loss = replay(method, views, targets, step, theta).loss
+        else:
+            torch.manual_seed(step.noise)
+            loss = _call(method, theta, lambda m: m.loss(m.project(features), targets, step))
+    return gradients(loss, virtual)
 
 
 def forward_tangent(method: Method, views: Views, step: Step, v: Gradients) -> tuple[Features, Features]:

@@ -84,6 +84,8 @@ class MetaSemanticRegularizer(nn.Module):
         relative_step: PositiveFloat,
         lr: PositiveFloat,
         uniformity_trains: Literal["head", "all"],
+        trunk: Literal["trained", "frozen"],
+        head_scale: PositiveFloat,
         width: Annotated[int, Field(gt=0, multiple_of=8)],
         image_size: PositiveInt,
         seed: int,
@@ -103,10 +105,17 @@ class MetaSemanticRegularizer(nn.Module):
         elif weights == "random":
             self.register_buffer("fixed", random_partition(channels, n, seed))
         else:
-            self.network = StrataNetwork(channels, n, width, image_size).requires_grad_(weights != "random_net")
+            self.network = StrataNetwork(channels, n, width, image_size, head_scale)
+            self.network.requires_grad_(weights != "random_net")
+            if trunk == "frozen":
+                self.network.trunk.requires_grad_(False)
         if weights in ("meta", "uniform_only", "joint"):
-            assert self.network is not None
-            self.optimizer = torch.optim.Adam(self.network.parameters(), lr=lr)
+            self.optimizer = torch.optim.Adam(self.phi.values(), lr=lr)
+
+    @property
+    def phi(self) -> dict[str, Tensor]:
+        """What is trained of f_msr, by name."""
+        return {} if self.network is None else trainable(self.network)
 
     @classmethod
     def with_defaults(
@@ -204,6 +213,7 @@ class MetaSemanticRegularizer(nn.Module):
         inner: Mapping[str, Tensor] | None,
         learning_rate: float,
         features: Features | None = None,
+        precision: torch.dtype | None = None,
     ) -> dict[str, float]:
         """One step of phi on a batch; nothing of the method moves.
 
@@ -213,6 +223,7 @@ class MetaSemanticRegularizer(nn.Module):
                 here.
             learning_rate: theta's current one, for `alpha=lr`.
             features: the ordinary step's, if they are of full precision; saves `mode=difference` a forward pass.
+            precision: of the ordinary step's autocast, if it has one; v is computed in it, all else in full precision.
 
         Returns:
             Norms of both parts of phi's gradient, and alpha, for the log.
@@ -222,7 +233,7 @@ class MetaSemanticRegularizer(nn.Module):
         """
         assert self.network is not None
         assert self.optimizer is not None
-        phi = list(self.network.parameters())
+        phi = list(self.phi.values())
         log = {}
         if self.weights == "meta":
             require_exact(method)
@@ -243,7 +254,8 @@ class MetaSemanticRegularizer(nn.Module):
                     if inner is None:
                         inner = self.inner_gradient(method, views, targets, step)
                     log["alpha"] = self.step_size(method, inner, learning_rate)
-                    signal = self.meta_gradient(method, views, targets, step, inner, log["alpha"], features)
+                    arguments = (method, views, targets, step, inner, log["alpha"])
+                    signal = self.meta_gradient(*arguments, features, precision)
                 log["meta_grad_norm"] = norm(signal)
                 gradient = [a + b for a, b in zip(gradient, signal, strict=True)]
         for parameter, g in zip(phi, gradient, strict=True):
@@ -276,6 +288,7 @@ class MetaSemanticRegularizer(nn.Module):
         inner: Mapping[str, Tensor],
         alpha: float,
         features: Features | None = None,
+        precision: torch.dtype | None = None,
     ) -> list[Tensor]:
         """d/dphi L_ct(theta - alpha d/dtheta L_to(theta, phi)), one tensor a parameter of f_msr; see `bilevel`."""
         assert self.network is not None
@@ -290,7 +303,7 @@ class MetaSemanticRegularizer(nn.Module):
             v = {name: inner[name] for name in theta}
         else:
             virtual = {name: p - alpha * inner[name] for name, p in theta.items()}
-            v = outer_gradient(method, views, targets, step, virtual, features if still else None)
+            v = outer_gradient(method, views, targets, step, virtual, features if still else None, precision)
 
         if self.mode == "double_backward":
             along = along_double_backward(method, views, targets, step, penalty, v)
@@ -303,7 +316,7 @@ class MetaSemanticRegularizer(nn.Module):
                     features, moved = difference_tangent(method, views, step, v, self.difference_step, features)
             assert features is not None
             along = along_heads(method, targets, penalty, v, features, moved)
-        signal = torch.autograd.grad(self.lam * along, list(self.network.parameters()))
+        signal = torch.autograd.grad(self.lam * along, list(self.phi.values()))
         return [-alpha * s for s in average(signal)]
 
     # ------------------------------------------------------------------------------------------ phi's Adam is state

@@ -19,10 +19,10 @@ class StrataNetwork(nn.Module):
 
     "A convolutional network" is all the paper says. Ours: a trunk of four strided convolutions with GroupNorm, a pool
     and a LayerNorm, so that A(X) depends on its own image alone; a linear layer, a sigmoid, and unit length over the
-    channels.
+    channels. `head_scale` enlarges the linear layer's first weights: the larger, the more A differs between images.
     """
 
-    def __init__(self, channels: int, strata: int, width: int, image_size: int):
+    def __init__(self, channels: int, strata: int, width: int, image_size: int, head_scale: float = 1.0):
         super().__init__()
         self.strata, self.image_size = strata, image_size
         widths = [3, width, 2 * width, 4 * width, 4 * width]
@@ -32,6 +32,8 @@ class StrataNetwork(nn.Module):
         self.trunk = nn.Sequential(*blocks, nn.AdaptiveAvgPool2d(1), nn.Flatten())
         self.norm = nn.LayerNorm(widths[-1], elementwise_affine=False)
         self.head = nn.Linear(widths[-1], strata * channels)
+        with torch.no_grad():
+            self.head.weight.mul_(head_scale)
 
     def forward(self, images: Tensor) -> Tensor:
         """Normalised images (N, 3, H, W) to A (N, S, c), non-negative and of unit length."""
