@@ -49,6 +49,8 @@ REGULARIZER: dict[str, Any] = {
     "relative_step": 0.05,
     "lr": 1e-2,
     "uniformity_trains": "head",
+    "trunk": "trained",
+    "head_scale": 1.0,
     "width": 8,
     "image_size": 8,
     "seed": 0,

@@ -295,6 +295,48 @@ def test_uniformity_alone_would_blind_the_trunk() -> None:
     assert variation["head"] > 10 * variation["all"]
 
 
+def test_a_frozen_trunk_keeps_seeing_the_image() -> None:
+    method, views = make_method("simclr"), make_views()
+    variation = {}
+    for name, keys in {"default": {}, "per image": {"trunk": "frozen", "head_scale": 8.0}}.items():
+        regularizer = make_regularizer(method, lr=1e-2, **keys)
+        network = regularizer.network
+        assert network is not None
+        trunk = copy.deepcopy(network.trunk.state_dict())
+        for _ in range(40):
+            regularizer.meta_step(method, views, method.targets(views), STEP, None, 0.1)
+        moved = any(not torch.equal(trunk[key], value) for key, value in network.trunk.state_dict().items())
+        assert moved == (name == "default")
+        variation[name] = float(diversity(regularizer.strata(views.images))["variation"])
+    assert variation["per image"] > 10 * variation["default"]
+
+
+def test_only_v_is_computed_in_half_precision(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a run of mixed precision: near the exact gradient, and nothing else sees an autocast context."""
+    method, views = make_method("simclr", dtype=torch.float32), make_views(n=16, dtype=torch.float32)
+    regularizer = make_regularizer(method, mode="exact").float()
+    seen = []
+    project = type(method).project
+
+    def spy(self: Method, features: list[Tensor]) -> Any:
+        seen.append(torch.is_autocast_enabled("cpu"))
+        return project(self, features)
+
+    monkeypatch.setattr(type(method), "project", spy)
+    found = {}
+    with meta_pass(method, views.images.device):
+        targets = method.targets(views)
+        inner = regularizer.inner_gradient(method, views, targets, STEP)
+        for precision in (None, torch.bfloat16):
+            seen.clear()
+            signal = regularizer.meta_gradient(method, views, targets, STEP, inner, 0.1, precision=precision)
+            found[precision] = torch.cat([s.flatten() for s in signal])
+            assert seen[0] == (precision is not None)
+            assert not any(seen[1:])
+    assert not torch.equal(*found.values())
+    assert torch.cosine_similarity(*found.values(), dim=0) > 0.98
+
+
 @pytest.mark.parametrize("weights", ["random", "random_net", "ones"])
 def test_fixed_controls_have_nothing_to_train(weights: str) -> None:
     regularizer = make_regularizer(make_method("simclr"), weights=weights)
