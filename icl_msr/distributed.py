@@ -78,3 +78,12 @@ def average(tensors: Sequence[Tensor]) -> list[Tensor]:
     dist.all_reduce(bucket)
     parts = torch.split(bucket / world_size(), [t.numel() for t in tensors])
     return [part.view(t.shape) for part, t in zip(parts, tensors, strict=True)]
+
+
+def everywhere(here: bool) -> bool:
+    """Whether it is so on every rank."""
+    if world_size() == 1:
+        return here
+    answers: list[Any] = [None] * world_size()
+    dist.all_gather_object(answers, here)
+    return all(answers)

@@ -4,6 +4,7 @@ python -m icl_msr.evaluate run=FOLDER dataset=imagefolder dataset.root=photos ev
 """
 
 import argparse
+import os
 import platform
 import subprocess
 import sys
@@ -32,9 +33,12 @@ from icl_msr.evaluation.suite import Results
 from icl_msr.evaluation.tables import tables
 from icl_msr.folder import RunFolder
 from icl_msr.hardware import Plan
+from icl_msr.processes import hold_leash, is_first, is_rank, require_processes, run_ranks, told
 from icl_msr.report import gap_table, matrix_table, write_report
 from icl_msr.report.runs import Run
 from icl_msr.report.words import answer
+
+HALF = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
 
 USAGE = """python -m icl_msr.evaluate SOURCE [dataset=...] [evaluation=...] [seed=N] [to=FOLDER]
 
@@ -61,34 +65,61 @@ def main(arguments: list[str] | None = None) -> int:
         description="Measures any encoder, ours or foreign, on any data set.",
     )
     parser.add_argument("words", nargs="*", metavar="KEY=VALUE", help="as above")
+    hold_leash()
     words: list[str] = parser.parse_args(arguments).words
     try:
-        evaluate(read(words), words)
+        return carry_out(read(words), words)
     except UserError as error:
         print(error, file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return 130
+    except Exception as fault:
+        if told(fault):
+            return 1
+        raise
+
+
+def carry_out(order: Order, words: Sequence[str]) -> int:
+    """Evaluates here, or in a process for each device; returns the exit code.
+
+    Raises:
+        UserError: the processes cannot be had; see `evaluate`.
+    """
+    plan: Plan = build(order.settings[0].hardware).plan()
+    require_processes(plan)
+    if plan.world_size == 1:
+        evaluate(order, words, plan)
+        return 0
+    if not is_rank():
+        require_writable(order.to)
+        order.to.mkdir(parents=True, exist_ok=True)
+        given = [word for word in words if not word.startswith("to=")]
+        return run_ranks(plan.world_size, [*given, f"to={order.to}"], order.to, "icl_msr.evaluate")
+    if plan.accelerator == "gpu":
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    torch.distributed.init_process_group("nccl" if plan.accelerator == "gpu" else "gloo")
+    try:
+        evaluate(order, words, plan)
+    finally:
+        torch.distributed.destroy_process_group()
     return 0
 
 
-def evaluate(order: Order, words: Sequence[str]) -> Path:
-    """Measures, writes and prints; returns the folder of the results.
+def evaluate(order: Order, words: Sequence[str], plan: Plan) -> None:
+    """Measures, writes and prints; ranks share the features, and the first writes and speaks.
 
     Raises:
         UserError: the data, the encoder or an evaluation do not fit, or a file cannot be read or written.
     """
-    console = Console(highlight=False, soft_wrap=True)
+    console = Console(highlight=False, soft_wrap=True, quiet=not is_first())
     began = time.perf_counter()
     subject, settings = order.subject, order.settings[0]
-    plan: Plan = build(settings.hardware).plan()
-    if plan.world_size > 1:
-        raise UserError("An evaluation runs on one device; leave hardware=ddp and hardware.devices out.")
     require_writable(order.to)
     evaluations = [build(part.evaluation) for part in order.settings]
     if None in evaluations:
         raise UserError(f"evaluation=none measures nothing; leave it out, or {_others()}")
-    extractor = FeatureCache(order.cache)
+    extractor = FeatureCache(order.cache, HALF.get(plan.precision))
     dataset = build(settings.dataset)
     if not isinstance(dataset, Dataset):
         raise UserError(f"{settings.dataset['_target_']} gives {type(dataset).__name__}, and a Dataset is needed.")
@@ -116,8 +147,10 @@ def evaluate(order: Order, words: Sequence[str]) -> Path:
             extractor=extractor,
         )
         results.add(found)
+    if not is_first():
+        return
     try:
-        return write(order, words, plan, dataset, encoder, results, time.perf_counter() - began, console)
+        write(order, words, plan, dataset, encoder, results, time.perf_counter() - began, console)
     except OSError as error:
         raise UserError(f"{order.to} cannot be written ({error.strerror}); give another folder, to=FOLDER.") from error
 

@@ -1,7 +1,7 @@
 """Processes that this program starts: the ranks of a run on several devices, and the jobs of a sweep.
 
 Lightning's own launcher repeats a whole sweep in its second rank and kills the first one without a word, so the process
-that the user starts supervises, and each rank is a fresh `python -m icl_msr.run` with the same words.
+that the user starts supervises, and each rank is a fresh process with the same words.
 """
 
 import os
@@ -17,7 +17,12 @@ from contextlib import contextmanager, nullcontext, suppress
 from functools import partial
 from pathlib import Path
 from types import FrameType
-from typing import IO, Any
+from typing import IO, TYPE_CHECKING, Any
+
+from icl_msr.errors import UserError
+
+if TYPE_CHECKING:  # at run time it would bring torch along, which a supervisor does not need
+    from icl_msr.hardware import Plan
 
 MODULE = "icl_msr.run"
 GRACE = 15.0
@@ -32,20 +37,22 @@ _RANK_VARIABLES = (
 
 
 class Child(subprocess.Popen[bytes]):
-    """`python -m icl_msr.run <words>` that ends when this process does, however that ends.
+    """`python -m <module> <words>` that ends when this process does, however that ends.
 
     Its standard input is a socket whose other end is ours alone. It leaves when that is closed, see `hold_leash`; and a
     rank says there what it failed with, see `told`.
     """
 
-    def __init__(self, words: Sequence[str], environment: dict[str, str], output: IO[Any] | None = None):
+    def __init__(
+        self, words: Sequence[str], environment: dict[str, str], output: IO[Any] | None = None, module: str = MODULE
+    ):
         self.leash, theirs = socket.socketpair()
         self.leash.setblocking(False)
         self._said = b""
         before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # for the child: until it holds the leash
         try:
             super().__init__(
-                [sys.executable, "-m", MODULE, *words],
+                [sys.executable, "-m", module, *words],
                 env={**environment, _LEASH: "1"},
                 stdin=theirs.fileno(),
                 stdout=output,
@@ -138,16 +145,41 @@ def is_first() -> bool:
     return not is_rank() or int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", 0))) == 0
 
 
+def require_processes(plan: "Plan", multirun: bool = False) -> None:
+    """Several devices need a process each, and a sweep in this process has but one.
+
+    Raises:
+        UserError: the processes cannot be had.
+    """
+    outside = outside_world_size()
+    if outside is not None and outside != plan.world_size:
+        raise UserError(
+            f"{outside} processes were started together, and hardware.devices={plan.devices} on hardware.nodes="
+            f"{plan.nodes} makes {plan.world_size}; set them to what was started, or start one process alone."
+        )
+    if plan.world_size == 1 or is_rank():
+        return
+    if multirun:
+        raise UserError(
+            "A sweep over several devices needs processes of its own for each job; add hydra/launcher=process."
+        )
+    if plan.nodes > 1:
+        raise UserError(
+            f"hardware.nodes={plan.nodes} needs the command to be started on every node, by torchrun or srun; "
+            "one machine alone takes hardware.nodes=1."
+        )
+
+
 def in_folder(folder: Path) -> str:
     """The word that has a run write there."""
     quoted = str(folder).replace("'", r"\'")
     return f"hydra.run.dir='{quoted}'"
 
 
-def run_ranks(world_size: int, words: Sequence[str], folder: Path) -> int:
-    """Runs the command once a rank and returns the exit code of the whole.
+def run_ranks(world_size: int, words: Sequence[str], folder: Path, module: str | None = None) -> int:
+    """Runs `python -m <module>` once a rank and returns the exit code of the whole.
 
-    The first rank speaks; the others write to `rank-<r>.log` in the run's folder. When one dies, the others follow, and
+    The first rank speaks; the others write to `rank-<r>.log` in the folder. When one dies, the others follow, and
     one sentence says which was the first and why.
     """
     with socket.socket() as free:
@@ -163,7 +195,7 @@ def run_ranks(world_size: int, words: Sequence[str], folder: Path) -> int:
         for rank in range(world_size):
             environment = {**common, "RANK": str(rank), "LOCAL_RANK": str(rank)}
             with logs[rank].open("wb") if rank else nullcontext() as output:
-                ranks.append(Child([*words, in_folder(folder)], environment, output))
+                ranks.append(Child(words, environment, output, module or MODULE))
         while (first := _first_failure(ranks)) is None and _running(ranks):
             time.sleep(0.02)
         if first is not None:

@@ -53,7 +53,7 @@ from icl_msr.methods import Method
 from icl_msr.methods.momentum import Queue
 from icl_msr.optimization import Optimization
 from icl_msr.pretraining import Pretraining
-from icl_msr.processes import is_first, is_rank, outside_world_size, run_ranks
+from icl_msr.processes import in_folder, is_first, is_rank, require_processes, run_ranks
 from icl_msr.regularizers import MetaSemanticRegularizer
 from icl_msr.report import gap_table, matrix_table, write_report
 from icl_msr.report.runs import Run, flatten, read_curves
@@ -93,12 +93,12 @@ def run(config: DictConfig) -> float:
 
     plan = build_as(Hardware, settings.hardware).plan()
     supervise = plan.world_size > 1 and not is_rank()
-    require_processes(plan)
+    require_processes(plan, multirun=HydraConfig.get().mode == RunMode.MULTIRUN)
     pieces = assemble(settings, plan)
     require_room(pieces.module, folder.path)
     if supervise:
         del pieces
-        code = run_ranks(plan.world_size, sys.argv[1:], folder.path)
+        code = run_ranks(plan.world_size, [*sys.argv[1:], in_folder(folder.path)], folder.path)
         return folder.metric() if code == 0 else sys.exit(code)
     with folder.locked() if is_first() else nullcontext():
         return carry_out(settings, config, plan, pieces, folder, console)
@@ -248,31 +248,6 @@ def more_epochs(settings: Settings, folder: RunFolder) -> bool:
                 f"type resume={folder}."
             )
     return bool(now[epochs] > saved[epochs])
-
-
-def require_processes(plan: Plan) -> None:
-    """Several devices need a process each, and a sweep in this process has but one.
-
-    Raises:
-        UserError: the processes cannot be had.
-    """
-    outside = outside_world_size()
-    if outside is not None and outside != plan.world_size:
-        raise UserError(
-            f"{outside} processes were started together, and hardware.devices={plan.devices} on hardware.nodes="
-            f"{plan.nodes} makes {plan.world_size}; set them to what was started, or start one process alone."
-        )
-    if plan.world_size == 1 or is_rank():
-        return
-    if HydraConfig.get().mode == RunMode.MULTIRUN:
-        raise UserError(
-            "A sweep over several devices needs processes of its own for each job; add hydra/launcher=process."
-        )
-    if plan.nodes > 1:
-        raise UserError(
-            f"hardware.nodes={plan.nodes} needs the command to be started on every node, by torchrun or srun; "
-            "one machine alone takes hardware.nodes=1."
-        )
 
 
 def require_room(module: Pretraining, folder: Path) -> None:

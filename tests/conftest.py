@@ -1,7 +1,18 @@
+from collections.abc import Iterator
+
 import pytest
+from ranks import Ranks
 from toys import METHODS, make_method
 
 from icl_msr.methods import Method
+
+
+@pytest.fixture(scope="module")
+def two_ranks() -> Iterator[Ranks]:
+    """Two processes that work together, for a whole file."""
+    pool = Ranks(2)
+    yield pool
+    pool.close()
 
 
 @pytest.fixture(params=list(METHODS))

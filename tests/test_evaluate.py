@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -67,6 +69,25 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def results(folder: str | Path) -> dict[str, Any]:
     content: dict[str, Any] = json.loads((Path(folder) / "results.json").read_text())
     return content
+
+
+@pytest.mark.slow
+def test_two_ranks_give_the_numbers_of_one(photos: Path) -> None:
+    words = ["encoder=torchvision:resnet18", "weights=null", "dataset=imagefolder", f"dataset.root={photos}"]
+    words += ["hardware=cpu", "evaluation=default", "evaluation.bootstrap=20", "evaluation.batch_size=4", "cache=null"]
+    for name, devices in (("one", 1), ("two", 2)):
+        command = [sys.executable, "-m", "icl_msr.evaluate", *words, f"hardware.devices={devices}", f"to={name}"]
+        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.count("Accuracy, %") == 1
+    one, two = results("one"), results("two")
+    assert {**one, "wall_time_s": 0} == {**two, "wall_time_s": 0}
+    with np.load("one/predictions.npz") as alone, np.load("two/predictions.npz") as shared:
+        assert all(np.array_equal(alone[key], shared[key]) for key in alone)
+    command = [sys.executable, "-m", "icl_msr.evaluate", *words, "hardware.devices=2", "to=two"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
+    assert done.returncode == 2
+    assert done.stderr == "two holds results or a run already; choose another folder, to=FOLDER.\n"
 
 
 def test_a_run_gives_the_numbers_of_its_own_evaluation(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -206,7 +227,6 @@ def test_several_evaluations_at_once_and_their_report(
         (["encoder=timm:test_vit", "weights=null", "to=/proc/none"], ["/proc/none cannot be written", "to=FOLDER"]),
         (["encoder=timm:test_vit", "weights=null", "cache=/proc/none"], ["cannot be kept in /proc/none", "cache=null"]),
         (["encoder=timm:test_vit", "weights=file"], ["weights=file is neither a .safetensors file"]),
-        (["encoder=timm:test_vit", "hardware=ddp"], ["on one device"]),
     ],
 )  # fmt: skip
 def test_mistakes(words: list[str], parts: list[str], capsys: pytest.CaptureFixture[str]) -> None:

@@ -193,7 +193,7 @@ ENDS: dict[str, tuple[tuple[str, ...], int, str]] = {
 @pytest.mark.parametrize("end", ENDS)
 def test_how_ranks_end(end: str, fake: Path, capfd: pytest.CaptureFixture[str]) -> None:
     words, code, sentence = ENDS[end]
-    assert run_ranks(2, words, fake) == code
+    assert run_ranks(2, [*words, in_folder(fake)], fake) == code
     assert capfd.readouterr().err == sentence.replace("{folder}", str(fake))
     assert dead(fake)
     # A log with nothing in it is no file.
@@ -235,7 +235,8 @@ def test_who_was_the_first(ranks: Any, first: int | None) -> None:
 
 
 def test_the_first_rank_speaks_for_itself(fake: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    assert run_ranks(2, ("rank0=print('loss 1.0'); raise ValueError('too bad')", "rank1=time.sleep(99)"), fake) == 1
+    words = ("rank0=print('loss 1.0'); raise ValueError('too bad')", "rank1=time.sleep(99)", in_folder(fake))
+    assert run_ranks(2, words, fake) == 1
     out, err = capfd.readouterr()
     assert out == "loss 1.0\n"
     first, *_, last_but_one, last = err.splitlines()
@@ -245,7 +246,7 @@ def test_the_first_rank_speaks_for_itself(fake: Path, capfd: pytest.CaptureFixtu
 
 
 def test_a_long_traceback_arrives(fake: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    assert run_ranks(2, ("rank0=raise ValueError('x' * 3_000_000)", "rank1=1"), fake) == 1
+    assert run_ranks(2, ("rank0=raise ValueError('x' * 3_000_000)", "rank1=1", in_folder(fake)), fake) == 1
     assert capfd.readouterr().err.count("x") >= 3_000_000
 
 
@@ -267,7 +268,7 @@ def test_signals_are_passed_on(word: str, code: int, said: str, fake: Path, capf
         ]
     )
     before = signal.getsignal(signal.SIGTERM)
-    assert run_ranks(2, (word, word.replace("rank0", "rank1")), fake) == code
+    assert run_ranks(2, (word, word.replace("rank0", "rank1"), in_folder(fake)), fake) == code
     assert signaller.wait(30) == 0
     assert signal.getsignal(signal.SIGTERM) == before
     assert capfd.readouterr().err == said
@@ -278,8 +279,9 @@ def test_the_leash(fake: Path) -> None:
     """Whatever ends the parent, the children leave, also one that ignores all signals."""
     program = (
         "import signal; from icl_msr import processes; from pathlib import Path; processes.MODULE = 'fake_ranks'\n"
-        f"processes.run_ranks(2, ('rank0=time.sleep(99)', 'rank1=signal.signal(15, signal.SIG_IGN); time.sleep(99)'), "
-        f"Path({str(fake)!r}))"
+        f"folder = Path({str(fake)!r})\n"
+        "words = 'rank0=time.sleep(99)', 'rank1=signal.signal(15, signal.SIG_IGN); time.sleep(99)'\n"
+        "processes.run_ranks(2, (*words, processes.in_folder(folder)), folder)"
     )
     parent = subprocess.Popen([sys.executable, "-c", program])
     until(lambda: len(list(fake.glob("pid-*"))) == 2, 60)

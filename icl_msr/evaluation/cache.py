@@ -20,6 +20,7 @@ from icl_msr import __version__
 from icl_msr.checkpoint import atomic_write
 from icl_msr.data.dataset import ArraySplit, Split
 from icl_msr.data.folders import FileSplit
+from icl_msr.distributed import everywhere, rank
 from icl_msr.encoders import Backbone
 from icl_msr.errors import UserError
 from icl_msr.evaluation.features import extract
@@ -39,14 +40,15 @@ class FeatureCache:
 
     Features are looked up by the encoder's weights and the Python that builds it, by the images (their bytes; of files
     that are decoded when they are needed: path, size and time of change), by mean and std, and by the versions and the
-    kind of device that made them. The batch size is left out. Splits of other kinds are extracted anew.
+    kind of device and the precision that made them. The batch size is left out. Splits of other kinds are extracted
+    anew. Ranks share the work and have one answer: all find features or all make them, and the first writes.
 
     Raises:
         UserError: nothing can be written to the folder. A disk that is full later costs the file, not the evaluation.
     """
 
-    def __init__(self, folder: Path | None) -> None:
-        self.folder = folder
+    def __init__(self, folder: Path | None, autocast: torch.dtype | None = None) -> None:
+        self.folder, self.autocast = folder, autocast
         self.held: dict[str, Tensor] = {}
         self.found = 0
         """How often nothing had to be extracted."""
@@ -74,16 +76,27 @@ class FeatureCache:
         """See `features.extract`."""
         network, images = encoder_identity(encoder), split_identity(split)
         made_by = (*mean, *std, torch.device(device).type, torch.__version__, __version__)
+        made_by += () if self.autocast is None else (self.autocast,)
         name = f"{network}/{_digest(images, *map(str, made_by))}.safetensors"
         known = network is not None and images is not None
         features = self._look_up(name, len(split)) if known else None
-        if features is None:
-            keys = {"mean": mean, "std": std, "device": device, "batch_size": batch_size}
-            features = extract(encoder, split, **keys, label=label)  # type: ignore[arg-type]
+        if not everywhere(features is not None):
+            features = extract(
+                encoder,
+                split,
+                mean=mean,
+                std=std,
+                device=device,
+                batch_size=batch_size,
+                label=label,
+                autocast=self.autocast,
+                over_ranks=True,
+            )
             if known:
                 self._keep(name, features)
         else:
             self.found += 1
+        assert features is not None
         return features
 
     def _look_up(self, name: str, images: int) -> Tensor | None:
@@ -100,7 +113,7 @@ class FeatureCache:
 
     def _keep(self, name: str, features: Tensor) -> None:
         self.held[name] = features
-        if self.folder is None:
+        if self.folder is None or rank() > 0:
             return
         path = self.folder / name
         # Several processes may write the same features: each its own file, the last of which stays.

@@ -3,13 +3,16 @@
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from time import monotonic
+from typing import Any
 
 import torch
+import torch.distributed as dist
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor, nn
 
 from icl_msr.data.dataset import Split, normalise
+from icl_msr.distributed import rank, world_size
 from icl_msr.errors import UserError
 
 _PATIENCE = 2.0
@@ -27,12 +30,15 @@ def extract(
     label: str = "features",
     index: Tensor | None = None,
     autocast: torch.dtype | None = None,
+    over_ranks: bool = False,
 ) -> Tensor:
     """Pooled features of the whole, un-augmented images of `split`, float32 (N, c) on the CPU, in the split's order.
 
     `encoder` maps normalised float images (n, 3, S, S) to (n, c). It runs in evaluation mode and without gradients; it
     is moved to `device` and otherwise left as it was found. `index` (N,) picks images, all of them by default;
-    `autocast` is the precision of the forward pass, float32 by default; `label` names the progress bar.
+    `autocast` is the precision of the forward pass, float32 by default; `label` names the progress bar. `over_ranks`
+    shares the work with the other ranks, all of which must ask for the same: batches are those of one rank, so that the
+    features are too, to the last bit.
 
     Raises:
         UserError: a feature is not finite.
@@ -40,19 +46,23 @@ def extract(
     device = torch.device(device)
     index = torch.arange(len(split)) if index is None else index.cpu()
     encoder.to(device)
-    features = torch.empty(0)
-    with evaluating(encoder), torch.inference_mode(), _progress(label, len(index)) as bar:
-        for start in range(0, len(index), batch_size):
+    starts = range(0, len(index), batch_size)
+    if over_ranks:
+        starts = starts[rank() * len(starts) // world_size() : (rank() + 1) * len(starts) // world_size()]
+    rows = []
+    with evaluating(encoder), torch.inference_mode(), _progress(label, len(starts) * batch_size) as bar:
+        for start in starts:
             chosen = index[start : start + batch_size]
             images = normalise(split.load(chosen).to(device, non_blocking=True), mean, std)
             with torch.autocast(device.type, autocast, enabled=autocast is not None):
                 pooled = encoder(images.to(memory_format=torch.channels_last))
-            if start == 0:
-                # An ordinary tensor, not an inference one, so that a probe may train on it.
-                with torch.inference_mode(False):
-                    features = torch.empty(len(index), pooled.shape[1])
-            features[start : start + len(chosen)] = pooled
+            rows.append(pooled.float().cpu())
             bar.advance(len(chosen))
+    if over_ranks and world_size() > 1:
+        everyone: list[Any] = [None] * world_size()
+        dist.all_gather_object(everyone, rows)
+        rows = [batch for of_rank in everyone for batch in of_rank]
+    features = torch.cat(rows)  # an ordinary tensor, not an inference one, so that a probe may train on it
     if not features.isfinite().all():
         raise UserError(
             f"The encoder gives features that are not finite ({label}), so nothing can be measured: "

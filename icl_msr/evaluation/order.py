@@ -179,6 +179,7 @@ def configs(subject: Subject, overrides: Sequence[str]) -> tuple[list[DictConfig
     keys = [word for word in overrides if re.match(r"\+*evaluation\.", word)]
     changes = [word for word in overrides if own_data and re.match(r"\+*dataset\.", word)]
     common = [word for word in overrides if word not in [*keys, *changes] and not word.startswith("evaluation=")]
+    common.insert(0, "hardware.precision=32-true")  # unless asked for: features are kept, and compared
     if subject.config is not None:
         common.insert(0, f"seed={subject.config['seed']}")
     try:

@@ -4,9 +4,12 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
+from ranks import Ranks
+from torch import Tensor
 
 from icl_msr.data.dataset import ArraySplit
 from icl_msr.data.folders import FileSplit
+from icl_msr.distributed import rank
 from icl_msr.encoders import Backbone, tiny
 from icl_msr.errors import UserError
 from icl_msr.evaluation.cache import FeatureCache, encoder_identity, split_identity
@@ -119,3 +122,32 @@ def test_a_full_disk_costs_the_file_alone(
 def test_a_folder_that_cannot_be_written() -> None:
     with pytest.raises(UserError, match="give another folder, cache=FOLDER"):
         FeatureCache(Path("/proc/none"))
+
+
+def test_half_precision_has_features_of_its_own(encoder: Backbone, split: ArraySplit, tmp_path: Path) -> None:
+    full = FeatureCache(tmp_path)(encoder, split, **HERE)  # type: ignore[arg-type]
+    cache = FeatureCache(tmp_path, torch.bfloat16)
+    half = cache(encoder, split, **HERE)  # type: ignore[arg-type]
+    assert cache.found == 0
+    assert not torch.equal(half, full)
+    torch.testing.assert_close(half, full, rtol=0.05, atol=0.05)
+
+
+def ask_cache(folders: list[str]) -> tuple[int, Tensor]:
+    torch.manual_seed(0)
+    encoder = tiny(32, weights=None)
+    images = torch.randint(256, (6, 3, 32, 32), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    cache = FeatureCache(Path(folders[rank()]))
+    features = cache(encoder, ArraySplit(images, torch.zeros(6, dtype=torch.int64)), **HERE)  # type: ignore[arg-type]
+    return cache.found, features
+
+
+def test_ranks_find_features_together_or_not_at_all(two_ranks: Ranks, tmp_path: Path) -> None:
+    """Of nodes without a common disk, one may have the file and the other not: both must then take part."""
+    one, other = str(tmp_path / "one"), str(tmp_path / "other")
+    expected = ask_cache([one])[1]
+    for folders, found in (([one, other], 0), ([other, one], 0), ([one, one], 1)):
+        for count, features in two_ranks(ask_cache, folders):
+            assert count == found
+            assert torch.equal(features, expected)
+        assert bool(list(Path(other).rglob("*.safetensors"))) == (found != 0 or folders[0] == other)  # the first writes

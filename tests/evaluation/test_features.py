@@ -2,9 +2,10 @@ import copy
 
 import pytest
 import torch
-from torch import nn
+from ranks import Ranks
+from torch import Tensor, nn
 
-from icl_msr.data.dataset import Dataset, normalise
+from icl_msr.data.dataset import ArraySplit, Dataset, normalise
 from icl_msr.errors import UserError
 from icl_msr.evaluation.features import extract
 
@@ -37,6 +38,22 @@ def test_encoder_is_left_as_it_was(dataset: Dataset, background_encoder: nn.Modu
     assert all(parameter.grad is None and parameter.requires_grad for parameter in background_encoder.parameters())
     for name, value in background_encoder.state_dict().items():
         assert torch.equal(value, state[name])
+
+
+def features_over_ranks(images: int) -> Tensor:
+    generator = torch.Generator().manual_seed(0)
+    pixels = torch.randint(256, (images, 3, 8, 8), generator=generator, dtype=torch.uint8)
+    torch.manual_seed(0)
+    encoder = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Flatten(), nn.Linear(288, 5))
+    split = ArraySplit(pixels, torch.zeros(images, dtype=torch.int64))
+    return extract(encoder, split, batch_size=8, over_ranks=True, **HERE)
+
+
+@pytest.mark.parametrize("images", [70, 64, 3])  # a last batch that is short; even; fewer batches than ranks
+def test_ranks_share_the_work_and_give_the_same_bits(two_ranks: Ranks, images: int) -> None:
+    expected = features_over_ranks(images)
+    for found in two_ranks(features_over_ranks, images):
+        assert torch.equal(found, expected)
 
 
 def test_autocast(dataset: Dataset) -> None:

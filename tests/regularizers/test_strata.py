@@ -1,7 +1,6 @@
 """What is said of strata is what they are."""
 
 import math
-from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -20,13 +19,6 @@ from icl_msr.regularizers.strata import diversity, random_partition, uniform
 
 WEIGHTS = ("meta", "uniform_only", "joint", "random_net", "random", "ones")
 STEP = Step(0, 10, noise=3)
-
-
-@pytest.fixture(scope="module")
-def two_ranks() -> Iterator[Ranks]:
-    pool = Ranks(2)
-    yield pool
-    pool.close()
 
 
 def test_entropy_counts_the_channels_that_matter() -> None:
