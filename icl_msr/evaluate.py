@@ -4,6 +4,7 @@ python -m icl_msr.evaluate run=FOLDER dataset=imagefolder dataset.root=photos ev
 """
 
 import argparse
+import json
 import os
 import platform
 import subprocess
@@ -33,6 +34,7 @@ from icl_msr.evaluation.suite import Results
 from icl_msr.evaluation.tables import tables
 from icl_msr.folder import RunFolder
 from icl_msr.hardware import Plan
+from icl_msr.pictures import feature_pictures
 from icl_msr.processes import hold_leash, is_first, is_rank, require_processes, run_ranks, told
 from icl_msr.report import gap_table, matrix_table, write_report
 from icl_msr.report.runs import Run
@@ -258,6 +260,11 @@ def write(
     }
     atomic_write(folder.config, OmegaConf.to_yaml(OmegaConf.create(config)))
     folder.write(folder.results.name, summary)
+    if "train" in results.features.get("trained", {}):
+        figures = folder.path / "figures"
+        figures.mkdir(exist_ok=True)
+        captions = feature_pictures(dataset, results.features["trained"], figures)
+        atomic_write(figures / "captions.json", json.dumps(captions, indent=2))
     report = write_report(folder.path)
     saved = Run.load(folder.path).results
     if results.accuracies:

@@ -1,4 +1,4 @@
-"""Pictures for the report: views, negatives, strata, their weights, and nearest neighbours."""
+"""Pictures for the report: views, negatives, strata, their weights, nearest neighbours and a map of the features."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -107,6 +107,49 @@ def neighbours_grid(
     hits = dataset.train.labels[nearest] == test.labels[chosen][:, None]
     _grid(rows, path, marks={f"nearest {rank + 1}": hits[:, rank] for rank in range(k)})
     return f"Images of the test split {split} and their nearest training images; a green frame marks the same class."
+
+
+def map_figure(dataset: Dataset, features: Tensor, split: str, path: Path, images: int = 2000) -> str:
+    """Test images as points: the two principal components of their unit features (N, c), coloured by class.
+
+    Writes `path`; returns a caption.
+    """
+    labels = dataset.tests[split].labels.cpu()
+    chosen = torch.linspace(0, len(labels) - 1, min(images, len(labels))).long()
+    rows = F.normalize(features[chosen].double(), dim=1)
+    rows = rows - rows.mean(0)
+    left, scale, _ = torch.linalg.svd(rows, full_matrices=False)
+    shown = (left * scale)[:, :2]
+    shown = shown * shown.gather(0, shown.abs().argmax(0, keepdim=True)).sign()  # the sign is arbitrary: fix it
+    share = scale.square() / scale.square().sum().clamp(min=1e-30)
+    figure = Figure(figsize=(7.5, 4.6), dpi=110, layout="constrained")
+    axes = figure.subplots()
+    several = len(dataset.classes) <= 20
+    for k, name in enumerate(dataset.classes):
+        of_class = shown[labels[chosen] == k]
+        colour = matplotlib.colormaps["tab20"](k % 20)
+        axes.scatter(
+            of_class[:, 0], of_class[:, 1], s=7, color=colour, alpha=0.7, lw=0, label=name if several else None
+        )
+    axes.set(xlabel=f"first component, {100 * share[0]:.0f} %", ylabel=f"second, {100 * share[1]:.0f} %")
+    axes.set(xticks=[], yticks=[])
+    axes.spines[["top", "right"]].set_visible(False)
+    if several:
+        axes.legend(frameon=False, fontsize=8, markerscale=2.5, loc="center left", bbox_to_anchor=(1, 0.5))
+    figure.savefig(path)
+    return (
+        f"Images of the test split {split} by the two principal components of their unit features and their share of "
+        "the variance, coloured by class: two dimensions of many."
+    )
+
+
+def feature_pictures(dataset: Dataset, features: Mapping[str, Tensor], folder: Path) -> dict[str, str]:
+    """Nearest neighbours and map of the most telling test split; returns the captions by file name."""
+    split = "mixed_rand" if "mixed_rand" in dataset.tests else next(iter(dataset.tests))
+    return {
+        "neighbours.png": neighbours_grid(dataset, features, split, folder / "neighbours.png"),
+        "map.png": map_figure(dataset, features[split], split, folder / "map.png"),
+    }
 
 
 def pixels(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:

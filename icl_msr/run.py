@@ -464,10 +464,7 @@ def draw(folder: Path, data: DataModule, module: Pretraining, results: Results) 
         )
         captions["weights.png"] = pictures.weights_figure(strata, folder / "weights.png")
     if results.features:
-        split = "mixed_rand" if "mixed_rand" in dataset.tests else next(iter(dataset.tests))
-        captions["neighbours.png"] = pictures.neighbours_grid(
-            dataset, results.features["trained"], split, folder / "neighbours.png"
-        )
+        captions |= pictures.feature_pictures(dataset, results.features["trained"], folder)
     atomic_write(folder / "captions.json", json.dumps(captions, indent=2))
 
 

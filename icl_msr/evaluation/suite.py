@@ -116,6 +116,8 @@ class Results:
     """Of `shape.ShapeBias`."""
     decodability: list[Any] = field(default_factory=list)
     """Of `shape.Decodability`."""
+    similarity: list[Any] = field(default_factory=list)
+    """Of `similarity.Alike`."""
     predictions: dict[str, NDArray[np.int64]] = field(default_factory=dict)
     """Predicted classes (n,) under `encoder/classifier/fitted_on/split`, and true ones under `labels/split`: what
     `numpy.savez` takes, for paired comparisons between runs."""
@@ -133,6 +135,7 @@ class Results:
             "corruptions": self.corruptions,
             "shape": self.shape,
             "decodability": self.decodability,
+            "similarity": self.similarity,
         }
 
     def add(self, other: "Results") -> None:

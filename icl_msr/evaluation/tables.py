@@ -7,7 +7,7 @@ from icl_msr.evaluation.suite import Results
 
 def tables(results: Results) -> list[Table]:
     """One for each kind of measure that was taken."""
-    kinds = (corruption_table, shape_table, decodability_table, health_table)
+    kinds = (corruption_table, shape_table, decodability_table, similarity_table, health_table)
     return [table for kind in kinds if (table := kind(results)) is not None]
 
 
@@ -72,6 +72,20 @@ def decodability_table(results: Results) -> Table | None:
     for row in results.decodability:
         cells = (_percent(row["accuracy"]), f"{_percent(row['low'])} to {_percent(row['high'])}", str(row["n"]))
         table.add_row(row["cue"], row["encoder"], *cells, style="dim" * (row["encoder"] == "untrained"))
+    return table
+
+
+def similarity_table(results: Results) -> Table | None:
+    """How alike two encoders are; None where that was not measured."""
+    if not results.similarity:
+        return None
+    table = _table("Alike", "encoder", "and", "images of")
+    for column in ("n", "CKA", "shared\nneighbours, %", "chance, %"):
+        table.add_column(column, justify="right")
+    for row in results.similarity:
+        cells = (str(row["n"]), _number(row["cka"], 3), _percent(row["shared_neighbours"]), _percent(row["chance"]))
+        style = "dim" * (row["encoder"] == "untrained")
+        table.add_row(row["encoder"], row["other"], row["split"], *cells, style=style)
     return table
 
 

@@ -1,0 +1,117 @@
+"""How alike two encoders see the same test images, whatever the axes of their features."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import TypedDict
+
+import torch
+from pydantic import PositiveInt
+from torch import Tensor, nn
+
+from icl_msr.data.dataset import Dataset
+from icl_msr.errors import UserError
+from icl_msr.evaluation.features import extract
+from icl_msr.evaluation.health import linear_cka
+from icl_msr.evaluation.knn import neighbours
+from icl_msr.evaluation.order import find
+from icl_msr.evaluation.suite import Extractor, Results, both
+
+
+class Alike(TypedDict):
+    """Of one encoder and the other one, on the n images of a test split."""
+
+    encoder: str
+    other: str
+    split: str
+    n: int
+    cka: float
+    """Linear CKA, 1 for features that differ by a rotation and a scale."""
+    shared_neighbours: float
+    """Part of an image's nearest images that both agree on, in [0, 1]; `chance` for features without relation."""
+    chance: float
+
+
+class Similarity:
+    """CKA and shared neighbours of the encoder and of another one.
+
+    Config keys: `other`, a run's folder, a .safetensors file, timm:<name> or torchvision:<name>; `split` of the data
+    set, null is the first; `neighbours` of each image; `batch_size` of a forward pass; `untrained` asks for the
+    untrained encoder beside the trained one.
+    """
+
+    def __init__(
+        self, *, other: str, split: str | None, neighbours: PositiveInt, batch_size: PositiveInt, untrained: bool
+    ) -> None:
+        self.subject = find("run" if Path(other).is_dir() else "encoder", other, None)
+        self.split, self.neighbours, self.batch_size, self.untrained = split, neighbours, batch_size, untrained
+
+    def names(self, dataset: Dataset) -> list[str]:
+        """What will be measured.
+
+        Raises:
+            UserError: there is no such split, or it has too few images.
+        """
+        split = next(iter(dataset.tests)) if self.split is None else self.split
+        if split not in dataset.tests:
+            raise UserError(
+                f"{dataset.name} has no test split {split}; set evaluation.split to one of {', '.join(dataset.tests)}."
+            )
+        if len(dataset.tests[split]) <= self.neighbours + 1:
+            raise UserError(
+                f"{split} has {len(dataset.tests[split])} images, too few for {self.neighbours} neighbours of each; "
+                "set evaluation.neighbours lower."
+            )
+        return [f"{measure}/{split}" for measure in ("cka", "shared_neighbours")]
+
+    def __call__(
+        self,
+        encoder: nn.Module,
+        dataset: Dataset,
+        *,
+        device: torch.device | str,
+        seed: int,
+        untrained_encoder: nn.Module | None = None,
+        extractor: Extractor = extract,
+    ) -> Results:
+        """Compare `encoder`, and `untrained_encoder` if given and asked for, with the other one."""
+        results, (name, *_) = Results(), self.names(dataset)
+        split = name.partition("/")[2]
+        subject = self.subject
+        there = subject.build(dataset.image_size, seed).to(memory_format=torch.channels_last).eval()
+
+        def features(network: nn.Module, data: Dataset, label: str) -> Tensor:
+            return extractor(
+                network,
+                data.tests[split],
+                mean=data.mean,
+                std=data.std,
+                device=device,
+                batch_size=self.batch_size,
+                label=f"{label} features of {split}",
+            ).to(device)
+
+        # Each encoder is fed as it was trained.
+        mean, std = (tuple(map(float, values)) for values in (subject.mean, subject.std))
+        others = features(there, replace(dataset, mean=mean, std=std), subject.name)  # type: ignore[arg-type]
+        for label, network in both(encoder, untrained_encoder if self.untrained else None).items():
+            ours = features(network, dataset, label)
+            results.similarity.append(
+                Alike(
+                    encoder=label,
+                    other=subject.name,
+                    split=split,
+                    n=len(ours),
+                    cka=linear_cka(ours, others),
+                    shared_neighbours=shared_neighbours(ours, others, self.neighbours),
+                    chance=self.neighbours / (len(ours) - 1),
+                )
+            )
+        return results
+
+
+def shared_neighbours(first: Tensor, second: Tensor, k: int) -> float:
+    """Mean part of the k nearest other images (by cosine) that an image has in both of (N, c) and (N, d)."""
+    near = [neighbours(features, features, k + 1, normalised=True)[1] for features in (first, second)]
+    itself = torch.arange(len(first), device=first.device)[:, None]
+    mine, theirs = (index.masked_fill(index == itself, -1 - number) for number, index in enumerate(near))
+    return float((mine[:, :, None] == theirs[:, None, :]).sum() / (k * len(first)))
