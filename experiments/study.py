@@ -3,14 +3,15 @@
 python experiments/study.py run FOLDER [jobs=2] [NAME=PATH]...    the runs of FOLDER/grid.yaml that are not yet done
 python experiments/study.py table FOLDER                           FOLDER/table.md from FOLDER/results.jsonl
 
-A row of a grid is a command line and its seeds. Each finished run leaves one line in results.jsonl: what it was asked,
-what came out, and where. The table has means and standard deviations over seeds, and for a row with a baseline the
-paired differences, seed by seed, with their 95 % interval (Student's t) and the smallest difference that a design of
-this spread and size detects in four cases of five.
+A row of a grid is a command line, its seeds, and perhaps further evaluations (`then`) of what it trained. Each finished
+run leaves one line in results.jsonl: what it was asked, what came out, and where. The table has means and standard
+deviations over seeds, and for a row with a baseline the paired differences, seed by seed, with their 95 % interval
+(Student's t) and the smallest difference that a design of this spread and size detects in four cases of five.
 """
 
 import json
 import math
+import re
 import statistics
 import subprocess
 import sys
@@ -33,19 +34,26 @@ CURVES += ("msr/uniformity", "msr/entropy", "msr/overlap", "msr/variation")
 
 
 def rows(folder: Path, given: dict[str, str]) -> dict[str, dict[str, Any]]:
-    """Rows of the grid: `words` of the command line, `seeds`, and perhaps a `baseline`.
+    """Rows of the grid: `words` of the command line, `seeds`, `then`, and perhaps a `baseline`.
 
-    A $name in them stands for another entry of the grid or for a path given; rows that lack one are left out.
+    A $name in them stands for another entry of the grid or for a path given; rows that lack one are left out. `then`
+    names entries of `evaluations`: words for `python -m icl_msr.evaluate`.
     """
     grid: Any = OmegaConf.to_container(OmegaConf.load(folder / "grid.yaml"))
     parts = {key: value for key, value in grid.items() if isinstance(value, str)}
-    found = {}
-    for name, row in grid["rows"].items():
-        line = f"{grid['common']} {row['words']}"
+
+    def filled(line: str) -> str:
         for _ in range(2):  # an entry may name a path
             line = Template(line).safe_substitute(parts | given)
-        if "$" not in line:
-            found[name] = {"seeds": grid["seeds"], **row, "words": line.split()}
+        return line
+
+    found = {}
+    for name, row in grid["rows"].items():
+        then = {key: filled(grid["evaluations"][key]) for key in row.get("then", [])}
+        line = filled(f"{grid['common']} {row['words']}")
+        if "$" not in " ".join([line, *then.values()]):
+            words = {key: words.split() for key, words in then.items()}
+            found[name] = {"seeds": grid["seeds"], **row, "words": line.split(), "then": words}
     return found
 
 
@@ -53,7 +61,7 @@ def run(folder: Path, given: dict[str, str], jobs: int) -> None:
     """What is not yet done, one process a run."""
     done = {(record["row"], record["seed"]) for record in records(folder)}
     todo = [
-        (name, row["words"], seed)
+        (name, row, seed)
         for name, row in rows(folder, given).items()
         for seed in row["seeds"]
         if (name, seed) not in done
@@ -63,9 +71,9 @@ def run(folder: Path, given: dict[str, str], jobs: int) -> None:
     with Progress(*columns, TimeRemainingColumn()) as progress, ThreadPoolExecutor(jobs) as pool:
         task = progress.add_task(f"{len(done)} done before", total=len(todo))
 
-        def one(job: tuple[str, list[str], int]) -> None:
-            name, words, seed = job
-            record = {"row": name, "seed": seed, **execute(folder, name, words, seed)}
+        def one(job: tuple[str, dict[str, Any], int]) -> None:
+            name, row, seed = job
+            record = {"row": name, "seed": seed, **execute(folder, name, row["words"], row["then"], seed)}
             with lock, (folder / "results.jsonl").open("a") as file:
                 file.write(json.dumps(record) + "\n")
             progress.advance(task)
@@ -74,29 +82,40 @@ def run(folder: Path, given: dict[str, str], jobs: int) -> None:
             future.result()
 
 
-def execute(folder: Path, name: str, words: list[str], seed: int) -> dict[str, Any]:
-    """Runs the main job and reads what it left."""
-    place = Path("runs/studies") / folder.name / name.replace(" ", "-").replace(",", "") / str(seed)
-    command = [sys.executable, "-m", "icl_msr.run", *words, f"seed={seed}", f"hydra.run.dir={place}"]
+def execute(folder: Path, name: str, words: list[str], then: dict[str, list[str]], seed: int) -> dict[str, Any]:
+    """Runs the main job and further evaluations, and reads what they left; those have their name before theirs."""
+    place = Path("runs/studies") / folder.name / re.sub(r"[^\w.]+", "-", name) / str(seed)
     began = time.perf_counter()
-    finished = subprocess.run(command, capture_output=True, text=True, check=False)
-    if finished.returncode:
-        raise SystemExit(f"{' '.join(command)}\n{finished.stdout[-2000:]}\n{finished.stderr[-2000:]}")
+    call("icl_msr.run", *words, f"seed={seed}", f"hydra.run.dir={place}")
     run = Run.load(place)
-    metrics = {
-        "/".join((m.classifier, m.fitted_on, m.quantity)) + ("" if m.encoder == "trained" else f" ({m.encoder})"): value
-        for m, value in measurements(run.results).items()
-    }
+    metrics = numbers(run)
+    for key, more in then.items():
+        there = place / key
+        if not (there / "results.json").exists():
+            call("icl_msr.evaluate", f"run={place}", *more, f"to={there}")
+        metrics |= {f"{key}: {metric}": value for metric, value in numbers(Run.load(there)).items()}
     curves = {name: [round(v, 6) for v in run.curves[name].values] for name in CURVES if name in run.curves}
     facts = {
         key: run.environment.get(key) for key in ("command", "commit", "config_hash", "torch", "hardware", "started")
     }
-    return {
-        "metrics": {key: round(value, 3) for key, value in metrics.items()},
-        "curves": curves,
-        "seconds": round(time.perf_counter() - began, 1),
-        **facts,
-    }
+    return {"metrics": metrics, "curves": curves, "seconds": round(time.perf_counter() - began, 1), **facts}
+
+
+def call(module: str, *words: str) -> None:
+    """One command of the package; its output is shown where it fails."""
+    command = [sys.executable, "-m", module, *words]
+    finished = subprocess.run(command, capture_output=True, text=True, check=False)
+    if finished.returncode:
+        raise SystemExit(f"{' '.join(command)}\n{finished.stdout[-2000:]}\n{finished.stderr[-2000:]}")
+
+
+def numbers(run: Run) -> dict[str, float]:
+    """`classifier/fitted on/quantity` to per cent or points."""
+    found = {}
+    for metric, value in measurements(run.results).items():
+        name = "/".join((metric.classifier, metric.fitted_on, metric.quantity))
+        found[name + ("" if metric.encoder == "trained" else f" ({metric.encoder})")] = round(value, 3)
+    return found
 
 
 def records(folder: Path) -> list[dict[str, Any]]:

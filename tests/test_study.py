@@ -62,7 +62,7 @@ def test_rows_without_their_data_wait(study: ModuleType, folder: Path) -> None:
 def test_only_what_is_missing_is_run(study: ModuleType, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked = []
 
-    def execute(folder: Path, name: str, words: list[str], seed: int) -> dict[str, Any]:
+    def execute(folder: Path, name: str, words: list[str], then: dict[str, list[str]], seed: int) -> dict[str, Any]:
         asked.append((name, seed))
         return {"metrics": {}}
 
@@ -103,11 +103,14 @@ def test_a_real_run_leaves_a_line(study: ModuleType, tmp_path: Path, monkeypatch
     words = " ".join(
         [*DATA, *MODEL, "trainer.max_epochs=1", "trainer.log_every_n_steps=2", "evaluation=light", "logger=csv"]
     )
+    again = "evaluation=light evaluation.knn=[dino] evaluation.untrained=false hardware=cpu"
     (tmp_path / "grid.yaml").write_text(
-        f"common: {words}\nseeds: [0]\nheadline: [knn-dino/train/original]\nrows:\n  one: {{words: method=simclr}}\n"
+        f"common: {words}\nseeds: [0]\nheadline: [knn-dino/train/original]\nevaluations: {{again: {again}}}\n"
+        "rows:\n  one: {words: method=simclr, then: [again]}\n"
     )
     study.run(tmp_path, {}, jobs=1)
     (found,) = study.records(tmp_path)
     assert found["row"] == "one"
     assert 0 <= found["metrics"]["knn-dino/train/original"] <= 100
+    assert found["metrics"]["again: knn-dino/train/original"] == found["metrics"]["knn-dino/train/original"]
     assert found["curves"]["loss"]
