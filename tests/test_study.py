@@ -103,7 +103,7 @@ def test_a_real_run_leaves_a_line(study: ModuleType, tmp_path: Path, monkeypatch
     words = " ".join(
         [*DATA, *MODEL, "trainer.max_epochs=1", "trainer.log_every_n_steps=2", "evaluation=light", "logger=csv"]
     )
-    again = "evaluation=light evaluation.knn=[dino] evaluation.untrained=false hardware=cpu"
+    again = "evaluation=light evaluation.untrained=false hardware=cpu"
     (tmp_path / "grid.yaml").write_text(
         f"common: {words}\nseeds: [0]\nheadline: [knn-dino/train/original]\nevaluations: {{again: {again}}}\n"
         "rows:\n  one: {words: method=simclr, then: [again]}\n"
