@@ -182,7 +182,7 @@ def assemble(settings: Settings, plan: Plan) -> Pieces:
     backbone = build(settings.backbone, dataset.image_size)
     facts = (len(dataset.classes), dataset.mean, dataset.std)
     method = build_as(Method, settings.method, backbone, *facts)  # type: ignore[type-abstract]
-    require_meaning(settings, method)
+    require_meaning(settings, method, plan.world_size)
     untrained = copy.deepcopy(method.backbone)
     regularizer: MetaSemanticRegularizer | None = build(settings.regularizer, method.channels, method.temperature)
     if plan.world_size > 1:
@@ -208,7 +208,7 @@ def assemble(settings: Settings, plan: Plan) -> Pieces:
     return Pieces(dataset, untrained, module, data, evaluation, derived)
 
 
-def require_meaning(settings: Settings, method: Method) -> None:
+def require_meaning(settings: Settings, method: Method, ranks: int) -> None:
     """Methods say what they cannot be combined with.
 
     Raises:
@@ -224,6 +224,7 @@ def require_meaning(settings: Settings, method: Method) -> None:
         raise UserError(
             f"augment.views lists {views} views, and {type(method).__name__} takes {span}; change the list."
         )
+    method.require_batch(settings.loader.batch_size * ranks)
     batch, queues = settings.loader.batch_size, [m for m in method.modules() if isinstance(m, Queue)]
     if any(len(queue.keys) < batch for queue in queues):
         raise UserError(

@@ -244,6 +244,7 @@ IN_THE_WORLD = [
     # models and batches
     ("loader.batch_size=100", "loader.batch_size=100", "64 or less"),
     ("loader.batch_size=16 method.queue_size=12", "method.queue_size=12", "one batch", "16 or more"),
+    ("loader.batch_size=16 method=wmse method.embedding_dim=8 method.whitening_size=32", "more than the 16 images"),
     ("method=simclr augment.views=[{},{},{}]", "augment.views lists 3 views", "SimCLR takes 2"),
     ("metric=accuracy", "metric=accuracy will not be measured", "online/knn"),
     ("metric=online/knn trainer.online_every_n_epochs=0", "metric=online/knn will not be measured", "auto"),

@@ -130,6 +130,13 @@ class Method(nn.Module, ABC):
         loss = self.loss(embeddings, targets, step)
         return Output(loss, features, self.pairs(features, embeddings, targets), embeddings)
 
+    def require_batch(self, images: int) -> None:
+        """Whether the images of a step, on all ranks together, are enough.
+
+        Raises:
+            UserError: they are too few for this method.
+        """
+
     def observe(self, targets: Targets, embeddings: Sequence[Tensor]) -> None:
         """Queues and banks take the batch in: its targets, or what `project` gave, detached."""
 

@@ -43,6 +43,14 @@ class WMSE(Method):
         self.projector = mlp(backbone.channels, hidden_dim, embedding_dim)
         self.size, self.iterations, self.shrinkage = whitening_size, whitening_iterations, shrinkage
 
+    def require_batch(self, images: int) -> None:
+        """A sub-batch is whitened together."""
+        if images < self.size:
+            raise UserError(
+                f"method.whitening_size={self.size} is more than the {images} images of a batch; type "
+                f"loader.batch_size={self.size} or more, or make method.whitening_size smaller."
+            )
+
     def targets(self, views: Views) -> Targets:
         """The embedded non-semantic negatives."""
         return Targets(negatives=embed_negatives(views.negatives, lambda t: self.projector(self.backbone(t)), self))
@@ -55,11 +63,7 @@ class WMSE(Method):
         """Mean squared error of normalised whitened embeddings, whitened in sub-batches of the images of all ranks."""
         first, second = embeddings
         images = len(first) * world_size()
-        if images < self.size:
-            raise UserError(
-                f"method.whitening_size={self.size} is more than the {images} images of a batch; type "
-                f"loader.batch_size={self.size} or more, or make method.whitening_size smaller."
-            )
+        self.require_batch(images)
         parts = partition(images, self.size, self.iterations, step.index)
         repelled = (repulsion(first, targets.negatives) + repulsion(second, targets.negatives)) / 2
         return wmse(first, second, parts, self.shrinkage) - repelled

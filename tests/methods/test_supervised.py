@@ -79,5 +79,5 @@ def test_what_has_no_meaning_is_refused(name: str, words: tuple[str, ...]) -> No
     method = make_method(name)
     group, _, _ = words[-1].partition("=")
     with pytest.raises(UserError, match=rf"^{group}: .*; add {group}=none, or choose another method\.$"):
-        require_meaning(check(composed(f"method={name}", *words)), method)
-    require_meaning(check(composed(f"method={name}", "regularizer=none", "augment=multicrop")), method)
+        require_meaning(check(composed(f"method={name}", *words)), method, 1)
+    require_meaning(check(composed(f"method={name}", "regularizer=none", "augment=multicrop")), method, 1)
