@@ -3,7 +3,10 @@
 import torch
 from torch import Tensor
 
+from icl_msr.randomness import integers, keys
+
 _STEPS = 4096  # integer filter weights make every sum exact, so that a crop has the same bytes on every machine
+_MOVED = -4  # the `view` of the hash that moves boxes
 _CHUNK = 128  # images resized at once: small temporaries stay in the cache
 
 
@@ -26,6 +29,17 @@ def square_boxes(boxes: Tensor, size: int) -> Tensor:
     side = (high - low).amax(1, keepdim=True).clamp(max=size)
     start = ((low + high - side) // 2).clamp(min=0).minimum(size - side)
     return torch.cat([start, start + side], dim=1)
+
+
+def moved(boxes: Tensor, height: int, width: int, index: Tensor) -> Tensor:
+    """Boxes (N, 4) of the same sizes at uniform places of `height` x `width` images, the object or not.
+
+    The place is that of the image's number, `index` (N,), on every machine.
+    """
+    size = boxes[:, 2:] - boxes[:, :2]
+    free = torch.tensor([width, height], device=boxes.device) - size
+    start = integers(keys(0, 0, index.to(boxes.device), view=_MOVED), 2) * (free + 1) >> 32
+    return torch.cat([start, start + size], dim=1)
 
 
 def crop_to_boxes(images: Tensor, boxes: Tensor, size: int) -> Tensor:

@@ -59,6 +59,8 @@ class Dataset:
     """A small labelled split whose background says nothing about the class, for probes."""
     mean: tuple[float, float, float] = field(default=(0.5, 0.5, 0.5))
     std: tuple[float, float, float] = field(default=(0.25, 0.25, 0.25))
+    shifted: tuple[str, ...] = ()
+    """Test splits that show the classes otherwise; they are compared with the first one."""
 
     @property
     def chance(self) -> float:

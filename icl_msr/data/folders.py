@@ -12,7 +12,8 @@ from torch import Tensor
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from icl_msr.augment import resize
-from icl_msr.data.crops import boxes_of
+from icl_msr.config import suggestion
+from icl_msr.data.crops import boxes_of, moved
 from icl_msr.data.dataset import ArraySplit, Dataset, Split
 from icl_msr.data.sources import (
     REGIONS,
@@ -28,6 +29,7 @@ from icl_msr.data.sources import (
 from icl_msr.errors import UserError
 from icl_msr.randomness import permutation
 
+CUT_OUT = ("fg", "crop")
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
@@ -55,8 +57,11 @@ class FileSplit:
         if self.region == "full":
             return image
         mask = self.mask(i, image)
-        if self.region == "fg":
-            x0, y0, x1, y1 = boxes_of(mask[None])[0].tolist()
+        if self.region in CUT_OUT:
+            box = boxes_of(mask[None])
+            if self.region == "crop":
+                box = moved(box, mask.shape[0], mask.shape[1], torch.tensor([i]))
+            x0, y0, x1, y1 = box[0].tolist()
             return image[:, y0:y1, x0:x1]
         return show(image[None], mask[None], self.region)[0]
 
@@ -76,8 +81,8 @@ class FileSplit:
         return mask
 
     def square(self, image: Tensor) -> Tensor:
-        """An image as `load` shows it, uint8 (3, S, S): the foreground is stretched, all else cut in the centre."""
-        return resize(image[None], self.image_size)[0] if self.region == "fg" else fit(image, self.image_size)
+        """An image as `load` shows it, uint8 (3, S, S): what was cut out is stretched, all else cut in the centre."""
+        return resize(image[None], self.image_size)[0] if self.region in CUT_OUT else fit(image, self.image_size)
 
     def load(self, index: Tensor) -> Tensor:
         """See `Split.load`."""
@@ -108,6 +113,8 @@ def imagefolder(
     train_on: TrainOn,
     resident_size: NonNegativeInt,
     memory_budget_gb: NonNegativeFloat,
+    shifted: dict[str, str],
+    renamed: dict[str, str],
 ) -> Dataset:
     """Any folder of images with one folder per class, `<root>/<train>/<class>/*.jpg` and so on.
 
@@ -124,9 +131,13 @@ def imagefolder(
         train_on: full images or fg, the inside of the object's box (stretched to a square).
         resident_size: images up to this size are decoded once and kept on the training device,
         memory_budget_gb: as long as all of them need no more gigabytes than this.
+        shifted: further test splits by name, folders of the same classes shown otherwise (sketches, renditions, other
+            places); absolute, or in `root`. What the training folder does not have is left out, so that ImageNet-R
+            serves for ImageNet-100; folders that are numbers, as in ImageNetV2, count the classes in order.
+        renamed: a class folder in there to the class that it means, where the names differ.
 
-    With boxes or masks each test set is shown as `full`, `fg`, `only_fg` (the rest black), `only_bg` (the object
-    black). `boxes` and `masks` are paths in `root`, or absolute.
+    With boxes or masks each test set is shown as `full`, `fg`, `crop` (as large as `fg`, from anywhere), `only_fg` (the
+    rest black), `only_bg` (the object black). `boxes` and `masks` are paths in `root`, or absolute.
     """
     base = Path(root).expanduser()
     if not base.is_dir():
@@ -165,6 +176,12 @@ def imagefolder(
             key = test_name(name, region, single=len(test_sets) == 1) if objects.known else name
             lazy[f"test {key}"] = replace(whole, region=region)
 
+    for name, where_else in shifted.items():
+        if f"test {name}" in lazy:
+            raise UserError(f"dataset.shifted.{name} is a test split already; give it another name.")
+        chosen, label = _shifted_images(name, base / Path(where_else).expanduser(), classes, renamed)
+        lazy[f"test {name}"] = FileSplit(chosen, label, image_size)
+
     splits: dict[str, Split] = dict(lazy)
     mean, std = IMAGENET_MEAN, IMAGENET_STD
     gigabytes = sum(map(len, lazy.values())) * 3 * image_size**2 / 1e9
@@ -173,7 +190,9 @@ def imagefolder(
         mean, std = statistics(decoded["train"].images)
         splits = dict(decoded)
     shown = {key.removeprefix("test "): part for key, part in splits.items() if key != "train"}
-    return Dataset(base.resolve().name, classes, image_size, splits["train"], shown, mean=mean, std=std)
+    return Dataset(
+        base.resolve().name, classes, image_size, splits["train"], shown, mean=mean, std=std, shifted=tuple(shifted)
+    )
 
 
 class _Objects:
@@ -272,6 +291,41 @@ def _test_images(folder: Path, classes: Sequence[str]) -> tuple[Path, list[str],
             f"{', ...' if len(classes) > 5 else ''}; rename or remove it."
         )
     return folder, *_images(folder, classes)
+
+
+def _shifted_images(
+    name: str, folder: Path, classes: Sequence[str], renamed: dict[str, str]
+) -> tuple[list[str], Tensor]:
+    """The files of those class folders that are classes of the training folder, and their labels (N,)."""
+    if not folder.is_dir():
+        raise UserError(f"There is no folder {folder}; set dataset.shifted.{name} to a folder of class folders.")
+    wrong = [target for target in renamed.values() if target not in classes]
+    if wrong:
+        raise UserError(f"dataset.renamed leads to {wrong[0]}, which is no class; {suggestion(wrong[0], classes)}")
+    found = _folders(folder)
+    if all(path.name.isdigit() for path in found) and not all(name.isdigit() for name in classes):
+        if len(found) != len(classes):
+            raise UserError(
+                f"{folder} has {len(found)} numbered classes and the training folder {len(classes)}, so they cannot be "
+                "counted off; name its folders as the training classes."
+            )
+        meant = {path: classes[int(path.name)] for path in found if int(path.name) < len(classes)}
+    else:
+        meant = {path: renamed.get(path.name, path.name) for path in found}
+    files: list[str] = []
+    labels: list[int] = []
+    for path, target in meant.items():
+        if target in classes:
+            images = _files(path)
+            files += images
+            labels += [classes.index(target)] * len(images)
+    if not files:
+        raise UserError(
+            f"{folder} has no images of a class of the training folder, {', '.join(classes[:5])}"
+            f"{', ...' if len(classes) > 5 else ''}; set dataset.shifted.{name} to another folder, or say with "
+            "+dataset.renamed.<its folder>=<class> what is what."
+        )
+    return files, torch.tensor(labels)
 
 
 def _files(folder: Path) -> list[str]:

@@ -19,14 +19,15 @@ from torch import Tensor
 from torchvision.io import ImageReadMode, decode_image
 from torchvision.transforms.v2 import functional as F
 
-from icl_msr.data.crops import boxes_of, crop_to_boxes
+from icl_msr.data.crops import boxes_of, crop_to_boxes, moved
 from icl_msr.data.dataset import ArraySplit, Dataset
 from icl_msr.errors import UserError
 
 TrainOn = Literal["full", "fg"]
-Region = Literal["full", "fg", "only_fg", "only_bg"]
-REGIONS: tuple[Region, ...] = ("full", "fg", "only_fg", "only_bg")
-"""The whole image; the inside of the object's box, stretched to a square; the object on black; the object in black."""
+Region = Literal["full", "fg", "crop", "only_fg", "only_bg"]
+REGIONS: tuple[Region, ...] = ("full", "fg", "crop", "only_fg", "only_bg")
+"""The whole image; the inside of the object's box, stretched to a square; a crop as large from a random place, which
+shows what cropping itself does; the object on black; the object in black."""
 
 _CHUNK = 256  # images a thread decodes before it reports
 _PART = 4096  # images of an array handled at once
@@ -70,11 +71,14 @@ def fit_all(images: Tensor, size: int, *, nearest: bool = False) -> Tensor:
 
 
 def show(images: Tensor, masks: Tensor, region: Region) -> Tensor:
-    """The `region` (see `REGIONS`) of square uint8 images (N, 3, S, S) with bool masks (N, S, S)."""
+    """The `region` (see `REGIONS`) of square uint8 images (N, 3, S, S) with bool masks (N, S, S), a whole split."""
     if region == "full":
         return images
     if region == "fg":
         return crop_to_boxes(images, boxes_of(masks), images.shape[-1])
+    if region == "crop":
+        boxes = moved(boxes_of(masks), images.shape[-2], images.shape[-1], torch.arange(len(images)))
+        return crop_to_boxes(images, boxes, images.shape[-1])
     return images * (masks if region == "only_fg" else ~masks)[:, None]
 
 

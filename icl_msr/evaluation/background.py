@@ -2,10 +2,10 @@
 
 The splits are those of the ImageNet-9 backgrounds challenge (Xiao et al. 2021): `original`, `mixed_same` (background of
 another image of the same class), `mixed_rand` (of any class), `only_fg`, `only_bg`; and, for sets with boxes
-or masks, `full` and `fg` (ICL-MSR, motivating experiment).
+or masks, `full` and `fg` (ICL-MSR, motivating experiment), and `crop`, the control for what cropping itself does.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -18,20 +18,26 @@ GAPS: Mapping[str, tuple[str, str]] = {
     "original - only_fg": ("original", "only_fg"),
     "only_bg - chance": ("only_bg", "chance"),
     "full - fg": ("full", "fg"),
+    "fg - crop": ("fg", "crop"),
 }
 """Name of a gap: the accuracy on the first split minus the accuracy on the second."""
 
 
 def background_gaps(
-    correct: Mapping[str, Tensor], labels: Mapping[str, Tensor], chance: float, bootstrap: Bootstrap
+    correct: Mapping[str, Tensor],
+    labels: Mapping[str, Tensor],
+    chance: float,
+    bootstrap: Bootstrap,
+    shifted: Sequence[str] = (),
 ) -> dict[str, Interval]:
-    """Every gap whose splits exist, in [-1, 1]; see `GAPS`.
+    """Every gap whose splits exist, in [-1, 1]: those of `GAPS`, and the first split minus each of the `shifted` ones.
 
     `correct` bool (n,) and `labels` int64 (n,) by split; `chance` in [0, 1]. Splits with equal labels
     show the same objects (the contract of `Dataset`): their difference is paired image by image.
     """
     gaps: dict[str, Interval] = {}
-    for name, (first, second) in GAPS.items():
+    usual = next(iter(correct))
+    for name, (first, second) in {**GAPS, **{f"{usual} - {other}": (usual, other) for other in shifted}}.items():
         if first in correct and second == "chance":
             gaps[name] = Interval(*(value - chance for value in bootstrap.mean(correct[first])))
         elif first in correct and second in correct:

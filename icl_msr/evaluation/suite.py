@@ -311,7 +311,7 @@ class Evaluation:
             )
             results.accuracies.append(accuracy(row, split, values, labels[split], bootstrap))
             results.by_class.append(by_class(row, split, predicted, labels[split], dataset.classes))
-        for gap, interval in background_gaps(correct, labels, dataset.chance, bootstrap).items():
+        for gap, interval in background_gaps(correct, labels, dataset.chance, bootstrap, dataset.shifted).items():
             points, low, high = (100 * value for value in interval)
             results.gaps.append(Gap(**row, gap=gap, points=points, low=low, high=high))
 

@@ -2,7 +2,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from icl_msr.data.crops import boxes_of, crop_to_boxes, square_boxes
+from icl_msr.data.crops import boxes_of, crop_to_boxes, moved, square_boxes
 
 
 def images(n: int, height: int, width: int) -> Tensor:
@@ -38,3 +38,15 @@ def test_crop_of_its_own_size_is_the_cut_itself() -> None:
     crops = crop_to_boxes(batch, boxes, 8)
     for image, (x0, y0, x1, y1), crop in zip(batch, boxes.tolist(), crops, strict=True):
         assert torch.equal(crop, image[:, y0:y1, x0:x1])
+
+
+def test_moved_boxes_keep_their_size_and_go_everywhere() -> None:
+    boxes = torch.tensor([[1, 2, 4, 4]]).repeat(4000, 1)
+    found = moved(boxes, 5, 6, torch.arange(4000))
+    assert torch.equal(found[:, 2:] - found[:, :2], boxes[:, 2:] - boxes[:, :2])
+    places, counts = found[:, :2].unique(dim=0, return_counts=True)
+    assert len(places) == 4 * 4  # of 6 - 3 + 1 columns and 5 - 2 + 1 rows
+    assert counts.min() > 180
+    assert torch.equal(moved(boxes[:1], 5, 6, torch.tensor([7])), found[7:8])
+    whole = torch.tensor([[0, 0, 6, 5]])
+    assert torch.equal(moved(whole, 5, 6, torch.tensor([3])), whole)

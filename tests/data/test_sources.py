@@ -180,7 +180,7 @@ def test_masks_show_the_object_and_the_background(tmp_path):
     test_masks[:, 2:6, 1:5] = 255
     content = two_sets(train_masks=train_masks, test_masks=test_masks)
     data = from_arrays(tmp_path / "x.npz", train_on="fg", image_size=4, **content)
-    assert set(data.tests) == {"full", "fg", "only_fg", "only_bg"}
+    assert set(data.tests) == {"full", "fg", "crop", "only_fg", "only_bg"}
     data = from_arrays(tmp_path / "x.npz", train_on="fg", **content)
     full, fg, only_fg, only_bg = (data.tests[key] for key in ("full", "fg", "only_fg", "only_bg"))
     inside = full.images[:, :, 2:6, 1:5]
@@ -316,6 +316,8 @@ def from_folder(root, **changes):
         "train_on": "full",
         "resident_size": 96,
         "memory_budget_gb": 1.0,
+        "shifted": {},
+        "renamed": {},
     }
     return imagefolder(root=str(root), **(keys | changes))
 
@@ -349,6 +351,36 @@ def test_named_folders_are_test_sets_of_their_own(tmp_path):
 
 
 @pytest.mark.parametrize("resident_size", [96, 0])
+def test_shifted_folders_are_matched_by_name(tmp_path, resident_size):
+    make_folder(tmp_path / "photos", {"train/cat": 4, "train/dog": 4, "train/eel": 4, "val/cat": 2, "val/dog": 1})
+    make_folder(tmp_path / "sketches", {"dog": 3, "hound": 2, "unicorn": 5})
+    make_folder(tmp_path / "again", {"0": 1, "2": 2, "1": 3})
+    shifted = {"sketch": str(tmp_path / "sketches"), "v2": "../again"}
+    data = from_folder(tmp_path / "photos", shifted=shifted, renamed={"hound": "dog"}, resident_size=resident_size)
+    assert list(data.tests) == ["test", "sketch", "v2"]
+    assert data.shifted == ("sketch", "v2")
+    assert data.tests["sketch"].labels.tolist() == [1] * 5
+    assert data.tests["v2"].labels.tolist() == [0, 1, 1, 1, 2, 2]
+    image = np.array(Image.open(tmp_path / "sketches/hound/1.png"))
+    assert torch.equal(data.tests["sketch"].load(torch.tensor([4]))[0], torch.from_numpy(image).permute(2, 0, 1))
+
+
+def test_shifted_folders_that_do_not_fit(tmp_path):
+    make_folder(tmp_path / "photos", {"train/cat": 4, "train/dog": 4, "val/cat": 1})
+    make_folder(tmp_path / "cars", {"car": 3})
+    make_folder(tmp_path / "many", {"0": 1, "1": 1, "2": 1})
+    for shifted, renamed, words in (
+        ({"a": "nowhere"}, {}, "There is no folder .*nowhere; set dataset.shifted.a"),
+        ({"a": "../cars"}, {}, "no images of a class of the training folder, cat, dog"),
+        ({"a": "../cars"}, {"car": "cot"}, "dataset.renamed leads to cot.*cat"),
+        ({"a": "../many"}, {}, "3 numbered classes and the training folder 2"),
+        ({"test": "../cars"}, {"car": "cat"}, "dataset.shifted.test is a test split already"),
+    ):
+        with pytest.raises(UserError, match=words):
+            from_folder(tmp_path / "photos", shifted=shifted, renamed=renamed)
+
+
+@pytest.mark.parametrize("resident_size", [96, 0])
 def test_boxes_show_the_object_and_the_background(tmp_path, resident_size):
     make_folder(tmp_path, {"train/cat": 2, "val/cat": 2}, size=(32, 48))
     with (tmp_path / "boxes.csv").open("w") as file:
@@ -359,7 +391,7 @@ def test_boxes_show_the_object_and_the_background(tmp_path, resident_size):
                 rows.writerow([split, "cat", f"{i}.png", 16, 8, 31, 23])
     data = from_folder(tmp_path, boxes="boxes.csv", train_on="fg", resident_size=resident_size)
     assert isinstance(data.train, FileSplit) == (resident_size == 0)
-    assert list(data.tests) == ["full", "fg", "only_fg", "only_bg"]
+    assert list(data.tests) == ["full", "fg", "crop", "only_fg", "only_bg"]
     shown = {key: split.load(torch.arange(2)) for key, split in data.tests.items()}
     whole = torch.from_numpy(np.array(Image.open(tmp_path / "val/cat/0.png"))).permute(2, 0, 1)
     assert torch.equal(shown["full"][0], whole[:, :, 8:40])
@@ -369,6 +401,11 @@ def test_boxes_show_the_object_and_the_background(tmp_path, resident_size):
     assert torch.equal(shown["only_fg"] + shown["only_bg"], shown["full"])
     assert torch.equal(shown["only_fg"][0, :, 8:24, 8:24], whole[:, 8:24, 16:32])
     assert shown["only_bg"][:, :, 8:24, 8:24].max() == 0
+    places = [whole[None, :, y : y + 16, x : x + 16].float() for y in range(17) for x in range(33)]
+    crops = torch.cat(
+        [torch.nn.functional.interpolate(p, size=(32, 32), mode="bilinear", antialias=True) for p in places]
+    )
+    assert ((shown["crop"][0] - crops).abs().flatten(1).amax(1) <= 1).sum() == 1
     if resident_size:
         mask = data.tests["full"].masks[0]
         assert mask.sum() == 16 * 16

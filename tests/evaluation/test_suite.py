@@ -198,6 +198,10 @@ def test_full_and_foreground_and_splits_of_other_objects() -> None:
     aligned = background_gaps({"full": full, "fg": fg}, {"full": labels, "fg": labels}, 0.2, bootstrap)
     assert aligned.keys() == {"full - fg"}
     assert aligned["full - fg"].value == pytest.approx(0.3)
+    correct, places = {"full": full, "sketch": fg}, {"full": labels, "sketch": labels.flip(0)}
+    shifted = background_gaps(correct, places, 0.2, bootstrap, shifted=["sketch"])
+    assert shifted.keys() == {"full - sketch"}
+    assert shifted["full - sketch"].value == pytest.approx(0.3)
     other = background_gaps({"full": full, "fg": fg}, {"full": labels, "fg": labels.flip(0)}, 0.2, bootstrap)
     assert other["full - fg"].high - other["full - fg"].low > 1.2 * (
         aligned["full - fg"].high - aligned["full - fg"].low

@@ -1,0 +1,167 @@
+"""What each kind of non-semantic negative keeps of an image's texture, and how much of its class is left, by number.
+
+python experiments/negatives/compare.py RUN [images=2000]
+
+RUN is a supervised run on a data set of its own (python -m icl_msr.run method=supervised ...). A linear probe on its
+encoder, fitted to the training images, is asked for the class of test images and of what each generator makes of
+them; and the test images' colours and filter responses are compared with those of what was made:
+
+* gram: distance of the Gram matrices of the responses of 24 filters (Gaussian derivatives, four directions, two kinds,
+  three scales) and the three colours (Gatys et al. 2015 with a fixed bank in place of a trained network), over the norm
+  of the image's, median over images; 0 is the same texture by this measure;
+* histogram: Wasserstein-1 distance of the distributions of those 27 responses, each over the standard deviation of the
+  image's, mean over responses, median over images.
+
+Two controls: another test image of any class, and white noise with the image's colours (mean and covariance).
+Prints a table and writes compare.csv beside this file.
+"""
+
+import csv
+import math
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from omegaconf import OmegaConf
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+from icl_msr.checkpoint import load_encoder
+from icl_msr.config import build, config_dir
+from icl_msr.data.dataset import normalise
+from icl_msr.evaluation.features import extract
+from icl_msr.evaluation.linear import fit_linear_probe
+from icl_msr.folder import RunFolder
+from icl_msr.randomness import keys
+
+Generator = Callable[[Tensor, Tensor], Tensor]
+
+
+def generators() -> dict[str, Generator]:
+    """Those of conf/negatives, with some of their keys changed, and the controls."""
+
+    def negatives(name: str, **changes: Any) -> Generator:
+        node: Any = OmegaConf.to_container(OmegaConf.load(config_dir() / "negatives" / f"{name}.yaml"))
+        made: Generator = build({**node, **changes})
+        return lambda images, key: made(images, key)[:, 0]
+
+    return {
+        "the image itself": lambda images, key: images,
+        "patch": negatives("patch"),
+        "patch, smallest alone (16 of 224)": negatives("patch", largest=16),
+        "patch, largest alone (72 of 224)": negatives("patch", smallest=72),
+        "patch, shuffle": negatives("patch", shuffle=True),
+        "patch, flips and rotations": negatives("patch", flips=True, rotations=True),
+        "texture": negatives("texture"),
+        "texture, 16 candidates": negatives("texture", candidates=16),
+        "texture, 512 candidates": negatives("texture", candidates=512),
+        "texture, blocks of 24": negatives("texture", block=24),
+        "texture, blocks of 60": negatives("texture", block=60, overlap=10),
+        "phase": negatives("phase"),
+        "another image": lambda images, key: images.roll(1, 0),
+        "white noise": white_noise,
+    }
+
+
+def white_noise(images: Tensor, key: Tensor) -> Tensor:
+    """Each pixel by itself, with the mean and covariance of the image's colours."""
+    n, c, height, width = images.shape
+    pixels = images.flatten(2)
+    mean = pixels.mean(2, keepdim=True)
+    covariance = (pixels - mean) @ (pixels - mean).mT / pixels.shape[2] + 1e-6 * torch.eye(c)
+    noise = torch.randn(n, c, height * width, generator=torch.Generator().manual_seed(0))
+    return (mean + torch.linalg.cholesky(covariance) @ noise).view_as(images)
+
+
+def bank(size: int = 13) -> Tensor:
+    """First and second derivatives of Gaussians of three widths in four directions: (24, 1, size, size), unit norm."""
+    line = torch.arange(size) - size // 2.0
+    y, x = torch.meshgrid(line, line, indexing="ij")
+    filters = []
+    for sigma in (0.8, 1.4, 2.4):
+        for quarter in range(4):
+            along = x * math.cos(quarter * math.pi / 4) + y * math.sin(quarter * math.pi / 4)
+            bell = torch.exp(-(x**2 + y**2) / (2 * sigma**2))
+            for derivative in (-along / sigma * bell, ((along / sigma) ** 2 - 1) * bell):
+                kernel = derivative - derivative.mean()
+                filters.append(kernel / kernel.norm())
+    return torch.stack(filters)[:, None]
+
+
+def responses(images: Tensor) -> Tensor:
+    """Colours and responses of the bank to the luminance: (N, 27, P) over all places."""
+    grey = images.mean(1, keepdim=True)
+    filtered = F.conv2d(F.pad(grey, (6, 6, 6, 6), mode="reflect"), bank())
+    return torch.cat([images, filtered], dim=1).flatten(2)
+
+
+def distances(images: Tensor, made: Tensor) -> tuple[Tensor, Tensor]:
+    """`gram` and `histogram` of each image, (N,); see the module."""
+    source, result = responses(images), responses(made)
+    grams = [r @ r.mT / r.shape[2] for r in (source, result)]
+    gram = (grams[1] - grams[0]).flatten(1).norm(dim=1) / grams[0].flatten(1).norm(dim=1)
+    spread = source.std(2).clamp(min=1e-3)
+    histogram = ((source.sort(2).values - result.sort(2).values).abs().mean(2) / spread).mean(1)
+    return gram, histogram
+
+
+def main(words: list[str]) -> None:
+    """See the module."""
+    if not words:
+        raise SystemExit(__doc__)
+    run, count = RunFolder(Path(words[0])), int(dict(w.split("=") for w in words[1:]).get("images", 2000))
+    dataset = build(OmegaConf.create(run.saved_config()["dataset"]))
+    encoder, about = load_encoder(run.path)
+    encoder = encoder.eval().to(memory_format=torch.channels_last)
+    shown: dict[str, Any] = {"mean": about["mean"], "std": about["std"], "device": "cpu", "batch_size": 256}
+    classes = len(dataset.classes)
+    probe = fit_linear_probe(
+        extract(encoder, dataset.train, **shown),
+        dataset.train.labels,
+        classes,
+        learning_rates=[1e-3, 3e-3, 1e-2],
+        epochs=20,
+        batch_size=256,
+        held_out=0.2,
+        seed=0,
+    )
+    split = next(iter(dataset.tests))
+    test = dataset.tests[split]
+    index = torch.linspace(0, len(test) - 1, min(count, len(test))).round().long()
+    # In an order without classes, so that "another image" is of any.
+    index = index[torch.randperm(len(index), generator=torch.Generator().manual_seed(0))]
+    rows = []
+    for name, make in generators().items():
+        right, grams, histograms = 0.0, [], []
+        for part in index.split(256):
+            images = normalise(test.load(part), about["mean"], about["std"])
+            made = make(images, keys(0, 0, part, view=-1))
+            with torch.inference_mode():
+                scores = probe(encoder(made.contiguous(memory_format=torch.channels_last)).float())
+            right += float((scores.argmax(1) == test.labels[part]).sum())
+            gram, histogram = distances(images, made)
+            grams.append(gram)
+            histograms.append(histogram)
+        row = {"generator": name, "gram": float(torch.cat(grams).median())}
+        row |= {"histogram": float(torch.cat(histograms).median()), "class_read_percent": 100 * right / len(index)}
+        rows.append(row)
+    title = f"{len(index)} images of {split}, {classes} classes (chance {100 / classes:.1f} %), {run.path.name}"
+    table = Table(title=title)
+    for column in ("generator", "gram", "histogram", "class read, %"):
+        table.add_column(column, justify="left" if column == "generator" else "right")
+    for row in rows:
+        cells = (f"{row['gram']:.2f}", f"{row['histogram']:.2f}", f"{row['class_read_percent']:.1f}")
+        table.add_row(str(row["generator"]), *cells)
+    Console(width=100).print(table)
+    with (Path(__file__).parent / "compare.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows({k: f"{v:.4g}" if isinstance(v, float) else v for k, v in row.items()} for row in rows)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
