@@ -10,7 +10,6 @@ deviations over seeds, and for a row with a baseline the paired differences, see
 """
 
 import json
-import math
 import re
 import statistics
 import subprocess
@@ -24,8 +23,8 @@ from typing import Any
 
 from omegaconf import OmegaConf
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from scipy.stats import t as student
 
+from icl_msr.report.differences import paired
 from icl_msr.report.runs import Run
 from icl_msr.report.summary import measurements
 
@@ -163,12 +162,10 @@ def mean_and_std(values: list[float]) -> str:
 
 def difference(values: list[float]) -> str:
     """`+1.2 (−0.3 to 2.7; 2.1)` of paired differences, in bold where the interval leaves zero out."""
-    n = len(values)
-    mean, error = statistics.fmean(values), statistics.stdev(values) / math.sqrt(n)
-    reach, power = student.ppf(0.975, n - 1), student.ppf(0.8, n - 1)
-    low, high = mean - reach * error, mean + reach * error
-    cell = f"{mean:+.1f} ({low:.1f} to {high:.1f}; {(reach + power) * error:.1f})".replace("-", "−")
-    return f"**{cell}**" if low > 0 or high < 0 else cell
+    found = paired(values)
+    assert found is not None
+    cell = f"{str(found)[:-1]}; {found.detectable:.1f})"
+    return f"**{cell}**" if found.real else cell
 
 
 def main(words: list[str]) -> None:

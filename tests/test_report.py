@@ -322,7 +322,7 @@ def test_one_row_a_configuration_with_mean_and_std_over_seeds(tmp_path: Path) ->
     assert gain.std == pytest.approx(statistics.stdev(a - b for a, b in zip(expected, reference, strict=True)))
 
     files = write_summary(summary, tmp_path)
-    assert [file.name for file in files] == ["summary.csv", "summary.md", "summary.json", "report.html"]
+    assert [file.name for file in files] == ["summary.csv", "summary.md", "summary.json", "report.html", "summary.tex"]
     with files[0].open() as lines:
         table = list(csv.DictReader(lines))
     assert len(table) == 4

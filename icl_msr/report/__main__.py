@@ -16,7 +16,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m icl_msr.report",
         description="One run folder: write its report.html. A sweep folder or several folders: one table over all "
-        "runs inside, mean and standard deviation over seeds, as summary.csv, .md, .json and report.html.",
+        "runs inside, mean and standard deviation over seeds, and what differs by how much, as summary.csv, .md, .tex, "
+        ".json and report.html.",
     )
     parser.add_argument(
         "paths", nargs="+", type=Path, metavar="PATH", help="a run folder, or a folder with runs at any depth"
@@ -24,16 +25,21 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "--out", type=Path, metavar="DIR", help="where the summary goes (default: the first folder given)"
     )
+    parser.add_argument(
+        "--against",
+        metavar="LABEL",
+        help="what all rows are compared with (default: for each, the row with none in place of what it adds)",
+    )
     options = parser.parse_args(arguments)
     try:
-        _report(options.paths, options.out)
+        _report(options.paths, options.out, options.against)
     except UserError as error:
         print(error, file=sys.stderr)
         return 2
     return 0
 
 
-def _report(paths: list[Path], out: Path | None) -> None:
+def _report(paths: list[Path], out: Path | None, against: str | None) -> None:
     # A pipe or a log file has no width of its own.
     console = Console(width=None if sys.stdout.isatty() else 120)
     if len(paths) == 1 and out is None and is_run(paths[0]):
@@ -42,7 +48,7 @@ def _report(paths: list[Path], out: Path | None) -> None:
         console.print(matrix_table(results), gap_table(results) or "")
         console.print(" ".join(words.answer(results)))
     else:
-        summary = summarise(paths)
+        summary = summarise(paths, against)
         print_summary(summary, console)
         # Beside the runs, so that a summary never overwrites a run's own page.
         written = write_summary(summary, out or (paths[0].parent if is_run(paths[0]) else paths[0]))

@@ -3,15 +3,18 @@
 import csv
 import io
 import json
+from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from icl_msr.report.differences import Compared, chance, compare
 from icl_msr.report.page import matrix, metric_heading, summary_page
 from icl_msr.report.runs import Results
-from icl_msr.report.summary import CONDITIONS, Configuration, Summary, TwoByTwo, best, headline
+from icl_msr.report.summary import CONDITIONS, Configuration, Metric, Summary, TwoByTwo, best, headline
 
 READING = (
     "% or points, mean ± standard deviation over n seeds; "
@@ -75,6 +78,10 @@ def print_summary(summary: Summary, console: Console) -> None:
         console.print(table)
         console.print(Text(READING, style="dim"))
         console.print()
+        if compared := compare(rows, columns, summary.against):
+            console.print(_difference_table(compared))
+            console.print(Text(chance(compared), style="dim"))
+            console.print()
         if joined := summary.joined(dataset):
             console.print(_two_by_two_table(joined))
             console.print()
@@ -82,6 +89,21 @@ def print_summary(summary: Summary, console: Console) -> None:
         console.print(Text(f"missing: {failed.path}: {failed.reason}", style="red"))
     for path in summary.superseded:
         console.print(Text(f"left out: {path}: a newer run has the same configuration and seed", style="dim"))
+
+
+def _difference_table(compared: list[Compared]) -> Table:
+    table = Table(title="Differences", title_justify="left", box=None, padding=(0, 2, 0, 0), header_style="")
+    for column in ("", "minus"):
+        table.add_column(Text(column, style="bold"), overflow="fold")
+    metrics = list(dict.fromkeys(metric for row in compared for metric in row.differences))
+    for metric in metrics:
+        name, how = metric_heading(metric)
+        table.add_column(Text(name, style="bold") + Text("\n" + how.replace(", ", "\n"), style="dim"), justify="right")
+    for row in compared:
+        cells = [row.differences.get(metric) for metric in metrics]
+        shown = [Text(str(cell), style="bold" * cell.real) if cell else Text("–") for cell in cells]
+        table.add_row(row.configuration.label, row.against.label, *shown)
+    return table
 
 
 def _two_by_two_table(tables: list[TwoByTwo]) -> Table:
@@ -96,13 +118,14 @@ def _two_by_two_table(tables: list[TwoByTwo]) -> Table:
 
 
 def write_summary(summary: Summary, folder: Path) -> list[Path]:
-    """Write `summary.csv`, `.md`, `.json` and `report.html` into the folder; returns their paths."""
+    """Write `summary.csv`, `.md`, `.tex`, `.json` and `report.html` into the folder; returns their paths."""
     folder.mkdir(parents=True, exist_ok=True)
     contents = {
         "summary.csv": as_csv(summary),
         "summary.md": as_markdown(summary),
         "summary.json": as_json(summary),
         "report.html": summary_page(summary, folder.resolve()),
+        "summary.tex": as_latex(summary),
     }
     for name, content in contents.items():
         (folder / name).write_text(content, encoding="utf-8", newline="")
@@ -111,7 +134,7 @@ def write_summary(summary: Summary, folder: Path) -> list[Path]:
 
 def as_csv(summary: Summary) -> str:
     """One line a configuration, mean and std of every metric in columns of their own."""
-    metrics = list(dict.fromkeys(metric for c in summary.configurations for metric in c.metrics))
+    metrics = everything(summary.configurations)
     labels = list(dict.fromkeys(label for c in summary.configurations for label in c.labels))
     labels = labels if "dataset" in labels else ["dataset", *labels]
     content = io.StringIO()
@@ -144,6 +167,19 @@ def as_json(summary: Summary) -> str:
             }
             for configuration in summary.configurations
         ],
+        "differences": [
+            {
+                "dataset": dataset,
+                "labels": row.configuration.labels,
+                "against": row.against.labels,
+                "differences": [
+                    metric._asdict() | asdict(difference) | {"real": difference.real}
+                    for metric, difference in row.differences.items()
+                ],
+            }
+            for dataset, rows in summary.by_dataset().items()
+            for row in compare(rows, everything(rows), summary.against)
+        ],
         "two_by_two": [
             {
                 "dataset": joined.dataset,
@@ -162,11 +198,18 @@ def as_json(summary: Summary) -> str:
     return json.dumps(content, indent=2) + "\n"
 
 
+def everything(rows: list[Configuration]) -> list[Metric]:
+    """All that was measured on one data set."""
+    return list(dict.fromkeys(metric for row in rows for metric in row.metrics))
+
+
 def as_markdown(summary: Summary) -> str:
     """The tables of the terminal."""
     parts = []
     for dataset, rows in summary.by_dataset().items():
         parts.append(_markdown_table(dataset, rows))
+        if compared := compare(rows, headline(rows), summary.against):
+            parts.append(_markdown_differences(compared))
         if joined := summary.joined(dataset):
             parts.append(_markdown_two_by_two(joined))
     if summary.failed:
@@ -176,12 +219,74 @@ def as_markdown(summary: Summary) -> str:
 
 def _markdown_table(dataset: str, rows: list[Configuration]) -> str:
     columns = headline(rows)
-    header = [*rows[0].labels, "n", *(f"{name} ({how})" for name, how in map(metric_heading, columns))]
+    header = [*rows[0].labels, "n", *_column_names(columns)]
     lines = [
         [*row.labels.values(), str(len(row.runs)), *(str(row.metrics.get(metric, "–")) for metric in columns)]
         for row in rows
     ]
     return f"### {dataset}\n\n{_markdown(header, lines, len(rows[0].labels))}\n\n{READING}."
+
+
+def _markdown_differences(compared: list[Compared]) -> str:
+    header, lines = _difference_cells(compared, lambda text: f"**{text}**")
+    return f"### Differences\n\n{_markdown(header, lines, 2)}\n\n{chance(compared)}"
+
+
+def _difference_cells(compared: list[Compared], bold: Callable[[str], str]) -> tuple[list[str], list[list[str]]]:
+    """Header and lines of text; what is real is bold."""
+    metrics = list(dict.fromkeys(metric for row in compared for metric in row.differences))
+    lines = []
+    for row in compared:
+        cells = [row.differences.get(metric) for metric in metrics]
+        shown = ["–" if cell is None else bold(str(cell)) if cell.real else str(cell) for cell in cells]
+        lines.append([row.configuration.label, row.against.label, *shown])
+    return ["", "minus", *_column_names(metrics)], lines
+
+
+def _column_names(metrics: list[Metric]) -> list[str]:
+    return [f"{name} ({how})" for name, how in map(metric_heading, metrics)]
+
+
+def as_latex(summary: Summary) -> str:
+    """The same tables for a paper: booktabs, one environment each."""
+    parts = ["% \\usepackage{booktabs}"]
+    for dataset, rows in summary.by_dataset().items():
+        columns = headline(rows)
+        header = [*rows[0].labels, "n", *_column_names(columns)]
+        lines = [
+            [*row.labels.values(), str(len(row.runs)), *(str(row.metrics.get(metric, "–")) for metric in columns)]
+            for row in rows
+        ]
+        parts.append(_latex(f"{dataset}: {READING}.", header, lines, len(rows[0].labels)))
+        if compared := compare(rows, columns, summary.against):
+            header, lines = _difference_cells(compared, lambda text: f"\0{text}\1")
+            parts.append(_latex(f"{dataset}: {chance(compared)}", header, lines, 2))
+    return "\n\n".join(parts) + "\n"
+
+
+def _latex(caption: str, header: list[str], rows: list[list[str]], left: int) -> str:
+    lines = [" & ".join(map(_escaped, row)) + r" \\" for row in [header, *rows]]
+    body = [lines[0], r"\midrule", *lines[1:]]
+    columns = "l" * left + "r" * (len(header) - left)
+    return "\n".join(
+        [
+            r"\begin{table}",
+            rf"\caption{{{_escaped(caption)}}}",
+            rf"\begin{{tabular}}{{{columns}}}",
+            r"\toprule",
+            *body,
+            r"\bottomrule",
+            r"\end{tabular}",
+            r"\end{table}",
+        ]
+    )
+
+
+def _escaped(text: str) -> str:
+    special = {c: f"\\{c}" for c in "&%$#_{}"}
+    special |= {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}"}
+    special |= {"±": r"$\pm$", "−": "$-$", "–": "--", "·": r"$\cdot$", "\0": r"\textbf{", "\1": "}"}
+    return "".join(special.get(character, character) for character in text)
 
 
 def _markdown_two_by_two(tables: list[TwoByTwo]) -> str:

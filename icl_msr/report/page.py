@@ -11,6 +11,7 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from icl_msr.report import plots, words
+from icl_msr.report.differences import chance, compare
 from icl_msr.report.plots import Dot, Plot, Series
 from icl_msr.report.runs import Accuracy, Curve, Gap, Look, Results, Run, flatten
 from icl_msr.report.summary import (
@@ -92,6 +93,7 @@ def summary_page(summary: Summary, folder: Path) -> str:
             "plots": [_comparison(metric, rows) for metric in headline(rows)],
             "races": _races(rows),
             "comparison": words.comparison(rows),
+            "compared": compare(rows, headline(rows), summary.against),
             "joined": summary.joined(dataset),
             "all": list(dict.fromkeys(metric for row in rows for metric in row.metrics)),
         }
@@ -138,6 +140,7 @@ def _environment() -> Environment:
         "signed": _signed,
     }
     environment.globals["interval"] = words.interval
+    environment.globals["chance"] = chance
     environment.globals["GAIN"] = GAIN
     return environment
 

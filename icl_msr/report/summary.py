@@ -98,6 +98,8 @@ class Summary:
     failed: list[Failed]
     superseded: list[Path]
     """Runs left out, because a newer one has the same configuration and seed."""
+    against: str | None = None
+    """What every configuration is compared with; see `differences.compare`."""
 
     def by_dataset(self) -> dict[str, list[Configuration]]:
         """Configurations of each data set: accuracies on different data are never put in one table."""
@@ -111,8 +113,10 @@ class Summary:
         return [table for table in self.two_by_two if table.dataset == dataset]
 
 
-def summarise(paths: Iterable[Path]) -> Summary:
+def summarise(paths: Iterable[Path], against: str | None = None) -> Summary:
     """Read all runs in the folders given, at any depth, and join the seeds of each configuration.
+
+    `against` names what all are compared with; see `differences.compare`.
 
     Raises:
         UserError: a path does not exist, or no run is inside any.
@@ -132,7 +136,7 @@ def summarise(paths: Iterable[Path]) -> Summary:
         columns = _differing([seeds[0] for seeds in same_data])
         configurations += [Configuration(runs, _labels(runs[0], columns), _statistics(runs)) for runs in same_data]
     configurations.sort(key=lambda c: (c.dataset, *(_order(value) for value in c.labels.values())))
-    return Summary(configurations, _join_conditions(configurations), failed, superseded)
+    return Summary(configurations, _join_conditions(configurations), failed, superseded, against)
 
 
 def measurements(results: Results) -> dict[Metric, float]:

@@ -1,0 +1,144 @@
+"""Which differences between configurations are real: paired seed by seed, or image by image where there is one seed."""
+
+import math
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+from scipy.stats import norm
+from scipy.stats import t as student
+
+from icl_msr.errors import UserError
+from icl_msr.report.runs import Run
+from icl_msr.report.summary import Configuration, Metric, measurements
+
+
+@dataclass(frozen=True)
+class Difference:
+    """A mean of paired differences in points, with its 95 % interval."""
+
+    mean: float
+    low: float
+    high: float
+    over: Literal["seeds", "images"]
+    n: int
+    """Pairs."""
+    detectable: float
+    """The smallest true difference that a design of this size and spread finds in four cases of five."""
+
+    @property
+    def real(self) -> bool:
+        """Whether the interval leaves zero out."""
+        return self.low > 0 or self.high < 0
+
+    def __str__(self) -> str:
+        return f"{self.mean:+.1f} ({self.low:.1f} to {self.high:.1f})".replace("-", "−")
+
+
+@dataclass(frozen=True)
+class Compared:
+    """One configuration minus another."""
+
+    configuration: Configuration
+    against: Configuration
+    differences: Mapping[Metric, Difference]
+
+
+def paired(values: Sequence[float]) -> Difference | None:
+    """Of differences in points, one for each seed, by Student's t; None of fewer than two."""
+    n = len(values)
+    if n < 2:
+        return None
+    mean, error = statistics.fmean(values), statistics.stdev(values) / math.sqrt(n)
+    reach, power = (float(student.ppf(p, n - 1)) for p in (0.975, 0.8))
+    return Difference(mean, mean - reach * error, mean + reach * error, "seeds", n, (reach + power) * error)
+
+
+def compare(rows: Sequence[Configuration], metrics: Sequence[Metric], against: str | None = None) -> list[Compared]:
+    """Every configuration of one data set minus its baseline, in those of the `metrics` that both have.
+
+    The baseline of a row is the one with the same labels but `none` wherever a label may be none; of rows without such
+    labels, the first. `against` names one for all: a row whose label has this in it.
+
+    Raises:
+        UserError: no row, or more than one, has it.
+    """
+    fixed = None if against is None else _named(rows, against)
+    found = []
+    for row in rows:
+        base = fixed or _baseline(row, rows)
+        if base is row:
+            continue
+        differences = {metric: _difference(row, base, metric) for metric in metrics}
+        known = {metric: difference for metric, difference in differences.items() if difference is not None}
+        if known:
+            found.append(Compared(row, base, known))
+    return found
+
+
+def chance(compared: Sequence[Compared]) -> str:
+    """How the differences were taken, how many of the intervals leave zero out, and how many would anyway."""
+    every = [difference for row in compared for difference in row.differences.values()]
+    images = any(difference.over == "images" for difference in every)
+    pairs = "image by image (one seed, so not over trainings)" if images else "seed by seed (Student's t)"
+    return (
+        f"Differences in points, paired {pairs}, with 95 % intervals. {sum(d.real for d in every)} of {len(every)} "
+        f"leave zero out; about {len(every) / 20:.1f} would if nothing differed."
+    )
+
+
+def _named(rows: Sequence[Configuration], against: str) -> Configuration:
+    exact = [row for row in rows if against in (row.label, *row.labels.values())]
+    candidates = exact or [row for row in rows if against in row.label]
+    if len(candidates) != 1:
+        which = "no row" if not candidates else f"{len(candidates)} rows"
+        raise UserError(
+            f"--against {against} names {which} of {rows[0].dataset}; write one of: {', '.join(r.label for r in rows)}."
+        )
+    return candidates[0]
+
+
+def _baseline(row: Configuration, rows: Sequence[Configuration]) -> Configuration:
+    may_be_none = {label for other in rows for label, value in other.labels.items() if value == "none"}
+    plain = {label: "none" if label in may_be_none else value for label, value in row.labels.items()}
+    return next((other for other in rows if may_be_none and other.labels == plain), rows[0])
+
+
+def _difference(row: Configuration, base: Configuration, metric: Metric) -> Difference | None:
+    ours, theirs = ({run.results.seed: run for run in part.runs} for part in (row, base))
+    seeds = sorted(ours.keys() & theirs.keys())
+    pairs = [(measurements(ours[seed].results), measurements(theirs[seed].results)) for seed in seeds]
+    values = [mine[metric] - other[metric] for mine, other in pairs if metric in mine and metric in other]
+    if len(seeds) == 1 and not metric.is_gap:
+        return over_images(ours[seeds[0]], theirs[seeds[0]], metric)
+    return paired(values)
+
+
+def over_images(run: Run, other: Run, metric: Metric) -> Difference | None:
+    """Of the accuracies of two runs on the same images; None where their predictions are not there to be compared."""
+    hits = [_hits(part.path, metric) for part in (run, other)]
+    if hits[0] is None or hits[1] is None or not np.array_equal(hits[0][0], hits[1][0]):
+        return None
+    apart = 100 * (hits[0][1].astype(float) - hits[1][1])
+    n = len(apart)
+    if n < 2:
+        return None
+    mean, error = float(apart.mean()), float(apart.std(ddof=1)) / math.sqrt(n)
+    reach, power = (float(norm.ppf(p)) for p in (0.975, 0.8))
+    return Difference(mean, mean - reach * error, mean + reach * error, "images", n, (reach + power) * error)
+
+
+def _hits(folder: Path, metric: Metric) -> tuple[np.ndarray, np.ndarray] | None:
+    """(labels, whether the prediction is right) of a run's test images."""
+    file = folder / "predictions.npz"
+    key = f"{metric.encoder}/{metric.classifier}/{metric.fitted_on}/{metric.quantity}"
+    if not file.exists():
+        return None
+    with np.load(file) as saved:
+        if key not in saved or f"labels/{metric.quantity}" not in saved:
+            return None
+        labels = saved[f"labels/{metric.quantity}"]
+        return labels, saved[key] == labels
