@@ -1,11 +1,25 @@
-"""What the report's tables do not show of an evaluation, for the terminal."""
+"""What an evaluation measured beside accuracies and gaps, as tables: for the terminal, and for the report's page."""
+
+from collections.abc import Sequence
+from typing import Any, Protocol
 
 from rich.table import Table
 
-from icl_msr.evaluation.suite import Results
+SHOWN = 20
+"""Classes in a table, the best and the worst where there are more."""
 
 
-def tables(results: Results) -> list[Table]:
+class Measured(Protocol):
+    """`suite.Results`, or what was read back from results.json."""
+
+    corruptions: list[Any]
+    shape: list[Any]
+    decodability: list[Any]
+    similarity: list[Any]
+    health: list[Any]
+
+
+def tables(results: Measured) -> list[Table]:
     """One for each kind of measure that was taken."""
     kinds = (corruption_table, shape_table, decodability_table, similarity_table, health_table)
     return [table for kind in kinds if (table := kind(results)) is not None]
@@ -26,7 +40,7 @@ def _percent(value: float | None) -> str:
     return _number(None if value is None else 100 * value, 1)
 
 
-def corruption_table(results: Results) -> Table | None:
+def corruption_table(results: Measured) -> Table | None:
     """Accuracy under each corruption, by severity and in the mean over severities; None where that was not measured."""
     if not results.corruptions:
         return None
@@ -45,7 +59,7 @@ def corruption_table(results: Results) -> Table | None:
     return table
 
 
-def shape_table(results: Results) -> Table | None:
+def shape_table(results: Measured) -> Table | None:
     """Shape bias; None where that was not measured."""
     if not results.shape:
         return None
@@ -61,7 +75,7 @@ def shape_table(results: Results) -> Table | None:
     return table
 
 
-def decodability_table(results: Results) -> Table | None:
+def decodability_table(results: Measured) -> Table | None:
     """What linear probes read of shape and texture inside the stimuli; None where that was not measured."""
     if not results.decodability:
         return None
@@ -75,7 +89,7 @@ def decodability_table(results: Results) -> Table | None:
     return table
 
 
-def similarity_table(results: Results) -> Table | None:
+def similarity_table(results: Measured) -> Table | None:
     """How alike two encoders are; None where that was not measured."""
     if not results.similarity:
         return None
@@ -89,7 +103,7 @@ def similarity_table(results: Results) -> Table | None:
     return table
 
 
-def health_table(results: Results) -> Table | None:
+def health_table(results: Measured) -> Table | None:
     """How well each encoder uses its space; None where that was not measured."""
     if not results.health:
         return None
@@ -102,4 +116,51 @@ def health_table(results: Results) -> Table | None:
             row["encoder"], row["split"], *cells, _number(row["feature_std"], 2), _number(row["spread"], 2),
             style="dim" * (row["encoder"] == "untrained"),
         )  # fmt: skip
+    return table
+
+
+def class_tables(per_class: Sequence[Any], classes: Sequence[str]) -> list[Table]:
+    """Accuracy by class and the largest confusions on the first test split.
+
+    Of the trained encoder and the linear probe, or the first classifier where there is none, fitted on train.
+    """
+    rows = [row for row in per_class if (row["encoder"], row["fitted_on"]) == ("trained", "train")]
+    if not rows:
+        return []
+    row = next((row for row in rows if row["classifier"] == "linear"), rows[0])
+    where = f"{row['split']}, {row['classifier']}"
+    known = [
+        (accuracy, name) for accuracy, name in zip(row["accuracies"], classes, strict=False) if accuracy is not None
+    ]
+    ranked = sorted(known, key=lambda pair: -pair[0])
+    if len(ranked) > SHOWN:
+        ranked = ranked[: SHOWN // 2] + ranked[-SHOWN // 2 :]
+        where += f": the best and the worst {SHOWN // 2} of {len(known)}"
+    taken: dict[str, str] = {}
+    for true, predicted, images in row["confused"]:
+        taken.setdefault(true, f"{predicted} ({images})")
+    by_class = _table(f"Classes ({where})", "class")
+    for column in ("accuracy, %", "most often taken for"):
+        by_class.add_column(column, justify="right")
+    for accuracy, name in ranked:
+        by_class.add_row(name, _percent(accuracy), taken.get(name, ""))
+    confusions = _table(f"Largest confusions ({row['split']}, {row['classifier']})", "class", "taken for")
+    confusions.add_column("images", justify="right")
+    for true, predicted, images in row["confused"]:
+        confusions.add_row(true, predicted, str(images))
+    return [by_class, confusions]
+
+
+def top_five_table(accuracies: Sequence[Any]) -> Table | None:
+    """Top-5 beside top-1, where there are more than five classes."""
+    rows = [row for row in accuracies if row.top5 is not None]
+    if not rows:
+        return None
+    table = _table("Top-5 accuracy, %", "split", "classifier", "fitted on", "encoder")
+    for column in ("top-1", "top-5"):
+        table.add_column(column, justify="right")
+    for row in rows:
+        cells = (_percent(row.top1), _percent(row.top5))
+        style = "dim" * (row.encoder == "untrained")
+        table.add_row(row.split, row.classifier, row.fitted_on, row.encoder, *cells, style=style)
     return table

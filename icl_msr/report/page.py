@@ -9,7 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
+from rich.table import Table
 
+from icl_msr.evaluation.tables import class_tables, tables, top_five_table
 from icl_msr.report import plots, words
 from icl_msr.report.differences import chance, compare
 from icl_msr.report.plots import Dot, Plot, Series
@@ -70,6 +72,8 @@ def run_page(run: Run) -> str:
             matrix_plots=_matrix_plots(results, splits),
             gaps=_gap_rows(results),
             gap_columns=_gap_columns(results),
+            measures=[_plain(table) for table in tables(results)],
+            details=[_plain(table) for table in _details(results)],
             curve_plots=_curve_plots(run.curves),
             look=results.strata,
             look_said=words.strata(results.strata) if results.strata else [],
@@ -80,6 +84,30 @@ def run_page(run: Run) -> str:
             environment=flatten(run.environment),
         )
     )
+
+
+@dataclass(frozen=True)
+class Measure:
+    """A table of the terminal for the page."""
+
+    title: str
+    header: list[str]
+    rows: list[tuple[bool, list[str]]]
+    """(whether it is of the untrained encoder, cells)."""
+    left: int
+    """Columns of words."""
+
+
+def _plain(table: Table) -> Measure:
+    cells = list(zip(*(map(str, column.cells) for column in table.columns), strict=True))
+    rows = [(bool(row.style), list(line)) for row, line in zip(table.rows, cells, strict=True)]
+    left = sum(column.justify == "left" for column in table.columns)
+    return Measure(str(table.title).strip(), [str(column.header) for column in table.columns], rows, left)
+
+
+def _details(results: Results) -> list[Table]:
+    top_five = top_five_table(results.accuracies)
+    return class_tables(results.per_class, results.classes) + ([] if top_five is None else [top_five])
 
 
 def summary_page(summary: Summary, folder: Path) -> str:

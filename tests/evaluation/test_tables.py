@@ -1,7 +1,7 @@
 from rich.console import Console
 
 from icl_msr.evaluation.suite import Results
-from icl_msr.evaluation.tables import tables
+from icl_msr.evaluation.tables import class_tables, tables
 
 ROW = {"encoder": "trained", "classifier": "linear", "fitted_on": "train", "low": 0.1, "high": 0.3, "n": 20}
 
@@ -41,3 +41,24 @@ def test_numbers_are_those_of_the_rows() -> None:
     assert ["linear", "untrained", "–", "–", "0.0", "0.0"] in cells
     assert ["texture", "trained", "50.0", "50.0", "to", "90.0", "36"] in cells
     assert any("chance 25.0" in line for line in lines)
+
+
+def test_the_best_and_the_worst_classes_and_what_they_are_taken_for() -> None:
+    classes = [f"c{k}" for k in range(30)]
+    row = {"encoder": "trained", "classifier": "linear", "fitted_on": "train", "split": "test"}
+    row |= {"accuracies": [k / 30 for k in range(29)] + [None], "confused": [("c0", "c7", 9), ("c0", "c8", 4)]}
+    other = {**row, "classifier": "knn-dino", "accuracies": [1.0] * 30}
+    by_class, confusions = class_tables([other, row], classes)
+    names = list(by_class.columns[0].cells)
+    assert names == [f"c{k}" for k in (*range(28, 18, -1), *range(9, -1, -1))]
+    assert next(iter(by_class.columns[1].cells)) == "93.3"
+    assert list(by_class.columns[2].cells)[-2:] == ["", "c7 (9)"]
+    assert "best and the worst 10 of 29" in str(by_class.title)
+    assert [list(column.cells) for column in confusions.columns] == [["c0", "c0"], ["c7", "c8"], ["9", "4"]]
+    assert class_tables([{**row, "encoder": "untrained"}], classes) == []
+
+
+def test_likeness() -> None:
+    row = {"encoder": "trained", "other": "timm:vit", "split": "test", "n": 50, "cka": 0.5, "shared_neighbours": 0.25}
+    lines = printed(Results(similarity=[{**row, "chance": 0.1}])).splitlines()
+    assert ["trained", "timm:vit", "test", "50", "0.500", "25.0", "10.0"] in [line.split() for line in lines]
