@@ -114,7 +114,9 @@ def evaluate(order: Order, words: Sequence[str], plan: Plan) -> None:
     Raises:
         UserError: the data, the encoder or an evaluation do not fit, or a file cannot be read or written.
     """
-    console = Console(highlight=False, soft_wrap=True, quiet=not is_first())
+    # A pipe or a log file has no width of its own, and the tables of several evaluations need room.
+    width = None if sys.stdout.isatty() else 160
+    console = Console(highlight=False, soft_wrap=True, quiet=not is_first(), width=width)
     began = time.perf_counter()
     subject, settings = order.subject, order.settings[0]
     require_writable(order.to)

@@ -574,3 +574,17 @@ def test_the_strata_have_curves(tmp_path: Path) -> None:
     }
     assert {"entropy", "overlap", "variation"} <= set(re.findall(r">(\w+)</text>", plots["The strata"]))
     assert {"a_1", "a_2"} <= set(re.findall(r">(\w+)</text>", plots["L_msr with one stratum alone"]))
+
+
+def test_what_is_lost_elsewhere_is_said() -> None:
+    row = {"encoder": "trained", "classifier": "linear", "fitted_on": "train"}
+    results = Results(
+        seed=0,
+        accuracies=[{**row, "split": name, "top1": top1} for name, top1 in (("test", 0.5), ("sketch", 0.2))],
+        gaps=[{**row, "gap": "test - sketch", "points": 30.0, "low": 25.0, "high": 35.0}],
+    )
+    _, reached, lost = words.answer(results)
+    assert reached == "A linear probe on the frozen encoder reaches 50.0 % on test."
+    assert lost == "It loses 30.0 points (95 % interval 25.0 to 35.0) on sketch."
+    results.gaps = []
+    assert words.answer(results)[1].endswith("reaches 50.0 % on test, 20.0 % on sketch.")

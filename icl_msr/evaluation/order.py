@@ -204,7 +204,7 @@ def configs(subject: Subject, overrides: Sequence[str]) -> tuple[list[DictConfig
 
 
 def _has(node: DictConfig, word: str) -> bool:
-    return word.partition("=")[0].split(".")[1] in node
+    return word.partition("=")[0].split(".")[1] in node.keys()  # noqa: SIM118  "in node" leaves out what is still ???
 
 
 def _compose(overrides: Sequence[str]) -> DictConfig:

@@ -29,7 +29,7 @@ def matrix_table(results: Results) -> Table:
         table.add_column(column, no_wrap=True)
     splits = list(dict.fromkeys(a.split for a in results.accuracies))
     for split in splits:
-        table.add_column(split.replace("_", "\n"), justify="right", no_wrap=True)
+        table.add_column(split.replace("_", "\n"), justify="right", no_wrap=True, min_width=4)
     for row in matrix(results, splits):
         cells = (f"{100 * cell.top1:.1f}" if cell else "–" for cell in row.cells)
         table.add_row(row.fitted_on, row.classifier, row.encoder, *cells, style="dim" * (row.encoder == "untrained"))

@@ -72,6 +72,7 @@ def run_page(run: Run) -> str:
             matrix_plots=_matrix_plots(results, splits),
             gaps=_gap_rows(results),
             gap_columns=_gap_columns(results),
+            shifted=any(gap.gap not in words.GAPS for gap in results.gaps),
             measures=[_plain(table) for table in tables(results)],
             details=[_plain(table) for table in _details(results)],
             curve_plots=_curve_plots(run.curves),

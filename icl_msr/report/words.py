@@ -12,6 +12,7 @@ GAPS = {
     "original - mixed_rand": ("original − mixed_rand", "the background is swapped for one of a random class"),
     "original - only_fg": ("original − only_fg", "the background is taken away"),
     "full - fg": ("full − fg", "everything but the object is taken away"),
+    "fg - crop": ("fg − crop", "gained by cropping to the object and not anywhere"),
     "only_bg - chance": ("only_bg − chance", "above chance from the background alone"),
 }
 """Gap -> (the difference in plain symbols, what happens to the image)."""
@@ -73,12 +74,10 @@ def answer(results: Results) -> list[str]:
     gap = next((gap for gap in gaps if gap is not None), None)
     who = "A linear probe" if classifier.startswith("linear") else f"A {classifier} classifier"
     if gap is None:
-        scores = [a for a in results.accuracies if a.classifier == classifier and a.encoder == "trained"]
-        said = ", ".join(f"{percent(a.top1)} on {a.split}" for a in scores)
         return [
             "This data set does not say what is object and what is background, so the run cannot tell which of the two "
             "the encoder relies on.",
-            f"{who} on the frozen encoder reaches {said}." if said else "",
+            *_elsewhere(results, classifier, who),
         ]
     untrained = find_gap(results, gap.gap, classifier, "train", "untrained")
     sentences = [f"{who} on this encoder {_lost(gap)} when {GAPS[gap.gap][1]}{_significance(gap)}."]
@@ -112,6 +111,24 @@ def _significance(gap: Gap) -> str:
     if gap.low is None or gap.high is None or not gap.low <= 0 <= gap.high:
         return ""
     return ": not distinguishable from no loss at all"
+
+
+def _elsewhere(results: Results, classifier: str, who: str) -> list[str]:
+    """Accuracy on the first test split, and what is lost on others."""
+    scores = [
+        a for a in results.accuracies if (a.classifier, a.fitted_on, a.encoder) == (classifier, "train", "trained")
+    ]
+    if not scores:
+        return []
+    lost = [
+        f"{_lost(gap)} on {gap.gap.partition(' - ')[2]}"
+        for gap in results.gaps
+        if (gap.classifier, gap.fitted_on, gap.encoder) == (classifier, "train", "trained")
+        and gap.gap.startswith(f"{scores[0].split} - ")
+    ]
+    others = "" if lost else "".join(f", {percent(a.top1)} on {a.split}" for a in scores[1:])
+    first = f"{who} on the frozen encoder reaches {percent(scores[0].top1)} on {scores[0].split}{others}."
+    return [first, f"It {', '.join(lost)}."] if lost else [first]
 
 
 def _alone(results: Results, classifier: str) -> list[str]:
