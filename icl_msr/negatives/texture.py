@@ -3,6 +3,7 @@
 Efros and Freeman. Image Quilting for Texture Synthesis and Transfer. SIGGRAPH 2001.
 """
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -90,10 +91,12 @@ class TextureNegatives:
         left = (numbers & 0xFFFF) * (width - side + 1) >> 16
         top = F.pad(top, (1, 0), value=(height - side) // 2)
         left = F.pad(left, (1, 0), value=(width - side) // 2)
-        line = torch.arange(side, device=images.device)
-        row, column = top[..., None] + line, left[..., None] + line
-        image = torch.arange(len(images), device=images.device)[:, None, None, None]
-        return images.movedim(1, 3)[image, row[..., :, None], column[..., None, :]].movedim(4, 2)
+        n, c = images.shape[:2]
+        plane = torch.arange(n * c, device=images.device).view(n, 1, c, 1) * height
+        row = plane + top[..., None, None] + torch.arange(side, device=images.device)  # (N, 1 + m, C, side)
+        first = row * width + left[..., None, None]
+        rows = images.reshape(-1).unfold(0, side, 1).index_select(0, first.flatten())
+        return rows.view(*first.shape, side)
 
     @torch.no_grad()
     def quilt(self, examples: Tensor, keys: Tensor, height: int, width: int) -> Tensor:
@@ -221,12 +224,14 @@ class _Source:
         self.squares = torch.stack([part[:, :, :free, :free].flatten(1) for part in parts], 1)
         # Where most places are candidates, all are compared, and nothing has to be copied for each wave.
         every = torch.arange(2 * free**2, device=examples.device).expand(count, -1)
-        self.all_edges = self.edges(every) if len(every[0]) <= 2 * candidates else None
+        self.all_edges = None
+        if len(every[0]) <= 2 * candidates:
+            self.all_edges = torch.cat(self.edges(every), 2).mT.contiguous()
 
-    def edges(self, places: Tensor) -> tuple[Tensor, Tensor]:
-        """Pixels of the upper edges of these blocks, and of the left ones without the upper: two of (B, K, pixels)."""
+    def edges(self, places: Tensor) -> list[Tensor]:
+        """Pixels of the upper edges of these blocks, and of the left ones below the upper: two of (B, K, pixels)."""
         b, o = self.b, self.o
-        return self._cut(0, places, o, 0, b).flatten(2), self._cut(1, places, o, o, b - o).flatten(2)
+        return [self._cut(0, places, o, 0, b).flatten(2), self._cut(1, places, o, o, b - o).flatten(2)]
 
     def blocks(self, places: Tensor) -> Tensor:
         """The blocks (B, n, b, b, C) at these places (B, n)."""
@@ -248,16 +253,22 @@ class _Source:
             above, beside: bool (n,), whether something lies there.
             places: int64 (B, K), the candidates.
         """
-        edges, squares = self.all_edges, self.squares
-        if edges is None:
-            edges, squares = self.edges(places), squares.gather(2, places[:, None].expand(-1, 3, -1))
+        known = [upper.flatten(2), left[:, :, :, self.o :].flatten(2)]
+        if self.all_edges is None:
+            edges, squares = [edge.mT for edge in self.edges(places)], _take(self.squares, places)
+        else:
+            known, edges, squares = [torch.cat(known, 2)], [self.all_edges], self.squares
         # The squares of the differences are expanded, so that most of the work is a product of matrices.
         error = torch.stack([above, beside & ~above, beside], 1).float() @ squares
-        for known, edge in zip((upper, left[:, :, :, self.o :]), edges, strict=True):
-            known = known.flatten(2)
-            error += known.square().sum(2, keepdim=True)
-            error.baddbmm_(known, edge.mT, alpha=-2)
-        return error if self.all_edges is None else error.gather(2, places[:, None].expand(-1, error.shape[1], -1))
+        for pixels, edge in zip(known, edges, strict=True):
+            error += pixels.square().sum(2, keepdim=True)
+            error.baddbmm_(pixels, edge, alpha=-2)
+        return error if self.all_edges is None else _take(error, places)
+
+
+def _take(values: Tensor, places: Tensor) -> Tensor:
+    """Of values (B, n, P), those at the places (B, K): (B, n, K)."""
+    return values.gather(2, places[:, None].expand(-1, values.shape[1], -1))
 
 
 def _sums(energy: Tensor, height: int, width: int) -> Tensor:
@@ -268,8 +279,10 @@ def _sums(energy: Tensor, height: int, width: int) -> Tensor:
 def _choose(error: Tensor, number: Tensor, tolerance: float) -> Tensor:
     """A candidate (B, n) for each block, any of the good ones; error (B, n, K), number int64 (B, n) below 2^32."""
     error = error.clamp(min=0)  # of rounding
-    good = (error <= (1 + tolerance) * error.amin(2, keepdim=True)).cumsum(2)
-    return (good <= number[..., None] * good[..., -1:] >> 32).sum(2)
+    good = (error <= (1 + tolerance) * error.amin(2, keepdim=True)).cumsum(2, dtype=torch.int32)
+    # The first candidate that has as many good ones up to it.
+    wanted = (number * good[..., -1] >> 32).int() + 1
+    return torch.searchsorted(good, wanted[..., None])[..., 0]
 
 
 def _least_path(error: Tensor) -> Tensor:
