@@ -3,7 +3,6 @@
 Efros and Freeman. Image Quilting for Texture Synthesis and Transfer. SIGGRAPH 2001.
 """
 
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -182,18 +181,18 @@ def _sew(plan: _Plan, examples: Tensor, choices: Tensor, places: Tensor, toleran
     canvas = examples.new_zeros(len(examples), *plan.canvas(), plan.channels)
     for wave, candidates in zip(plan, places.unbind(1), strict=True):
         there = plan.blocks(canvas, wave)
-        old = [edge.clone() for edge in _edges(there, o)]  # zero where nothing lies yet
+        upper, left = (edge.clone() for edge in _edges(there, o))  # zero where nothing lies yet
         # The first row of blocks has nothing above it, the first column nothing beside it.
         k = torch.arange(len(wave), device=canvas.device)
         above, beside = wave[0][0] + k > 0, wave[0][1] - 2 * k > 0
-        error = source.errors(*old, above, beside, candidates)
+        error = source.errors(upper, left, above, beside, candidates)
         number = torch.stack([choices[:, r * plan.across + s] for r, s in wave], 1)
         new = source.blocks(candidates.gather(1, _choose(error, number, tolerance)))
         # Two paths of least difference, along the upper and the left edge, cut the blocks out.
-        apart = [(edge - before).square().sum(4) for edge, before in zip(_edges(new, o), old, strict=True)]
+        apart = [(edge - before).square().sum(4) for edge, before in zip(_edges(new, o), (upper, left), strict=True)]
         path = _least_path(torch.stack(apart, 2).mT) * torch.stack([above, beside], 1)[:, :, None]  # (B, n, 2, b)
         keep = torch.arange(o, device=path.device)[:, None] < path[..., None, :]  # (B, n, 2, o, b)
-        for edge, before, mine in zip(_edges(new, o), old, keep.unbind(2), strict=True):
+        for edge, before, mine in zip(_edges(new, o), (upper, left), keep.unbind(2), strict=True):
             edge.copy_(torch.where(mine[..., None], before, edge))
         there.copy_(new)
     return canvas
