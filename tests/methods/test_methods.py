@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import Tensor
 from torch.func import functional_call
-from toys import METHODS, make_method, make_views
+from toys import METHODS, make_method, make_views, skip_refused
 
-from icl_msr.methods import BYOL, Method, MoCo, Step
+from icl_msr.methods import BYOL, Method, MoCo, Step, Targets
 from icl_msr.methods.momentum import Queue, rising_momentum
 from icl_msr.regularizers.bilevel import trainable
 
@@ -58,6 +58,24 @@ def test_negatives_raise_the_loss_of_a_method_with_a_denominator() -> None:
         views, plain = make_views(negatives=1), make_views()
         loss = method(views, method.targets(views), STEP).loss
         assert loss > method(plain, method.targets(plain), STEP).loss
+
+
+def test_each_anchor_meets_negatives_of_its_own_space(method: Method) -> None:
+    """They raise the loss of an anchor that they are like: what is measured of them is what the loss compares."""
+    skip_refused(method, "negatives")
+    views = make_views(negatives=2)
+    targets = method.targets(views)
+    output = method(views, targets, STEP)
+    rows = method.non_semantic(targets, output.pairs)
+    assert [r.shape for r in rows] == [(6, 2, pair.anchor.shape[1]) for pair in output.pairs]
+    assert targets.negatives is not None
+    losses = []
+    for sign in (1, -1):
+        for pair, r in zip(output.pairs, rows, strict=True):
+            r.copy_(sign * pair.anchor.detach()[:, None].expand_as(r))
+        losses.append(float(method.loss(output.embeddings, targets, STEP)))
+    assert losses[0] > losses[1]
+    assert method.non_semantic(Targets(), output.pairs) == []
 
 
 def test_no_gradient_reaches_targets_or_momentum_encoders(method: Method) -> None:
