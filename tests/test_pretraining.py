@@ -1,6 +1,7 @@
 """The training loop: what moves, when, and that nothing else does."""
 
 import itertools
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -165,15 +166,32 @@ def test_similarities_are_those_of_each_anchor(bank: int | None, anchors: int, m
         assert float(found[name]) == pytest.approx(sum(values) / len(values), abs=1e-12)
 
 
-def similarities_here(bank: int | None) -> dict[str, Tensor]:
-    return similarities(*draw_pairs(120, bank))
+def similarities_here(bank: int | None, anchors: int) -> dict[str, Tensor]:
+    pairs, own = draw_pairs(120, bank)
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(pretraining, "CHUNK", anchors * (bank or 120))
+        return similarities(pairs, own)
 
 
 @pytest.mark.parametrize("bank", [None, 250])
 def test_similarities_over_ranks_are_those_of_one(bank: int | None, two_ranks: Ranks) -> None:
-    expected, both = similarities_here(bank), two_ranks(similarities_here, bank)
+    expected, both = similarities_here(bank, 120), two_ranks(similarities_here, bank, 120)
     for name, value in expected.items():
         torch.testing.assert_close(torch.stack([found[name] for found in both]).mean(), value)
+
+
+def test_the_second_rank_leaves_out_its_own_images(two_ranks: Ranks) -> None:
+    """Of few anchors as well: with keys equal to the anchors, no other is as like as the image itself."""
+    for found in two_ranks(similarities_of_keys_alone, 5):
+        assert float(found["positive"]) == pytest.approx(1)
+        assert float(found["hardest"]) < 0.99
+
+
+def similarities_of_keys_alone(anchors: int) -> dict[str, Tensor]:
+    pairs, own = draw_pairs(120, None)
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(pretraining, "CHUNK", anchors * 120)
+        return similarities([replace(pair, key=pair.anchor) for pair in pairs], own)
 
 
 @pytest.mark.parametrize("method", ["simclr", "moco", "byol", "cmc"])

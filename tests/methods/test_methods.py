@@ -1,6 +1,7 @@
 """What every method must hold: the contract of `icl_msr.methods.base`."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -60,21 +61,25 @@ def test_negatives_raise_the_loss_of_a_method_with_a_denominator() -> None:
         assert loss > method(plain, method.targets(plain), STEP).loss
 
 
-def test_each_anchor_meets_negatives_of_its_own_space(method: Method) -> None:
-    """They raise the loss of an anchor that they are like: what is measured of them is what the loss compares."""
+def test_what_is_measured_of_negatives_is_what_the_loss_compares(method: Method) -> None:
+    """The loss moves a negative of unit length towards or from the anchors that it is said to meet, and nowhere else."""
     skip_refused(method, "negatives")
     views = make_views(negatives=2)
     targets = method.targets(views)
     output = method(views, targets, STEP)
-    rows = method.non_semantic(targets, output.pairs)
-    assert [r.shape for r in rows] == [(6, 2, pair.anchor.shape[1]) for pair in output.pairs]
     assert targets.negatives is not None
-    losses = []
-    for sign in (1, -1):
-        for pair, r in zip(output.pairs, rows, strict=True):
-            r.copy_(sign * pair.anchor.detach()[:, None].expand_as(r))
-        losses.append(float(method.loss(output.embeddings, targets, STEP)))
-    assert losses[0] > losses[1]
+    rows = targets.negatives.rows.requires_grad_()
+    (gradient,) = torch.autograd.grad(method.loss(output.embeddings, targets, STEP), rows)
+    moves = method.non_semantic(replace(targets, negatives=replace(targets.negatives, rows=gradient)), output.pairs)
+    for met, move in zip(method.non_semantic(targets, output.pairs), moves, strict=True):
+        meets = [p.anchor for p, m in zip(output.pairs, moves, strict=True) if m.data_ptr() == move.data_ptr()]
+        assert all(anchor.shape[1] == met.shape[2] for anchor in meets)
+        for image in range(len(met)):
+            for t, towards in zip(met[image], move[image], strict=True):
+                basis = torch.stack([t, *(anchor[image] for anchor in meets)]).detach().T
+                along = basis @ torch.linalg.lstsq(basis, towards[:, None], driver="gelsd").solution
+                assert towards.norm() > 0
+                torch.testing.assert_close(along[:, 0], towards)
     assert method.non_semantic(Targets(), output.pairs) == []
 
 
