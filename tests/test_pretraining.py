@@ -1,7 +1,6 @@
 """The training loop: what moves, when, and that nothing else does."""
 
 import itertools
-from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -131,15 +130,15 @@ def test_alpha_follows_its_schedule() -> None:
     assert [(seen.alpha, seen.repulsion) for seen in look.seen] == [(2.0 * k / 4, 0.25 * k / 4) for k in range(4)]
 
 
-def draw_pairs(n: int, bank: int | None) -> tuple[list[Pair], list[Tensor]]:
-    """Two directions of n anchors, and two negatives for each of them; this rank's part."""
+def draw_pairs(n: int, bank: int | None, first: int = 0) -> tuple[list[Pair], list[Tensor]]:
+    """Two directions of n anchors from the `first` on, and two negatives for each of them; this rank's part."""
     generator = torch.Generator().manual_seed(0)
 
     def rows(*shape: int) -> Tensor:
         return torch.randn(*shape, 5, generator=generator, dtype=torch.float64)
 
-    part = slice(rank() * n // world_size(), (rank() + 1) * n // world_size())
     shared = None if bank is None else rows(bank)
+    part = (torch.arange(n) + first)[rank() * n // world_size() : (rank() + 1) * n // world_size()] % n
     pairs = [Pair(rows(n)[part], rows(n)[part], rows(n)[part], nn.Identity(), shared) for _ in range(2)]
     return pairs, [rows(n, 2)[part] for _ in range(2)]
 
@@ -166,32 +165,19 @@ def test_similarities_are_those_of_each_anchor(bank: int | None, anchors: int, m
         assert float(found[name]) == pytest.approx(sum(values) / len(values), abs=1e-12)
 
 
-def similarities_here(bank: int | None, anchors: int) -> dict[str, Tensor]:
-    pairs, own = draw_pairs(120, bank)
+def similarities_here(bank: int | None, anchors: int, first: int = 0) -> dict[str, Tensor]:
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(pretraining, "CHUNK", anchors * (bank or 120))
-        return similarities(pairs, own)
+        return similarities(*draw_pairs(120, bank, first))
 
 
 @pytest.mark.parametrize("bank", [None, 250])
-def test_similarities_over_ranks_are_those_of_one(bank: int | None, two_ranks: Ranks) -> None:
-    expected, both = similarities_here(bank, 120), two_ranks(similarities_here, bank, 120)
-    for name, value in expected.items():
-        torch.testing.assert_close(torch.stack([found[name] for found in both]).mean(), value)
-
-
-def test_the_second_rank_leaves_out_its_own_images(two_ranks: Ranks) -> None:
-    """Of few anchors as well: with keys equal to the anchors, no other is as like as the image itself."""
-    for found in two_ranks(similarities_of_keys_alone, 5):
-        assert float(found["positive"]) == pytest.approx(1)
-        assert float(found["hardest"]) < 0.99
-
-
-def similarities_of_keys_alone(anchors: int) -> dict[str, Tensor]:
-    pairs, own = draw_pairs(120, None)
-    with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(pretraining, "CHUNK", anchors * 120)
-        return similarities([replace(pair, key=pair.anchor) for pair in pairs], own)
+@pytest.mark.parametrize("anchors", [60, 5])
+def test_each_rank_looks_at_its_own_anchors(bank: int | None, anchors: int, two_ranks: Ranks) -> None:
+    found = two_ranks(similarities_here, bank, anchors)
+    for of_rank, first in zip(found, (0, 60), strict=True):
+        for name, value in similarities_here(bank, anchors, first).items():
+            torch.testing.assert_close(of_rank[name], value)
 
 
 @pytest.mark.parametrize("method", ["simclr", "moco", "byol", "cmc"])

@@ -62,7 +62,7 @@ def test_negatives_raise_the_loss_of_a_method_with_a_denominator() -> None:
 
 
 def test_what_is_measured_of_negatives_is_what_the_loss_compares(method: Method) -> None:
-    """The loss moves a negative of unit length towards or from the anchors that it is said to meet, and nowhere else."""
+    """The loss moves a negative of unit length along the anchors that it is said to meet, and nowhere else."""
     skip_refused(method, "negatives")
     views = make_views(negatives=2)
     targets = method.targets(views)
