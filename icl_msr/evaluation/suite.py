@@ -119,6 +119,8 @@ class Results:
     """Of `shape.Decodability`."""
     similarity: list[Any] = field(default_factory=list)
     """Of `similarity.Alike`."""
+    textures: list[Any] = field(default_factory=list)
+    """Of `textures.TextureAccuracy`."""
     predictions: dict[str, NDArray[np.int64]] = field(default_factory=dict)
     """Predicted classes (n,) under `encoder/classifier/fitted_on/split`, and true ones under `labels/split`: what
     `numpy.savez` takes, for paired comparisons between runs."""
@@ -137,6 +139,7 @@ class Results:
             "shape": self.shape,
             "decodability": self.decodability,
             "similarity": self.similarity,
+            "textures": self.textures,
         }
 
     def add(self, other: "Results") -> None:
