@@ -30,6 +30,7 @@ from icl_msr.report.summary import measurements
 
 CURVES = ("loss", "loss/contrastive", "loss/msr", "online/knn", "msr/meta_grad_norm", "msr/uniformity_grad_norm")
 CURVES += ("msr/uniformity", "msr/entropy", "msr/overlap", "msr/variation")
+CURVES += tuple(f"negatives/similarity_{name}" for name in ("own", "positive", "others", "hardest"))
 
 
 def rows(folder: Path, given: dict[str, str]) -> dict[str, dict[str, Any]]:

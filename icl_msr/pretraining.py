@@ -1,5 +1,6 @@
 """One thin LightningModule: a method, an optional regularizer, an optimiser. Views arrive ready from the DataModule."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -11,8 +12,8 @@ from torch.optim import Optimizer
 
 from icl_msr.data.datamodule import DataModule
 from icl_msr.distributed import average, gather, rank, world_size
-from icl_msr.losses.contrastive import unit
-from icl_msr.methods.base import Method, Output, Step, Targets, frozen_statistics
+from icl_msr.losses.contrastive import CHUNK, own_rows, unit
+from icl_msr.methods.base import Method, Output, Pair, Step, Targets, frozen_statistics
 from icl_msr.optimization import Optimization
 from icl_msr.randomness import keys
 from icl_msr.regularizers import MetaSemanticRegularizer
@@ -95,6 +96,9 @@ class Pretraining(pl.LightningModule):
             if self.regularizer is not None:
                 found = self.regularizer.diagnostics(views.images, output.pairs)
                 log |= {f"msr/{name}": value for name, value in found.items()}
+            if targets.negatives is not None:
+                cosines = similarities(output.pairs, self.method.non_semantic(targets, output.pairs))
+                log |= {f"negatives/similarity_{name}": value for name, value in cosines.items()}
             over_ranks = dict(zip(log, average(list(log.values())), strict=True))
             self.log_dict({**over_ranks, **health(output), "lr": self.learning_rate()})
         return loss
@@ -182,3 +186,33 @@ def health(output: Output) -> dict[str, Tensor]:
     """Collapse monitor: std of unit embeddings x sqrt(D), 1 when they fill the sphere and 0 when they collapse."""
     embeddings = unit(gather(output.embeddings[0].detach()))
     return {"embedding_std": embeddings.std(dim=0).mean() * embeddings.shape[1] ** 0.5}
+
+
+HARDEST = 100
+"""One in so many of the others is among the hardest."""
+
+
+@torch.no_grad()
+def similarities(pairs: Sequence[Pair], own: Sequence[Tensor]) -> dict[str, Tensor]:
+    """Mean cosine of an anchor to what it is compared with: are non-semantic negatives the hard ones (Ge et al. 2021)?
+
+    `own`: to its own non-semantic negatives, (N, m, D) for each pair; `positive`: to its key; `others`: to the bank,
+    or to the other images' keys on all ranks; `hardest`: to the hundredth of these that is most like it. Of as many
+    anchors as the similarities of which fit in a chunk.
+    """
+    found: dict[str, list[Tensor]] = {"own": [], "positive": [], "others": [], "hardest": []}
+    for pair, negatives in zip(pairs, own, strict=True):
+        bank = gather(unit(pair.key)) if pair.bank is None else unit(pair.bank)
+        looked_at = slice(max(1, CHUNK // len(bank)))
+        anchor = unit(pair.anchor[looked_at])
+        with torch.autocast(anchor.device.type, enabled=False):
+            others = anchor @ bank.T
+        if pair.bank is None:
+            itself = own_rows(len(pair.anchor), anchor.device)[looked_at]
+            kept = torch.ones_like(others, dtype=torch.bool).scatter_(1, itself, False)
+            others = others[kept].view(len(anchor), -1)
+        found["own"].append((anchor[:, None] * unit(negatives[looked_at])).sum(2))
+        found["positive"].append((anchor * unit(pair.key[looked_at])).sum(1))
+        found["others"].append(others)
+        found["hardest"].append(others.topk(-(-others.shape[1] // HARDEST), dim=1).values)
+    return {name: torch.stack([cosines.mean() for cosines in values]).mean() for name, values in found.items()}

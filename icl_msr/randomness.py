@@ -12,8 +12,8 @@ _MASK = 0xFFFFFFFF
 
 
 def _mix(x: Tensor) -> Tensor:
-    x = (x ^ (x >> 16)) * 0x7FEB352D & _MASK
-    x = (x ^ (x >> 15)) * 0x846CA68B & _MASK
+    x = (x ^ (x >> 16)).mul_(0x7FEB352D).bitwise_and_(_MASK)
+    x = (x ^ (x >> 15)).mul_(0x846CA68B).bitwise_and_(_MASK)
     return x ^ (x >> 16)
 
 

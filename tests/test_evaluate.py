@@ -201,6 +201,20 @@ def test_several_evaluations_at_once_and_their_report(
     assert report(["runs/with"]) == 0
 
 
+def test_what_is_left_without_content(runs: Path, photos: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = [f"run={runs}/run", "dataset=imagefolder", f"dataset.root={photos}", "dataset.image_size=32", "to=it"]
+    words += ["hardware=cpu", "evaluation=textures", "evaluation.probe_epochs=2", "evaluation.bootstrap=20"]
+    words += ["evaluation.generators.patch.largest=30", "~evaluation.generators.texture", "evaluation.untrained=false"]
+    assert main(words) == 0
+    assert "only_phase" in capsys.readouterr().out
+    found = results("it")
+    shown = ["test", "only_patch", "only_phase"]
+    assert [row["images"] for row in found["textures"] if row["classifier"] == "linear"] == shown
+    assert {tuple(row["by_class"]) for row in found["textures"]} == {("cat", "dog")}
+    saved = Path("it", "config.yaml").read_text()
+    assert "largest: 30" in saved
+
+
 @pytest.mark.parametrize(
     ("words", "parts"),
     [
@@ -223,6 +237,7 @@ def test_several_evaluations_at_once_and_their_report(
         (["encoder=timm:test_vit", "dataset.train=0"], ["dataset.train=0 is not allowed"]),
         (["encoder=timm:test_vit", "evaluation=corruptions", "evaluation.corruptions=[frost]"], ["frost", "fog"]),
         (["encoder=timm:test_vit", "evaluation=shape"], ["evaluation.stimuli has no value yet"]),
+        (["encoder=timm:test_vit", "evaluation=textures", "evaluation.superclasses=no.csv"], ["no.csv is no file of"]),
         (["encoder=timm:test_vit", "evaluation=none"], ["evaluation=none measures nothing"]),
         (["encoder=timm:test_vit", "weights=null", "to=/proc/none"], ["/proc/none cannot be written", "to=FOLDER"]),
         (["encoder=timm:test_vit", "weights=null", "cache=/proc/none"], ["cannot be kept in /proc/none", "cache=null"]),

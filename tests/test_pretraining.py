@@ -6,12 +6,17 @@ from typing import Any
 import pytest
 import pytorch_lightning as pl
 import torch
+from ranks import Ranks
 from tiny import AfterBatch, trained
 from torch import Tensor, nn
+from torch.nn.functional import cosine_similarity
 
+from icl_msr import pretraining
+from icl_msr.distributed import rank, world_size
 from icl_msr.losses.contrastive import unit
 from icl_msr.methods import Method, MoCo, Step, Targets
-from icl_msr.pretraining import Batch, Pretraining
+from icl_msr.methods.base import Pair
+from icl_msr.pretraining import Batch, Pretraining, similarities
 from icl_msr.regularizers import MetaSemanticRegularizer
 from icl_msr.regularizers.bilevel import meta_pass, norm
 from icl_msr.views import Views
@@ -123,6 +128,69 @@ def test_alpha_follows_its_schedule() -> None:
     words = ("method=moco", "regularizer=msr", "negatives=patch", "negatives.alpha_schedule=linear")
     trained(*words, callbacks=[look], max_epochs=2)
     assert [(seen.alpha, seen.repulsion) for seen in look.seen] == [(2.0 * k / 4, 0.25 * k / 4) for k in range(4)]
+
+
+def draw_pairs(n: int, bank: int | None, first: int = 0) -> tuple[list[Pair], list[Tensor]]:
+    """Two directions of n anchors from the `first` on, and two negatives for each of them; this rank's part."""
+    generator = torch.Generator().manual_seed(0)
+
+    def rows(*shape: int) -> Tensor:
+        return torch.randn(*shape, 5, generator=generator, dtype=torch.float64)
+
+    shared = None if bank is None else rows(bank)
+    part = (torch.arange(n) + first)[rank() * n // world_size() : (rank() + 1) * n // world_size()] % n
+    pairs = [Pair(rows(n)[part], rows(n)[part], rows(n)[part], nn.Identity(), shared) for _ in range(2)]
+    return pairs, [rows(n, 2)[part] for _ in range(2)]
+
+
+@pytest.mark.parametrize("bank", [None, 250])
+@pytest.mark.parametrize("anchors", [120, 7])
+def test_similarities_are_those_of_each_anchor(bank: int | None, anchors: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Anchor by anchor, and other by other; of the first ones alone where all would be too many."""
+    n = 120
+    monkeypatch.setattr(pretraining, "CHUNK", anchors * (bank or n))
+    pairs, own = draw_pairs(n, bank)
+    expected: dict[str, list[float]] = {"own": [], "positive": [], "others": [], "hardest": []}
+    for pair, negatives in zip(pairs, own, strict=True):
+        for i, anchor in enumerate(pair.anchor[:anchors]):
+            others = [key for k, key in enumerate(pair.key) if k != i] if pair.bank is None else list(pair.bank)
+            cosines = sorted(float(cosine_similarity(anchor, other, dim=0)) for other in others)
+            expected["own"] += [float(cosine_similarity(anchor, t, dim=0)) for t in negatives[i]]
+            expected["positive"].append(float(cosine_similarity(anchor, pair.key[i], dim=0)))
+            expected["others"] += cosines
+            expected["hardest"] += cosines[-2 if bank is None else -3 :]  # of 119 or of 250
+    found = similarities(pairs, own)
+    assert found.keys() == expected.keys()
+    for name, values in expected.items():
+        assert float(found[name]) == pytest.approx(sum(values) / len(values), abs=1e-12)
+
+
+def similarities_here(bank: int | None, anchors: int, first: int = 0) -> dict[str, Tensor]:
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(pretraining, "CHUNK", anchors * (bank or 120))
+        return similarities(*draw_pairs(120, bank, first))
+
+
+@pytest.mark.parametrize("bank", [None, 250])
+@pytest.mark.parametrize("anchors", [60, 5])
+def test_each_rank_looks_at_its_own_anchors(bank: int | None, anchors: int, two_ranks: Ranks) -> None:
+    found = two_ranks(similarities_here, bank, anchors)
+    for of_rank, first in zip(found, (0, 60), strict=True):
+        for name, value in similarities_here(bank, anchors, first).items():
+            torch.testing.assert_close(of_rank[name], value)
+
+
+@pytest.mark.parametrize("method", ["simclr", "moco", "byol", "cmc"])
+def test_similarities_are_logged_where_there_are_negatives(method: str) -> None:
+    names = {f"negatives/similarity_{name}" for name in ("own", "positive", "others", "hardest")}
+    for negatives in ("patch", "none"):
+        words = [f"method={method}", "regularizer=none", f"negatives={negatives}"]
+        _, trainer = trained(*words, limit_train_batches=1)
+        logged = {name: float(value) for name, value in trainer.callback_metrics.items() if name in names}
+        assert logged.keys() == (names if negatives == "patch" else set())
+        assert all(-1 <= value <= 1 for value in logged.values())
+    _, trainer = trained(f"method={method}", "negatives=patch", limit_train_batches=1, log_every_n_steps=2)
+    assert not names & trainer.callback_metrics.keys()
 
 
 @pytest.mark.parametrize("schedule", ["every", "per_epoch"])

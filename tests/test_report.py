@@ -561,6 +561,19 @@ def test_the_warning_is_on_the_page_of_a_run_that_needs_it(tmp_path: Path) -> No
     assert "of the uniformity gradient (median of" not in Page(write_report(run)).text
 
 
+def test_similarities_have_a_plot(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run")
+    names = ("own", "positive", "others", "hardest")
+    rows = [{"step": step, **{f"negatives/similarity_{name}": 0.1 for name in names}} for step in range(3)]
+    with (run / "metrics.csv").open("w", newline="") as out:
+        writer = csv.DictWriter(out, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+    (plot,) = _curve_plots(Run.load(run).curves)
+    assert plot.title == "Similarity of an image to its non-semantic negatives"
+    assert set(names) <= set(re.findall(r">(\w+)</text>", base64.b64decode(plot.light.split(",")[1]).decode()))
+
+
 def test_the_strata_have_curves(tmp_path: Path) -> None:
     run = write_run(tmp_path / "run")
     logged = {"entropy": 0.97, "overlap": 0.9, "variation": 0.01, "loss_1": 4.0, "loss_2": 4.1}

@@ -61,6 +61,8 @@ class Dataset:
     std: tuple[float, float, float] = field(default=(0.25, 0.25, 0.25))
     shifted: tuple[str, ...] = ()
     """Test splits that show the classes otherwise; they are compared with the first one."""
+    superclasses: Sequence[str] | None = None
+    """The coarse class of each class, where the data set has such."""
 
     @property
     def chance(self) -> float:

@@ -1,6 +1,7 @@
 """CIFAR-10, CIFAR-100 and STL-10 as torchvision reads them."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,30 @@ from icl_msr.data.dataset import ArraySplit, Dataset
 from icl_msr.data.sources import TrainOn, fit_all, resident
 from icl_msr.errors import UserError
 
+CIFAR100: Mapping[str, str] = {
+    "aquatic mammals": "beaver dolphin otter seal whale",
+    "fish": "aquarium_fish flatfish ray shark trout",
+    "flowers": "orchid poppy rose sunflower tulip",
+    "food containers": "bottle bowl can cup plate",
+    "fruit and vegetables": "apple mushroom orange pear sweet_pepper",
+    "household electrical devices": "clock keyboard lamp telephone television",
+    "household furniture": "bed chair couch table wardrobe",
+    "insects": "bee beetle butterfly caterpillar cockroach",
+    "large carnivores": "bear leopard lion tiger wolf",
+    "large man-made outdoor things": "bridge castle house road skyscraper",
+    "large natural outdoor scenes": "cloud forest mountain plain sea",
+    "large omnivores and herbivores": "camel cattle chimpanzee elephant kangaroo",
+    "medium-sized mammals": "fox porcupine possum raccoon skunk",
+    "non-insect invertebrates": "crab lobster snail spider worm",
+    "people": "baby boy girl man woman",
+    "reptiles": "crocodile dinosaur lizard snake turtle",
+    "small mammals": "hamster mouse rabbit shrew squirrel",
+    "trees": "maple_tree oak_tree palm_tree pine_tree willow_tree",
+    "vehicles 1": "bicycle bus motorcycle pickup_truck train",
+    "vehicles 2": "lawn_mower rocket streetcar tank tractor",
+}
+"""The classes of each superclass of CIFAR-100."""
+
 
 def cifar10(*, root: str, download: bool, train_on: TrainOn) -> Dataset:
     """CIFAR-10: 50,000 training and 10,000 test images of 32 pixels, 10 classes (Krizhevsky, 2009)."""
@@ -19,8 +44,10 @@ def cifar10(*, root: str, download: bool, train_on: TrainOn) -> Dataset:
 
 
 def cifar100(*, root: str, download: bool, train_on: TrainOn) -> Dataset:
-    """CIFAR-100: 50,000 training and 10,000 test images of 32 pixels, 100 classes (Krizhevsky, 2009)."""
-    return _cifar(torchvision_datasets.CIFAR100, "cifar100", root, download, train_on)
+    """CIFAR-100: 50,000 training and 10,000 test images of 32 pixels, 100 classes of 20 kinds (Krizhevsky, 2009)."""
+    dataset = _cifar(torchvision_datasets.CIFAR100, "cifar100", root, download, train_on)
+    above = {name: superclass for superclass, names in CIFAR100.items() for name in names.split()}
+    return replace(dataset, superclasses=[above[name] for name in dataset.classes])
 
 
 def stl10(*, root: str, download: bool, image_size: PositiveInt, train_on: TrainOn) -> Dataset:

@@ -80,7 +80,7 @@ def read(words: Sequence[str]) -> Order:
     for word in words:
         key, equals, value = word.partition("=")
         group = key.lstrip("+~").partition(".")[0]
-        if not equals:
+        if not equals and not word.startswith("~"):
             raise UserError(f"{word} is no key=value; the encoder is given as run=FOLDER or encoder=timm:NAME.")
         if key in own:
             raise UserError(f"{key} is given twice; keep one.")
@@ -176,7 +176,7 @@ def configs(subject: Subject, overrides: Sequence[str]) -> tuple[list[DictConfig
     picked |= {key: value for key, _, value in (word.partition("=") for word in overrides) if key in picked}
     names = re.split(r"\s*,\s*", picked["evaluation"].strip("[] "))
     own_data = subject.config is not None and not any(word.startswith("dataset=") for word in overrides)
-    keys = [word for word in overrides if re.match(r"\+*evaluation\.", word)]
+    keys = [word for word in overrides if re.match(r"[+~]*evaluation\.", word)]
     changes = [word for word in overrides if own_data and re.match(r"\+*dataset\.", word)]
     common = [word for word in overrides if word not in [*keys, *changes] and not word.startswith("evaluation=")]
     common.insert(0, "hardware.precision=32-true")  # unless asked for: features are kept, and compared

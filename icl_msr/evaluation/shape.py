@@ -8,22 +8,20 @@ probes inside the stimuli answer.
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, TypedDict
 
 import torch
-from pydantic import Field, PositiveFloat, PositiveInt
-from torch import Tensor, nn
+from pydantic import Field
+from torch import Tensor
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from icl_msr.data.dataset import Dataset
 from icl_msr.data.folders import FileSplit
 from icl_msr.errors import UserError
-from icl_msr.evaluation.features import extract
-from icl_msr.evaluation.knn import PresetName
 from icl_msr.evaluation.metrics import Bootstrap
-from icl_msr.evaluation.suite import Accuracy, Evaluation, Extractor, Fraction, Gap, Results, Row, both
+from icl_msr.evaluation.suite import Accuracy, Evaluation, Look, Results, Row, gap
 
 CUES = ("shape", "texture")
 
@@ -116,112 +114,63 @@ def read_stimuli(folder: Path) -> Stimuli:
     return Stimuli(names, classes, labels, {"shape": shape_instances, "texture": texture_instances}, without)
 
 
-class ShapeAndTexture:
+@dataclass(kw_only=True)
+class ShapeAndTexture(Evaluation):
     """Shape bias of classifiers fitted on a data set, and decodability of shape and texture inside the stimuli.
 
     Config keys: those of `suite.Evaluation`; `stimuli`, the folder (`read_stimuli`); `same`, the classes of the data
     set that a class of the stimuli stands for where they have another name; `folds` of the decodability, at most one
     for each instance of a class. Classifiers are fitted on the images of the covered classes alone, under the stimuli's
     names.
+
+    Among the accuracies, the splits `conflict_shape` and `conflict_texture` are the shares that are taken for
+    either, and `shape` and `texture`, fitted on `stimuli`, the decodability. Without two covered classes there is no
+    shape bias, and decodability alone.
     """
 
-    def __init__(
-        self,
-        *,
-        knn: list[PresetName],
-        linear: bool,
-        learning_rates: Annotated[list[PositiveFloat], Field(min_length=1)],
-        probe_epochs: PositiveInt,
-        probe_batch_size: PositiveInt,
-        probe_held_out: Fraction,
-        bootstrap: PositiveInt,
-        untrained: bool,
-        batch_size: PositiveInt,
-        stimuli: str,
-        same: dict[str, list[str]],
-        folds: Annotated[int, Field(ge=2)],
-    ) -> None:
-        self.classifiers = Evaluation(
-            knn=knn,
-            linear=linear,
-            learning_rates=learning_rates,
-            probe_epochs=probe_epochs,
-            probe_batch_size=probe_batch_size,
-            probe_held_out=probe_held_out,
-            bootstrap=bootstrap,
-            untrained=untrained,
-            batch_size=batch_size,
-        )
-        self.bootstrap, self.untrained, self.batch_size = bootstrap, untrained, batch_size
-        self.stimuli = read_stimuli(Path(stimuli).expanduser())
-        self.same, self.folds = same, folds
-        unknown = sorted(same.keys() - set(self.stimuli.classes))
+    stimuli: str
+    same: dict[str, list[str]]
+    folds: Annotated[int, Field(ge=2)]
+    shown: Stimuli = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.shown = read_stimuli(Path(self.stimuli).expanduser())
+        unknown = sorted(self.same.keys() - set(self.shown.classes))
         if unknown:
             raise UserError(
-                f"evaluation.same.{unknown[0]} is no class of the stimuli, which are {', '.join(self.stimuli.classes)}."
+                f"evaluation.same.{unknown[0]} is no class of the stimuli, which are {', '.join(self.shown.classes)}."
             )
 
     def names(self, dataset: Dataset) -> list[str]:
-        """What will be measured: `classifier/fitted_on/split`.
-
-        Raises:
-            UserError: a class of `same` is not in the data set.
-        """
-        label = covered(self.stimuli.classes, dataset.classes, self.same)
-        bias = self.classifiers.classifiers if self._conflicts(label)[0].numel() else []
+        """See `suite.Evaluation`; a class of `same` may not be in the data set."""
+        label = covered(self.shown.classes, dataset.classes, self.same)
+        bias = self.classifiers if self._conflicts(label)[0].numel() else []
         decoded = [f"linear/stimuli/{cue}" for cue in CUES]
         return [*(f"{classifier}/train/conflict_{cue}" for classifier in bias for cue in CUES), *decoded]
 
-    def __call__(
-        self,
-        encoder: nn.Module,
-        dataset: Dataset,
-        *,
-        device: torch.device | str,
-        seed: int,
-        untrained_encoder: nn.Module | None = None,
-        extractor: Extractor = extract,
-    ) -> Results:
-        """See `suite.Evaluation`. Without two covered classes there is no shape bias, and decodability alone.
-
-        Among the accuracies, the splits `conflict_shape` and `conflict_texture` are the shares that are taken for
-        either, and `shape` and `texture`, fitted on `stimuli`, the decodability.
-        """
-        device = torch.device(device)
-        results, bootstrap = Results(), Bootstrap(self.bootstrap, seed)
-        shown = FileSplit(self.stimuli.files, self.stimuli.labels["shape"], dataset.image_size)
-        label = covered(self.stimuli.classes, dataset.classes, self.same)
-        for which, network in both(encoder, untrained_encoder if self.untrained else None).items():
-            keys = {"mean": dataset.mean, "std": dataset.std, "device": device, "batch_size": self.batch_size}
-            stimuli = extractor(network, shown, **keys, label=f"{which} features of stimuli").to(device)  # type: ignore[arg-type]
-            if self._conflicts(label)[0].numel():
-                train = extractor(network, dataset.train, **keys, label=f"{which} features of train").to(device)  # type: ignore[arg-type]
-                self._bias(which, train, dataset.train.labels.to(device), stimuli, label, seed, bootstrap, results)
-            for cue in CUES:
-                self._decode(which, cue, stimuli, seed, bootstrap, results)
-        return results
+    def measure(self, look: Look, results: Results) -> None:
+        """See `suite.Evaluation`."""
+        dataset = look.dataset
+        label = covered(self.shown.classes, dataset.classes, self.same)
+        images = FileSplit(self.shown.files, self.shown.labels["shape"], dataset.image_size)
+        stimuli = look.features(images, "stimuli")
+        if self._conflicts(label)[0].numel():
+            self._bias(look, look.features(dataset.train, "train"), stimuli, label, results)
+        for cue in CUES:
+            self._decode(look, cue, stimuli, results)
 
     def _conflicts(self, label: Mapping[int, int]) -> tuple[Tensor, Tensor, Tensor]:
         """Positions (n,) of the stimuli whose shape and texture are both covered, and the two as places among the
         covered classes.
         """
         classes = sorted(set(label.values()))
-        shape, texture = (self._among(self.stimuli.labels[cue], classes) for cue in CUES)
+        shape, texture = (self._among(self.shown.labels[cue], classes) for cue in CUES)
         chosen = ((shape >= 0) & (texture >= 0)).nonzero()[:, 0]
         return chosen, shape[chosen], texture[chosen]
 
-    def _bias(
-        self,
-        which: str,
-        train: Tensor,
-        labels: Tensor,
-        stimuli: Tensor,
-        label: Mapping[int, int],
-        seed: int,
-        bootstrap: Bootstrap,
-        results: Results,
-    ) -> None:
+    def _bias(self, look: Look, train: Tensor, stimuli: Tensor, label: Mapping[int, int], results: Results) -> None:
         """`label` is the stimuli's class of a class of the data set."""
+        bootstrap, labels = look.bootstrap, look.dataset.train.labels.to(look.device)
         classes = sorted(set(label.values()))
         translate = labels.new_full((int(labels.max()) + 2,), -1)  # the last for -1, images without a label
         for of_data, of_stimuli in label.items():
@@ -229,16 +178,16 @@ class ShapeAndTexture:
                 translate[of_data] = classes.index(of_stimuli)
         chosen, shape, texture = self._conflicts(label)
         queries = stimuli[chosen.to(stimuli.device)]
-        scores, _ = self.classifiers.fit(train, translate[labels], queries, len(classes), seed)
+        scores, _ = self.fit(train, translate[labels], queries, len(classes), look.seed)
         for classifier, values in scores.items():
             taken = values.argmax(1).cpu()
             for_shape, for_texture = taken == shape, taken == texture
             decided = for_shape | for_texture
             bias, low, high = bootstrap.mean(for_shape[decided]) if decided.any() else (None, None, None)
-            row = Row(encoder=which, classifier=classifier, fitted_on="train")
+            row = Row(encoder=look.encoder, classifier=classifier, fitted_on="train")
             found = ShapeBias(
                 **row,
-                classes=[self.stimuli.classes[k] for k in classes],
+                classes=[self.shown.classes[k] for k in classes],
                 n=len(shape),
                 decided=int(decided.sum()),
                 shape_bias=bias,
@@ -250,9 +199,8 @@ class ShapeAndTexture:
             results.shape.append(found)
             for cue, hits in zip(CUES, (for_shape, for_texture), strict=True):
                 results.accuracies.append(_accuracy(row, f"conflict_{cue}", hits, bootstrap))
-            points, least, most = (100 * v for v in bootstrap.difference(for_shape, for_texture, paired=True))
-            gap = "conflict_shape - conflict_texture"
-            results.gaps.append(Gap(**row, gap=gap, points=points, low=least, high=most))
+            apart = bootstrap.difference(for_shape, for_texture, paired=True)
+            results.gaps.append(gap(row, "conflict_shape - conflict_texture", apart))
 
     @staticmethod
     def _among(labels: Tensor, classes: Sequence[int]) -> Tensor:
@@ -262,19 +210,20 @@ class ShapeAndTexture:
             places[labels == k] = place
         return places
 
-    def _decode(self, which: str, cue: str, stimuli: Tensor, seed: int, bootstrap: Bootstrap, results: Results) -> None:
-        labels, classes = self.stimuli.labels[cue], len(self.stimuli.classes)
-        fold, folds = folds_by_instance(self.stimuli.instances[cue], labels, self.folds)
+    def _decode(self, look: Look, cue: str, stimuli: Tensor, results: Results) -> None:
+        labels, classes = self.shown.labels[cue], len(self.shown.classes)
+        fold, folds = folds_by_instance(self.shown.instances[cue], labels, self.folds)
         hits = torch.zeros(len(labels), dtype=torch.bool)
         for k in range(folds):
-            rest, held = (part.to(stimuli.device) for part in (fold != k, fold == k))
-            probe = self.classifiers.fit_probe(stimuli[rest], labels.to(stimuli.device)[rest], classes, seed=seed)
+            rest, held = (part.to(look.device) for part in (fold != k, fold == k))
+            probe = self.fit_probe(stimuli[rest], labels.to(look.device)[rest], classes, look.seed)
             hits[fold == k] = probe(stimuli[held]).argmax(1).cpu() == labels[fold == k]
-        right = _accuracy(Row(encoder=which, classifier="linear", fitted_on="stimuli"), cue, hits, bootstrap)
+        row = Row(encoder=look.encoder, classifier="linear", fitted_on="stimuli")
+        right = _accuracy(row, cue, hits, look.bootstrap)
         results.accuracies.append(right)
         kinds = len(set(labels.tolist()))
         found = Decodability(
-            encoder=which,
+            encoder=look.encoder,
             cue=cue,
             classes=kinds,
             n=len(labels),

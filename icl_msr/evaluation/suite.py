@@ -5,9 +5,8 @@ It knows nothing of training: encoders and a data set in, plain records out.
 
 import itertools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
-from functools import partial
 from typing import Annotated, Any, Protocol, TypedDict
 
 import numpy as np
@@ -16,13 +15,15 @@ from numpy.typing import NDArray
 from pydantic import Field, PositiveFloat, PositiveInt
 from torch import Tensor, nn
 
+from icl_msr.config import suggestion
 from icl_msr.data.dataset import Dataset, Split
+from icl_msr.errors import UserError
 from icl_msr.evaluation.background import background_gaps
 from icl_msr.evaluation.features import extract
 from icl_msr.evaluation.health import effective_rank, feature_std, spread
 from icl_msr.evaluation.knn import PresetName, knn_scores
 from icl_msr.evaluation.linear import LinearProbe, fit_linear_probe
-from icl_msr.evaluation.metrics import Bootstrap
+from icl_msr.evaluation.metrics import Bootstrap, Interval
 from icl_msr.evaluation.scores import confusion, in_top, most_confused, per_class
 
 Fraction = Annotated[float, Field(gt=0, lt=1)]
@@ -118,6 +119,8 @@ class Results:
     """Of `shape.Decodability`."""
     similarity: list[Any] = field(default_factory=list)
     """Of `similarity.Alike`."""
+    textures: list[Any] = field(default_factory=list)
+    """Of `textures.TextureAccuracy`."""
     predictions: dict[str, NDArray[np.int64]] = field(default_factory=dict)
     """Predicted classes (n,) under `encoder/classifier/fitted_on/split`, and true ones under `labels/split`: what
     `numpy.savez` takes, for paired comparisons between runs."""
@@ -136,6 +139,7 @@ class Results:
             "shape": self.shape,
             "decodability": self.decodability,
             "similarity": self.similarity,
+            "textures": self.textures,
         }
 
     def add(self, other: "Results") -> None:
@@ -166,6 +170,35 @@ class Extractor(Protocol):
         ...
 
 
+@dataclass(frozen=True)
+class Look:
+    """One encoder, and all that a measurement of it needs beside its config."""
+
+    encoder: str
+    """`trained` or `untrained`."""
+    network: nn.Module
+    dataset: Dataset
+    device: torch.device
+    seed: int
+    bootstrap: Bootstrap
+    batch_size: int
+    extractor: Extractor
+
+    def features(self, split: Split, name: str) -> Tensor:
+        """float32 (N, c) on the device; `name` is for the progress bar."""
+        found = self.extractor(
+            self.network,
+            split,
+            mean=self.dataset.mean,
+            std=self.dataset.std,
+            device=self.device,
+            batch_size=self.batch_size,
+            label=f"{self.encoder} features of {name}",
+        )
+        return found.to(self.device)
+
+
+@dataclass(kw_only=True)
 class Evaluation:
     """kNN and linear probes on cached features, fitted on the train split and on the balanced one.
 
@@ -173,38 +206,27 @@ class Evaluation:
     `probe_epochs`, `probe_batch_size` and `probe_held_out` (a fraction of the fitting set); `bootstrap`
     is the number of resamples; `untrained` asks for the untrained encoder beside the trained one; `batch_size` is
     the number of images in a forward pass.
+
+    Other evaluations add keys of their own and say in `names` and `measure` what is measured.
     """
 
-    def __init__(
-        self,
-        *,
-        knn: list[PresetName],
-        linear: bool,
-        learning_rates: Annotated[list[PositiveFloat], Field(min_length=1)],
-        probe_epochs: PositiveInt,
-        probe_batch_size: PositiveInt,
-        probe_held_out: Fraction,
-        bootstrap: PositiveInt,
-        untrained: bool,
-        batch_size: PositiveInt,
-    ) -> None:
-        self.knn = knn
-        self.linear = linear
-        self.fit_probe = partial(
-            fit_linear_probe,
-            learning_rates=learning_rates,
-            epochs=probe_epochs,
-            batch_size=probe_batch_size,
-            held_out=probe_held_out,
-        )
-        self.bootstrap = bootstrap
-        self.untrained = untrained
-        self.batch_size = batch_size
+    knn: list[PresetName]
+    linear: bool
+    learning_rates: Annotated[list[PositiveFloat], Field(min_length=1)]
+    probe_epochs: PositiveInt
+    probe_batch_size: PositiveInt
+    probe_held_out: Fraction
+    bootstrap: PositiveInt
+    untrained: bool
+    batch_size: PositiveInt
 
     def names(self, dataset: Dataset) -> list[str]:
-        """What will be measured: `classifier/fitted_on/split`."""
-        fitted_on = ["train", *([] if dataset.balanced is None else ["balanced"])]
-        return ["/".join(parts) for parts in itertools.product(self.classifiers, fitted_on, dataset.tests)]
+        """What will be measured: `classifier/fitted_on/split`.
+
+        Raises:
+            UserError: the data set lacks something for it.
+        """
+        return ["/".join(parts) for parts in itertools.product(self.classifiers, fitting_sets(dataset), dataset.tests)]
 
     @property
     def classifiers(self) -> list[str]:
@@ -229,11 +251,49 @@ class Evaluation:
         Raises:
             UserError: a feature is not finite.
         """
-        results = Results()
-        results.predictions = {f"labels/{name}": split.labels.cpu().numpy() for name, split in dataset.tests.items()}
+        results, bootstrap = Results(), Bootstrap(self.bootstrap, seed)
         for name, network in both(encoder, untrained_encoder if self.untrained else None).items():
-            self._evaluate(name, network, dataset, torch.device(device), seed, results, extractor)
+            look = Look(name, network, dataset, torch.device(device), seed, bootstrap, self.batch_size, extractor)
+            self.measure(look, results)
         return results
+
+    def measure(self, look: Look, results: Results) -> None:
+        """Adds what is found of one encoder to the results."""
+        dataset = look.dataset
+        fitting = fitting_sets(dataset)
+        features = {name: look.features(split, name) for name, split in {**fitting, **dataset.tests}.items()}
+        results.features[look.encoder] = {name: values.cpu() for name, values in features.items()}
+        first = next(iter(dataset.tests))
+        results.health.append(health(look.encoder, first, features[first]))
+        labels = {name: split.labels.cpu() for name, split in dataset.tests.items()}
+        tests = {name: features[name] for name in labels}
+        for fitted_on, split in fitting.items():
+            for row, scores in self.scores(look, fitted_on, features[fitted_on], split.labels, tests, results):
+                correct = {name: record(look, row, name, scores[name], labels[name], results) for name in labels}
+                gaps = background_gaps(correct, labels, dataset.chance, look.bootstrap, dataset.shifted)
+                results.gaps += [gap(row, name, interval) for name, interval in gaps.items()]
+
+    def scores(
+        self,
+        look: Look,
+        fitted_on: str,
+        bank: Tensor,
+        labels: Tensor,
+        tests: Mapping[str, Tensor],
+        results: Results,
+    ) -> Iterator[tuple[Row, dict[str, Tensor]]]:
+        """Class scores (n, K) on the CPU of `tests`, features (n, c) by name, by each classifier fitted to the bank.
+
+        `bank` (M, c) has `labels` (M,). How the probe was chosen goes to the results.
+        """
+        queries, classes = torch.cat(list(tests.values())), len(look.dataset.classes)
+        scores, probe = self.fit(bank, labels.to(look.device), queries, classes, look.seed)
+        if probe is not None:
+            results.choices.append(choice(look.encoder, fitted_on, probe))
+        for classifier, values in scores.items():
+            parts = torch.split(values.cpu(), [len(features) for features in tests.values()])
+            row = Row(encoder=look.encoder, classifier=classifier, fitted_on=fitted_on)
+            yield row, dict(zip(tests, parts, strict=True))
 
     def fit(
         self, bank: Tensor, labels: Tensor, queries: Tensor, classes: int, seed: int
@@ -248,72 +308,58 @@ class Evaluation:
         scores: dict[str, Tensor] = {f"knn-{preset}": values for preset, values in votes.items()}
         if not self.linear:
             return scores, None
-        probe = self.fit_probe(bank, labels, classes, seed=seed)
+        probe = self.fit_probe(bank, labels, classes, seed)
         return {**scores, "linear": probe(queries)}, probe
 
-    def _evaluate(
-        self,
-        name: str,
-        encoder: nn.Module,
-        dataset: Dataset,
-        device: torch.device,
-        seed: int,
-        results: Results,
-        extractor: Extractor,
-    ) -> None:
-        fitting: dict[str, Split] = {"train": dataset.train}
-        if dataset.balanced is not None:
-            fitting["balanced"] = dataset.balanced
-        features = results.features[name] = {
-            split_name: extractor(
-                encoder,
-                split,
-                mean=dataset.mean,
-                std=dataset.std,
-                device=device,
-                batch_size=self.batch_size,
-                label=f"{name} features of {split_name}",
-            )
-            for split_name, split in (fitting | dict(dataset.tests)).items()
-        }
-        first = next(iter(dataset.tests))
-        results.health.append(health(name, first, features[first].to(device)))
-        labels = {split_name: split.labels.cpu() for split_name, split in dataset.tests.items()}
-        queries = torch.cat([features[split_name] for split_name in labels]).to(device)
-        bootstrap = Bootstrap(self.bootstrap, seed)
+    def fit_probe(self, features: Tensor, labels: Tensor, classes: int, seed: int) -> LinearProbe:
+        """See `linear.fit_linear_probe`."""
+        return fit_linear_probe(
+            features,
+            labels,
+            classes,
+            learning_rates=self.learning_rates,
+            epochs=self.probe_epochs,
+            batch_size=self.probe_batch_size,
+            held_out=self.probe_held_out,
+            seed=seed,
+        )
 
-        for fitted_on, split in fitting.items():
-            bank, bank_labels = features[fitted_on].to(device), split.labels.to(device)
-            scores, probe = self.fit(bank, bank_labels, queries, len(dataset.classes), seed)
-            if probe is not None:
-                results.choices.append(choice(name, fitted_on, probe))
-            for classifier, values in scores.items():
-                row = Row(encoder=name, classifier=classifier, fitted_on=fitted_on)
-                sizes = [len(target) for target in labels.values()]
-                by_split = dict(zip(labels, torch.split(values.cpu(), sizes), strict=True))
-                self._measure(row, by_split, labels, dataset, bootstrap, results)
 
-    @staticmethod
-    def _measure(
-        row: Row,
-        scores: Mapping[str, Tensor],
-        labels: Mapping[str, Tensor],
-        dataset: Dataset,
-        bootstrap: Bootstrap,
-        results: Results,
-    ) -> None:
-        correct = {}
-        for split, values in scores.items():
-            predicted = values.argmax(1)
-            correct[split] = predicted == labels[split]
-            results.predictions["/".join([row["encoder"], row["classifier"], row["fitted_on"], split])] = (
-                predicted.numpy()
-            )
-            results.accuracies.append(accuracy(row, split, values, labels[split], bootstrap))
-            results.by_class.append(by_class(row, split, predicted, labels[split], dataset.classes))
-        for gap, interval in background_gaps(correct, labels, dataset.chance, bootstrap, dataset.shifted).items():
-            points, low, high = (100 * value for value in interval)
-            results.gaps.append(Gap(**row, gap=gap, points=points, low=low, high=high))
+def fitting_sets(dataset: Dataset) -> dict[str, Split]:
+    """What classifiers are fitted on, by name."""
+    return {"train": dataset.train, **({} if dataset.balanced is None else {"balanced": dataset.balanced})}
+
+
+def named_split(dataset: Dataset, name: str | None) -> str:
+    """The name of the test split that `evaluation.split` asks for, by default the first.
+
+    Raises:
+        UserError: there is no such split.
+    """
+    if name is not None and name not in dataset.tests:
+        raise UserError(f"evaluation.split={name} is no test split; {suggestion(name, dataset.tests)}")
+    return name or next(iter(dataset.tests))
+
+
+def record(look: Look, row: Row, split: str, scores: Tensor, labels: Tensor, results: Results) -> Tensor:
+    """Puts class `scores` (n, K) of images with `labels` (n,) into the results; bool (n,), where they are right."""
+    predicted = scores.argmax(1)
+    keep_predictions(row, split, predicted, labels, results)
+    results.accuracies.append(accuracy(row, split, scores, labels, look.bootstrap))
+    results.by_class.append(by_class(row, split, predicted, labels, look.dataset.classes))
+    return predicted == labels
+
+
+def keep_predictions(row: Row, split: str, predicted: Tensor, labels: Tensor, results: Results) -> None:
+    """Predicted and true classes (n,), under the names that `Results.predictions` has them by."""
+    results.predictions[f"labels/{split}"] = labels.numpy()
+    results.predictions["/".join([row["encoder"], row["classifier"], row["fitted_on"], split])] = predicted.numpy()
+
+
+def gap(row: Row, name: str, interval: Interval) -> Gap:
+    """Of a difference of accuracies in [-1, 1]."""
+    points, low, high = (100 * value for value in interval)
+    return Gap(**row, gap=name, points=points, low=low, high=high)
 
 
 def both(encoder: nn.Module, untrained: nn.Module | None) -> dict[str, nn.Module]:

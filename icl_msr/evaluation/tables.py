@@ -16,12 +16,13 @@ class Measured(Protocol):
     shape: list[Any]
     decodability: list[Any]
     similarity: list[Any]
+    textures: list[Any]
     health: list[Any]
 
 
 def tables(results: Measured) -> list[Table]:
     """One for each kind of measure that was taken."""
-    kinds = (corruption_table, shape_table, decodability_table, similarity_table, health_table)
+    kinds = (corruption_table, shape_table, decodability_table, texture_table, similarity_table, health_table)
     return [table for kind in kinds if (table := kind(results)) is not None]
 
 
@@ -100,6 +101,27 @@ def similarity_table(results: Measured) -> Table | None:
         cells = (str(row["n"]), _number(row["cka"], 3), _percent(row["shared_neighbours"]), _percent(row["chance"]))
         style = "dim" * (row["encoder"] == "untrained")
         table.add_row(row["encoder"], row["other"], row["split"], *cells, style=style)
+    return table
+
+
+def texture_table(results: Measured) -> Table | None:
+    """Accuracy on non-semantic versions of the test images, and the classes told best; None where not measured."""
+    if not results.textures:
+        return None
+    chances = {row["level"]: row["chance"] for row in results.textures}
+    table = _table("Told from what is left of an image without its content, %", "images", "classifier", "encoder")
+    for level, chance in chances.items():
+        table.add_column(f"{level}\n(chance {_percent(chance)})", justify="right")
+    table.add_column("told best")
+    rows: dict[tuple[str, str, str], dict[str, Any]] = {}
+    for row in results.textures:
+        rows.setdefault((row["images"], row["classifier"], row["encoder"]), {})[row["level"]] = row
+    names = list(dict.fromkeys(images for images, _, _ in rows))
+    for key in sorted(rows, key=lambda key: (names.index(key[0]), key[1] != "linear", key[1])):
+        told = {name: value for name, value in rows[key]["fine"]["by_class"].items() if value}
+        best = ", ".join(f"{name} {100 * told[name]:.0f}" for name in sorted(told, key=lambda name: -told[name])[:3])
+        cells = [_percent(rows[key][level]["top1"]) for level in chances]
+        table.add_row(*key, *cells, best, style="dim" * (key[2] == "untrained"))
     return table
 
 

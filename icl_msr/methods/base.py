@@ -123,6 +123,10 @@ class Method(nn.Module, ABC):
     def pairs(self, features: Sequence[Tensor], embeddings: Sequence[Tensor], targets: Targets) -> list[Pair]:
         """Which anchors are compared with which keys."""
 
+    def non_semantic(self, targets: Targets, pairs: Sequence[Pair]) -> list[Tensor]:
+        """The non-semantic negatives (N, m, D) that meet the anchors of each pair; none where there are none."""
+        return [] if targets.negatives is None else [targets.negatives.rows] * len(pairs)
+
     def forward(self, views: Views, targets: Targets, step: Step) -> Output:
         """L_ct of a batch."""
         features = self.encode(views)

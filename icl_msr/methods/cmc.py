@@ -85,6 +85,13 @@ class CMC(Method):
             pairs.append(Pair(colour, light, of_l, self.projector_l, self.queue_l.keys))
         return pairs
 
+    def non_semantic(self, targets: Targets, pairs: Sequence[Pair]) -> list[Tensor]:
+        """Those of L are met in ab, and those of ab in L."""
+        if targets.negatives is None:
+            return []
+        in_l, in_ab = targets.negatives.rows.chunk(2, dim=2)
+        return [in_ab, in_l] * (len(pairs) // 2)
+
     def observe(self, targets: Targets, embeddings: Sequence[Tensor]) -> None:
         """Both queues take the batch in."""
         for light, colour in by_view(embeddings):

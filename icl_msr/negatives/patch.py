@@ -22,6 +22,9 @@ class PatchNegatives:
     turned by 0, 90, 180 or 270 degrees.
     """
 
+    copies_rows = ("cpu",)
+    """Kinds of device on which rows of patches are copied where they lie as in the image; else pixels are picked."""
+
     def __init__(
         self,
         *,
@@ -72,14 +75,16 @@ class PatchNegatives:
         # low half horizontally; a second one, if it is needed, turns it.
         numbers = integers(keys, m * (1 + cells)).view(n * m, -1)
         d = low + (numbers[:, :1] * (high - low + 1) >> 32)
-        row, column = torch.arange(height, device=d.device), torch.arange(width, device=d.device)
-        cell = (row // d * across)[:, :, None] + (column // d)[:, None]
         if self.shuffle:
             top, left = _shuffled(numbers[:, 1:], d, height, width, across)
         else:
             top = (numbers[:, 1:] >> 16) * (height - d) >> 16
             left = (numbers[:, 1:] & 0xFFFF) * (width - d) >> 16
         corner = top * width + left
+        if query.device.type in self.copies_rows and not (self.flips or self.rotations):
+            return _row_by_row(query, corner.view(-1, down, across), d[:, 0].tolist())
+        row, column = torch.arange(height, device=d.device), torch.arange(width, device=d.device)
+        cell = (row // d * across)[:, :, None] + (column // d)[:, None]
         source = corner.gather(1, cell.view(n * m, -1))
         if self.flips or self.rotations:
             turns = integers(keys, m * cells, first=m * (1 + cells)).view(n * m, -1).gather(1, cell.view(n * m, -1))
@@ -110,6 +115,30 @@ class PatchNegatives:
         y = torch.where(quarters >= 2, last - y, y)
         x = torch.where(((quarters == 1) | (quarters == 2)) ^ mirrored, last - x, x)
         return y * width + x
+
+
+def _row_by_row(query: Tensor, corner: Tensor, sizes: list[int]) -> Tensor:
+    """Images from patches as they are; a row of a patch is one piece of memory.
+
+    Args:
+        query: (N, C, H, W).
+        corner: int64 (N m, down, across), where in its image the patch of each cell begins, row after row.
+        sizes: d of each of the N m negatives; those of one size are made together.
+    """
+    n, c, height, width = query.shape
+    m = len(sizes) // n
+    pixels, result = query.reshape(-1), query.new_empty(n, m, c, height, width)
+    negatives = result.flatten(0, 1).unbind()
+    row, plane = torch.arange(height), torch.arange(n * c).view(n, c, 1, 1) * height * width
+    for d in set(sizes):
+        chosen = [k for k, size in enumerate(sizes) if size == d]
+        across = -(-width // d)
+        start = corner[chosen, :, :across][:, row // d] + (row % d * width)[:, None]  # (chosen, H, across)
+        start = start[:, None] + plane[[k // m for k in chosen]]  # (chosen, C, H, across)
+        rows = pixels.unfold(0, d, 1).index_select(0, start.flatten()).view(*start.shape[:3], -1)
+        for k, made in zip(chosen, rows[..., :width], strict=True):
+            negatives[k].copy_(made)
+    return result
 
 
 def _shuffled(numbers: Tensor, d: Tensor, height: int, width: int, across: int) -> tuple[Tensor, Tensor]:

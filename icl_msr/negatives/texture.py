@@ -90,10 +90,12 @@ class TextureNegatives:
         left = (numbers & 0xFFFF) * (width - side + 1) >> 16
         top = F.pad(top, (1, 0), value=(height - side) // 2)
         left = F.pad(left, (1, 0), value=(width - side) // 2)
-        line = torch.arange(side, device=images.device)
-        row, column = top[..., None] + line, left[..., None] + line
-        image = torch.arange(len(images), device=images.device)[:, None, None, None]
-        return images.movedim(1, 3)[image, row[..., :, None], column[..., None, :]].movedim(4, 2)
+        n, c = images.shape[:2]
+        plane = torch.arange(n * c, device=images.device).view(n, 1, c, 1) * height
+        row = plane + top[..., None, None] + torch.arange(side, device=images.device)  # (N, 1 + m, C, side)
+        first = row * width + left[..., None, None]
+        rows = images.reshape(-1).unfold(0, side, 1).index_select(0, first.flatten())
+        return rows.view(*first.shape, side)
 
     @torch.no_grad()
     def quilt(self, examples: Tensor, keys: Tensor, height: int, width: int) -> Tensor:
@@ -113,14 +115,14 @@ class TextureNegatives:
         numbers = integers(keys, self.count * slots, first=self.count).view(n * self.count, slots)
         choices, drawn = numbers[:, : plan.down * plan.across], numbers[:, plan.down * plan.across :]
         drawn = (drawn * places >> 32).view(-1, len(plan), self.candidates)
-        textures = examples.new_empty(n * self.count, c, height, width)
+        textures = examples.new_empty(n * self.count, height, width, c)
         step = max(1, _PIXELS // (height * width)) if examples.device.type == "cpu" else len(pairs)
         with torch.autocast(examples.device.type, enabled=False):
             for k in range(0, len(pairs), step):
                 part = slice(k, k + step)
                 sewn = _sew(plan, pairs[part].float(), choices[part], drawn[part], self.tolerance)
-                textures[part] = sewn[:, :height, :width].movedim(3, 1)
-        return textures.view(n, self.count, c, height, width)
+                textures[part] = sewn[:, :height, :width]
+        return textures.view(n, self.count, height, width, c).movedim(4, 2)
 
 
 @dataclass
@@ -175,45 +177,97 @@ def _sew(plan: _Plan, examples: Tensor, choices: Tensor, places: Tensor, toleran
         places: int64 (B, waves, K), where the candidates of a wave come from: an example, a row and a column in one.
         tolerance: see `TextureNegatives`.
     """
-    b, o, c = plan.block, plan.overlap, plan.channels
-    count, _, _, side, _ = examples.shape
-    lines = examples.movedim(2, 4).reshape(-1)  # channels last, so that a row of a block is one piece of memory
-    free = side - b + 1
-    corner = (places // free**2 * side + places // free % free) * side + places % free
-    corner += torch.arange(count, device=corner.device)[:, None, None] * 2 * side**2
-    row = torch.arange(b, device=corner.device) * side
-
-    def cut(corner: Tensor, rows: slice, columns: int) -> Tensor:
-        """Rows and first columns of the blocks at these corners: (..., rows, columns * C)."""
-        return lines.unfold(0, columns * c, 1)[(corner[..., None] + row[rows]) * c]
-
-    energy = examples.square().sum(2)
-    parts = (_sums(energy, o, b), _sums(energy, o, o), _sums(energy[:, :, o:], b - o, o))  # above, its corner, beside
-    squares = torch.stack([part[:, :, :free, :free].flatten(1) for part in parts], 1)
-    squares = squares.gather(2, places.flatten(1)[:, None].expand(-1, 3, -1)).view(count, 3, *places.shape[1:])
-
-    canvas = examples.new_zeros(count, *plan.canvas(), c)
-    for t, wave in enumerate(plan):
+    o, source = plan.overlap, _Source(examples, plan, places.shape[2])
+    canvas = examples.new_zeros(len(examples), *plan.canvas(), plan.channels)
+    for wave, candidates in zip(plan, places.unbind(1), strict=True):
         there = plan.blocks(canvas, wave)
-        old = there.clone()  # (B, n, b, b, C), zero where nothing lies yet
+        upper, left = (edge.clone() for edge in _edges(there, o))  # zero where nothing lies yet
         # The first row of blocks has nothing above it, the first column nothing beside it.
         k = torch.arange(len(wave), device=canvas.device)
         above, beside = wave[0][0] + k > 0, wave[0][1] - 2 * k > 0
-        # The squares of the differences are expanded, so that most of the work is a product of matrices.
-        error = torch.stack([above, beside & ~above, beside], 1).float() @ squares[:, :, t]
-        for edge, rows, columns in ((old[:, :, :o], slice(0, o), b), (old[:, :, o:, :o], slice(o, b), o)):
-            edge = edge.flatten(2)
-            error -= 2 * edge @ cut(corner[:, t], rows, columns).flatten(2).mT
-            error += edge.square().sum(2, keepdim=True)
+        error = source.errors(upper, left, above, beside, candidates)
         number = torch.stack([choices[:, r * plan.across + s] for r, s in wave], 1)
-        new = cut(corner[:, t].gather(1, _choose(error, number, tolerance)), slice(0, b), b).view_as(old)
+        new = source.blocks(candidates.gather(1, _choose(error, number, tolerance)))
         # Two paths of least difference, along the upper and the left edge, cut the blocks out.
-        upper = (new[:, :, :o] - old[:, :, :o]).square().sum(4).mT
-        left = (new[:, :, :, :o] - old[:, :, :, :o]).square().sum(4)
-        path = _least_path(torch.stack([upper, left], 2)) * torch.stack([above, beside], 1)[:, :, None]  # (B, n, 2, b)
-        over, beyond = (torch.arange(b, device=path.device) < path[..., None]).unbind(2)
-        there.copy_(torch.where((over.mT | beyond)[..., None], old, new))
+        apart = [(edge - before).square().sum(4) for edge, before in zip(_edges(new, o), (upper, left), strict=True)]
+        path = _least_path(torch.stack(apart, 2).mT) * torch.stack([above, beside], 1)[:, :, None]  # (B, n, 2, b)
+        keep = torch.arange(o, device=path.device)[:, None] < path[..., None, :]  # (B, n, 2, o, b)
+        for edge, before, mine in zip(_edges(new, o), (upper, left), keep.unbind(2), strict=True):
+            edge.copy_(torch.where(mine[..., None], before, edge))
+        there.copy_(new)
     return canvas
+
+
+def _edges(blocks: Tensor, overlap: int) -> tuple[Tensor, Tensor]:
+    """The upper edges of blocks (B, n, b, b, C) and their left ones, these turned: views (B, n, overlap, b, C)."""
+    return blocks[:, :, :overlap], blocks[:, :, :, :overlap].transpose(2, 3)
+
+
+class _Source:
+    """The blocks of the two examples of B pictures, each known by its place: an example, a row and a column in one."""
+
+    def __init__(self, examples: Tensor, plan: _Plan, candidates: int) -> None:
+        b, o = self.b, self.o = plan.block, plan.overlap
+        count, _, self.c, self.side, _ = examples.shape
+        free = self.side - b + 1
+        # Channels last, and once more turned, so that a row of a block is one piece of memory, and a column.
+        self.lines = [examples.permute(0, 1, *order).reshape(-1) for order in ((3, 4, 2), (4, 3, 2))]
+        of_image = torch.arange(count, device=examples.device)[:, None] * 2 * self.side**2
+        # The first pixel of each place, (B, 2 free^2), in these lines.
+        pixel = torch.arange(2 * self.side**2, device=examples.device).view(2, self.side, self.side)
+        corners = pixel[:, :free, :free]
+        self.corners = [of_image + of.reshape(-1) for of in (corners, corners.mT)]
+        energy = examples.square().sum(2)
+        parts = (_sums(energy, o, b), _sums(energy, o, o), _sums(energy[:, :, o:], b - o, o))
+        # Above, the corner in it, and beside: (B, 3, places).
+        self.squares = torch.stack([part[:, :, :free, :free].flatten(1) for part in parts], 1)
+        # Where most places are candidates, all are compared, and nothing has to be copied for each wave.
+        every = torch.arange(2 * free**2, device=examples.device).expand(count, -1)
+        self.all_edges = None
+        if len(every[0]) <= 2 * candidates:
+            self.all_edges = torch.cat(self.edges(every), 2).mT.contiguous()
+
+    def edges(self, places: Tensor) -> list[Tensor]:
+        """Pixels of the upper edges of these blocks, and of the left ones below the upper: two of (B, K, pixels)."""
+        b, o = self.b, self.o
+        return [self._cut(0, places, o, 0, b).flatten(2), self._cut(1, places, o, o, b - o).flatten(2)]
+
+    def blocks(self, places: Tensor) -> Tensor:
+        """The blocks (B, n, b, b, C) at these places (B, n)."""
+        return self._cut(0, places, self.b, 0, self.b)
+
+    def _cut(self, turned: int, places: Tensor, rows: int, first: int, columns: int) -> Tensor:
+        """The first rows of blocks, or of turned blocks, from their `first` column on: (B, K, rows, columns, C)."""
+        corner = self.corners[turned].gather(1, places) + first
+        row = torch.arange(rows, device=places.device) * self.side
+        index = (corner[..., None] + row) * self.c
+        pieces = self.lines[turned].unfold(0, columns * self.c, 1).index_select(0, index.flatten())
+        return pieces.view(*index.shape, columns, self.c)
+
+    def errors(self, upper: Tensor, left: Tensor, above: Tensor, beside: Tensor, places: Tensor) -> Tensor:
+        """How much blocks (B, K) differ from what lies where n of them are to go: sums of squares (B, n, K).
+
+        Args:
+            upper, left: (B, n, o, b, C), the edges of the n places on the canvas.
+            above, beside: bool (n,), whether something lies there.
+            places: int64 (B, K), the candidates.
+        """
+        known = [upper.flatten(2), left[:, :, :, self.o :].flatten(2)]
+        if self.all_edges is None:
+            edges, squares = [edge.mT for edge in self.edges(places)], _take(self.squares, places)
+        else:
+            known, edges, squares = [torch.cat(known, 2)], [self.all_edges], self.squares
+        # The squares of the differences are expanded, so that most of the work is a product of matrices.
+        error = torch.stack([above, beside & ~above, beside], 1).float() @ squares
+        for pixels, edge in zip(known, edges, strict=True):
+            error += pixels.square().sum(2, keepdim=True)
+            error.baddbmm_(pixels, edge, alpha=-2)
+        return error if self.all_edges is None else _take(error, places)
+
+
+def _take(values: Tensor, places: Tensor) -> Tensor:
+    """Of values (B, n, P), those at the places (B, K): (B, n, K)."""
+    return values.gather(2, places[:, None].expand(-1, values.shape[1], -1))
 
 
 def _sums(energy: Tensor, height: int, width: int) -> Tensor:
@@ -224,8 +278,10 @@ def _sums(energy: Tensor, height: int, width: int) -> Tensor:
 def _choose(error: Tensor, number: Tensor, tolerance: float) -> Tensor:
     """A candidate (B, n) for each block, any of the good ones; error (B, n, K), number int64 (B, n) below 2^32."""
     error = error.clamp(min=0)  # of rounding
-    good = (error <= (1 + tolerance) * error.amin(2, keepdim=True)).cumsum(2)
-    return (good <= number[..., None] * good[..., -1:] >> 32).sum(2)
+    good = (error <= (1 + tolerance) * error.amin(2, keepdim=True)).cumsum(2, dtype=torch.int32)
+    # The first candidate that has as many good ones up to it.
+    wanted = (number * good[..., -1] >> 32).int() + 1
+    return torch.searchsorted(good, wanted[..., None])[..., 0]
 
 
 def _least_path(error: Tensor) -> Tensor:
@@ -234,7 +290,7 @@ def _least_path(error: Tensor) -> Tensor:
     From row to row a path moves by at most one column. Error is (..., rows, columns); of equals, the leftmost is taken.
     """
     *batch, rows, columns = error.shape
-    gain = -error.view(-1, rows, columns)
+    gain = -error.reshape(-1, rows, columns)
     best, back = gain[:, 0], []
     for i in range(1, rows):
         best, before = F.max_pool1d(best, 3, 1, 1, return_indices=True)

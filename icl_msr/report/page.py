@@ -306,6 +306,14 @@ def _curve_plots(curves: dict[str, Curve]) -> list[Plot]:
             "",
             False,
         ),
+        (
+            "Similarity of an image to its non-semantic negatives",
+            chosen("negatives/"),
+            False,
+            "Mean cosine to its own, to its positive, to the bank or the other images, and to the hundredth of these "
+            "that is most like it (hardest). Where its own lie above the hardest, they are what it is told from.",
+            False,
+        ),
         ("Embedding standard deviation", chosen("embedding_std"), False, "Near zero is collapse.", True),
         ("Learning rate", chosen("lr"), False, "", True),
         ("Images per second", chosen("images_per_second"), False, "", True),

@@ -156,7 +156,7 @@ def race(title: str, curves: dict[str, Curve], unit: str, note: str = "") -> Plo
 
 def _short(name: str) -> str:
     """`msr/meta_grad_norm` -> `meta`: the title says the rest."""
-    return name.rsplit("/")[-1].removesuffix("_grad_norm")
+    return name.rsplit("/")[-1].removesuffix("_grad_norm").removeprefix("similarity_")
 
 
 def _thin(curve: Curve, points: int = 400) -> tuple[list[float], list[float]]:

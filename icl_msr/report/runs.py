@@ -104,6 +104,7 @@ class Results(BaseModel):
     corruptions: list[dict[str, Any]] = []
     shape: list[dict[str, Any]] = []
     decodability: list[dict[str, Any]] = []
+    textures: list[dict[str, Any]] = []
     similarity: list[dict[str, Any]] = []
     strata: Look | None = None
 

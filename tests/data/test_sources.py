@@ -16,7 +16,7 @@ from torchvision import datasets as torchvision_datasets
 from icl_msr.data.arrays import arrays
 from icl_msr.data.folders import FileSplit, imagefolder
 from icl_msr.data.sources import fit, read_image, statistics
-from icl_msr.data.torchvision_sets import cifar10, stl10
+from icl_msr.data.torchvision_sets import CIFAR100, cifar10, stl10
 from icl_msr.errors import UserError
 
 SHARED = Path(__file__).parents[2] / "../shared/data"
@@ -262,6 +262,13 @@ def test_cifar10_of_torchvision(tmp_path, monkeypatch):
     assert (data.classes, data.image_size) == (names, 32)
     with pytest.raises(UserError, match="no masks"):
         cifar10(root=str(tmp_path), download=False, train_on="fg")
+
+
+def test_cifar100_says_what_its_classes_are_of():
+    superclass = {name: above for above, names in CIFAR100.items() for name in names.split()}
+    assert len(CIFAR100) == 20
+    assert len(superclass) == 100
+    assert [len(names.split()) for names in CIFAR100.values()] == [5] * 20
 
 
 def test_stl10_keeps_the_unlabelled_images(tmp_path, monkeypatch):

@@ -43,6 +43,18 @@ def test_numbers_are_those_of_the_rows() -> None:
     assert any("chance 25.0" in line for line in lines)
 
 
+def test_the_classes_that_are_told_best_from_textures() -> None:
+    told = {"zebra": 0.9, "cat": 0.1, "brick": 1.0, "dog": None, "grass": 0.5}
+    textures = [
+        {**ROW, "split": "test", "images": images, "level": level, "top1": top1, "chance": chance, "by_class": told}
+        for images in ("test", "only_patch")
+        for level, top1, chance in (("fine", 0.25, 0.2), ("coarse", 0.5, 0.36))
+    ]
+    text = " ".join(printed(Results(textures=textures)).split())
+    assert "(chance 20.0) (chance 36.0)" in text
+    assert "only_patch linear trained 25.0 50.0 brick 100, zebra 90, grass 50" in text
+
+
 def test_the_best_and_the_worst_classes_and_what_they_are_taken_for() -> None:
     classes = [f"c{k}" for k in range(30)]
     row = {"encoder": "trained", "classifier": "linear", "fitted_on": "train", "split": "test"}

@@ -1,14 +1,15 @@
 """What every method must hold: the contract of `icl_msr.methods.base`."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 from torch import Tensor
 from torch.func import functional_call
-from toys import METHODS, make_method, make_views
+from toys import METHODS, make_method, make_views, skip_refused
 
-from icl_msr.methods import BYOL, Method, MoCo, Step
+from icl_msr.methods import BYOL, Method, MoCo, Step, Targets
 from icl_msr.methods.momentum import Queue, rising_momentum
 from icl_msr.regularizers.bilevel import trainable
 
@@ -58,6 +59,28 @@ def test_negatives_raise_the_loss_of_a_method_with_a_denominator() -> None:
         views, plain = make_views(negatives=1), make_views()
         loss = method(views, method.targets(views), STEP).loss
         assert loss > method(plain, method.targets(plain), STEP).loss
+
+
+def test_what_is_measured_of_negatives_is_what_the_loss_compares(method: Method) -> None:
+    """The loss moves a negative of unit length along the anchors that it is said to meet, and nowhere else."""
+    skip_refused(method, "negatives")
+    views = make_views(negatives=2)
+    targets = method.targets(views)
+    output = method(views, targets, STEP)
+    assert targets.negatives is not None
+    rows = targets.negatives.rows.requires_grad_()
+    (gradient,) = torch.autograd.grad(method.loss(output.embeddings, targets, STEP), rows)
+    moves = method.non_semantic(replace(targets, negatives=replace(targets.negatives, rows=gradient)), output.pairs)
+    for met, move in zip(method.non_semantic(targets, output.pairs), moves, strict=True):
+        meets = [p.anchor for p, m in zip(output.pairs, moves, strict=True) if m.data_ptr() == move.data_ptr()]
+        assert all(anchor.shape[1] == met.shape[2] for anchor in meets)
+        for image in range(len(met)):
+            for t, towards in zip(met[image], move[image], strict=True):
+                basis = torch.stack([t, *(anchor[image] for anchor in meets)]).detach().T
+                along = basis @ torch.linalg.lstsq(basis, towards[:, None], driver="gelsd").solution
+                assert towards.norm() > 0
+                torch.testing.assert_close(along[:, 0], towards)
+    assert method.non_semantic(Targets(), output.pairs) == []
 
 
 def test_no_gradient_reaches_targets_or_momentum_encoders(method: Method) -> None:

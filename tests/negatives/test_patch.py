@@ -66,14 +66,17 @@ VARIANTS = [(s, f, r) for s in (False, True) for f in (False, True) for r in (Fa
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.uint8])
 @pytest.mark.parametrize(("height", "width"), [(32, 32), (33, 47), (64, 40), (2, 3)])
 @pytest.mark.parametrize(("shuffle", "flips", "rotations"), VARIANTS)
-def test_equals_the_loop_of_the_description(shuffle, flips, rotations, height, width, dtype):
+@pytest.mark.parametrize("copies_rows", [("cpu",), ()])
+def test_equals_the_loop_of_the_description(copies_rows, shuffle, flips, rotations, height, width, dtype):
     patches, n = generator(count=3, shuffle=shuffle, flips=flips, rotations=rotations), 4
+    patches.copies_rows = copies_rows
     query = torch.arange(n * 3 * height * width).view(n, 3, height, width).to(dtype)
     key = keys(0, 4, torch.arange(n), 9)
     ours = patches(query, key)
     assert ours.shape == (n, 3, 3, height, width)
     assert ours.dtype == dtype
     assert torch.equal(ours, one_by_one(query, patches, key))
+    assert torch.equal(patches(query.contiguous(memory_format=torch.channels_last), key), ours)
 
 
 def test_shuffled_patches_are_each_used_once():

@@ -102,11 +102,13 @@ def one_by_one(query, texture, key):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.uint8])
 @pytest.mark.parametrize(("height", "width"), [(40, 40), (33, 47), (64, 40), (13, 9), (5, 5)])
-def test_equals_quilting_block_after_block(height, width, dtype):
-    query, key, texture = pictures(3, height, width), keys(0, 4, torch.arange(3), 9), generator()
+@pytest.mark.parametrize("candidates", [20, 150])  # a few of the places; about as many as there are, at 33 and 40 px
+def test_equals_quilting_block_after_block(candidates, height, width, dtype):
+    query, key, texture = pictures(3, height, width), keys(0, 4, torch.arange(3), 9), generator(candidates=candidates)
     ours = texture(query.to(dtype), key)
     assert ours.dtype == dtype
     assert torch.equal(ours.float(), one_by_one(query, texture, key))
+    assert torch.equal(texture(query.to(dtype).contiguous(memory_format=torch.channels_last), key), ours)
 
 
 @pytest.mark.parametrize("rows", [1, 2, 9])
