@@ -44,7 +44,11 @@ class Child(subprocess.Popen[bytes]):
     """
 
     def __init__(
-        self, words: Sequence[str], environment: dict[str, str], output: IO[Any] | None = None, module: str = MODULE
+        self,
+        words: Sequence[str],
+        environment: dict[str, str],
+        output: IO[Any] | None = None,
+        module: str | None = None,
     ):
         self.leash, theirs = socket.socketpair()
         self.leash.setblocking(False)
@@ -52,7 +56,7 @@ class Child(subprocess.Popen[bytes]):
         before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # for the child: until it holds the leash
         try:
             super().__init__(
-                [sys.executable, "-m", module, *words],
+                [sys.executable, "-m", module or MODULE, *words],
                 env={**environment, _LEASH: "1"},
                 stdin=theirs.fileno(),
                 stdout=output,
@@ -195,7 +199,7 @@ def run_ranks(world_size: int, words: Sequence[str], folder: Path, module: str |
         for rank in range(world_size):
             environment = {**common, "RANK": str(rank), "LOCAL_RANK": str(rank)}
             with logs[rank].open("wb") if rank else nullcontext() as output:
-                ranks.append(Child(words, environment, output, module or MODULE))
+                ranks.append(Child(words, environment, output, module))
         while (first := _first_failure(ranks)) is None and _running(ranks):
             time.sleep(0.02)
         if first is not None:
