@@ -26,6 +26,7 @@ MANDATORY = {
     "backbone=timm": ["backbone.name=resnet18"],
     "negatives=cached": ["negatives.folder=textures"],
     "evaluation=shape": ["evaluation.stimuli=stimuli"],
+    "evaluation=similarity": ["evaluation.other=timm:resnet18"],
 }
 GROUPS = ["augment", "backbone", "dataset", "evaluation", "hardware", "logger", "method", "negatives", "optimizer"]
 

@@ -71,6 +71,18 @@ def results(folder: str | Path) -> dict[str, Any]:
     return content
 
 
+def test_a_run_of_an_older_version_lacks_keys_of_its_data_set(runs: Path, tmp_path: Path) -> None:
+    """Its config is completed with today's values, which are those that it had without saying so."""
+    old = tmp_path / "old"
+    shutil.copytree(runs / "run", old)
+    config = OmegaConf.load(old / "config.yaml")
+    del config.dataset["rho"]
+    OmegaConf.save(config, old / "config.yaml")
+    assert main([f"run={old}", *FAST, "to=a"]) == 0
+    assert main([f"run={runs}/run", *FAST, "to=b"]) == 0
+    assert results("a")["accuracies"] == results("b")["accuracies"]
+
+
 @pytest.mark.slow
 def test_two_ranks_give_the_numbers_of_one(photos: Path) -> None:
     words = ["encoder=torchvision:resnet18", "weights=null", "dataset=imagefolder", f"dataset.root={photos}"]

@@ -569,7 +569,7 @@ def test_tensorboard_shows_curves_final_numbers_and_pictures(tmp_path: Path, sto
     logger.conclude(story.folder)
     logger.close(0)
     found = events(tmp_path / "tensorboard")
-    assert set(found.Tags()["images"]) == {"views", "negatives", "strata", "weights", "neighbours"}
+    assert set(found.Tags()["images"]) == {"views", "negatives", "strata", "weights", "neighbours", "map"}
     picture = imread(story.folder / "figures" / "views.png")
     (shown,) = found.Images("views")
     assert (shown.height, shown.width) == picture.shape[:2]

@@ -54,7 +54,14 @@ class Meta(pl.Callback):
         regularizer, plain = regularizer_of(pl_module), regularizer_of(pl_module).meta_step
 
         def meta_step(
-            method: Method, views: Views, targets: Targets, step: Step, inner: Any, lr: float, features: Any = None
+            method: Method,
+            views: Views,
+            targets: Targets,
+            step: Step,
+            inner: Any,
+            lr: float,
+            features: Any = None,
+            precision: torch.dtype | None = None,
         ) -> Any:
             call: dict[str, Any] = {"index": views.index, "step": step.index, "inner": inner}
             if inner is not None:
@@ -66,7 +73,7 @@ class Meta(pl.Callback):
                     ]
                 call["expected"] = {name: sum(part[name] for part in parts) / len(parts) for name in inner}
             before = state(method)
-            log = plain(method, views, targets, step, inner, lr, features)
+            log = plain(method, views, targets, step, inner, lr, features, precision)
             self.calls.append(call | {"method stays": equal(state(method), before)})
             self.micro_batches = []
             return log

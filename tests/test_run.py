@@ -77,7 +77,7 @@ def sweep(tmp_path_factory: pytest.TempPathFactory) -> Finished:
 
 def test_the_folder_is_complete(finished: Finished) -> None:
     found = {str(file.relative_to(finished.folder)) for file in finished.folder.rglob("*.*")}
-    figures = ("views", "negatives", "strata", "weights", "neighbours")
+    figures = ("views", "negatives", "strata", "weights", "neighbours", "map")
     assert {name for name in found if not name.endswith(".log")} == {
         "config.yaml",
         "environment.json",
@@ -178,7 +178,7 @@ def test_the_report_stands_alone(finished: Finished) -> None:
     assert page.count("data:image/") >= 4
     assert not re.findall(r'(?:src|href)="(?!data:|#)[^"]*"', page)
     captions = finished.json("figures/captions.json")
-    assert list(captions) == ["views.png", "negatives.png", "strata.png", "weights.png", "neighbours.png"]
+    assert list(captions) == ["views.png", "negatives.png", "strata.png", "weights.png", "neighbours.png", "map.png"]
 
 
 def test_the_terminal_says_what_and_where(finished: Finished) -> None:

@@ -49,13 +49,13 @@ class LightlySimCLR(Method):
 
 
 def main() -> list[dict[str, float]]:
-    """Trains on noise; returns what was printed."""
+    """Trains on a batch of noise; returns what was printed."""
     torch.manual_seed(0)
     model, printed = LightlySimCLR(), []
     regularizer = MetaSemanticRegularizer.with_defaults(model.channels, 0.5, seed=0, every=1)
     optimizer = torch.optim.SGD(model.parameters(), LR, momentum=0.9)
+    x = torch.randn(BATCH, 3, 32, 32)  # the plain images; lightly's transforms give the two views of them
     for index in range(STEPS):
-        x = torch.randn(BATCH, 3, 32, 32)  # the plain image; lightly's transforms give the two views of it
         x0, x1 = (x + 0.5 * torch.randn_like(x) for _ in range(2))
         views = Views(x, [x0, x1], index=torch.arange(BATCH), labels=torch.zeros(BATCH, dtype=torch.long))
 

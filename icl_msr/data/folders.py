@@ -113,8 +113,8 @@ def imagefolder(
     train_on: TrainOn,
     resident_size: NonNegativeInt,
     memory_budget_gb: NonNegativeFloat,
-    shifted: dict[str, str] | None = None,  # configs of older runs have neither
-    renamed: dict[str, str] | None = None,
+    shifted: dict[str, str],
+    renamed: dict[str, str],
 ) -> Dataset:
     """Any folder of images with one folder per class, `<root>/<train>/<class>/*.jpg` and so on.
 
@@ -176,11 +176,10 @@ def imagefolder(
             key = test_name(name, region, single=len(test_sets) == 1) if objects.known else name
             lazy[f"test {key}"] = replace(whole, region=region)
 
-    shifted = shifted or {}
     for name, where_else in shifted.items():
         if f"test {name}" in lazy:
             raise UserError(f"dataset.shifted.{name} is a test split already; give it another name.")
-        chosen, label = _shifted_images(name, base / Path(where_else).expanduser(), classes, renamed or {})
+        chosen, label = _shifted_images(name, base / Path(where_else).expanduser(), classes, renamed)
         lazy[f"test {name}"] = FileSplit(chosen, label, image_size)
 
     splits: dict[str, Split] = dict(lazy)

@@ -192,7 +192,7 @@ def configs(subject: Subject, overrides: Sequence[str]) -> tuple[list[DictConfig
             config = _compose([*common, f"evaluation={name}", *fitting])
             if own_data:
                 assert subject.config is not None
-                config.dataset = OmegaConf.create(subject.config["dataset"])
+                config.dataset = _with_new_keys(subject.config["dataset"], (subject.choices or {}).get("dataset"))
             for change in OverridesParser.create().parse_overrides(changes):
                 OmegaConf.update(config, change.key_or_group, change.value(), force_add=True)
             composed.append(config)
@@ -201,6 +201,16 @@ def configs(subject: Subject, overrides: Sequence[str]) -> tuple[list[DictConfig
     if own_data and subject.choices:
         picked["dataset"] = subject.choices["dataset"]
     return composed, names, {**picked, "evaluation": "+".join(names)}, own_data
+
+
+def _with_new_keys(saved: Any, choice: str | None) -> DictConfig:
+    """The data set of a run, with the values of today's YAML file for keys that there were not when it was trained."""
+    node: DictConfig = OmegaConf.create(saved)
+    if choice and (config_dir() / "dataset" / f"{choice}.yaml").exists():
+        today = _compose([f"dataset={choice}"]).dataset
+        if today.get("_target_") == node.get("_target_"):
+            return OmegaConf.merge(today, node)  # type: ignore[return-value]
+    return node
 
 
 def _has(node: DictConfig, word: str) -> bool:
