@@ -1,6 +1,7 @@
 """Speed of the non-semantic negatives, images a second: medians of alternating rounds in one run.
 
 python experiments/benchmarks/negatives.py [--threads 2] [--device cpu] [--sizes 32 96 224] [--seconds 2] [--rounds 7]
+    [--without WORD]
 
 * patch negatives of float32, bfloat16 and uint8 queries against the official loop over images, written anew from its
   description;
@@ -8,7 +9,8 @@ python experiments/benchmarks/negatives.py [--threads 2] [--device cpu] [--sizes
 * texture negatives against image quilting in numpy, image by image, once with as many random candidates and once with
   all blocks, as the textbook has it.
 
-A round is as many images as take about `--seconds`, a batch at a time; slow pieces take one image at least.
+A round is as many images as take about `--seconds`, a batch at a time; slow pieces take one image at least, and
+`--without "all blocks"` leaves the slowest out.
 """
 
 import argparse
@@ -156,12 +158,14 @@ def main() -> None:
     parser.add_argument("--sizes", type=int, nargs="+", default=[32, 96, 224])
     parser.add_argument("--seconds", type=float, default=2.0)
     parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--without", default=None)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    rates = {
-        side: measure(work(side, options.device), options.device, options.seconds, options.rounds)
-        for side in options.sizes
-    }
+    rates = {}
+    for side in options.sizes:
+        pieces = work(side, options.device)
+        pieces = {name: piece for name, piece in pieces.items() if not (options.without and options.without in name)}
+        rates[side] = measure(pieces, options.device, options.seconds, options.rounds)
     where = torch.cuda.get_device_name() if options.device.type == "cuda" else f"{options.threads} CPU threads"
     table = Table(title=f"negatives, images a second on {where} (times the slow version of the same)")
     table.add_column("what")

@@ -53,6 +53,7 @@ def generators() -> dict[str, Generator]:
         "the image itself": lambda images, key: images,
         "patch": negatives("patch"),
         "patch, smallest alone (16 of 224)": negatives("patch", largest=16),
+        "patch, 32 of 224 alone": negatives("patch", smallest=32, largest=32),
         "patch, largest alone (72 of 224)": negatives("patch", smallest=72),
         "patch, shuffle": negatives("patch", shuffle=True),
         "patch, flips and rotations": negatives("patch", flips=True, rotations=True),
