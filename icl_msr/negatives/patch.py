@@ -22,8 +22,8 @@ class PatchNegatives:
     turned by 0, 90, 180 or 270 degrees.
     """
 
-    copies_rows = ("cpu",)
-    """Kinds of device on which rows of patches are copied where they lie as in the image; else pixels are picked."""
+    copies_rows_from = 64
+    """Side in pixels from which a CPU copies rows of patches; smaller images, and other devices, pick single pixels."""
 
     def __init__(
         self,
@@ -81,7 +81,8 @@ class PatchNegatives:
             top = (numbers[:, 1:] >> 16) * (height - d) >> 16
             left = (numbers[:, 1:] & 0xFFFF) * (width - d) >> 16
         corner = top * width + left
-        if query.device.type in self.copies_rows and not (self.flips or self.rotations):
+        as_they_are = not (self.flips or self.rotations)
+        if as_they_are and query.device.type == "cpu" and min(height, width) >= self.copies_rows_from:
             return _row_by_row(query, corner.view(-1, down, across), d[:, 0].tolist())
         row, column = torch.arange(height, device=d.device), torch.arange(width, device=d.device)
         cell = (row // d * across)[:, :, None] + (column // d)[:, None]

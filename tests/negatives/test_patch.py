@@ -66,10 +66,10 @@ VARIANTS = [(s, f, r) for s in (False, True) for f in (False, True) for r in (Fa
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.uint8])
 @pytest.mark.parametrize(("height", "width"), [(32, 32), (33, 47), (64, 40), (2, 3)])
 @pytest.mark.parametrize(("shuffle", "flips", "rotations"), VARIANTS)
-@pytest.mark.parametrize("copies_rows", [("cpu",), ()])
-def test_equals_the_loop_of_the_description(copies_rows, shuffle, flips, rotations, height, width, dtype):
+@pytest.mark.parametrize("rows_from", [0, 1000])
+def test_equals_the_loop_of_the_description(rows_from, shuffle, flips, rotations, height, width, dtype):
     patches, n = generator(count=3, shuffle=shuffle, flips=flips, rotations=rotations), 4
-    patches.copies_rows = copies_rows
+    patches.copies_rows_from = rows_from
     query = torch.arange(n * 3 * height * width).view(n, 3, height, width).to(dtype)
     key = keys(0, 4, torch.arange(n), 9)
     ours = patches(query, key)
