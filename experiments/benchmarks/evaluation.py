@@ -28,7 +28,7 @@ from torch.nn.functional import cross_entropy, normalize
 from torch.utils.data import DataLoader, TensorDataset
 
 from icl_msr.data.dataset import ArraySplit
-from icl_msr.encoders import resnet18
+from icl_msr.encoders import resnet
 from icl_msr.evaluation.features import extract
 from icl_msr.evaluation.knn import knn_predict
 from icl_msr.evaluation.linear import fit_linear_probe
@@ -92,12 +92,12 @@ def main() -> None:
     logging.getLogger("pytorch_lightning").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore")
 
-    encoder = resnet18(32, weights=None).eval()
+    encoder = resnet(32, name="resnet18", stem="auto", weights=None).eval()
     images = torch.randint(256, (2048, 3, 32, 32), dtype=torch.uint8)
     split = ArraySplit(images, torch.zeros(2048, dtype=torch.int64))
     keys: dict[str, Any] = {"mean": MEAN, "std": STD, "device": "cpu", "batch_size": 256}
     ours = encoder.to(memory_format=torch.channels_last)
-    plain = Predictor(resnet18(32, weights=None).eval())
+    plain = Predictor(resnet(32, name="resnet18", stem="auto", weights=None).eval())
     features = alternate(
         {
             "features, plain Lightning loop": lambda: pl.Trainer(**QUIET).predict(
