@@ -100,14 +100,18 @@ def responses(images: Tensor) -> Tensor:
     return torch.cat([images, filtered], dim=1).flatten(2)
 
 
-def distances(images: Tensor, made: Tensor) -> tuple[Tensor, Tensor]:
-    """`gram` and `histogram` of each image, (N,); see the module."""
-    source, result = responses(images), responses(made)
-    grams = [r @ r.mT / r.shape[2] for r in (source, result)]
-    gram = (grams[1] - grams[0]).flatten(1).norm(dim=1) / grams[0].flatten(1).norm(dim=1)
-    spread = source.std(2).clamp(min=1e-3)
-    histogram = ((source.sort(2).values - result.sort(2).values).abs().mean(2) / spread).mean(1)
-    return gram, histogram
+class Look:
+    """What images look like to the bank, kept to compare others with them."""
+
+    def __init__(self, images: Tensor) -> None:
+        seen = responses(images)
+        self.gram = seen @ seen.mT / seen.shape[2]
+        self.sorted, self.spread = seen.sort(2).values, seen.std(2).clamp(min=1e-3)
+
+    def distances(self, other: "Look") -> tuple[Tensor, Tensor]:
+        """`gram` and `histogram` of each image, (N,); see the module."""
+        gram = (other.gram - self.gram).flatten(1).norm(dim=1) / self.gram.flatten(1).norm(dim=1)
+        return gram, ((self.sorted - other.sorted).abs().mean(2) / self.spread).mean(1)
 
 
 def main(words: list[str]) -> None:
@@ -135,21 +139,22 @@ def main(words: list[str]) -> None:
     index = torch.linspace(0, len(test) - 1, min(count, len(test))).round().long()
     # In an order without classes, so that "another image" is of any.
     index = index[torch.randperm(len(index), generator=torch.Generator().manual_seed(0))]
-    rows = []
-    for name, make in generators().items():
-        right, grams, histograms = 0.0, [], []
-        for part in index.split(256):
-            images = normalise(test.load(part), about["mean"], about["std"])
+    right: dict[str, float] = dict.fromkeys(generators(), 0.0)
+    found: dict[str, list[Tensor]] = {name: [] for name in right}
+    for part in index.split(256):
+        images = normalise(test.load(part), about["mean"], about["std"])
+        source = Look(images)
+        for name, make in generators().items():
             made = make(images, keys(0, 0, part, view=-1))
             with torch.inference_mode():
                 scores = probe(encoder(made.contiguous(memory_format=torch.channels_last)).float())
-            right += float((scores.argmax(1) == test.labels[part]).sum())
-            gram, histogram = distances(images, made)
-            grams.append(gram)
-            histograms.append(histogram)
-        row = {"generator": name, "gram": float(torch.cat(grams).median())}
-        row |= {"histogram": float(torch.cat(histograms).median()), "class_read_percent": 100 * right / len(index)}
-        rows.append(row)
+            right[name] += float((scores.argmax(1) == test.labels[part]).sum())
+            found[name].append(torch.stack(source.distances(Look(made))))
+    rows: list[dict[str, Any]] = []
+    for name, parts in found.items():
+        gram, histogram = torch.cat(parts, dim=1).median(dim=1).values.tolist()
+        percent = 100 * right[name] / len(index)
+        rows.append({"generator": name, "gram": gram, "histogram": histogram, "class_read_percent": percent})
     title = f"{len(index)} images of {split}, {classes} classes (chance {100 / classes:.1f} %), {run.path.name}"
     table = Table(title=title)
     for column in ("generator", "gram", "histogram", "class read, %"):
