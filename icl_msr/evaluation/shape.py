@@ -145,7 +145,7 @@ class ShapeAndTexture(Evaluation):
         """See `suite.Evaluation`; a class of `same` may not be in the data set."""
         label = covered(self.shown.classes, dataset.classes, self.same)
         bias = self.classifiers if self._conflicts(label)[0].numel() else []
-        decoded = [f"linear/stimuli/{cue}" for cue in CUES]
+        decoded = [f"{self.linear_name}/stimuli/{cue}" for cue in CUES]
         return [*(f"{classifier}/train/conflict_{cue}" for classifier in bias for cue in CUES), *decoded]
 
     def measure(self, look: Look, results: Results) -> None:
@@ -218,7 +218,7 @@ class ShapeAndTexture(Evaluation):
             rest, held = (part.to(look.device) for part in (fold != k, fold == k))
             probe = self.fit_probe(stimuli[rest], labels.to(look.device)[rest], classes, look.seed)
             hits[fold == k] = probe(stimuli[held]).argmax(1).cpu() == labels[fold == k]
-        row = Row(encoder=look.encoder, classifier="linear", fitted_on="stimuli")
+        row = Row(encoder=look.encoder, classifier=self.linear_name, fitted_on="stimuli")
         right = _accuracy(row, cue, hits, look.bootstrap)
         results.accuracies.append(right)
         kinds = len(set(labels.tolist()))

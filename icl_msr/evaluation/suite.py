@@ -7,6 +7,7 @@ import itertools
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
+from pathlib import Path
 from typing import Annotated, Any, Protocol, TypedDict
 
 import numpy as np
@@ -15,6 +16,7 @@ from numpy.typing import NDArray
 from pydantic import Field, PositiveFloat, PositiveInt
 from torch import Tensor, nn
 
+from icl_msr.checkpoint import atomic_write
 from icl_msr.config import suggestion
 from icl_msr.data.dataset import Dataset, Split
 from icl_msr.errors import UserError
@@ -22,7 +24,7 @@ from icl_msr.evaluation.background import background_gaps
 from icl_msr.evaluation.features import extract
 from icl_msr.evaluation.health import effective_rank, feature_std, spread
 from icl_msr.evaluation.knn import PresetName, knn_scores
-from icl_msr.evaluation.linear import LinearProbe, fit_linear_probe
+from icl_msr.evaluation.linear import LinearProbe, ProbeName, fit_linear_probe
 from icl_msr.evaluation.metrics import Bootstrap, Interval
 from icl_msr.evaluation.scores import confusion, in_top, most_confused, per_class
 
@@ -40,7 +42,7 @@ class Row(TypedDict):
     encoder: str
     """`trained`, the one that is evaluated, or `untrained`."""
     classifier: str
-    """`linear` or `knn-<preset>`."""
+    """`linear`, `linear-<preset>`, `knn-<preset>` or `finetune`; `-1%` at the end: fitted with a part of the labels."""
     fitted_on: str
     """`train` or `balanced`."""
 
@@ -92,9 +94,10 @@ class Health(TypedDict):
 
 
 class Choice(TypedDict):
-    """The learning rate of a linear probe, and the held-out accuracies (in [0, 1]) that chose it."""
+    """The learning rate of a classifier, and the held-out accuracies (in [0, 1]) that chose it."""
 
     encoder: str
+    classifier: str
     fitted_on: str
     learning_rate: float
     held_out_accuracies: dict[str, float]
@@ -121,6 +124,10 @@ class Results:
     """Of `similarity.Alike`."""
     textures: list[Any] = field(default_factory=list)
     """Of `textures.TextureAccuracy`."""
+    labelled: list[Any] = field(default_factory=list)
+    """Of `labels.Labelled`."""
+    lists: dict[str, list[str]] = field(default_factory=dict)
+    """Names of images, by the name of the text file that `save` writes."""
     predictions: dict[str, NDArray[np.int64]] = field(default_factory=dict)
     """Predicted classes (n,) under `encoder/classifier/fitted_on/split`, and true ones under `labels/split`: what
     `numpy.savez` takes, for paired comparisons between runs."""
@@ -140,7 +147,14 @@ class Results:
             "decodability": self.decodability,
             "similarity": self.similarity,
             "textures": self.textures,
+            "labelled": self.labelled,
         }
+
+    def save(self, folder: Path) -> None:
+        """Writes what is too long for the records: `predictions.npz`, and each list as a file, one name a line."""
+        np.savez_compressed(folder / "predictions.npz", **self.predictions)  # type: ignore[arg-type]
+        for file, names in self.lists.items():
+            atomic_write(folder / file, "\n".join(names) + "\n")
 
     def add(self, other: "Results") -> None:
         """Puts what another evaluation of the same encoders found behind what is here; a row that is here stays."""
@@ -202,10 +216,10 @@ class Look:
 class Evaluation:
     """kNN and linear probes on cached features, fitted on the train split and on the balanced one.
 
-    Config keys: `knn` names the kNN presets; `linear` asks for the linear probe, whose keys are `learning_rates`,
-    `probe_epochs`, `probe_batch_size` and `probe_held_out` (a fraction of the fitting set); `bootstrap`
-    is the number of resamples; `untrained` asks for the untrained encoder beside the trained one; `batch_size` is
-    the number of images in a forward pass.
+    Config keys: `knn` names the kNN presets; `linear` asks for the linear probe, whose keys are `probe` (a preset of
+    `linear.PROBES`), `learning_rates`, `probe_epochs`, `probe_batch_size` and `probe_held_out` (a fraction of the
+    fitting set); `bootstrap` is the number of resamples; `untrained` asks for the untrained encoder beside the trained
+    one; `batch_size` is the number of images in a forward pass.
 
     Other evaluations add keys of their own and say in `names` and `measure` what is measured.
     """
@@ -219,6 +233,7 @@ class Evaluation:
     bootstrap: PositiveInt
     untrained: bool
     batch_size: PositiveInt
+    probe: ProbeName = "ours"  # configs of older runs have none
 
     def names(self, dataset: Dataset) -> list[str]:
         """What will be measured: `classifier/fitted_on/split`.
@@ -231,7 +246,12 @@ class Evaluation:
     @property
     def classifiers(self) -> list[str]:
         """The names of what is fitted."""
-        return [*(f"knn-{preset}" for preset in self.knn), *(["linear"] if self.linear else [])]
+        return [*(f"knn-{preset}" for preset in self.knn), *([self.linear_name] if self.linear else [])]
+
+    @property
+    def linear_name(self) -> str:
+        """The name of the linear probe."""
+        return "linear" if self.probe == "ours" else f"linear-{self.probe}"
 
     def __call__(
         self,
@@ -265,13 +285,10 @@ class Evaluation:
         results.features[look.encoder] = {name: values.cpu() for name, values in features.items()}
         first = next(iter(dataset.tests))
         results.health.append(health(look.encoder, first, features[first]))
-        labels = {name: split.labels.cpu() for name, split in dataset.tests.items()}
-        tests = {name: features[name] for name in labels}
+        tests = {name: features[name] for name in dataset.tests}
         for fitted_on, split in fitting.items():
             for row, scores in self.scores(look, fitted_on, features[fitted_on], split.labels, tests, results):
-                correct = {name: record(look, row, name, scores[name], labels[name], results) for name in labels}
-                gaps = background_gaps(correct, labels, dataset.chance, look.bootstrap, dataset.shifted)
-                results.gaps += [gap(row, name, interval) for name, interval in gaps.items()]
+                record_tests(look, row, scores, results)
 
     def scores(
         self,
@@ -281,18 +298,20 @@ class Evaluation:
         labels: Tensor,
         tests: Mapping[str, Tensor],
         results: Results,
+        suffix: str = "",
     ) -> Iterator[tuple[Row, dict[str, Tensor]]]:
         """Class scores (n, K) on the CPU of `tests`, features (n, c) by name, by each classifier fitted to the bank.
 
-        `bank` (M, c) has `labels` (M,). How the probe was chosen goes to the results.
+        `bank` (M, c) has `labels` (M,). How the probe was chosen goes to the results. `suffix` is what the names of
+        classifiers end with.
         """
         queries, classes = torch.cat(list(tests.values())), len(look.dataset.classes)
         scores, probe = self.fit(bank, labels.to(look.device), queries, classes, look.seed)
         if probe is not None:
-            results.choices.append(choice(look.encoder, fitted_on, probe))
+            results.choices.append(choice(look.encoder, f"{self.linear_name}{suffix}", fitted_on, probe))
         for classifier, values in scores.items():
             parts = torch.split(values.cpu(), [len(features) for features in tests.values()])
-            row = Row(encoder=look.encoder, classifier=classifier, fitted_on=fitted_on)
+            row = Row(encoder=look.encoder, classifier=f"{classifier}{suffix}", fitted_on=fitted_on)
             yield row, dict(zip(tests, parts, strict=True))
 
     def fit(
@@ -309,7 +328,7 @@ class Evaluation:
         if not self.linear:
             return scores, None
         probe = self.fit_probe(bank, labels, classes, seed)
-        return {**scores, "linear": probe(queries)}, probe
+        return {**scores, self.linear_name: probe(queries)}, probe
 
     def fit_probe(self, features: Tensor, labels: Tensor, classes: int, seed: int) -> LinearProbe:
         """See `linear.fit_linear_probe`."""
@@ -322,6 +341,7 @@ class Evaluation:
             batch_size=self.probe_batch_size,
             held_out=self.probe_held_out,
             seed=seed,
+            preset=self.probe,
         )
 
 
@@ -339,6 +359,15 @@ def named_split(dataset: Dataset, name: str | None) -> str:
     if name is not None and name not in dataset.tests:
         raise UserError(f"evaluation.split={name} is no test split; {suggestion(name, dataset.tests)}")
     return name or next(iter(dataset.tests))
+
+
+def record_tests(look: Look, row: Row, scores: Mapping[str, Tensor], results: Results) -> None:
+    """Puts class scores (n, K) of every test split, and the gaps between them, into the results."""
+    dataset = look.dataset
+    labels = {name: split.labels.cpu() for name, split in dataset.tests.items()}
+    correct = {name: record(look, row, name, scores[name], labels[name], results) for name in labels}
+    gaps = background_gaps(correct, labels, dataset.chance, look.bootstrap, dataset.shifted)
+    results.gaps += [gap(row, name, interval) for name, interval in gaps.items()]
 
 
 def record(look: Look, row: Row, split: str, scores: Tensor, labels: Tensor, results: Results) -> Tensor:
@@ -408,12 +437,13 @@ def health(encoder: str, split: str, features: Tensor) -> Health:
     )
 
 
-def choice(encoder: str, fitted_on: str, probe: LinearProbe) -> Choice:
+def choice(encoder: str, classifier: str, fitted_on: str, probe: LinearProbe) -> Choice:
     """How the learning rate of a probe was chosen."""
     rate = f"{probe.learning_rate:g}"
     note = f"The chosen learning rate {rate} lies at the edge of the grid: widen evaluation.learning_rates."
     return Choice(
         encoder=encoder,
+        classifier=classifier,
         fitted_on=fitted_on,
         learning_rate=probe.learning_rate,
         held_out_accuracies={f"{rate:g}": accuracy for rate, accuracy in probe.held_out_accuracies.items()},

@@ -1,10 +1,16 @@
 from collections.abc import Callable
+from typing import Any
 
+import pytest
 import torch
 from sklearn.linear_model import LogisticRegression
-from torch import Tensor
+from tiny import composed
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
 
-from icl_msr.evaluation.linear import LinearProbe, fit_linear_probe, hold_out
+from icl_msr.config import build, check
+from icl_msr.evaluation.linear import PROBES, LinearProbe, fit_linear_probe, hold_out
+from icl_msr.randomness import permutation
 
 Blobs = Callable[..., tuple[Tensor, Tensor]]
 SETTINGS = {"epochs": 30, "batch_size": 256, "held_out": 0.2, "seed": 0}
@@ -70,3 +76,72 @@ def test_held_out_images() -> None:
     assert torch.equal(held, hold_out(100, 0.2, seed=3)[1])
     assert not torch.equal(held, hold_out(100, 0.2, seed=4)[1])
     assert [len(part) for part in hold_out(2, 0.01, seed=0)] == [1, 1]
+
+
+def test_wmse_is_their_loop(blobs: Blobs) -> None:
+    """Raw features, a layer of nn, Adam with decay inside the gradient, one exponential from 1e-2 to 1e-6."""
+    features, labels = blobs(600, seed=1)
+    features = features.double()  # or Adam makes rounding large
+    epochs, settings = 20, {"epochs": 20, "batch_size": 200, "held_out": 0.2, "seed": 3}
+    probe = fit_linear_probe(features, labels, 10, learning_rates=[1e-2], preset="wmse", **settings)
+    layer = zero_layer(features.shape[1], 10)
+    optimizer = torch.optim.Adam(layer.parameters(), lr=1e-2, weight_decay=5e-6)
+    schedule = torch.optim.lr_scheduler.ExponentialLR(optimizer, gamma=(1e-6 / 1e-2) ** (1 / epochs))
+    for epoch in range(epochs):
+        for batch in permutation(3, epoch, 600).view(-1, 200):
+            optimizer.zero_grad()
+            cross_entropy(layer(features[batch]), labels[batch]).backward()
+            optimizer.step()
+        schedule.step()
+    torch.testing.assert_close(probe(features), layer(features).detach())
+    assert list(probe.held_out_accuracies) == [1e-2]
+
+
+def test_moco_is_their_loop(blobs: Blobs) -> None:
+    """Raw features, SGD with momentum, a tenth of the learning rate after 30, 40 and 50 of 60 epochs."""
+    features, labels = blobs(256, seed=1)
+    features = 0.02 * features.double()  # as small as those that a learning rate of 10 is meant for
+    settings = {"epochs": 60, "batch_size": 128, "held_out": 0.2, "seed": 3}
+    probe = fit_linear_probe(features, labels, 10, learning_rates=[10.0], preset="moco", **settings)
+    layer = zero_layer(features.shape[1], 10)
+    optimizer = torch.optim.SGD(layer.parameters(), lr=10.0, momentum=0.9, weight_decay=0.0)
+    schedule = torch.optim.lr_scheduler.MultiStepLR(optimizer, [30, 40, 50], gamma=0.1)
+    for epoch in range(60):
+        for batch in permutation(3, epoch, 256).view(-1, 128):
+            optimizer.zero_grad()
+            cross_entropy(layer(features[batch]), labels[batch]).backward()
+            optimizer.step()
+        schedule.step()
+    torch.testing.assert_close(probe(features), layer(features).detach())
+    assert accuracy(probe(features).argmax(1), labels) > 0.5
+
+
+@pytest.mark.parametrize(
+    ("name", "values"),
+    [
+        ("wmse_probe", {"probe": "wmse", "learning_rates": [1e-2], "probe_epochs": 500, "probe_batch_size": 1000}),
+        ("moco_probe", {"probe": "moco", "learning_rates": [10.0], "probe_epochs": 60, "probe_batch_size": 128}),
+    ],
+)
+def test_the_papers_settings(name: str, values: dict[str, Any]) -> None:
+    node = check(composed(f"evaluation={name}")).evaluation
+    assert {key: node[key] for key in values} == values
+    evaluation = build(node)
+    assert evaluation.classifiers[-1] == f"linear-{values['probe']}"
+
+
+def test_schedules() -> None:
+    """The shares of the learning rate at the first and the last epoch, and where it drops."""
+    assert PROBES["ours"].factor(0, 50) == 1
+    assert PROBES["ours"].factor(25, 50) == pytest.approx(0.5)
+    assert PROBES["wmse"].factor(0, 500) == 1
+    assert 1e-2 * PROBES["wmse"].factor(500, 500) == pytest.approx(1e-6)
+    drops = [PROBES["moco"].factor(epoch, 60) for epoch in (0, 29, 30, 39, 40, 49, 50, 59)]
+    assert drops == pytest.approx([1, 1, 0.1, 0.1, 0.01, 0.01, 0.001, 0.001])
+
+
+def zero_layer(channels: int, classes: int) -> nn.Linear:
+    layer = nn.Linear(channels, classes, dtype=torch.float64)
+    nn.init.zeros_(layer.weight)
+    nn.init.zeros_(layer.bias)
+    return layer
