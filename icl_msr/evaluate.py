@@ -16,7 +16,6 @@ from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
 
-import numpy as np
 import torch
 from omegaconf import OmegaConf
 from rich.console import Console
@@ -246,7 +245,7 @@ def write(
         "finished": datetime.now(UTC).isoformat(timespec="seconds"),
     }
     folder.write(folder.environment.name, about)
-    np.savez_compressed(folder.path / "predictions.npz", **results.predictions)  # type: ignore[arg-type]
+    results.save(folder.path)
     summary = {
         "name": about["name"],
         "choices": choices,

@@ -22,7 +22,6 @@ from pathlib import Path
 from tempfile import TemporaryFile
 from typing import Any, TypeVar
 
-import numpy as np
 import pytorch_lightning as pl
 import torch
 import torch.distributed as dist
@@ -425,7 +424,7 @@ def evaluate(settings: Settings, plan: Plan, pieces: Pieces, folder: RunFolder, 
         results = pieces.evaluation(
             backbone, dataset, device=plan.device, seed=settings.seed, untrained_encoder=pieces.untrained
         )
-        np.savez_compressed(folder.path / "predictions.npz", **results.predictions)  # type: ignore[arg-type]
+        results.save(folder.path)
     draw(folder.path / "figures", pieces.data, pieces.module.to(plan.device), results)
     return results
 

@@ -227,6 +227,51 @@ def test_what_is_left_without_content(runs: Path, photos: Path, capsys: pytest.C
     assert "largest: 30" in saved
 
 
+def test_transfer(runs: Path, photos: Path) -> None:
+    """A run's encoder on data that it was not trained on: the same probe, on the classes of the other data."""
+    words = [f"run={runs}/run", "dataset=imagefolder", f"dataset.root={photos}", "dataset.image_size=32"]
+    words += ["hardware=cpu", "evaluation.probe_epochs=5", "evaluation.bootstrap=20"]
+    assert main([*words, "evaluation=[default,moco_probe]", "to=photos"]) == 0
+    found = results("photos")
+    assert found["classes"] == ["cat", "dog"]
+    assert found["choices"]["pretrained_on"] == "confounded"
+    assert found["choices"]["dataset"] == f"imagefolder {photos.name}"
+    top1 = {row["classifier"]: row["top1"] for row in found["accuracies"] if row["encoder"] == "trained"}
+    assert list(top1) == ["knn-dino", "knn-wmse", "linear", "linear-moco"]
+    assert top1["linear"] == 1  # cats are dark, dogs are light
+    assert {(probe["encoder"], probe["classifier"]) for probe in found["probes"]} == {
+        (encoder, classifier) for encoder in ("trained", "untrained") for classifier in ("linear", "linear-moco")
+    }
+
+
+def test_some_of_the_labels_and_fine_tuning(runs: Path, photos: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = [f"run={runs}/run", "dataset=imagefolder", f"dataset.root={photos}", "dataset.image_size=32"]
+    words += ["hardware=cpu", "evaluation.bootstrap=20", "evaluation.tune_epochs=2", "evaluation.probe_epochs=5"]
+    fractions = "evaluation.fractions=[0.01,0.5]"
+    assert main([*words, "evaluation=semi_supervised", fractions, "to=some"]) == 0
+    out = capsys.readouterr().out
+    assert "Labels used" in out
+    assert "one image of each is used" in out
+    found = results("some")
+    names = [row["classifier"] for row in found["accuracies"] if row["encoder"] == "trained"]
+    assert names == ["linear-1%", "finetune-1%", "linear-50%", "finetune-50%"]
+    assert [part["n"] for part in found["labelled"]] == [2, 12]
+    assert "labelled-50%.txt" in [part["file"] for part in found["labelled"]]
+    chosen = Path("some/labelled-50%.txt").read_text().split()
+    assert len(chosen) == 12
+    assert set(chosen) < {f"{name}/{i}.png" for name in ("cat", "dog") for i in range(12)}
+    assert "Labels used" in Path("some/report.html").read_text()
+
+    files = "evaluation.files=[some/labelled-1%.txt,some/labelled-50%.txt]"
+    assert main([*words, "evaluation=semi_supervised", fractions, files, "to=again"]) == 0
+    assert results("again")["accuracies"] == found["accuracies"]
+
+    assert main([*words, "evaluation=[light,finetune]", "to=all"]) == 0
+    names = [row["classifier"] for row in results("all")["accuracies"] if row["encoder"] == "trained"]
+    assert names == ["knn-dino", "finetune"]
+    assert not list(Path("all").glob("labelled*"))
+
+
 @pytest.mark.parametrize(
     ("words", "parts"),
     [
@@ -250,6 +295,12 @@ def test_what_is_left_without_content(runs: Path, photos: Path, capsys: pytest.C
         (["encoder=timm:test_vit", "evaluation=corruptions", "evaluation.corruptions=[frost]"], ["frost", "fog"]),
         (["encoder=timm:test_vit", "evaluation=shape"], ["evaluation.stimuli has no value yet"]),
         (["encoder=timm:test_vit", "evaluation=textures", "evaluation.superclasses=no.csv"], ["no.csv is no file of"]),
+        (["encoder=timm:test_vit", "evaluation=finetune", "evaluation.fractions=[0]"], ["fractions", "greater than 0"]),
+        (["encoder=timm:test_vit", "evaluation=finetune", "evaluation.fractions=[2]"], ["fractions", "at most 1"]),
+        (["encoder=timm:test_vit", "evaluation=semi_supervised", "evaluation.files=[a]"], ["1 and 2 entries"]),
+        (["encoder=timm:test_vit", "evaluation=semi_supervised", "evaluation.files=[a,b]"], ["a cannot be read"]),
+        (["encoder=timm:test_vit", "evaluation=finetune", "evaluation.tune_optimizer=adam"], ["adam", "adamw"]),
+        (["encoder=timm:test_vit", "evaluation.probe=simclr"], ["evaluation.probe", "wmse"]),
         (["encoder=timm:test_vit", "evaluation=none"], ["evaluation=none measures nothing"]),
         (["encoder=timm:test_vit", "weights=null", "to=/proc/none"], ["/proc/none cannot be written", "to=FOLDER"]),
         (["encoder=timm:test_vit", "weights=null", "cache=/proc/none"], ["cannot be kept in /proc/none", "cache=null"]),

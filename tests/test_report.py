@@ -601,3 +601,22 @@ def test_what_is_lost_elsewhere_is_said() -> None:
     assert lost == "It loses 30.0 points (95 % interval 25.0 to 35.0) on sketch."
     results.gaps = []
     assert words.answer(results)[1].endswith("reaches 50.0 % on test, 20.0 % on sketch.")
+
+
+def test_fine_tuning_alone_is_said_and_compared(tmp_path: Path) -> None:
+    row = {"encoder": "trained", "fitted_on": "train", "split": "test"}
+    rows = [{**row, "classifier": name, "top1": 0.5} for name in ("finetune-1%", "finetune-10%")]
+    assert words.answer(Results(seed=0, accuracies=rows))[1] == "The fine-tuned encoder reaches 50.0 % on test."
+    rows += [{**row, "classifier": name, "top1": 0.4} for name in ("linear-10%", "knn-dino", "knn-wmse")]
+    assert words.answer(Results(seed=0, accuracies=rows))[1].startswith(
+        "A linear probe on the frozen encoder reaches 40"
+    )
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+        choices = {"method": name, "dataset": "photos"}
+        content = {"seed": 0, "name": name, "choices": choices, "accuracies": rows}
+        (tmp_path / name / "results.json").write_text(json.dumps(content))
+    assert main([str(tmp_path)]) == 0
+    text = Page(tmp_path / "report.html").text
+    assert all(name in text for name in ("finetune-1%", "finetune-10%", "linear-10%", "knn-dino"))
+    assert r"finetune-10\%" in (tmp_path / "summary.tex").read_text()

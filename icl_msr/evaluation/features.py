@@ -50,7 +50,7 @@ def extract(
     if over_ranks:
         starts = starts[rank() * len(starts) // world_size() : (rank() + 1) * len(starts) // world_size()]
     rows = []
-    with evaluating(encoder), torch.inference_mode(), _progress(label, len(starts) * batch_size) as bar:
+    with evaluating(encoder), torch.inference_mode(), progress(label, len(starts) * batch_size) as bar:
         for start in starts:
             chosen = index[start : start + batch_size]
             images = normalise(split.load(chosen).to(device, non_blocking=True), mean, std)
@@ -83,8 +83,8 @@ def evaluating(encoder: nn.Module) -> Iterator[None]:
             module.training = training
 
 
-class _Bar:
-    """A progress bar that shows itself only when the work turns out to be long."""
+class Bar:
+    """Images a second and time left; shows itself only when the work turns out to be long."""
 
     def __init__(self, label: str, total: int) -> None:
         columns = (
@@ -98,6 +98,7 @@ class _Bar:
         self.began, self.done = monotonic(), 0
 
     def advance(self, images: int) -> None:
+        """So many more are done."""
         self.done += images
         elapsed = monotonic() - self.began
         if elapsed > _PATIENCE and not self.progress.live.is_started:
@@ -106,8 +107,9 @@ class _Bar:
 
 
 @contextmanager
-def _progress(label: str, total: int) -> Iterator[_Bar]:
-    bar = _Bar(label, total)
+def progress(label: str, total: int) -> Iterator[Bar]:
+    """A bar for the work inside, of `total` images."""
+    bar = Bar(label, total)
     try:
         yield bar
     finally:

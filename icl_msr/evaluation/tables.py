@@ -18,11 +18,20 @@ class Measured(Protocol):
     similarity: list[Any]
     textures: list[Any]
     health: list[Any]
+    labelled: list[Any]
 
 
 def tables(results: Measured) -> list[Table]:
     """One for each kind of measure that was taken."""
-    kinds = (corruption_table, shape_table, decodability_table, texture_table, similarity_table, health_table)
+    kinds = (
+        labelled_table,
+        corruption_table,
+        shape_table,
+        decodability_table,
+        texture_table,
+        similarity_table,
+        health_table,
+    )
     return [table for kind in kinds if (table := kind(results)) is not None]
 
 
@@ -39,6 +48,22 @@ def _number(value: float | None, digits: int) -> str:
 
 def _percent(value: float | None) -> str:
     return _number(None if value is None else 100 * value, 1)
+
+
+def labelled_table(results: Measured) -> Table | None:
+    """Which images classifiers were fitted with, where those were only some; None else."""
+    rows = [row for row in results.labelled if row["fraction"] < 1]
+    if not rows:
+        return None
+    table = _table("Labels used", "part", "chosen by")
+    for column in ("images", "classes", "images of\na class"):
+        table.add_column(column, justify="right")
+    table.add_column("note")
+    for row in rows:
+        each = str(row["most"]) if row["fewest"] == row["most"] else f"{row['fewest']} to {row['most']}"
+        name = f"{100 * row['fraction']:g} %"
+        table.add_row(name, row["chosen_by"], str(row["n"]), str(row["classes"]), each, row["note"])
+    return table
 
 
 def corruption_table(results: Measured) -> Table | None:

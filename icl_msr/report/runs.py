@@ -106,6 +106,7 @@ class Results(BaseModel):
     decodability: list[dict[str, Any]] = []
     textures: list[dict[str, Any]] = []
     similarity: list[dict[str, Any]] = []
+    labelled: list[dict[str, Any]] = []
     strata: Look | None = None
 
 

@@ -152,12 +152,10 @@ def measurements(results: Results) -> dict[Metric, float]:
 
 
 def main_classifiers(metrics: Iterable[Metric]) -> tuple[str | None, str | None]:
-    """The linear probe and the first kNN preset, where measured."""
+    """The linear probe, or else what was fine-tuned, and the first kNN preset, where measured."""
     names = list(dict.fromkeys(metric.classifier for metric in metrics))
-    return (
-        next((name for name in names if name.startswith("linear")), None),
-        next((name for name in names if name.startswith("knn")), None),
-    )
+    fitted = (name for kind in ("linear", "finetune") for name in names if name.startswith(kind))
+    return next(fitted, None), next((name for name in names if name.startswith("knn")), None)
 
 
 def headline(configurations: list[Configuration]) -> list[Metric]:
@@ -188,7 +186,8 @@ def headline(configurations: list[Configuration]) -> list[Metric]:
             Metric("full", knn or either, "train", GAIN),
         ]
     else:
-        wanted = [metric for metric in measured if metric.encoder != "untrained" and metric.classifier in (linear, knn)]
+        main = (linear, knn, *(m.classifier for m in measured if m.classifier.startswith(("linear-", "finetune"))))
+        wanted = [metric for metric in measured if metric.encoder != "untrained" and metric.classifier in main]
     return [metric for metric in dict.fromkeys(wanted) if metric in measured]
 
 

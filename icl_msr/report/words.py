@@ -60,7 +60,7 @@ def find_gap(results: Results, gap: str, classifier: str, fitted_on: str, encode
 
 
 def main_classifier(results: Results) -> str | None:
-    """The classifier the answer is about: the linear probe, else kNN."""
+    """The classifier the answer is about: the linear probe, else what was fine-tuned, else kNN."""
     linear, knn = main_classifiers(Metric(a.split, a.classifier, a.fitted_on) for a in results.accuracies)
     return linear or knn
 
@@ -72,7 +72,9 @@ def answer(results: Results) -> list[str]:
         return ["This run was not evaluated, so nothing can be said about object and background."]
     gaps = (find_gap(results, name, classifier, "train", "trained") for name in LOSSES)
     gap = next((gap for gap in gaps if gap is not None), None)
-    who = "A linear probe" if classifier.startswith("linear") else f"A {classifier} classifier"
+    who = f"A {'linear probe' if classifier.startswith('linear') else f'{classifier} classifier'} on the frozen encoder"
+    if classifier.startswith("finetune"):
+        who = "The fine-tuned encoder"
     if gap is None:
         return [
             "This data set does not say what is object and what is background, so the run cannot tell which of the two "
@@ -80,7 +82,7 @@ def answer(results: Results) -> list[str]:
             *_elsewhere(results, classifier, who),
         ]
     untrained = find_gap(results, gap.gap, classifier, "train", "untrained")
-    sentences = [f"{who} on this encoder {_lost(gap)} when {GAPS[gap.gap][1]}{_significance(gap)}."]
+    sentences = [f"{who} {_lost(gap)} when {GAPS[gap.gap][1]}{_significance(gap)}."]
     if untrained:
         sentences.append(f"On the untrained encoder it {_lost(untrained)}.")
     return [*sentences, *_alone(results, classifier), *_decodable(results, classifier)]
@@ -127,7 +129,7 @@ def _elsewhere(results: Results, classifier: str, who: str) -> list[str]:
         and gap.gap.startswith(f"{scores[0].split} - ")
     ]
     others = "" if lost else "".join(f", {percent(a.top1)} on {a.split}" for a in scores[1:])
-    first = f"{who} on the frozen encoder reaches {percent(scores[0].top1)} on {scores[0].split}{others}."
+    first = f"{who} reaches {percent(scores[0].top1)} on {scores[0].split}{others}."
     return [first, f"It {', '.join(lost)}."] if lost else [first]
 
 

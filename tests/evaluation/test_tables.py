@@ -55,6 +55,16 @@ def test_the_classes_that_are_told_best_from_textures() -> None:
     assert "only_patch linear trained 25.0 50.0 brick 100, zebra 90, grass 50" in text
 
 
+def test_the_labels_that_were_used() -> None:
+    row = {"n": 20, "classes": 4, "fewest": 5, "most": 5, "chosen_by": "seed 3", "file": "a", "note": ""}
+    rows = [{**row, "fraction": 0.05}, {**row, "fraction": 0.1, "fewest": 1, "note": "unlike"}, {**row, "fraction": 1}]
+    cells = [line.split() for line in printed(Results(labelled=rows)).splitlines()]
+    assert ["5", "%", "seed", "3", "20", "4", "5"] in cells
+    assert ["10", "%", "seed", "3", "20", "4", "1", "to", "5", "unlike"] in cells
+    assert not any(line[:1] == ["100"] for line in cells)
+    assert tables(Results(labelled=rows[2:])) == []
+
+
 def test_the_best_and_the_worst_classes_and_what_they_are_taken_for() -> None:
     classes = [f"c{k}" for k in range(30)]
     row = {"encoder": "trained", "classifier": "linear", "fitted_on": "train", "split": "test"}

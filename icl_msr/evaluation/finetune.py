@@ -1,0 +1,325 @@
+"""Fine-tuning: a copy of the encoder and a linear head, trained together on all labels or on some of them.
+
+Kornblith et al., Do better ImageNet models transfer better?, CVPR 2019; with few labels: Chen et al., A simple
+framework for contrastive learning of visual representations, ICML 2020, section 4.2.
+"""
+
+import copy
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Annotated, Literal
+
+import torch
+from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+from torch.nn.utils import skip_init
+from torch.optim import SGD, AdamW, Optimizer
+from torch.optim.lr_scheduler import LambdaLR
+from torchvision.transforms.v2 import functional as F
+
+from icl_msr.augment import Augmentation
+from icl_msr.augment.recipe import Interval, Probability
+from icl_msr.data.dataset import Dataset, Split
+from icl_msr.data.folders import FileSplit
+from icl_msr.data.sources import cores
+from icl_msr.errors import UserError
+from icl_msr.evaluation.features import evaluating, extract, progress
+from icl_msr.evaluation.labels import Part, balanced_part, listed_part, names, percent, require_labels
+from icl_msr.evaluation.linear import hold_out
+from icl_msr.evaluation.suite import Choice, Evaluation, Fraction, Look, Results, Row, record_tests
+from icl_msr.randomness import permutation
+
+OptimizerName = Literal["adamw", "sgd"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """How a copy of the encoder is trained; without warm-up, the learning rates fall to zero as a cosine."""
+
+    optimizer: OptimizerName
+    """SGD has momentum 0.9."""
+    head_learning_rate: float
+    weight_decay: float
+    """Not of biases and of the scales of normalisation layers."""
+    epochs: int
+    batch_size: int
+    augmentation: Augmentation
+
+    def build(self, encoder: nn.Module, head: nn.Module, rate: float, steps: int) -> tuple[Optimizer, LambdaLR]:
+        """The optimiser, which trains the encoder at `rate`, and its schedule of so many steps."""
+        groups = [
+            {
+                "params": [p for p in part.parameters() if (p.ndim > 1) == matrices],
+                "lr": lr,
+                "weight_decay": self.weight_decay if matrices else 0.0,
+            }
+            for part, lr in ((encoder, rate), (head, self.head_learning_rate))
+            for matrices in (True, False)
+        ]
+        optimizer = AdamW(groups) if self.optimizer == "adamw" else SGD(groups, momentum=0.9)
+        return optimizer, LambdaLR(optimizer, lambda step: (1 + math.cos(math.pi * step / steps)) / 2)
+
+
+@torch.inference_mode(False)
+@torch.enable_grad()
+def fine_tune(
+    encoder: nn.Module,
+    dataset: Dataset,
+    index: Tensor,
+    recipe: Recipe,
+    learning_rate: float,
+    *,
+    device: torch.device | str,
+    seed: int,
+    label: str = "fine-tuning",
+) -> nn.Sequential | None:
+    """A copy of `encoder` with a linear head, images (n, 3, S, S) to logits (n, K); None where training diverged.
+
+    It is trained on the images of the train split at `index` (N,), in batches whose sizes differ by one at most. The
+    head begins at zero. Order and augmentation depend on `seed` and the image's position alone.
+    """
+    device, size = torch.device(device), dataset.image_size
+    tuned = copy.deepcopy(encoder).to(device).requires_grad_(True)
+    with evaluating(tuned), torch.no_grad():
+        channels = tuned(torch.zeros(2, 3, size, size, device=device)).shape[1]
+    head = skip_init(nn.Linear, channels, len(dataset.classes), device=device)  # type: ignore[no-untyped-call]
+    nn.init.zeros_(head.weight)
+    nn.init.zeros_(head.bias)
+    model = nn.Sequential(tuned, head).to(memory_format=torch.channels_last).train()
+    steps = math.ceil(len(index) / recipe.batch_size)
+    optimizer, schedule = recipe.build(tuned, head, learning_rate, recipe.epochs * steps)
+    labels = dataset.train.labels.to(device)
+    own = [device] if device.type == "cuda" else []
+    with (
+        torch.random.fork_rng(own),  # for dropout in the encoder
+        torch.backends.cudnn.flags(enabled=True, deterministic=True),
+        progress(label, recipe.epochs * len(index)) as bar,
+    ):
+        torch.manual_seed(seed)
+        for epoch in range(recipe.epochs):
+            batches = index[permutation(seed, epoch, len(index))].tensor_split(steps)
+            views = augmented(dataset, batches, recipe.augmentation, seed=seed, epoch=epoch, device=device)
+            for batch, images in zip(batches, views, strict=True):
+                logits = model(images.contiguous(memory_format=torch.channels_last))
+                loss = cross_entropy(logits, labels[batch.to(device)])
+                optimizer.zero_grad()
+                loss.backward()  # type: ignore[no-untyped-call]
+                optimizer.step()
+                schedule.step()
+                bar.advance(len(batch))
+            if not loss.isfinite():
+                return None
+    return model
+
+
+def augmented(
+    dataset: Dataset,
+    batches: Sequence[Tensor],
+    augmentation: Augmentation,
+    *,
+    seed: int,
+    epoch: int,
+    device: torch.device,
+) -> Iterator[Tensor]:
+    """The first view of the training images of each batch (n,) of positions: float32 (n, 3, S, S) on `device`.
+
+    Photographs that lie in files are cut in their own resolution.
+    """
+    split, size = dataset.train, dataset.image_size
+    sources: Iterator[Tensor] = map(split.load, batches)
+    if isinstance(split, FileSplit):
+        sources = _crops(split, batches, augmentation, seed, epoch, size)
+    for batch, images in zip(batches, sources, strict=True):
+        yield augmentation(
+            images.to(device),
+            batch.to(device),
+            seed=seed,
+            epoch=epoch,
+            size=size,
+            mean=dataset.mean,
+            std=dataset.std,
+            cropped=isinstance(split, FileSplit),
+        )[0]
+
+
+def _crops(
+    split: FileSplit, batches: Sequence[Tensor], augmentation: Augmentation, seed: int, epoch: int, size: int
+) -> Iterator[Tensor]:
+    """uint8 (n, 3, S, S) of each batch, decoded by threads, one batch ahead."""
+
+    def cut(i: int) -> Tensor:
+        image = split.image(i)
+        (box,) = augmentation.crop_parameters(torch.tensor([i]), *image.shape[1:], seed=seed, epoch=epoch)
+        crop: Tensor = F.resized_crop(image, *box[0].tolist(), [size, size], antialias=True)
+        return crop
+
+    with ThreadPoolExecutor(cores()) as pool:
+        ahead = [pool.submit(cut, i) for i in batches[0].tolist()]
+        for _, following in pairwise([*batches, torch.empty(0)]):
+            now, ahead = ahead, [pool.submit(cut, i) for i in following.tolist()]
+            yield torch.stack([crop.result() for crop in now])
+
+
+@dataclass(kw_only=True)
+class FineTuning(Evaluation):
+    """A fine-tuned copy of the encoder, and classifiers on its frozen features, fitted with all or some of the labels.
+
+    Config keys: those of `suite.Evaluation`, for the frozen features; `fractions` of the labels, by which classes are
+    balanced, or `files`, a list of images for each of them instead (see `labels`); `finetune` asks for fine-tuning,
+    whose keys are `tune_optimizer`, `tune_learning_rates` of the encoder, `tune_head_learning_rate`,
+    `tune_weight_decay`, `tune_epochs`, `tune_batch_size`, `tune_crop` (smallest and largest part of the area that a
+    crop shows), `tune_flip` (probability of a mirrored image) and, where there are several learning rates,
+    `tune_held_out`, the fraction of the images on which one is chosen before training on all. The run's seed decides
+    which images have labels as well, the same for all encoders.
+
+    Several ranks do the same work, but for features of frozen encoders, which they share.
+    """
+
+    fractions: Annotated[list[Annotated[float, Field(gt=0, le=1)]], Field(min_length=1)]
+    files: list[str] | None
+    finetune: bool
+    tune_optimizer: OptimizerName
+    tune_learning_rates: Annotated[list[PositiveFloat], Field(min_length=1)]
+    tune_head_learning_rate: PositiveFloat
+    tune_weight_decay: NonNegativeFloat
+    tune_epochs: PositiveInt
+    tune_batch_size: Annotated[int, Field(ge=2)]
+    tune_held_out: Fraction
+    tune_crop: Interval
+    tune_flip: Probability
+
+    def __post_init__(self) -> None:
+        if self.files is not None and len(self.files) != len(self.fractions):
+            raise UserError(
+                f"evaluation.files and evaluation.fractions have {len(self.files)} and {len(self.fractions)} entries; "
+                "give a list for each fraction."
+            )
+        if len(set(self.fractions)) < len(self.fractions):
+            raise UserError(f"evaluation.fractions={self.fractions} has an entry twice; keep one.")
+
+    def names(self, dataset: Dataset) -> list[str]:
+        """See `suite.Evaluation`; images may have no labels, or a list may not fit them."""
+        fitted = [*self.classifiers, *(["finetune"] if self.finetune else [])]
+        parts = self._parts(dataset, 0)
+        return [f"{name}{part.suffix}/train/{split}" for part in parts for name in fitted for split in dataset.tests]
+
+    def measure(self, look: Look, results: Results) -> None:
+        """See `suite.Evaluation`.
+
+        Raises:
+            UserError: fine-tuning diverges.
+        """
+        dataset, labels = look.dataset, look.dataset.train.labels.cpu()
+        frozen = {"train": dataset.train, **dataset.tests} if self.classifiers else {}
+        features = {name: look.features(split, name) for name, split in frozen.items()}
+        for part in self._parts(dataset, look.seed):
+            record = part.record(labels)
+            if record not in results.labelled:
+                results.labelled.append(record)
+            if part.file:
+                results.lists[part.file] = names(dataset.train, part.index)
+            if features:
+                bank, tests = features["train"][part.index.to(look.device)], {k: features[k] for k in dataset.tests}
+                for row, scores in self.scores(look, "train", bank, labels[part.index], tests, results, part.suffix):
+                    record_tests(look, row, scores, results)
+            if self.finetune:
+                row = Row(encoder=look.encoder, classifier=f"finetune{part.suffix}", fitted_on="train")
+                record_tests(look, row, self._tuned(look, part, row, results), results)
+
+    def _parts(self, dataset: Dataset, seed: int) -> list[Part]:
+        require_labels(dataset)
+        if self.files is None:
+            return [balanced_part(dataset, fraction, seed) for fraction in self.fractions]
+        lists = zip(self.fractions, self.files, strict=True)
+        return [listed_part(dataset, fraction, Path(file)) for fraction, file in lists]
+
+    def _tuned(self, look: Look, part: Part, row: Row, results: Results) -> dict[str, Tensor]:
+        """Logits (n, K) of each test split, of a copy that is trained with the best learning rate."""
+        rates, dataset = sorted(set(self.tune_learning_rates)), look.dataset
+        recipe = self.recipe
+
+        def tune(index: Tensor, rate: float, doing: str) -> nn.Sequential | None:
+            label = f"{look.encoder}, {percent(part.fraction)} of the labels, learning rate {rate:g}: {doing}"
+            return fine_tune(
+                look.network, dataset, index, recipe, rate, device=look.device, seed=look.seed, label=label
+            )
+
+        def logits(model: nn.Module, split: Split, index: Tensor | None = None) -> Tensor:
+            return extract(
+                model,
+                split,
+                mean=dataset.mean,
+                std=dataset.std,
+                device=look.device,
+                batch_size=look.batch_size,
+                label=f"{look.encoder}, fine-tuned: testing",
+                index=index,
+            )
+
+        best = rates[0]
+        if len(rates) > 1:
+            fit, held = (part.index[chosen] for chosen in hold_out(len(part.index), self.tune_held_out, look.seed))
+            found: dict[float, tuple[float, float]] = {}
+            for rate in rates:
+                model = tune(fit, rate, "choosing it")
+                if model is None:
+                    found[rate] = (0.0, -math.inf)
+                    continue
+                scores, labels = logits(model, dataset.train, held), dataset.train.labels.cpu()[held]
+                right = (scores.argmax(1) == labels).float().mean().item()
+                found[rate] = (right, -cross_entropy(scores, labels).item())
+            best = max(rates, key=found.__getitem__)
+            results.choices.append(_choice(row, best, {rate: right for rate, (right, _) in found.items()}))
+        model = tune(part.index, best, "fine-tuning")
+        if model is None:
+            raise UserError(
+                f"Fine-tuning diverged at the learning rates {best:g} of the encoder and "
+                f"{self.tune_head_learning_rate:g} of the head; lower evaluation.tune_learning_rates or "
+                "evaluation.tune_head_learning_rate."
+            )
+        return {name: logits(model, split) for name, split in dataset.tests.items()}
+
+    @property
+    def recipe(self) -> Recipe:
+        """Of fine-tuning."""
+        return Recipe(
+            optimizer=self.tune_optimizer,
+            head_learning_rate=self.tune_head_learning_rate,
+            weight_decay=self.tune_weight_decay,
+            epochs=self.tune_epochs,
+            batch_size=self.tune_batch_size,
+            augmentation=_crop_and_flip(self.tune_crop, self.tune_flip),
+        )
+
+
+def _choice(row: Row, rate: float, accuracies: Mapping[float, float]) -> Choice:
+    note = f"The chosen learning rate {rate:g} lies at the edge of the grid: widen evaluation.tune_learning_rates."
+    return Choice(
+        encoder=row["encoder"],
+        classifier=row["classifier"],
+        fitted_on=row["fitted_on"],
+        learning_rate=rate,
+        held_out_accuracies={f"{rate:g}": accuracy for rate, accuracy in accuracies.items()},
+        note=note if rate in (min(accuracies), max(accuracies)) else "",
+    )
+
+
+def _crop_and_flip(scale: list[float], flip: float) -> Augmentation:
+    return Augmentation(
+        scale=scale,
+        ratio=[3 / 4, 4 / 3],
+        flip=flip,
+        jitter=[0.0, 0.0, 0.0, 0.0],
+        jitter_probability=0.0,
+        gray=0.0,
+        blur=0.0,
+        sigma=[1.0, 1.0],
+        solarize=0.0,
+        size=None,
+        views=[{}],
+    )

@@ -1,0 +1,188 @@
+"""Some of the labels of a training split: a class-balanced part, or the images that a published list names."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypedDict
+
+import torch
+from torch import Tensor
+
+from icl_msr.data.dataset import ArraySplit, Dataset, Split
+from icl_msr.data.folders import FileSplit
+from icl_msr.errors import UserError
+from icl_msr.randomness import permutation
+
+_PART = -3
+"""The `epoch` of the hash that picks images; training epochs count from 0."""
+_SEVERAL = -1
+"""In place of a position: several images have the name."""
+
+
+class Labelled(TypedDict):
+    """The images whose labels were used."""
+
+    fraction: float
+    """Asked for."""
+    n: int
+    classes: int
+    """Those with an image."""
+    fewest: int
+    """Images of one of them."""
+    most: int
+    chosen_by: str
+    """The seed, or the list."""
+    file: str
+    """In the run's folder: the images' names, one a line; empty for all images."""
+    note: str
+    """Empty, or what is out of the ordinary."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """Some of the training images."""
+
+    index: Tensor
+    """(n,) int64 positions in the training split, ascending; all of them have a label."""
+    fraction: float
+    chosen_by: str
+    note: str
+
+    @property
+    def suffix(self) -> str:
+        """What the names of classifiers end with."""
+        return "" if self.fraction == 1 else f"-{percent(self.fraction)}"
+
+    @property
+    def file(self) -> str:
+        """The name of the list of these images; empty for all images."""
+        return "" if self.fraction == 1 else f"labelled-{percent(self.fraction)}.txt"
+
+    def record(self, labels: Tensor) -> Labelled:
+        """In plain data; `labels` (N,) of the training split."""
+        counts = labels[self.index].bincount()
+        counts = counts[counts > 0]
+        return Labelled(
+            fraction=self.fraction,
+            n=len(self.index),
+            classes=len(counts),
+            fewest=int(counts.min()),
+            most=int(counts.max()),
+            chosen_by=self.chosen_by,
+            file=self.file,
+            note=self.note,
+        )
+
+
+def percent(fraction: float) -> str:
+    """0.01 -> 1%."""
+    return f"{100 * fraction:g}%"
+
+
+def require_labels(dataset: Dataset) -> None:
+    """Two training images with a label are the least that a classifier is fitted to.
+
+    Raises:
+        UserError: there are fewer.
+    """
+    labelled = int((dataset.train.labels >= 0).sum())
+    if labelled < 2:
+        has = f"has {labelled or 'no'} training image{'' if labelled == 1 else 's'} with a label"
+        raise UserError(f"{dataset.name} {has}, and this evaluation fits classifiers to them; choose another dataset.")
+
+
+def balanced_part(dataset: Dataset, fraction: float, seed: int) -> Part:
+    """The same number of images of every class that has any, at least one, so that all are `fraction` of the labelled.
+
+    A smaller fraction with the same seed is a part of a larger one.
+    """
+    labels = dataset.train.labels.cpu()
+    labelled = int((labels >= 0).sum())
+    if fraction == 1:
+        return Part((labels >= 0).nonzero()[:, 0], fraction, "all", "")
+    counts = labels[labels >= 0].bincount(minlength=len(dataset.classes))
+    known = int((counts > 0).sum())
+    exact = fraction * labelled / known
+    each = max(1, round(exact))
+    # Grouped by class, each class in a random order: the first ones of each group.
+    order = permutation(seed, _PART, len(labels))
+    order = order[labels[order] >= 0]
+    order = order[labels[order].argsort(stable=True)]
+    place = torch.arange(len(order)) - (counts.cumsum(0) - counts)[labels[order]]
+    index = order[place < each].sort().values
+    notes = []
+    if exact < 1:
+        notes.append(
+            f"{percent(fraction)} of {labelled} labels is less than one for each of {known} classes, so one image of "
+            f"each is used, {percent(round(len(index) / labelled, 4))}"
+        )
+    if known < len(dataset.classes):
+        notes.append(f"{len(dataset.classes) - known} of {len(dataset.classes)} classes have no label")
+    if int(counts[counts > 0].min()) < each:
+        notes.append(f"classes with fewer than {each} images give all they have")
+    return Part(index, fraction, f"seed {seed}", "; ".join(notes))
+
+
+def listed_part(dataset: Dataset, fraction: float, file: Path) -> Part:
+    """The training images that a list names, one a line: by the end of their path, or by their position where images
+    have no files of their own. What it names beside them is left out, so that ImageNet's list serves for ImageNet-100.
+
+    Raises:
+        UserError: the file cannot be read, names an image that is not the only one of its name, or fewer than two
+            labelled training images.
+    """
+    try:
+        lines = [line.strip() for line in file.expanduser().read_text().splitlines() if line.strip()]
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it is no text"
+        raise UserError(f"{file} cannot be read ({reason}); evaluation.files names lists of images.") from None
+    labels, names = dataset.train.labels.cpu(), _paths(dataset.train)
+    tables: dict[int, dict[str, int]] = {}
+    found: set[int] = set()
+    for line in lines:
+        parts = line.count("/") + 1
+        if parts not in tables:
+            tables[parts] = _by_end(names, parts)
+        position = tables[parts].get(line)
+        if position == _SEVERAL:
+            raise UserError(
+                f"{file} names {line}, and {dataset.name} has several such training images; "
+                "write the names with their folders, as in class/name."
+            )
+        if position is not None and labels[position] >= 0:
+            found.add(position)
+    if len(found) < 2:
+        raise UserError(
+            f"{file} names {len(found) or 'no'} labelled training image{'' if len(found) == 1 else 's'} of "
+            f"{dataset.name}, which has such as {'/'.join(names[0][-2:])}; give another list in evaluation.files."
+        )
+    index = torch.tensor(sorted(found))
+    notes = []
+    if unknown := len(set(lines)) - len(found):
+        notes.append(f"{unknown} of {len(set(lines))} names are no labelled training images here")
+    if lacking := len(dataset.classes) - len(set(labels[index].tolist())):
+        notes.append(f"{lacking} of {len(dataset.classes)} classes have no image in the list")
+    return Part(index, fraction, str(file), "; ".join(notes))
+
+
+def names(split: Split, index: Tensor) -> list[str]:
+    """Of the images at `index` (n,), as short as tells all images of the split apart; see `listed_part`."""
+    paths = _paths(split)
+    longest = max(map(len, paths))
+    parts = next((n for n in range(1, longest) if len(_by_end(paths, n)) == len(paths)), longest)
+    return ["/".join(paths[i][-parts:]) for i in index.tolist()]
+
+
+def _by_end(paths: Sequence[Sequence[str]], parts: int) -> dict[str, int]:
+    """Position by the last parts of a path; `_SEVERAL` where it is not the only one."""
+    table: dict[str, int] = {}
+    for position, path in enumerate(paths):
+        end = "/".join(path[-parts:])
+        table[end] = _SEVERAL if end in table else position
+    return table
+
+
+def _paths(split: Split) -> list[list[str]]:
+    files: Sequence[str] | None = split.files if isinstance(split, ArraySplit | FileSplit) else None
+    places = map(str, range(len(split)) if files is None else files)
+    return [place.strip("/").split("/") for place in places]
