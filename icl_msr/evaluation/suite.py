@@ -226,6 +226,7 @@ class Evaluation:
 
     knn: list[PresetName]
     linear: bool
+    probe: ProbeName
     learning_rates: Annotated[list[PositiveFloat], Field(min_length=1)]
     probe_epochs: PositiveInt
     probe_batch_size: PositiveInt
@@ -233,7 +234,6 @@ class Evaluation:
     bootstrap: PositiveInt
     untrained: bool
     batch_size: PositiveInt
-    probe: ProbeName = "ours"  # configs of older runs have none
 
     def names(self, dataset: Dataset) -> list[str]:
         """What will be measured: `classifier/fitted_on/split`.

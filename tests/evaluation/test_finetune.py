@@ -262,8 +262,8 @@ def test_records(make: Make, dataset: Dataset, object_encoder: nn.Module, backgr
     index = torch.tensor([int(i) for i in results.lists["labelled-10%.txt"]])
     few = ArraySplit(dataset.train.images[index], dataset.train.labels[index])
     standard = Evaluation(
-        knn=["dino"], linear=True, learning_rates=[1e-2, 1e-1], probe_epochs=5, probe_batch_size=64, probe_held_out=0.2,
-        bootstrap=100, untrained=False, batch_size=64,
+        knn=["dino"], linear=True, probe="ours", learning_rates=[1e-2, 1e-1], probe_epochs=5, probe_batch_size=64,
+        probe_held_out=0.2, bootstrap=100, untrained=False, batch_size=64,
     )  # fmt: skip
     alone = standard(object_encoder, Dataset("few", dataset.classes, 8, few, dataset.tests), device="cpu", seed=0)
     ours = [row for row in results.accuracies if row["encoder"] == "trained" and row["classifier"].endswith("-10%")]

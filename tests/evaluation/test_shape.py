@@ -76,6 +76,7 @@ def make(stimuli: Path) -> Callable[..., ShapeAndTexture]:
         standard: dict[str, Any] = {
             "knn": ["icl"],
             "linear": True,
+            "probe": "ours",
             "learning_rates": [1e-2, 1e-1],
             "probe_epochs": 30,
             "probe_batch_size": 32,

@@ -25,6 +25,7 @@ def make() -> Make:
         standard: dict[str, Any] = {
             "knn": ["dino"],
             "linear": True,
+            "probe": "ours",
             "learning_rates": [1e-1],
             "probe_epochs": 5,
             "probe_batch_size": 64,

@@ -22,6 +22,7 @@ def evaluation() -> Evaluation:
     return Evaluation(
         knn=["wmse", "dino"],
         linear=True,
+        probe="ours",
         learning_rates=[1e-2, 1e-1],
         probe_epochs=10,
         probe_batch_size=64,
