@@ -37,6 +37,9 @@ PRESETS: Mapping[str, Preset] = MappingProxyType(
     }
 )
 
+_SPARE = 16
+"""Candidates beyond k; see `neighbours`."""
+
 
 def neighbours(
     bank: Tensor, queries: Tensor, k: int, *, normalised: bool, chunk_bytes: int = 2**26
@@ -52,19 +55,29 @@ def neighbours(
     if normalised:
         bank, queries = normalize(bank), normalize(queries)
     bank_norms = bank.square().sum(1)
-    position = torch.arange(size, device=bank.device)
-    # One integer holds the rounded distance and the position, so that no two candidates are ever equal.
     levels = 2.0 ** min(36, 62 - size.bit_length())
     distances, positions = [], []
-    for chunk in torch.split(queries, max(1, chunk_bytes // (16 * size))):
+    for chunk in torch.split(queries, max(1, chunk_bytes // (8 * size))):
         norms = chunk.square().sum(1, keepdim=True)
         largest = (norms.sqrt() + bank_norms.max().sqrt()).square().clamp_min(torch.finfo(torch.float64).tiny)
-        squared = torch.addmm(bank_norms, chunk, bank.T, alpha=-2).add_(norms).clamp_(min=0)
-        code = squared.mul_(levels / largest).round_().long().mul_(size).add_(position)
-        nearest = code.topk(k, largest=False).values
+        squared = torch.addmm(bank_norms, chunk, bank.T, alpha=-2)  # without the query's own, which changes no order
+        candidates = squared.topk(min(k + _SPARE, size), largest=False)
+        code = _code(*candidates, norms, levels / largest, size).sort().values
+        nearest = code[:, :k]
+        # Images that are as near as the last candidate may be missing; where the k-th is as near as that, all compete.
+        tied = (code[:, k - 1] // size == code[:, -1] // size).nonzero()[:, 0]
+        if candidates.indices.shape[1] < size and len(tied):
+            everyone = torch.arange(size, device=bank.device)
+            code = _code(squared[tied], everyone, norms[tied], levels / largest[tied], size)
+            nearest[tied] = code.topk(k, largest=False).values
         distances.append(((nearest // size) * (largest / levels)).sqrt())
         positions.append(nearest % size)
     return torch.cat(distances), torch.cat(positions)
+
+
+def _code(squared: Tensor, positions: Tensor, norms: Tensor, scale: Tensor, size: int) -> Tensor:
+    """One integer for the rounded distance and the position among `size`, so that no two candidates are ever equal."""
+    return (squared + norms).clamp_(min=0).mul_(scale).round_().long().mul_(size).add_(positions)
 
 
 def vote(distances: Tensor, labels: Tensor, preset: Preset, classes: int) -> Tensor:

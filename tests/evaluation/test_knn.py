@@ -54,6 +54,16 @@ def test_ties_go_to_the_earlier_image_and_the_smaller_class() -> None:
     assert knn_predict(bank, labels, queries[:1], "wmse", 4).item() == 1  # two votes each for 1 and 3, one for 2
 
 
+@pytest.mark.parametrize("k", [1, 5, 100, 599])
+def test_more_ties_than_candidates(k: int) -> None:
+    bank = torch.randint(
+        3, (600, 3), generator=torch.Generator().manual_seed(0)
+    ).float()  # 27 places, so about 22 at each
+    _, positions = neighbours(bank, bank[:50], k, normalised=False)
+    every = torch.cdist(bank[:50].double(), bank.double()).square().round().sort(stable=True).indices
+    assert torch.equal(positions, every[:, :k])
+
+
 def test_distances_are_euclidean_and_k_is_clipped(blobs: Blobs) -> None:
     bank, queries = blobs(30, seed=1)[0], blobs(20, seed=2)[0]
     distances, positions = neighbours(bank, queries, 99, normalised=False)
