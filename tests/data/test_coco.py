@@ -161,41 +161,38 @@ def test_of_equally_frequent_classes_the_first_of_the_file_are_taken(tmp_path: P
     assert list(read(tmp_path, classes=2).classes) == ["dog", "person"]
 
 
+def pixels(root: Path, part: str, index: int) -> Tensor:
+    """Image `index` of a part as PIL reads it, uint8 (3, H, W)."""
+    return torch.from_numpy(np.array(Image.open(root / f"{part}2017/{index:012}.png"))).permute(2, 0, 1)
+
+
 @pytest.mark.parametrize("resident_size", [96, 0])
-def test_what_is_shown_is_in_the_pixels_of_the_file(tmp_path: Path, resident_size: int) -> None:
-    """The box is half as large as the square of 32 pixels, so that a crop is stretched by two."""
-    data = read(make(tmp_path), train_on="fg", resident_size=resident_size)
+def test_crops_have_the_pixels_of_the_file(tmp_path: Path, resident_size: int) -> None:
+    """The box is as large as the crop, so that nothing is resized."""
+    data = read(make(tmp_path), image_size=16, train_on="fg", resident_size=resident_size)
     assert isinstance(data.train, FileSplit) == (resident_size == 0)
-    assert list(data.tests) == ["full", "fg", "crop", "only_fg", "only_bg"]
+    for i, number in enumerate(files(data.train) if isinstance(data.train, FileSplit) else (0, 2, 5, 7, 9)):
+        assert torch.equal(data.train.load(torch.tensor([i]))[0], pixels(tmp_path, "train", number)[:, 8:24, 16:32])
     for i in range(3):
-        whole = np.array(Image.open(tmp_path / f"val2017/{i:012}.png")).transpose(2, 0, 1)
-        square, inside = whole[:, :, 8:40], np.zeros((32, 32), bool)
-        inside[8:24, 8:24] = True
-        images = {key: image.numpy() for key, image in shown(data, i).items()}
-        assert np.array_equal(images["full"], square)
-        assert np.array_equal(images["only_fg"], square * inside)
-        assert np.array_equal(images["only_bg"], square * ~inside)
-        assert np.array_equal(images["fg"], enlarged(whole[:, 8:24, 16:32]))
-        places = [(y, x) for y in range(17) for x in range(33)]
-        same = [np.array_equal(images["crop"], enlarged(whole[:, y : y + 16, x : x + 16])) for y, x in places]
-        assert sum(same) == 1
-    first = np.array(Image.open(tmp_path / "train2017/000000000000.png")).transpose(2, 0, 1)
-    assert np.array_equal(data.train.load(torch.tensor([0]))[0], enlarged(first[:, 8:24, 16:32]))
+        images, whole = shown(data, i), pixels(tmp_path, "val", i)
+        assert torch.equal(images["fg"], whole[:, 8:24, 16:32])
+        windows = whole.unfold(1, 16, 1).unfold(2, 16, 1)  # all places of such a crop
+        assert (windows == images["crop"][:, None, None]).all(-1).all(-1).all(0).sum() == 1
 
 
-def enlarged(pixels: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
-    """(3, 16, 16) to (3, 32, 32), bilinear: 3/4 of the pixel that it lies in and 1/4 of the next, edges repeated."""
-    values = pixels.astype(np.int64)
-    for axis in (1, 2):
-        ends = np.pad(values, [(1, 1) if a == axis else (0, 0) for a in range(3)], mode="edge")
-        before, after = (np.take(ends, np.arange(16) + k, axis) for k in (0, 2))
-        values = np.stack([before + 3 * values, 3 * values + after], axis + 1)
-        values = values.reshape(
-            [s for a, s in enumerate(values.shape) if a != axis + 1]
-            if False
-            else [*values.shape[:axis], -1, *values.shape[axis + 2 :]]
-        )
-    return ((values + 8) // 16).astype(np.uint8)
+@pytest.mark.parametrize("resident_size", [96, 0])
+def test_object_and_background_have_the_pixels_of_the_file(tmp_path: Path, resident_size: int) -> None:
+    """The image is as high as the square that is cut from it, so that nothing is resized."""
+    data = read(make(tmp_path), resident_size=resident_size)
+    assert list(data.tests) == ["full", "fg", "crop", "only_fg", "only_bg"]
+    inside = torch.zeros(32, 32, dtype=torch.bool)
+    inside[8:24, 8:24] = True
+    for i in range(3):
+        images, square = shown(data, i), pixels(tmp_path, "val", i)[:, :, 8:40]
+        assert torch.equal(images["full"], square)
+        assert torch.equal(images["only_fg"], square * inside)
+        assert torch.equal(images["only_bg"], square * ~inside)
+    assert torch.equal(data.train.load(torch.tensor([1]))[0], pixels(tmp_path, "train", 2)[:, :, 8:40])
 
 
 def test_boxes_equal_those_of_an_imagefolder(tmp_path: Path) -> None:
@@ -214,7 +211,7 @@ def test_boxes_equal_those_of_an_imagefolder(tmp_path: Path) -> None:
     wanted = {name: value for name, value in node.items() if name != "_target_"}
     other = imagefolder(**{**wanted, "image_size": 32, "train_on": "fg"})
     assert list(other.classes) == list(data.classes)
-    assert (other.mean, other.std) == pytest.approx((data.mean, data.std))
+    assert (other.mean, other.std) == (data.mean, data.std)
     for key in ("train", *set(data.tests) - {"crop"}):  # crops lie where the number of the image says
         ours, theirs = (set_.train if key == "train" else set_.tests[key] for set_ in (data, other))
         assert isinstance(ours, ArraySplit)
@@ -310,7 +307,7 @@ def test_the_whole_program(tmp_path: Path) -> None:
         f"hydra.run.dir={tmp_path}/run",
     ]
     try:
-        program = programs.start(*words)
+        program = programs.start(*words, f"hydra.run.dir={tmp_path}/run")
         assert program.wait() == 0, program.err
     finally:
         programs.close()
