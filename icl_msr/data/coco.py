@@ -168,10 +168,10 @@ def _read(path: Path, part: str) -> _Instances:
 
 
 def _whole_pixels(bbox: Sequence[float], width: int, height: int) -> tuple[int, int, int, int]:
-    """COCO's x, y, width, height, which have two decimals, as x0, y0, x1, y1 inside the image."""
+    """COCO's x, y, width, height as x0, y0, x1, y1 around it inside the image."""
     x, y, across, down = bbox
-    x1, y1 = (math.ceil(round(low + size, 2)) for low, size in ((x, across), (y, down)))
-    return max(math.floor(x), 0), max(math.floor(y), 0), min(x1, width), min(y1, height)
+    x1, y1 = min(math.ceil(x + across), width), min(math.ceil(y + down), height)
+    return max(math.floor(x), 0), max(math.floor(y), 0), x1, y1
 
 
 def _chosen(classes: int | list[str], categories: list[str], targets: list[Target], path: Path) -> list[str]:
