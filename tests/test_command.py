@@ -288,6 +288,8 @@ OTHERS_IN_THE_WORLD = [
     ("dataset=imagefolder dataset.root=photos dataset.tests=[c]", "There is no folder photos/c", "dataset.tests"),
     ("dataset=imagefolder dataset.root=photos dataset.boxes=boxes.csv", "boxes.csv lacks the columns", "xmin"),
     ("dataset=imagefolder dataset.root=photos dataset.train_on=fg", "dataset.train_on=fg", "dataset.boxes"),
+    ("dataset=coco dataset.root=photos", "There is no file photos/annotations/instances_train2017.json", "train_annot"),
+    ("dataset=coco dataset.root=photos dataset.classes=1", "dataset.classes=1 is not allowed", "at least 2"),
     ("dataset=cifar10 dataset.root=empty dataset.download=false", "empty/cifar-10-batches-py", "download=true"),
     ("dataset.rho=0.01", "dataset.rho=0.01", "[0.1, 1]"),
     ("dataset.cache=file", "dataset.cache=file cannot be written", "dataset.cache=null"),

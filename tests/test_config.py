@@ -22,6 +22,7 @@ OURS = [file for file in FILES if file.parts[0] != "hydra"]
 CHOICES = [f"{file.parts[0]}={file.relative_to(file.parts[0]).with_suffix('')}" for file in OURS]
 MANDATORY = {
     "dataset=arrays": ["dataset.path=images.npz"],
+    "dataset=coco": ["dataset.root=coco"],
     "dataset=imagefolder": ["dataset.root=images"],
     "backbone=timm": ["backbone.name=resnet18"],
     "negatives=cached": ["negatives.folder=textures"],

@@ -1,7 +1,7 @@
 """Folders of images, with the object's box or mask where it is known."""
 
 import csv
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated
@@ -51,6 +51,11 @@ class FileSplit:
     def __len__(self) -> int:
         return len(self.files)
 
+    @property
+    def located(self) -> bool:
+        """Is it known where the object is?"""
+        return self.boxes is not None or self.mask_files is not None
+
     def image(self, i: int) -> Tensor:
         """The region of image i in its own resolution, uint8 (3, H, W): what random crops are cut from."""
         image = read_image(Path(self.files[i]), self.files[i])
@@ -92,7 +97,7 @@ class FileSplit:
         """The same split, decoded once."""
         images = stack(lambda i: self.square(self.image(i)), len(self), "Decoding images")
         masks = None
-        if self.region == "full" and (self.boxes is not None or self.mask_files is not None):
+        if self.region == "full" and self.located:
             masks = stack(self._square_mask, len(self), "Reading masks")
         return ArraySplit(images, self.labels, masks, self.files)
 
@@ -169,30 +174,56 @@ def imagefolder(
         at = objects.of(where, chosen, [classes[k] for k in label.tolist()])
         return FileSplit(chosen, label, image_size, *at)
 
-    lazy = {"train": replace(files_of(folder, files, labels), region=train_on)}
-    for name, (where, chosen, label) in test_sets.items():
-        whole = files_of(where, chosen, label)
-        for region in REGIONS if objects.known else REGIONS[:1]:
-            key = test_name(name, region, single=len(test_sets) == 1) if objects.known else name
-            lazy[f"test {key}"] = replace(whole, region=region)
+    return of_files(
+        base.resolve().name,
+        classes,
+        files_of(folder, files, labels),
+        {name: files_of(*found) for name, found in test_sets.items()},
+        train_on,
+        resident_size=resident_size,
+        memory_budget_gb=memory_budget_gb,
+        shifted={
+            name: FileSplit(*_shifted_images(name, base / Path(other).expanduser(), classes, renamed), image_size)
+            for name, other in shifted.items()
+        },
+    )
 
-    for name, where_else in shifted.items():
-        if f"test {name}" in lazy:
-            raise UserError(f"dataset.shifted.{name} is a test split already; give it another name.")
-        chosen, label = _shifted_images(name, base / Path(where_else).expanduser(), classes, renamed)
-        lazy[f"test {name}"] = FileSplit(chosen, label, image_size)
+
+def of_files(
+    name: str,
+    classes: Sequence[str],
+    train: FileSplit,
+    tests: Mapping[str, FileSplit],
+    train_on: TrainOn,
+    *,
+    resident_size: int,
+    memory_budget_gb: float,
+    shifted: Mapping[str, FileSplit] | None = None,
+) -> Dataset:
+    """A data set of image files, trained on what `train_on` says; tests that know the object show every region.
+
+    Small images are decoded now if the budget allows it; see `imagefolder` for the last three.
+    """
+    lazy = {"train": replace(train, region=train_on)}
+    for test, whole in tests.items():
+        for region in REGIONS if whole.located else REGIONS[:1]:
+            key = test_name(test, region, single=len(tests) == 1) if whole.located else test
+            lazy[f"test {key}"] = replace(whole, region=region)
+    shifted = shifted or {}
+    for other, split in shifted.items():
+        if f"test {other}" in lazy:
+            raise UserError(f"dataset.shifted.{other} is a test split already; give it another name.")
+        lazy[f"test {other}"] = split
 
     splits: dict[str, Split] = dict(lazy)
     mean, std = IMAGENET_MEAN, IMAGENET_STD
-    gigabytes = sum(map(len, lazy.values())) * 3 * image_size**2 / 1e9
-    if image_size <= resident_size and gigabytes <= memory_budget_gb:
+    gigabytes = sum(map(len, lazy.values())) * 3 * train.image_size**2 / 1e9
+    if train.image_size <= resident_size and gigabytes <= memory_budget_gb:
         decoded = {key: part.in_memory() for key, part in lazy.items()}
         mean, std = statistics(decoded["train"].images)
         splits = dict(decoded)
     shown = {key.removeprefix("test "): part for key, part in splits.items() if key != "train"}
-    return Dataset(
-        base.resolve().name, classes, image_size, splits["train"], shown, mean=mean, std=std, shifted=tuple(shifted)
-    )
+    return Dataset(name, classes, train.image_size, splits["train"], shown, mean=mean, std=std, shifted=tuple(shifted))
 
 
 class _Objects:

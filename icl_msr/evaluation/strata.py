@@ -106,7 +106,7 @@ def masks_of(split: Split, index: Tensor) -> Tensor | None:
     """Masks (n, S, S) bool of the images at `index`, as `split.load` shows them; None where they are not known."""
     if isinstance(split, ArraySplit):
         return None if split.masks is None else split.masks[index]
-    if isinstance(split, FileSplit) and split.region == "full" and (split.boxes is not None or split.mask_files):
+    if isinstance(split, FileSplit) and split.region == "full" and split.located:
         masks = (split.mask(i, split.image(i)) for i in index.tolist())
         return torch.stack([fit(mask[None].byte(), split.image_size, nearest=True)[0].bool() for mask in masks])
     return None

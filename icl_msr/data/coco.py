@@ -1,0 +1,197 @@
+"""COCO images with one object: where ICL-MSR shows that encoders use the background (Qiang et al. 2022)."""
+
+import math
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import torch
+from pydantic import Field, FiniteFloat, NonNegativeFloat, NonNegativeInt, PositiveInt, TypeAdapter, ValidationError
+
+from icl_msr.config import suggestion
+from icl_msr.data.dataset import Dataset
+from icl_msr.data.folders import FileSplit, of_files
+from icl_msr.data.sources import TrainOn
+from icl_msr.errors import UserError
+
+
+@dataclass
+class _Image:
+    id: int
+    file_name: str
+    width: PositiveInt
+    height: PositiveInt
+
+
+@dataclass
+class _Annotation:
+    image_id: int
+    category_id: int
+    bbox: tuple[FiniteFloat, FiniteFloat, FiniteFloat, FiniteFloat]
+    iscrowd: bool = False
+
+
+@dataclass
+class _Category:
+    id: int
+    name: str
+
+
+@dataclass
+class _Instances:
+    """What is used of an annotation file; the rest, the outlines above all, is skipped while it is read."""
+
+    images: list[_Image]
+    annotations: list[_Annotation]
+    categories: list[_Category]
+
+
+@dataclass
+class Target:
+    """The one object of an image."""
+
+    file: str
+    name: str
+    """Of its category."""
+    box: tuple[int, int, int, int]
+    """x0, y0, x1, y1 in pixels, x1 and y1 exclusive."""
+
+
+def coco(
+    *,
+    root: str,
+    train: str,
+    test: str,
+    train_annotations: str,
+    test_annotations: str,
+    classes: Annotated[int, Field(ge=2)] | Annotated[list[str], Field(min_length=2)],
+    min_area: PositiveInt,
+    image_size: PositiveInt,
+    train_on: TrainOn,
+    resident_size: NonNegativeInt,
+    memory_budget_gb: NonNegativeFloat,
+) -> Dataset:
+    """The images of a COCO-like set that show a single object of one of the `classes`, which `single_targets` picks.
+
+    Args:
+        root: the folder; the next four are paths in it, or absolute.
+        train: the folder of training images,
+        test: and that of test images.
+        train_annotations: the .json file of their objects in COCO's format for object detection,
+        test_annotations: and that of the test images. Categories are matched by name.
+        classes: how many, those with the most single-target training images, in the order of the file (ours: the paper
+            has 30, of which we know no list); or their names, in the order of the labels.
+        min_area: of the box, in pixels; images with a smaller object are left out (ours; 1 leaves out empty boxes).
+        image_size: of the short side, in pixels; the centre square is cut.
+        train_on: full images or fg, the inside of the box (stretched to a square).
+        resident_size: as in `imagefolder`,
+        memory_budget_gb: and this too.
+
+    The test images are shown as by `imagefolder` with boxes: `full`, `fg`, `crop`, `only_fg`, `only_bg`.
+    """
+    base = Path(root).expanduser()
+    if not base.is_dir():
+        raise UserError(f"There is no folder {base}; set dataset.root to the folder of COCO.")
+    named = {"train": (train, train_annotations), "test": (test, test_annotations)}
+    found = {part: single_targets(base / path, part, min_area) for part, (_, path) in named.items()}
+    names = _chosen(classes, *found["train"], base / train_annotations)
+    splits = {}
+    for part, (folder, path) in named.items():
+        targets = [target for target in found[part][1] if target.name in names]
+        if not targets:
+            raise UserError(
+                f"{base / path} has no image with a single object of the classes, {', '.join(names[:5])}"
+                f"{', ...' if len(names) > 5 else ''}; set dataset.classes or dataset.{part}_annotations otherwise."
+            )
+        files = [str(base / folder / target.file) for target in targets]
+        absent = next((file for file in files if not Path(file).is_file()), None)
+        if absent:
+            raise UserError(
+                f"There is no image {absent}, which {base / path} lists; "
+                f"set dataset.{part} to the folder that has the images."
+            )
+        labels = torch.tensor([names.index(target.name) for target in targets])
+        splits[part] = FileSplit(files, labels, image_size, torch.tensor([target.box for target in targets]))
+    return of_files(
+        base.resolve().name,
+        names,
+        splits["train"],
+        {"test": splits["test"]},
+        train_on,
+        resident_size=resident_size,
+        memory_budget_gb=memory_budget_gb,
+    )
+
+
+def single_targets(path: Path, part: str, min_area: int) -> tuple[list[str], list[Target]]:
+    """The categories of an annotation file, and the images that hold a single object, both in the order of the file.
+
+    Ours, where the paper says "one target": an object of any category counts, so that nothing annotated is left in the
+    background, and a crowd (`iscrowd`) is more than one. The box grows to whole pixels and is cut to the image.
+
+    Raises:
+        UserError: there is no such file, or not in the format; `part` is the key's name before `_annotations`.
+    """
+    instances = _read(path, part)
+    names = {category.id: category.name for category in instances.categories}
+    objects = Counter(annotation.image_id for annotation in instances.annotations)
+    alone = {a.image_id: a for a in instances.annotations if objects[a.image_id] == 1 and not a.iscrowd}
+    targets = []
+    for image in instances.images:
+        if (annotation := alone.get(image.id)) is None:
+            continue
+        if annotation.category_id not in names:
+            raise UserError(
+                f"{path} gives {image.file_name} the category {annotation.category_id}, which it does not list; "
+                "add it to the file's categories."
+            )
+        x0, y0, x1, y1 = box = _whole_pixels(annotation.bbox, image.width, image.height)
+        if x0 < x1 and y0 < y1 and annotation.bbox[2] * annotation.bbox[3] >= min_area:
+            targets.append(Target(image.file_name, names[annotation.category_id], box))
+    return list(names.values()), targets
+
+
+def _read(path: Path, part: str) -> _Instances:
+    if not path.is_file():
+        raise UserError(f"There is no file {path}; set dataset.{part}_annotations to a .json file in COCO's format.")
+    try:
+        return TypeAdapter(_Instances).validate_json(path.read_bytes())
+    except ValidationError as errors:
+        first = errors.errors(include_url=False, include_input=False)[0]
+        where = ".".join(map(str, first["loc"]))
+        raise UserError(
+            f"{path} is no annotation file in COCO's format ({where}{': ' if where else ''}{first['msg']}); "
+            f"set dataset.{part}_annotations to one such as instances_{part}2017.json."
+        ) from None
+
+
+def _whole_pixels(bbox: Sequence[float], width: int, height: int) -> tuple[int, int, int, int]:
+    """COCO's x, y, width, height as x0, y0, x1, y1 around it inside the image."""
+    x, y, across, down = bbox
+    x1, y1 = min(math.ceil(x + across), width), min(math.ceil(y + down), height)
+    return max(math.floor(x), 0), max(math.floor(y), 0), x1, y1
+
+
+def _chosen(classes: int | list[str], categories: list[str], targets: list[Target], path: Path) -> list[str]:
+    """The names of the classes in the order of the labels."""
+    count = Counter(target.name for target in targets)
+    if isinstance(classes, int):
+        if len(count) < classes:
+            raise UserError(
+                f"dataset.classes={classes} is more than the {len(count)} categories with a single-target image "
+                f"in {path}; set it lower."
+            )
+        most = sorted(count, key=lambda name: (-count[name], categories.index(name)))[:classes]
+        return sorted(most, key=categories.index)
+    for number, name in enumerate(classes):
+        if name not in categories:
+            raise UserError(
+                f"dataset.classes names {name}, which is no category of {path}; {suggestion(name, categories)}"
+            )
+        if name in classes[:number]:
+            raise UserError(f"dataset.classes names {name} twice; name it once.")
+        if not count[name]:
+            raise UserError(f"dataset.classes names {name}, and no image of {path} shows one alone; leave it out.")
+    return classes
