@@ -7,7 +7,7 @@ import os
 import secrets
 import shutil
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -176,6 +176,12 @@ class WeightsAndBiases(Logger):
             with self._forgiving():
                 self._conclude(folder)
 
+    def log_tables(self, tables: Mapping[str, Sequence[dict[str, Any]]]) -> None:
+        """Tables by name, each of rows by column; a row may lack a column."""
+        if self._listens():
+            with self._forgiving():
+                self._log_tables(tables)
+
     def close(self, exit_code: int) -> None:
         """The run ends here, well or not."""
         if self.run is not None:
@@ -258,9 +264,7 @@ class WeightsAndBiases(Logger):
         run.log({name: wandb.Image(str(file), caption=caption) for name, (file, caption) in figures(folder).items()})
         tables = {name: results[name] for name in ("accuracies", "gaps")}
         tables["strata_on_object"] = (results.get("strata") or {}).get("shares")
-        for name, rows in tables.items():
-            if rows:
-                run.log({name: wandb.Table(columns=list(rows[0]), data=[list(row.values()) for row in rows])})
+        self._log_tables(tables)
         if self.artifacts:
             files = {"checkpoint": ("checkpoints/last.ckpt",), "encoder": ("encoder.safetensors", "encoder.json")}
             for kind, names in files.items():
@@ -269,6 +273,15 @@ class WeightsAndBiases(Logger):
                     kept = self._keep(folder / name)
                     artifact.add_file(str(kept), name=kept.name, policy="immutable")
                 run.log_artifact(artifact)
+
+    def _log_tables(self, tables: Mapping[str, Sequence[dict[str, Any]]]) -> None:
+        import wandb
+
+        for name, rows in tables.items():
+            if rows:
+                columns: list[Any] = list(dict.fromkeys(key for row in rows for key in row))
+                data = [[row.get(key) for key in columns] for row in rows]
+                self.run.log({name: wandb.Table(columns=columns, data=data)})
 
     def _keep(self, file: Path) -> Path:
         """A second name for a file as it is now: a run with more epochs replaces it, perhaps before it is uploaded."""

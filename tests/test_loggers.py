@@ -24,12 +24,14 @@ from matplotlib.image import imread
 from omegaconf import OmegaConf
 from pytorch_lightning.utilities import rank_zero_only
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from test_report import write_run
 from test_run import TRAINER, WORDS, Finished, execute
 from wandb.proto.wandb_internal_pb2 import Record
 
 from icl_msr import run as program
 from icl_msr.errors import UserError
 from icl_msr.loggers import About, MetricsFile, TensorBoard, WeightsAndBiases
+from icl_msr.report.__main__ import main as report
 from icl_msr.run import closing
 
 STEP = "trainer/global_step"
@@ -254,6 +256,27 @@ def test_final_tables_are_logged(name: str, story: Story) -> None:
     content = json.loads((story.first.folder / "files" / logged["path"]).read_text())
     assert content["columns"] == list(rows[0])
     assert content["data"] == [list(row.values()) for row in rows]
+
+
+def test_a_summary_of_many_runs_is_sent_as_tables(tmp_path: Path) -> None:
+    for regularizer in ("none", "msr"):
+        for seed in range(2):
+            write_run(tmp_path / f"{regularizer}-{seed}", "moco", regularizer, seed)
+    assert report([str(tmp_path), "--wandb", "a-project"]) == 0
+    (board,) = sent(tmp_path)
+    assert board.run.project == "a-project"
+    assert board.exit_code == 0
+    files = {name: row[name]["path"] for row in board.history for name in row if name in ("summary", "differences")}
+    tables = {name: json.loads((board.folder / "files" / path).read_text()) for name, path in files.items()}
+    with (tmp_path / "summary.csv").open() as lines:
+        header, *expected = csv.reader(lines)
+    assert tables["summary"]["columns"] == header
+    assert [list(map(str, row)) for row in tables["summary"]["data"]] == expected
+    asked = tables["differences"]["columns"]
+    rows = [dict(zip(asked, row, strict=True)) for row in tables["differences"]["data"]]
+    (compared,) = json.loads((tmp_path / "summary.json").read_text())["differences"]
+    assert [row["mean"] for row in rows] == [difference["mean"] for difference in compared["differences"]]
+    assert {(row["configuration"], row["minus"]) for row in rows} == {("msr", "none")}
 
 
 def test_artifacts_stay_as_they_were(story: Story) -> None:

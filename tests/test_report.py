@@ -438,6 +438,8 @@ def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch
     run = write_run(tmp_path / "runs/0", regularizer="none")
     assert main([str(run)]) == 0
     assert str(run / "report.html") in capsys.readouterr().out
+    assert main([str(run), "--wandb", "project"]) == 2
+    assert "logger=wandb" in capsys.readouterr().err
     other = write_run(tmp_path / "runs/1", seed=1)
     assert main([str(run), str(other)]) == 0
     assert (tmp_path / "runs/summary.csv").exists()

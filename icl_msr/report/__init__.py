@@ -5,12 +5,21 @@ python -m icl_msr.report PATH...
 
 from pathlib import Path
 
-from icl_msr.report.output import gap_table, matrix_table, print_summary, write_summary
+from icl_msr.report.output import gap_table, matrix_table, print_summary, send, write_summary
 from icl_msr.report.page import run_page
 from icl_msr.report.runs import Run
 from icl_msr.report.summary import Summary, summarise
 
-__all__ = ["Summary", "gap_table", "matrix_table", "print_summary", "summarise", "write_report", "write_summary"]
+__all__ = [
+    "Summary",
+    "gap_table",
+    "matrix_table",
+    "print_summary",
+    "send",
+    "summarise",
+    "write_report",
+    "write_summary",
+]
 
 
 def write_report(run: Path) -> Path:

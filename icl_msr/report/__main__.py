@@ -7,7 +7,7 @@ from pathlib import Path
 from rich.console import Console
 
 from icl_msr.errors import UserError
-from icl_msr.report import gap_table, matrix_table, print_summary, summarise, words, write_report, write_summary
+from icl_msr.report import gap_table, matrix_table, print_summary, send, summarise, words, write_report, write_summary
 from icl_msr.report.runs import Run, is_run
 
 
@@ -30,19 +30,24 @@ def main(arguments: list[str] | None = None) -> int:
         metavar="LABEL",
         help="what all rows are compared with (default: for each, the row with none in place of what it adds)",
     )
+    parser.add_argument(
+        "--wandb", metavar="PROJECT", help="send the tables of several runs to this project of Weights & Biases as well"
+    )
     options = parser.parse_args(arguments)
     try:
-        _report(options.paths, options.out, options.against)
+        _report(options.paths, options.out, options.against, options.wandb)
     except UserError as error:
         print(error, file=sys.stderr)
         return 2
     return 0
 
 
-def _report(paths: list[Path], out: Path | None, against: str | None) -> None:
+def _report(paths: list[Path], out: Path | None, against: str | None, project: str | None) -> None:
     # A pipe or a log file has no width of its own.
     console = Console(width=None if sys.stdout.isatty() else 120)
     if len(paths) == 1 and out is None and is_run(paths[0]):
+        if project:
+            raise UserError("--wandb sends tables of several runs; a single run is sent by logger=wandb as it trains.")
         written = [write_report(paths[0])]
         results = Run.load(paths[0]).results
         console.print(matrix_table(results), gap_table(results) or "")
@@ -51,7 +56,10 @@ def _report(paths: list[Path], out: Path | None, against: str | None) -> None:
         summary = summarise(paths, against)
         print_summary(summary, console)
         # Beside the runs, so that a summary never overwrites a run's own page.
-        written = write_summary(summary, out or (paths[0].parent if is_run(paths[0]) else paths[0]))
+        folder = out or (paths[0].parent if is_run(paths[0]) else paths[0])
+        written = write_summary(summary, folder)
+        if project:
+            send(summary, folder, project)
     for file in written:
         console.print(str(file), soft_wrap=True, highlight=False)
 

@@ -6,11 +6,13 @@ import json
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from icl_msr.loggers import About, WeightsAndBiases
 from icl_msr.report.differences import Compared, chance, compare
 from icl_msr.report.page import matrix, metric_heading, summary_page
 from icl_msr.report.runs import Results
@@ -132,22 +134,49 @@ def write_summary(summary: Summary, folder: Path) -> list[Path]:
     return [folder / name for name in contents]
 
 
-def as_csv(summary: Summary) -> str:
-    """One line a configuration, mean and std of every metric in columns of their own."""
-    metrics = everything(summary.configurations)
-    labels = list(dict.fromkeys(label for c in summary.configurations for label in c.labels))
-    labels = labels if "dataset" in labels else ["dataset", *labels]
-    content = io.StringIO()
-    writer = csv.writer(content, lineterminator="\n")
-    writer.writerow([*labels, "n", "seeds", *(name for metric in metrics for name in (f"{metric}", f"{metric} std"))])
+def summary_rows(summary: Summary) -> list[dict[str, Any]]:
+    """One row a configuration, by column; mean and std of every metric in columns of their own."""
+    rows = []
     for configuration in summary.configurations:
-        cells: list[object] = []
-        for metric in metrics:
-            found = configuration.metrics.get(metric)
-            cells += [found.mean, found.std] if found else [None, None]
-        known = {"dataset": configuration.dataset} | configuration.labels
-        seeds = " ".join(str(run.results.seed) for run in configuration.runs)
-        writer.writerow([*(known.get(label) for label in labels), len(configuration.runs), seeds, *cells])
+        row: dict[str, Any] = {"dataset": configuration.dataset} | configuration.labels
+        row["n"] = len(configuration.runs)
+        row["seeds"] = " ".join(str(run.results.seed) for run in configuration.runs)
+        for metric, found in configuration.metrics.items():
+            row |= {f"{metric}": found.mean, f"{metric} std": found.std}
+        rows.append(row)
+    return rows
+
+
+def difference_rows(summary: Summary) -> list[dict[str, Any]]:
+    """One row a paired difference: what is compared with what, in which metric, and its interval."""
+    return [
+        {"dataset": dataset, "configuration": row.configuration.label, "minus": row.against.label}
+        | {"metric": str(metric)}
+        | asdict(difference)
+        | {"real": difference.real}
+        for dataset, rows in summary.by_dataset().items()
+        for row in compare(rows, everything(rows), summary.against)
+        for metric, difference in row.differences.items()
+    ]
+
+
+def send(summary: Summary, folder: Path, project: str) -> None:
+    """The summary as tables of a run of its own in W&B, in the mode that `conf/logger/wandb.yaml` calls auto."""
+    about = About("summary", None, "summary", {"folder": str(folder)}, None)
+    board = WeightsAndBiases(folder, about, project=project, entity=None, mode="auto", artifacts=False)
+    board.log_tables({"summary": summary_rows(summary), "differences": difference_rows(summary)})
+    board.close(0)
+
+
+def as_csv(summary: Summary) -> str:
+    """See `summary_rows`."""
+    rows = summary_rows(summary)
+    labels = dict.fromkeys(label for c in summary.configurations for label in ("dataset", *c.labels))
+    columns = dict.fromkeys([*labels, "n", "seeds", *(column for row in rows for column in row)])
+    content = io.StringIO()
+    writer = csv.DictWriter(content, columns, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
     return content.getvalue()
 
 
