@@ -32,6 +32,7 @@ from icl_msr.evaluation.features import evaluating, extract, progress
 from icl_msr.evaluation.labels import Part, balanced_part, listed_part, names, percent, require_labels
 from icl_msr.evaluation.linear import hold_out
 from icl_msr.evaluation.suite import Choice, Evaluation, Fraction, Look, Results, Row, record_tests
+from icl_msr.evaluation.views import crop_and_flip
 from icl_msr.randomness import permutation
 
 OptimizerName = Literal["adamw", "sgd"]
@@ -293,7 +294,7 @@ class FineTuning(Evaluation):
             weight_decay=self.tune_weight_decay,
             epochs=self.tune_epochs,
             batch_size=self.tune_batch_size,
-            augmentation=_crop_and_flip(self.tune_crop, self.tune_flip),
+            augmentation=crop_and_flip(self.tune_crop, self.tune_flip),
         )
 
 
@@ -306,20 +307,4 @@ def _choice(row: Row, rate: float, accuracies: Mapping[float, float]) -> Choice:
         learning_rate=rate,
         held_out_accuracies={f"{rate:g}": accuracy for rate, accuracy in accuracies.items()},
         note=note if rate in (min(accuracies), max(accuracies)) else "",
-    )
-
-
-def _crop_and_flip(scale: list[float], flip: float) -> Augmentation:
-    return Augmentation(
-        scale=scale,
-        ratio=[3 / 4, 4 / 3],
-        flip=flip,
-        jitter=[0.0, 0.0, 0.0, 0.0],
-        jitter_probability=0.0,
-        gray=0.0,
-        blur=0.0,
-        sigma=[1.0, 1.0],
-        solarize=0.0,
-        size=None,
-        views=[{}],
     )

@@ -9,7 +9,6 @@ from pydantic import Field, PositiveInt
 from torch import Tensor
 
 from icl_msr.data.dataset import Dataset, Split
-from icl_msr.evaluation.cache import split_identity
 from icl_msr.evaluation.corruptions import Corruption, corrupt
 from icl_msr.evaluation.metrics import Interval
 from icl_msr.evaluation.suite import (
@@ -25,6 +24,7 @@ from icl_msr.evaluation.suite import (
     named_split,
     top_five,
 )
+from icl_msr.evaluation.views import Some
 
 Severity = Literal[1, 2, 3, 4, 5]
 MEAN = "mean"
@@ -44,30 +44,6 @@ class CorruptedAccuracy(Row):
     low: float
     high: float
     n: int
-
-
-@dataclass
-class Some:
-    """Some of the images of a split."""
-
-    split: Split
-    index: Tensor
-    """(n,) int64."""
-
-    def __post_init__(self) -> None:
-        self.labels = self.split.labels.cpu()[self.index]
-
-    def __len__(self) -> int:
-        return len(self.index)
-
-    def load(self, index: Tensor) -> Tensor:
-        """See `Split.load`."""
-        return self.split.load(self.index[index])
-
-    def identity(self) -> str | None:
-        """See `cache.Identified`."""
-        known = split_identity(self.split)
-        return None if known is None else f"{known} {self.index.tolist()}"
 
 
 @dataclass
@@ -136,7 +112,7 @@ class CorruptionRobustness(Evaluation):
         shown: dict[str, Split] = {"clean": clean, "corrupted": Corrupted(clean, self.variants, look.seed, look.device)}
         bank = look.features(train, "train images")
         tests = {part: look.features(images, f"{part} images") for part, images in shown.items()}
-        results.health.append(health(look.encoder, "clean", tests["clean"]))
+        results.health.append(health(look, "clean", clean, tests["clean"]))
         for row, scores in self.scores(look, "train", bank, train.labels, tests, results):
             self._measure(look, row, name, scores, {part: images.labels for part, images in shown.items()}, results)
 

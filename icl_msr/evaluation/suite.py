@@ -22,11 +22,12 @@ from icl_msr.data.dataset import Dataset, Split
 from icl_msr.errors import UserError
 from icl_msr.evaluation.background import background_gaps
 from icl_msr.evaluation.features import extract
-from icl_msr.evaluation.health import effective_rank, feature_std, spread
+from icl_msr.evaluation.health import alignment, effective_rank, feature_std, spread
 from icl_msr.evaluation.knn import PresetName, knn_scores
 from icl_msr.evaluation.linear import LinearProbe, ProbeName, fit_linear_probe
 from icl_msr.evaluation.metrics import Bootstrap, Interval
 from icl_msr.evaluation.scores import confusion, in_top, most_confused, per_class
+from icl_msr.evaluation.views import Crops, Some
 
 Fraction = Annotated[float, Field(gt=0, lt=1)]
 
@@ -34,6 +35,9 @@ LARGEST_MATRIX = 32
 """Classes up to which the whole confusion is in the records; that of any number follows from predictions.npz."""
 LOOKED_AT = 4096
 """Images that the health of a representation is measured on, at most."""
+
+CROPPED = 1024
+"""Images that two crops are taken of, at most."""
 
 
 class Row(TypedDict):
@@ -90,7 +94,8 @@ class Health(TypedDict):
     effective_rank: float | None
     feature_std: float | None
     spread: float | None
-    """None where it has no value, as of features that are all zero."""
+    alignment: float | None
+    """Of two random crops of an image. None where a measure has no value, as of features that are all zero."""
 
 
 class Choice(TypedDict):
@@ -284,7 +289,7 @@ class Evaluation:
         features = {name: look.features(split, name) for name, split in {**fitting, **dataset.tests}.items()}
         results.features[look.encoder] = {name: values.cpu() for name, values in features.items()}
         first = next(iter(dataset.tests))
-        results.health.append(health(look.encoder, first, features[first]))
+        results.health.append(health(look, first, dataset.tests[first], features[first]))
         tests = {name: features[name] for name in dataset.tests}
         for fitted_on, split in fitting.items():
             for row, scores in self.scores(look, fitted_on, features[fitted_on], split.labels, tests, results):
@@ -425,15 +430,25 @@ def by_class(row: Row, split: str, predicted: Tensor, labels: Tensor, classes: S
     )
 
 
-def health(encoder: str, split: str, features: Tensor) -> Health:
-    """Of features (N, c), up to `LOOKED_AT` of them, spread evenly."""
+def health(look: Look, name: str, split: Split, features: Tensor) -> Health:
+    """Of the `features` (N, c) of the split of that name, up to `LOOKED_AT` of them, spread evenly."""
     index = torch.linspace(0, len(features) - 1, min(LOOKED_AT, len(features))).round().long()
     seen = features[index.to(features.device)]
+    crops = [Crops(Some(split, index[:: -(-len(index) // CROPPED)]), view, look.seed, look.device) for view in (0, 1)]
+    first, second = (look.features(crop, f"crops of {name}") for crop in crops)
     measures = [measure(seen) for measure in (effective_rank, feature_std, spread)]
-    rank, std, apart = (value if math.isfinite(value) else None for value in measures)
-    n, channels = seen.shape
+    rank, std, apart, near = (
+        value if math.isfinite(value) else None for value in (*measures, alignment(first, second))
+    )
     return Health(
-        encoder=encoder, split=split, n=n, channels=channels, effective_rank=rank, feature_std=std, spread=apart
+        encoder=look.encoder,
+        split=name,
+        n=len(seen),
+        channels=seen.shape[1],
+        effective_rank=rank,
+        feature_std=std,
+        spread=apart,
+        alignment=near,
     )
 
 

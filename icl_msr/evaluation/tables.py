@@ -155,12 +155,13 @@ def health_table(results: Measured) -> Table | None:
     if not results.health:
         return None
     table = _table("Representation", "encoder", "images of")
-    for column in ("n", "channels", "effective\nrank", "std\n(1 spread)", "uniformity"):
+    for column in ("n", "channels", "effective\nrank", "std\n(1 spread)", "uniformity", "alignment"):
         table.add_column(column, justify="right")
     for row in results.health:
         cells = (str(row["n"]), str(row["channels"]), _number(row["effective_rank"], 1))
         table.add_row(
             row["encoder"], row["split"], *cells, _number(row["feature_std"], 2), _number(row["spread"], 2),
+            _number(row.get("alignment"), 2),
             style="dim" * (row["encoder"] == "untrained"),
         )  # fmt: skip
     return table

@@ -114,7 +114,7 @@ class TextureImages(Evaluation):
             shown[images] = NonSemanticVersions(split, generator, look.seed, look.device)
         bank = look.features(dataset.train, "train")
         tests = {images: look.features(part, images) for images, part in shown.items()}
-        results.health.append(health(look.encoder, name, tests[name]))
+        results.health.append(health(look, name, split, tests[name]))
         labels = split.labels.cpu()
         for row, scores in self.scores(look, "train", bank, dataset.train.labels, tests, results):
             for images, values in scores.items():

@@ -1,5 +1,6 @@
 import json
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,9 +12,11 @@ from icl_msr.data.dataset import Dataset
 from icl_msr.encoders import tiny
 from icl_msr.evaluation import suite
 from icl_msr.evaluation.background import background_gaps
-from icl_msr.evaluation.health import effective_rank, feature_std, spread
+from icl_msr.evaluation.features import extract
+from icl_msr.evaluation.health import alignment, effective_rank, feature_std, spread
 from icl_msr.evaluation.metrics import Bootstrap
 from icl_msr.evaluation.suite import Evaluation, Results
+from icl_msr.evaluation.views import Crops
 from icl_msr.report.runs import Results as Saved
 
 
@@ -155,18 +158,27 @@ def test_top5(evaluation: Evaluation, blobs: Callable[..., tuple[Tensor, Tensor]
         assert found["top1"] < found["top5"] < 1
 
 
-def test_health_of_every_encoder(evaluation: Evaluation, dataset: Dataset, object_encoder: nn.Module) -> None:
+def test_health_of_every_encoder(evaluation: Evaluation, dataset: Any) -> None:
     class Collapsed(nn.Module):
         def forward(self, images: Tensor) -> Tensor:
             return images.new_zeros(len(images), 5)
 
-    results = evaluation(object_encoder, dataset, device="cpu", seed=0, untrained_encoder=Collapsed())
+    torch.manual_seed(0)
+    first = dataset.tests["original"]
+    first.images = torch.randint(256, first.images.shape, dtype=torch.uint8)  # crops of flat images are all the same
+    network = tiny(32, weights=None)
+    look: Any = {"mean": dataset.mean, "std": dataset.std, "batch_size": 64}
+    results = evaluation(network, dataset, device="cpu", seed=0, untrained_encoder=Collapsed())
     trained, collapsed = results.health
     features = results.features["trained"]["original"]
+    assert trained["n"] <= suite.CROPPED
+    views = [extract(network, Crops(first, view, 0, torch.device("cpu")), device="cpu", **look) for view in (0, 1)]
     assert trained == {
-        "encoder": "trained", "split": "original", "n": 200, "channels": 24, "effective_rank": effective_rank(features),
-        "feature_std": feature_std(features), "spread": spread(features),
+        "encoder": "trained", "split": "original", "n": 200, "channels": features.shape[1],
+        "effective_rank": effective_rank(features), "feature_std": feature_std(features), "spread": spread(features),
+        "alignment": alignment(*views),
     }  # fmt: skip
+    assert 0 < alignment(*views) < 2
     assert collapsed["effective_rank"] is None
     assert collapsed["feature_std"] == 0
     json.dumps(results.records(), allow_nan=False)
