@@ -186,7 +186,11 @@ def headline(configurations: list[Configuration]) -> list[Metric]:
             Metric("full", knn or either, "train", GAIN),
         ]
     else:
-        main = (linear, knn, *(m.classifier for m in measured if m.classifier.startswith(("linear-", "finetune"))))
+        main = (
+            linear,
+            knn,
+            *(m.classifier for m in measured if m.classifier.startswith(("linear-", "finetune", "head"))),
+        )
         wanted = [metric for metric in measured if metric.encoder != "untrained" and metric.classifier in main]
     return [metric for metric in dict.fromkeys(wanted) if metric in measured]
 
