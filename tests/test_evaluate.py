@@ -230,6 +230,7 @@ def test_who_has_a_classifier(
     assert sentence in capsys.readouterr().err
     if sentence:
         assert not Path("it").exists()
+        assert not list(Path(".cache").rglob("*.safetensors"))  # nothing was done for it
     else:
         assert [row["n"] for row in results("it")["shape"] if row["classifier"] == "head"] == [4]
 
