@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -13,7 +14,7 @@ import pytest
 import torch
 import torchvision
 from omegaconf import OmegaConf
-from PIL import Image
+from PIL import Image, ImageOps
 from safetensors.torch import load_file, save_file
 from tiny import DATA, MODEL, composed, trained
 from tiny import dataset as tiny_dataset
@@ -306,6 +307,47 @@ def test_several_evaluations_at_once_and_their_report(
     assert len(summary["configurations"]) == 2
     assert not summary["failed"]
     assert report(["runs/with"]) == 0
+
+
+def test_the_table_of_five_columns(photos: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Terminal, page and the table of several runs have the same columns: clean, corrupted, and each folder given."""
+    for name, change in (("drawn", lambda image: image.convert("L")), ("negative", ImageOps.invert)):
+        for file in sorted((photos / "test").rglob("*.png"))[1:]:
+            to = Path(name, file.parent.name, file.name)
+            to.parent.mkdir(parents=True, exist_ok=True)
+            change(Image.open(file)).save(to)
+    words = ["weights=null", "dataset=imagefolder", f"dataset.root={photos}", "dataset.image_size=32", "hardware=cpu"]
+    words += [f"+dataset.shifted.{name}={Path(name).absolute()}" for name in ("drawn", "negative")]
+    words += ["evaluation.probe_epochs=3", "evaluation.bootstrap=20"]
+    few = ["evaluation.corruptions=[fog,contrast]", "evaluation.severities=[1,5]"]
+    columns = ["clean", "corrupted", "drawn", "negative"]
+    assert main([*words, "encoder=torchvision:resnet18", "evaluation=robustness", *few, "to=runs/a"]) == 0
+    out = capsys.readouterr().out
+    found = {row["split"]: row for row in results("runs/a")["accuracies"]}
+    assert list(found) == columns
+    heading, row = out[out.index("classifier") :].splitlines()[:2]
+    assert heading.split()[-4:] == columns
+    assert row.split() == ["train", "linear", "trained", *(f"{100 * found[name]['top1']:.1f}" for name in columns)]
+    corruptions = results("runs/a")["corruptions"]
+    each = [row["top1"] for row in corruptions if row["severity"] and row["corruption"] != "mean"]
+    assert found["corrupted"]["top1"] == pytest.approx(np.mean(each))
+    assert [found[name]["n"] for name in columns] == [8, 8, 7, 7]
+
+    assert main([*words, "encoder=torchvision:resnet18", "evaluation=default", "evaluation.knn=[]", "to=usual"]) == 0
+    usual = {row["split"]: row for row in results("usual")["accuracies"]}
+    for name, other in (("clean", "test"), ("drawn", "drawn"), ("negative", "negative")):
+        assert {**found[name], "split": ""} == {**usual[other], "split": ""}
+
+    assert main([*words, "encoder=torchvision:mnasnet0_5", "evaluation=robustness", *few, "to=runs/b"]) == 0
+    page = Path("runs/b/report.html").read_text()
+    table = page[page.index('<table id="matrix">') :]
+    assert re.findall(r"<th>(\w+)", table[: table.index("</thead>")]) == columns
+    assert report(["runs"]) == 0
+    markdown = Path("runs/summary.md").read_text().splitlines()
+    header, first = (line.strip("| ").split(" | ") for line in (markdown[2], markdown[5]))
+    assert first[0] == "torchvision:resnet18"
+    assert header[-4:] == [f"{name} (linear)" for name in columns]
+    assert first[-4:] == [f"{100 * found[name]['top1']:.1f}" for name in columns]
 
 
 def test_what_is_left_without_content(runs: Path, photos: Path, capsys: pytest.CaptureFixture[str]) -> None:
