@@ -187,7 +187,7 @@ def test_the_classifier_of_a_whole_file(photos: Path, capsys: pytest.CaptureFixt
     words += ["evaluation.untrained=false", "evaluation.linear=true", "evaluation.bootstrap=20"]
     words.append("encoder=torchvision:resnet18")
     assert main([*words, "weights=whole.safetensors", "evaluation.head=true", "to=runs/whole"]) == 0
-    assert "Fitted on what the encoder was trained on" in Path("runs/whole/report.html").read_text()
+    assert "Fitted on data of its own" in Path("runs/whole/report.html").read_text()
     found = results("runs/whole")
     probe, head = found["shape"]
     assert (probe["classifier"], probe["n"], len(probe["classes"])) == ("linear", 4, 2)

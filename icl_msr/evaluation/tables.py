@@ -90,25 +90,12 @@ def shape_table(results: Measured) -> Table | None:
     if not results.shape:
         return None
     table = _table("Shape bias on cue-conflict images, %", "classifier", "encoder")
-    for column in (
-        "images",
-        "classes",
-        "shape bias",
-        "95 % interval",
-        "taken for\ntheir shape",
-        "taken for\ntheir texture",
-    ):
+    for column in ("images", "classes", "shape bias", "95 % interval", "taken for\nshape", "taken for\ntexture"):
         table.add_column(column, justify="right")
     for row in results.shape:
+        known = (str(row["n"]), str(len(row["classes"])))
         bounds = "–" if row["low"] is None else f"{_percent(row['low'])} to {_percent(row['high'])}"
-        cells = (
-            str(row["n"]),
-            str(len(row["classes"])),
-            _percent(row["shape_bias"]),
-            bounds,
-            _percent(row["shape"]),
-            _percent(row["texture"]),
-        )
+        cells = (*known, _percent(row["shape_bias"]), bounds, _percent(row["shape"]), _percent(row["texture"]))
         table.add_row(row["classifier"], row["encoder"], *cells, style="dim" * (row["encoder"] == "untrained"))
     return table
 

@@ -47,7 +47,7 @@ def fitted(fitted_on: str) -> str:
     return {
         "train": "the training set",
         "balanced": "the balanced split",
-        "own": "what the encoder was trained on",
+        "own": "data of its own",
     }.get(fitted_on, fitted_on)
 
 
