@@ -5,9 +5,9 @@ import inspect
 import itertools
 import json
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torchvision
 from pydantic import ConfigDict, validate_call
@@ -17,6 +17,18 @@ from torch import Tensor, nn
 
 from icl_msr.batchnorm import GlobalBatchNorm
 from icl_msr.errors import UserError
+
+
+class Origin(NamedTuple):
+    """A model of another library."""
+
+    library: str
+    """`timm` or `torchvision`."""
+    name: str
+    options: Mapping[str, Any]
+    """What the library is told beside the name."""
+    seed: int
+    """Of random weights."""
 
 
 class Backbone(nn.Module):
@@ -36,6 +48,8 @@ class Backbone(nn.Module):
         where another package built `net`."""
         self.pretrained: str | None = None
         """Where its weights came from; None: they are random."""
+        self.origin: Origin | None = None
+        """Which model of another library it is, if any."""
 
     def parts(self) -> dict[str, "Backbone"]:
         """Encoders inside, of use by themselves, that are exported beside the whole one."""
@@ -197,9 +211,15 @@ def from_recipe(
 
 
 def with_weights(
-    backbone: Backbone, weights: str | None, torchvision_name: str | None = None, timm_name: str | None = None
+    backbone: Backbone,
+    weights: str | None,
+    torchvision_name: str | None = None,
+    timm_name: str | None = None,
+    beside: Collection[str] = (),
 ) -> Backbone:
     """The backbone with weights from a file, a run folder or, by the network's name there, torchvision or timm.
+
+    `beside` names what a file may hold that the backbone has not: a classifier.
 
     Raises:
         UserError: there are none, or they do not fit.
@@ -216,16 +236,8 @@ def with_weights(
 
         state = _download(lambda: timm.create_model(timm_name, pretrained=True, num_classes=0), weights)
     else:
-        path = Path(weights) / "encoder.safetensors" if Path(weights).is_dir() else Path(weights)
-        if not path.is_file():
-            raise UserError(
-                f"backbone.weights={weights} is neither a .safetensors file nor a run folder that holds "
-                "encoder.safetensors; give the path of one, or null to start from random weights."
-            )
-        try:
-            state = load_file(path)
-        except SafetensorError as error:
-            raise UserError(f"{path} cannot be read as safetensors ({error}); export the encoder again.") from None
+        state = read_weights(weights)
+    state = {name: tensor for name, tensor in state.items() if name not in beside}
     missing = backbone.net.state_dict().keys() ^ state.keys()
     shapes = [n for n, t in backbone.net.state_dict().items() if n in state and state[n].shape != t.shape]
     if missing or shapes:
@@ -236,6 +248,24 @@ def with_weights(
     backbone.net.load_state_dict(state)
     backbone.pretrained = weights
     return backbone
+
+
+def read_weights(weights: str) -> dict[str, Tensor]:
+    """The tensors of a .safetensors file, or of a run folder's encoder.
+
+    Raises:
+        UserError: there are none.
+    """
+    path = Path(weights) / "encoder.safetensors" if Path(weights).is_dir() else Path(weights)
+    if not path.is_file():
+        raise UserError(
+            f"backbone.weights={weights} is neither a .safetensors file nor a run folder that holds "
+            "encoder.safetensors; give the path of one, or null to start from random weights."
+        )
+    try:
+        return load_file(path)
+    except SafetensorError as error:
+        raise UserError(f"{path} cannot be read as safetensors ({error}); export the encoder again.") from None
 
 
 def _download(build: Callable[[], nn.Module], source: str) -> dict[str, Tensor]:

@@ -29,7 +29,7 @@ from icl_msr.errors import UserError
 from icl_msr.evaluation import foreign
 from icl_msr.evaluation.cache import FeatureCache, encoder_identity
 from icl_msr.evaluation.order import Order, Subject, read
-from icl_msr.evaluation.suite import Results
+from icl_msr.evaluation.suite import Evaluation, Results
 from icl_msr.evaluation.tables import tables
 from icl_msr.folder import RunFolder
 from icl_msr.hardware import Plan
@@ -130,13 +130,16 @@ def evaluate(order: Order, words: Sequence[str], plan: Plan) -> None:
         evaluation.names(dataset)
     encoder = subject.build(dataset.image_size, settings.seed).to(memory_format=torch.channels_last).eval()
     require_fit(encoder, subject, dataset)
+    for evaluation in evaluations:
+        if isinstance(evaluation, Evaluation):
+            evaluation.require(encoder)
     # The encoder is fed as it was trained, whatever the data set's own statistics are.
     dataset = replace(dataset, mean=_triple(subject.mean), std=_triple(subject.std))
     untrained = None if subject.random else foreign.untrained_copy(encoder, settings.seed)
     console.print(f"[bold]{subject.name}[/bold] on {dataset.name}, {plan}")
     if subject.image_size not in (None, dataset.image_size):
         console.print(
-            f"It was trained on {subject.image_size} pixels and is shown {dataset.image_size} (dataset.image_size).",
+            f"It is made for {subject.image_size} pixels and is shown {dataset.image_size} (dataset.image_size).",
             style="yellow",
         )
     results = Results()

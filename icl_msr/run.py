@@ -201,6 +201,8 @@ def assemble(settings: Settings, plan: Plan) -> Pieces:
     evaluation: Evaluation | None = build(settings.evaluation)
     logged = [name for name in LOGGED if settings.trainer.online_every_n_epochs or not name.startswith("online/")]
     known = ["auto", *logged, *(evaluation.names(dataset) if evaluation else [])]
+    if isinstance(evaluation, Evaluation):
+        evaluation.require(method.backbone)
     if settings.metric not in known:
         raise UserError(f"metric={settings.metric} will not be measured; {suggestion(settings.metric, known)}")
     derived = derive(settings, optimization, len(dataset.train), plan.world_size)

@@ -184,6 +184,9 @@ def make_images() -> None:
     Path("hollow/c").mkdir()
     os.truncate("cut/a/0.png", 200)
     Path("foreign/a/0.png").write_text("no image")
+    for shape, texture in (("cat", "dog"), ("dog", "cat")):
+        Path("stimuli", shape).mkdir(parents=True)
+        shutil.copy("photos/a/0.png", Path("stimuli", shape, f"{shape}1-{texture}1.png"))
     Path("photos/boxes.csv").write_bytes(b"\xff\xfe\0")
 
 
@@ -246,6 +249,7 @@ IN_THE_WORLD = [
     ("loader.batch_size=16 method.queue_size=12", "method.queue_size=12", "one batch", "16 or more"),
     ("loader.batch_size=16 method=wmse method.embedding_dim=8 method.whitening_size=32", "more than the 16 images"),
     ("method=simclr augment.views=[{},{},{}]", "augment.views lists 3 views", "SimCLR takes 2"),
+    ("evaluation=shape evaluation.stimuli=stimuli evaluation.head=true", "evaluation.head=true", "encoder=timm:NAME"),
     ("metric=accuracy", "metric=accuracy will not be measured", "online/knn"),
     ("metric=online/knn trainer.online_every_n_epochs=0", "metric=online/knn will not be measured", "auto"),
     # machines
@@ -310,7 +314,8 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def in_the_world(line: str) -> Answer:
-    small = [word for word in SMALL if not (word.startswith("dataset.") and "dataset=" in line)]
+    chosen = [group for group in ("dataset", "evaluation") if f"{group}=" in line]
+    small = [word for word in SMALL if not any(word.startswith((f"{group}.", f"{group}=none")) for group in chosen)]
     with SITUATIONS.get(line, nullcontext()):
         return execute(*([] if line.startswith("resume=") else small), *line.split())
 

@@ -1,6 +1,8 @@
 """`python -m icl_msr.evaluate`: any encoder, on any data set, by the numbers that a run would give."""
 
+import itertools
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -10,9 +12,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torchvision
 from omegaconf import OmegaConf
-from PIL import Image
-from safetensors.torch import load_file
+from PIL import Image, ImageOps
+from safetensors.torch import load_file, save_file
 from tiny import DATA, MODEL, composed, trained
 from tiny import dataset as tiny_dataset
 
@@ -20,9 +23,12 @@ from icl_msr import __version__
 from icl_msr.callbacks import Checkpoints
 from icl_msr.checkpoint import AtomicCheckpoint, export_encoder, load_encoder
 from icl_msr.config import build, check
+from icl_msr.data.folders import IMAGENET_MEAN, IMAGENET_STD
 from icl_msr.evaluate import main
 from icl_msr.evaluation.features import extract
 from icl_msr.evaluation.foreign import foreign_encoder, untrained_copy
+from icl_msr.evaluation.order import find
+from icl_msr.evaluation.sixteen import SIXTEEN
 from icl_msr.report.__main__ import main as report
 from icl_msr.report.runs import Run
 
@@ -146,6 +152,96 @@ def test_foreign_encoders_with_random_weights(name: str, photos: Path) -> None:
     assert one["choices"]["encoder"] == name
 
 
+def test_the_classifier_of_a_whole_file(photos: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Shape bias by a file's own classifier, against torchvision and a loop; features as without the classifier."""
+    rng = np.random.default_rng(1)
+    names, pictures = ["bear", "cat", "clock", "dog"], {}
+    for shape, texture in itertools.product(names, names):
+        for i in (1, 2):
+            pixels = rng.integers(0, 255, (8, 8, 3)).repeat(4, 0).repeat(4, 1).astype(np.uint8)
+            Path("stimuli", shape).mkdir(parents=True, exist_ok=True)
+            Image.fromarray(pixels).save(Path("stimuli", shape, f"{shape}{i}-{texture}{i}.png"))
+            pictures[shape, texture, i] = pixels
+    torch.manual_seed(0)
+    net = torchvision.models.resnet18().eval()
+    mean, std = torch.tensor(IMAGENET_MEAN)[:, None, None], torch.tensor(IMAGENET_STD)[:, None, None]
+    images = torch.stack([torch.from_numpy(p).permute(2, 0, 1) / 255 for p in pictures.values()])
+    with torch.inference_mode():
+        scores = net((images - mean) / std)
+        # Spread over the four classes, and a few others that are also among the 16 or among none.
+        decided = [numbers[-1] for name, numbers in SIXTEEN.items() if name in names] + [404, 0]
+        net.fc.weight *= 400
+        net.fc.bias.copy_(-400 * (scores - net.fc.bias).mean(0))
+        net.fc.bias[decided] += 10
+        expected = net((images - mean) / std).double().softmax(1)
+    save_file(net.state_dict(), "whole.safetensors")
+    save_file({k: v for k, v in net.state_dict().items() if not k.startswith("fc.")}, "encoder.safetensors")
+    shape = texture = n = 0
+    for (of_shape, of_texture, _), probabilities in zip(pictures, expected, strict=True):
+        if of_shape != of_texture:
+            means = {name: sum(probabilities[k].item() for k in at) / len(at) for name, at in SIXTEEN.items()}
+            taken = max(means, key=lambda name: means[name])
+            n, shape, texture = n + 1, shape + (taken == of_shape), texture + (taken == of_texture)
+    words = ["dataset=imagefolder", f"dataset.root={photos}", "dataset.image_size=32", "hardware=cpu"]
+    words += ["evaluation=[light,shape]", "evaluation.stimuli=stimuli", "evaluation.probe_epochs=1"]
+    words += ["evaluation.untrained=false", "evaluation.linear=true", "evaluation.bootstrap=20"]
+    words.append("encoder=torchvision:resnet18")
+    assert main([*words, "weights=whole.safetensors", "evaluation.head=true", "to=runs/whole"]) == 0
+    assert "Fitted on data of its own" in Path("runs/whole/report.html").read_text()
+    found = results("runs/whole")
+    probe, head = found["shape"]
+    assert (probe["classifier"], probe["n"], len(probe["classes"])) == ("linear", 4, 2)
+    assert (head["classifier"], head["fitted_on"], head["n"], len(head["classes"])) == ("head", "own", n, 16)
+    assert n == 24
+    assert shape > 0
+    assert texture > 0
+    assert head["decided"] == shape + texture < n
+    assert head["shape_bias"] == pytest.approx(shape / (shape + texture))
+    assert head["shape"] == pytest.approx(shape / n)
+    assert report(["runs"]) == 0
+    assert "head" in capsys.readouterr().out
+    assert main([*words, "weights=encoder.safetensors", "to=runs/encoder"]) == 0
+    assert results("runs/encoder")["accuracies"] == [row for row in found["accuracies"] if row["fitted_on"] != "own"]
+
+    assert main([*words, "weights=encoder.safetensors", "evaluation.head=true", "to=not"]) == 2
+    assert capsys.readouterr().err == (
+        "encoder.safetensors has no classifier (fc.bias is missing); leave out evaluation.head=true.\n"
+    )
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (["encoder=timm:test_vit", "weights=null"], ""),
+        (["encoder=timm:vit_tiny_patch16_224.augreg_in21k", "weights=null"], "has 21843 classes, and"),
+        (["RUN"], "needs an encoder with a classifier of its own"),
+    ],
+)
+def test_who_has_a_classifier(
+    runs: Path, photos: Path, capsys: pytest.CaptureFixture[str], words: list[str], sentence: str
+) -> None:
+    for shape, texture in (("cat", "dog"), ("dog", "cat")):
+        for i in (1, 2):
+            Path("stimuli", shape).mkdir(parents=True, exist_ok=True)
+            shutil.copy(photos / "test" / shape / f"{i}.png", Path("stimuli", shape, f"{shape}{i}-{texture}{i}.png"))
+    words = [f"run={runs}/run" if word == "RUN" else word for word in words]
+    words += ["dataset=imagefolder", f"dataset.root={photos}", "dataset.image_size=32", "hardware=cpu", "to=it"]
+    words += ["evaluation=shape", "evaluation.stimuli=stimuli", "evaluation.probe_epochs=1", "evaluation.head=true"]
+    assert main(words) == (2 if sentence else 0)
+    assert sentence in capsys.readouterr().err
+    if sentence:
+        assert not Path("it").exists()
+        assert not list(Path(".cache").rglob("*.safetensors"))  # nothing was done for it
+    else:
+        assert [row["n"] for row in results("it")["shape"] if row["classifier"] == "head"] == [4]
+
+
+@pytest.mark.parametrize(("name", "size"), [("timm:test_vit", 160), ("torchvision:inception_v3", 299)])
+def test_the_size_that_weights_are_meant_for(name: str, size: int) -> None:
+    assert find("encoder", name, None).image_size == size
+    assert find("encoder", name, "null").image_size is None
+
+
 def test_features_are_kept(photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     words = ["encoder=torchvision:resnet18", "weights=null", "dataset=imagefolder", f"dataset.root={photos}", *FAST]
     words.append("dataset.image_size=32")
@@ -211,6 +307,47 @@ def test_several_evaluations_at_once_and_their_report(
     assert len(summary["configurations"]) == 2
     assert not summary["failed"]
     assert report(["runs/with"]) == 0
+
+
+def test_the_table_of_five_columns(photos: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Terminal, page and the table of several runs have the same columns: clean, corrupted, and each folder given."""
+    for name, change in (("drawn", lambda image: image.convert("L")), ("negative", ImageOps.invert)):
+        for file in sorted((photos / "test").rglob("*.png"))[1:]:
+            to = Path(name, file.parent.name, file.name)
+            to.parent.mkdir(parents=True, exist_ok=True)
+            change(Image.open(file)).save(to)
+    words = ["weights=null", "dataset=imagefolder", f"dataset.root={photos}", "dataset.image_size=32", "hardware=cpu"]
+    words += [f"+dataset.shifted.{name}={Path(name).absolute()}" for name in ("drawn", "negative")]
+    words += ["evaluation.probe_epochs=3", "evaluation.bootstrap=20"]
+    few = ["evaluation.corruptions=[fog,contrast]", "evaluation.severities=[1,5]"]
+    columns = ["clean", "corrupted", "drawn", "negative"]
+    assert main([*words, "encoder=torchvision:resnet18", "evaluation=robustness", *few, "to=runs/a"]) == 0
+    out = capsys.readouterr().out
+    found = {row["split"]: row for row in results("runs/a")["accuracies"]}
+    assert list(found) == columns
+    heading, row = out[out.index("classifier") :].splitlines()[:2]
+    assert heading.split()[-4:] == columns
+    assert row.split() == ["train", "linear", "trained", *(f"{100 * found[name]['top1']:.1f}" for name in columns)]
+    corruptions = results("runs/a")["corruptions"]
+    each = [row["top1"] for row in corruptions if row["severity"] and row["corruption"] != "mean"]
+    assert found["corrupted"]["top1"] == pytest.approx(np.mean(each))
+    assert [found[name]["n"] for name in columns] == [8, 8, 7, 7]
+
+    assert main([*words, "encoder=torchvision:resnet18", "evaluation=default", "evaluation.knn=[]", "to=usual"]) == 0
+    usual = {row["split"]: row for row in results("usual")["accuracies"]}
+    for name, other in (("clean", "test"), ("drawn", "drawn"), ("negative", "negative")):
+        assert {**found[name], "split": ""} == {**usual[other], "split": ""}
+
+    assert main([*words, "encoder=torchvision:mnasnet0_5", "evaluation=robustness", *few, "to=runs/b"]) == 0
+    page = Path("runs/b/report.html").read_text()
+    table = page[page.index('<table id="matrix">') :]
+    assert re.findall(r"<th>(\w+)", table[: table.index("</thead>")]) == columns
+    assert report(["runs"]) == 0
+    markdown = Path("runs/summary.md").read_text().splitlines()
+    header, first = (line.strip("| ").split(" | ") for line in (markdown[2], markdown[5]))
+    assert first[0] == "torchvision:resnet18"
+    assert header[-4:] == [f"{name} (linear)" for name in columns]
+    assert first[-4:] == [f"{100 * found[name]['top1']:.1f}" for name in columns]
 
 
 def test_what_is_left_without_content(runs: Path, photos: Path, capsys: pytest.CaptureFixture[str]) -> None:

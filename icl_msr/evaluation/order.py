@@ -42,7 +42,7 @@ class Subject:
     mean: Sequence[float]
     std: Sequence[float]
     image_size: int | None = None
-    """What it was trained with, in pixels, if known."""
+    """What it was trained with or is meant for, in pixels, if known."""
     config: Mapping[str, Any] | None = None
     """That of the run which trained it."""
     choices: Mapping[str, str] | None = None
@@ -127,7 +127,8 @@ def find(source: str, value: str, weights: str | None) -> Subject:
 
         mean, std = foreign.statistics_of(library, name)
         said = f"{value}, weights={chosen or 'null'}"
-        return Subject(f"{library}:{name}", said, made, mean, std, random=chosen is None)
+        size = foreign.image_size_of(library, name) if chosen == library else None
+        return Subject(f"{library}:{name}", said, made, mean, std, size, random=chosen is None)
     if source == "encoder":
         if not Path(value).exists():
             raise UserError(f"There is no encoder {value}; give a .safetensors file, timm:NAME or torchvision:NAME.")

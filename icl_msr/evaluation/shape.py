@@ -8,22 +8,25 @@ probes inside the stimuli answer.
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, TypedDict
 
 import torch
 from pydantic import Field
-from torch import Tensor
+from torch import Tensor, nn
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
-from icl_msr.data.dataset import Dataset
+from icl_msr.data.dataset import Dataset, Split
 from icl_msr.data.folders import FileSplit
 from icl_msr.errors import UserError
+from icl_msr.evaluation.foreign import with_classifier
 from icl_msr.evaluation.metrics import Bootstrap
+from icl_msr.evaluation.sixteen import SIXTEEN, sixteen
 from icl_msr.evaluation.suite import Accuracy, Evaluation, Look, Results, Row, gap
 
 CUES = ("shape", "texture")
+HEAD = "head"
 
 
 class ShapeBias(TypedDict):
@@ -33,7 +36,7 @@ class ShapeBias(TypedDict):
     classifier: str
     fitted_on: str
     classes: list[str]
-    """Those that the classifier knows: what the data set covers of the stimuli."""
+    """Those that the classifier decides among: what the data set covers of the stimuli, or Geirhos's 16."""
     n: int
     """Images whose shape and texture are both of such classes."""
     decided: int
@@ -119,9 +122,10 @@ class ShapeAndTexture(Evaluation):
     """Shape bias of classifiers fitted on a data set, and decodability of shape and texture inside the stimuli.
 
     Config keys: those of `suite.Evaluation`; `stimuli`, the folder (`read_stimuli`); `same`, the classes of the data
-    set that a class of the stimuli stands for where they have another name; `folds` of the decodability, at most one
-    for each instance of a class. Classifiers are fitted on the images of the covered classes alone, under the stimuli's
-    names.
+    set that a class of the stimuli stands for where they have another name; `head` asks for the decisions of the
+    ImageNet classifier that an encoder of timm or torchvision came with, beside those of the fitted ones (`sixteen`);
+    `folds` of the decodability, at most one for each instance of a class. Classifiers are fitted on the images of the
+    covered classes alone, under the stimuli's names.
 
     Among the accuracies, the splits `conflict_shape` and `conflict_texture` are the shares that are taken for
     either, and `shape` and `texture`, fitted on `stimuli`, the decodability. Without two covered classes there is no
@@ -130,6 +134,7 @@ class ShapeAndTexture(Evaluation):
 
     stimuli: str
     same: dict[str, list[str]]
+    head: bool
     folds: Annotated[int, Field(ge=2)]
     shown: Stimuli = field(init=False)
 
@@ -144,9 +149,21 @@ class ShapeAndTexture(Evaluation):
     def names(self, dataset: Dataset) -> list[str]:
         """See `suite.Evaluation`; a class of `same` may not be in the data set."""
         label = covered(self.shown.classes, dataset.classes, self.same)
-        bias = self.classifiers if self._conflicts(label)[0].numel() else []
+        bias = [f"{classifier}/train" for classifier in self.classifiers if self._conflicts(label)[0].numel()]
+        bias += [f"{HEAD}/own"] if self.head else []
         decoded = [f"{self.linear_name}/stimuli/{cue}" for cue in CUES]
-        return [*(f"{classifier}/train/conflict_{cue}" for classifier in bias for cue in CUES), *decoded]
+        return [*(f"{classifier}/conflict_{cue}" for classifier in bias for cue in CUES), *decoded]
+
+    def require(self, encoder: nn.Module) -> None:
+        """See `suite.Evaluation`."""
+        if not self.head:
+            return
+        if not self._conflicts(self._of_sixteen())[0].numel():
+            raise UserError(
+                f"evaluation.head=true decides among {', '.join(SIXTEEN)}, and no image of {self.stimuli} is of two "
+                "of them; leave it out."
+            )
+        with_classifier(encoder)
 
     def measure(self, look: Look, results: Results) -> None:
         """See `suite.Evaluation`."""
@@ -156,6 +173,8 @@ class ShapeAndTexture(Evaluation):
         stimuli = look.features(images, "stimuli")
         if self._conflicts(label)[0].numel():
             self._bias(look, look.features(dataset.train, "train"), stimuli, label, results)
+        if self.head and look.encoder == "trained":  # an untrained copy has none
+            self._head(replace(look, network=with_classifier(look.network)), images, results)
         for cue in CUES:
             self._decode(look, cue, stimuli, results)
 
@@ -170,7 +189,7 @@ class ShapeAndTexture(Evaluation):
 
     def _bias(self, look: Look, train: Tensor, stimuli: Tensor, label: Mapping[int, int], results: Results) -> None:
         """`label` is the stimuli's class of a class of the data set."""
-        bootstrap, labels = look.bootstrap, look.dataset.train.labels.to(look.device)
+        labels = look.dataset.train.labels.to(look.device)
         classes = sorted(set(label.values()))
         translate = labels.new_full((int(labels.max()) + 2,), -1)  # the last for -1, images without a label
         for of_data, of_stimuli in label.items():
@@ -179,28 +198,24 @@ class ShapeAndTexture(Evaluation):
         chosen, shape, texture = self._conflicts(label)
         queries = stimuli[chosen.to(stimuli.device)]
         scores, _ = self.fit(train, translate[labels], queries, len(classes), look.seed)
+        names = [self.shown.classes[k] for k in classes]
         for classifier, values in scores.items():
-            taken = values.argmax(1).cpu()
-            for_shape, for_texture = taken == shape, taken == texture
-            decided = for_shape | for_texture
-            bias, low, high = bootstrap.mean(for_shape[decided]) if decided.any() else (None, None, None)
             row = Row(encoder=look.encoder, classifier=classifier, fitted_on="train")
-            found = ShapeBias(
-                **row,
-                classes=[self.shown.classes[k] for k in classes],
-                n=len(shape),
-                decided=int(decided.sum()),
-                shape_bias=bias,
-                low=low,
-                high=high,
-                shape=for_shape.float().mean().item(),
-                texture=for_texture.float().mean().item(),
-            )
-            results.shape.append(found)
-            for cue, hits in zip(CUES, (for_shape, for_texture), strict=True):
-                results.accuracies.append(_accuracy(row, f"conflict_{cue}", hits, bootstrap))
-            apart = bootstrap.difference(for_shape, for_texture, paired=True)
-            results.gaps.append(gap(row, "conflict_shape - conflict_texture", apart))
+            _record(look, row, names, values.argmax(1).cpu(), shape, texture, results)
+
+    def _of_sixteen(self) -> dict[int, int]:
+        """Number of each of the 16 to that of the stimuli's class of its name."""
+        return covered(self.shown.classes, list(SIXTEEN), {})
+
+    def _head(self, look: Look, images: Split, results: Results) -> None:
+        """`look` at the encoder and its classifier."""
+        label, names = self._of_sixteen(), list(SIXTEEN)
+        chosen, *cues = self._conflicts(label)
+        places = torch.tensor([names.index(self.shown.classes[k]) for k in sorted(label.values())])
+        taken = sixteen(look.features(images, "stimuli, with its classifier").cpu()).argmax(1)[chosen]
+        shape, texture = (places[cue] for cue in cues)
+        row = Row(encoder=look.encoder, classifier=HEAD, fitted_on="own")
+        _record(look, row, names, taken, shape, texture, results)
 
     @staticmethod
     def _among(labels: Tensor, classes: Sequence[int]) -> Tensor:
@@ -234,6 +249,33 @@ class ShapeAndTexture(Evaluation):
             chance=1 / kinds,
         )
         results.decodability.append(found)
+
+
+def _record(
+    look: Look, row: Row, classes: list[str], taken: Tensor, shape: Tensor, texture: Tensor, results: Results
+) -> None:
+    """Puts what one classifier takes n images for into the results; `taken`, `shape` and `texture` (n,) are places in
+    `classes`.
+    """
+    bootstrap, for_shape, for_texture = look.bootstrap, taken == shape, taken == texture
+    decided = for_shape | for_texture
+    bias, low, high = bootstrap.mean(for_shape[decided]) if decided.any() else (None, None, None)
+    found = ShapeBias(
+        **row,
+        classes=classes,
+        n=len(shape),
+        decided=int(decided.sum()),
+        shape_bias=bias,
+        low=low,
+        high=high,
+        shape=for_shape.float().mean().item(),
+        texture=for_texture.float().mean().item(),
+    )
+    results.shape.append(found)
+    for cue, hits in zip(CUES, (for_shape, for_texture), strict=True):
+        results.accuracies.append(_accuracy(row, f"conflict_{cue}", hits, bootstrap))
+    apart = bootstrap.difference(for_shape, for_texture, paired=True)
+    results.gaps.append(gap(row, "conflict_shape - conflict_texture", apart))
 
 
 def _accuracy(row: Row, split: str, hits: Tensor, bootstrap: Bootstrap) -> Accuracy:

@@ -1,4 +1,4 @@
-"""How much of the accuracy on clean images is left on corrupted ones."""
+"""How much of the accuracy on clean images is left on corrupted ones, and on other images of the same classes."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -9,6 +9,7 @@ from pydantic import Field, PositiveInt
 from torch import Tensor
 
 from icl_msr.data.dataset import Dataset, Split
+from icl_msr.errors import UserError
 from icl_msr.evaluation.corruptions import Corruption, corrupt
 from icl_msr.evaluation.metrics import Interval
 from icl_msr.evaluation.suite import (
@@ -27,6 +28,8 @@ from icl_msr.evaluation.suite import (
 from icl_msr.evaluation.views import Some
 
 Severity = Literal[1, 2, 3, 4, 5]
+OWN = ("clean", "corrupted")
+"""The names of what is shown beside the shifted splits."""
 MEAN = "mean"
 """The name of the mean over all corruptions."""
 
@@ -80,18 +83,21 @@ class Corrupted:
 
 @dataclass(kw_only=True)
 class CorruptionRobustness(Evaluation):
-    """Classifiers fitted on clean training images, tested on clean and on corrupted ones.
+    """Classifiers fitted on clean training images, tested on clean, on corrupted and on shifted ones.
 
     Config keys: those of `suite.Evaluation`; `corruptions` and `severities` of `evaluation.corruptions`; `images` of
     the test split at most, spread evenly over it; `split` names it, null is the first. All of them are shown under
     every corruption and severity, so that all means weigh them alike. The run's seed decides the corruptions as well,
-    the same for all encoders.
+    the same for all encoders. `shifted` asks for the data set's shifted splits too, whole: with them, the accuracies
+    are the columns that Ge et al. (Robust contrastive learning using negative samples with diminished semantics, 2021)
+    report of ImageNet-100, its -C, -Sketch, Stylized and -R.
     """
 
     corruptions: Annotated[list[Corruption], Field(min_length=1)]
     severities: Annotated[list[Severity], Field(min_length=1)]
     images: PositiveInt
     split: str | None
+    shifted: bool
 
     @property
     def variants(self) -> list[tuple[Corruption, int]]:
@@ -102,19 +108,27 @@ class CorruptionRobustness(Evaluation):
     def names(self, dataset: Dataset) -> list[str]:
         """See `suite.Evaluation`."""
         named_split(dataset, self.split)
-        return [f"{classifier}/train/{shown}" for classifier in self.classifiers for shown in ("clean", "corrupted")]
+        shown = (*OWN, *self._others(dataset))
+        if taken := [name for name in OWN if shown.count(name) > 1]:
+            raise UserError(f"dataset.shifted.{taken[0]} has a name that is taken; give the folder another one.")
+        return [f"{classifier}/train/{split}" for classifier in self.classifiers for split in shown]
+
+    def _others(self, dataset: Dataset) -> dict[str, Split]:
+        return {name: dataset.tests[name] for name in dataset.shifted if self.shifted}
 
     def measure(self, look: Look, results: Results) -> None:
         """See `suite.Evaluation`."""
         name = named_split(look.dataset, self.split)
         split, train = look.dataset.tests[name], look.dataset.train
         clean = Some(split, torch.linspace(0, len(split) - 1, min(self.images, len(split))).round().long())
-        shown: dict[str, Split] = {"clean": clean, "corrupted": Corrupted(clean, self.variants, look.seed, look.device)}
+        corrupted = Corrupted(clean, self.variants, look.seed, look.device)
+        shown: dict[str, Split] = {"clean": clean, "corrupted": corrupted, **self._others(look.dataset)}
         bank = look.features(train, "train images")
         tests = {part: look.features(images, f"{part} images") for part, images in shown.items()}
         results.health.append(health(look, "clean", clean, tests["clean"]))
         for row, scores in self.scores(look, "train", bank, train.labels, tests, results):
-            self._measure(look, row, name, scores, {part: images.labels for part, images in shown.items()}, results)
+            labels = {part: images.labels.cpu() for part, images in shown.items()}
+            self._measure(look, row, name, scores, labels, results)
 
     def _measure(
         self,
@@ -125,7 +139,7 @@ class CorruptionRobustness(Evaluation):
         labels: Mapping[str, Tensor],
         results: Results,
     ) -> None:
-        """`scores` and `labels` of `clean` (n, K) and of `corrupted` (variants n, K) images."""
+        """`scores` and `labels` of `clean` (n, K), of `corrupted` (variants n, K) and of shifted images."""
         bootstrap, n, variants = look.bootstrap, len(labels["clean"]), len(self.variants)
         predicted = {part: values.argmax(1) for part, values in scores.items()}
         for part, classes in predicted.items():
@@ -153,3 +167,9 @@ class CorruptionRobustness(Evaluation):
         results.accuracies.append(corrupted)
         lost = bootstrap.mean(variants * clean[0].long() - hits.sum(0))
         results.gaps.append(gap(row, "clean - corrupted", Interval(*(value / variants for value in lost))))
+
+        for part in (part for part in scores if part not in OWN):
+            results.accuracies.append(accuracy(row, part, scores[part], labels[part], bootstrap))
+            paired = torch.equal(labels[part], labels["clean"])  # the same objects, see `Dataset`
+            apart = bootstrap.difference(clean[0], predicted[part] == labels[part], paired=paired)
+            results.gaps.append(gap(row, f"clean - {part}", apart))

@@ -46,9 +46,10 @@ class Row(TypedDict):
     encoder: str
     """`trained`, the one that is evaluated, or `untrained`."""
     classifier: str
-    """`linear`, `linear-<preset>`, `knn-<preset>` or `finetune`; `-1%` at the end: fitted with a part of the labels."""
+    """`linear`, `linear-<preset>`, `knn-<preset>`, `finetune` or `head`; `-1%` at the end: fitted with a part of the
+    labels."""
     fitted_on: str
-    """`train` or `balanced`."""
+    """`train` or `balanced`; `stimuli` for what is read inside them, `own` for the classifier that the encoder has."""
 
 
 class Accuracy(Row):
@@ -247,6 +248,13 @@ class Evaluation:
             UserError: the data set lacks something for it.
         """
         return ["/".join(parts) for parts in itertools.product(self.classifiers, fitting_sets(dataset), dataset.tests)]
+
+    def require(self, encoder: nn.Module) -> None:
+        """Before anything is measured.
+
+        Raises:
+            UserError: the encoder lacks something for it.
+        """
 
     @property
     def classifiers(self) -> list[str]:

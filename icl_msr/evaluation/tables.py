@@ -89,14 +89,13 @@ def shape_table(results: Measured) -> Table | None:
     """Shape bias; None where that was not measured."""
     if not results.shape:
         return None
-    first = results.shape[0]
-    title = f"Shape bias on {first['n']} cue-conflict images of {len(first['classes'])} classes, %"
-    table = _table(title, "classifier", "encoder")
-    for column in ("shape bias", "95 % interval", "taken for\ntheir shape", "taken for\ntheir texture"):
+    table = _table("Shape bias on cue-conflict images, %", "classifier", "encoder")
+    for column in ("images", "classes", "shape bias", "95 % interval", "taken for\nshape", "taken for\ntexture"):
         table.add_column(column, justify="right")
     for row in results.shape:
+        known = (str(row["n"]), str(len(row["classes"])))
         bounds = "–" if row["low"] is None else f"{_percent(row['low'])} to {_percent(row['high'])}"
-        cells = (_percent(row["shape_bias"]), bounds, _percent(row["shape"]), _percent(row["texture"]))
+        cells = (*known, _percent(row["shape_bias"]), bounds, _percent(row["shape"]), _percent(row["texture"]))
         table.add_row(row["classifier"], row["encoder"], *cells, style="dim" * (row["encoder"] == "untrained"))
     return table
 

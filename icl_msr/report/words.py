@@ -44,7 +44,11 @@ def duration(seconds: float) -> str:
 
 def fitted(fitted_on: str) -> str:
     """What a classifier was fitted on."""
-    return {"train": "the training set", "balanced": "the balanced split"}.get(fitted_on, fitted_on)
+    return {
+        "train": "the training set",
+        "balanced": "the balanced split",
+        "own": "data of its own",
+    }.get(fitted_on, fitted_on)
 
 
 def find_accuracy(results: Results, split: str, classifier: str, fitted_on: str, encoder: str) -> Accuracy | None:

@@ -10,10 +10,11 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from icl_msr.data.dataset import ArraySplit, Dataset
+from icl_msr.data.dataset import ArraySplit, Dataset, normalise
 from icl_msr.errors import UserError
 from icl_msr.evaluation.cache import FeatureCache
 from icl_msr.evaluation.shape import ShapeAndTexture, folds_by_instance, read_stimuli
+from icl_msr.evaluation.sixteen import SIXTEEN
 
 CLASSES, SIZE = ["bear", "cat", "clock", "dog"], 16
 COLOURS = torch.tensor([[230, 40, 40], [40, 230, 40], [60, 60, 240], [220, 220, 60]])
@@ -86,6 +87,7 @@ def make(stimuli: Path) -> Callable[..., ShapeAndTexture]:
             "batch_size": 16,
             "stimuli": str(stimuli),
             "same": {},
+            "head": False,
             "folds": 5,
         }
         return ShapeAndTexture(**(standard | keys))
@@ -161,6 +163,57 @@ def test_folds_keep_instances_together() -> None:
         assert len({int(k) for k, name in zip(fold, instances, strict=True) if name == instance}) == 1
     for k in range(3):
         assert set(labels[fold == k].tolist()) == {0, 1}
+
+
+class Head(nn.Module):
+    """Scores of ImageNet's classes by how near an image is to the colour, or to the silhouette, of each class."""
+
+    def __init__(self, see: nn.Module, natural: Dataset) -> None:
+        super().__init__()
+        self.see = see
+        first = normalise(natural.train.load(torch.arange(4)), natural.mean, natural.std)
+        self.register_buffer("known", see(first))
+
+    def forward(self, images: Tensor) -> Tensor:
+        scores = images.new_full((len(images), 1000), -100.0)
+        for k, name in enumerate(CLASSES):
+            distance = (self.see(images) - self.known[k]).square().sum(1)
+            scores[:, SIXTEEN[name][-1]] = -distance
+        return scores
+
+
+@pytest.mark.parametrize(("encoder", "bias"), [(Silhouette(), 1.0), (Texture(), 0.0)])
+def test_a_classifier_that_sees_one_cue_alone(
+    make: Make, natural: Dataset, monkeypatch: pytest.MonkeyPatch, encoder: nn.Module, bias: float
+) -> None:
+    """Beside the fitted ones, whatever the data set's classes are; the untrained encoder has none."""
+    natural.classes = ["a", "b", "c", "d"]
+    monkeypatch.setattr("icl_msr.evaluation.shape.with_classifier", lambda _: Head(encoder, natural))
+    evaluation = make(head=True)
+    evaluation.require(Nothing())
+    results = evaluation(Nothing(), natural, device="cpu", seed=0, untrained_encoder=Nothing())
+    names = {"/".join((r["classifier"], r["fitted_on"], r["split"])) for r in results.accuracies}
+    assert names == set(evaluation.names(natural))
+    (row,) = results.shape
+    assert (row["encoder"], row["classifier"], row["fitted_on"]) == ("trained", "head", "own")
+    assert row["classes"] == list(SIXTEEN)
+    assert row["n"] == 36
+    assert row["decided"] >= 30
+    assert row["shape_bias"] == pytest.approx(bias, abs=0.05)
+    assert [gap["classifier"] for gap in results.gaps] == ["head"]
+
+
+def test_classes_that_are_none_of_the_sixteen(make: Make, natural: Dataset, tmp_path: Path) -> None:
+    for name in ("lion1-tiger1", "cat1-tiger1"):
+        (tmp_path / "others" / name.partition("1")[0]).mkdir(parents=True)
+        (tmp_path / "others" / name.partition("1")[0] / f"{name}.jpg").write_bytes(b"")
+    with pytest.raises(
+        UserError, match=r"decides among airplane, .*, truck, and no image of .*others is of two of them"
+    ):
+        make(head=True, stimuli=str(tmp_path / "others")).require(Nothing())
+    with pytest.raises(UserError, match="needs an encoder with a classifier of its own"):
+        make(head=True).require(Nothing())
+    make().require(Nothing())
 
 
 def test_mistakes(make: Make, natural: Dataset, stimuli: Path, tmp_path: Path) -> None:

@@ -38,6 +38,7 @@ def make() -> Make:
             "severities": [5, 1, 3],
             "images": 50,
             "split": None,
+            "shifted": False,
         }
         return CorruptionRobustness(**(standard | keys))
 
@@ -86,6 +87,36 @@ def test_the_loss_is_counted_from_the_clean_images(make: Make, dataset: Dataset,
     assert found["gaussian_noise", 5]["top1"] < 1
     (gap,) = results.gaps
     assert gap["points"] == pytest.approx(100 * (1 - found["mean", None]["top1"]), abs=1e-4)
+
+
+def test_shifted_splits_beside_the_corruptions(make: Make, dataset: Dataset, background_encoder: nn.Module) -> None:
+    """An encoder of the background fails where the background is another image's."""
+    dataset.shifted = ("mixed_same", "mixed_rand")
+    alone = make(images=200)(background_encoder, dataset, device="cpu", seed=0)
+    evaluation = make(images=200, shifted=True)
+    found = evaluation(background_encoder, dataset, device="cpu", seed=0)
+    assert found.corruptions == alone.corruptions
+    linear = {row["split"]: row for row in found.accuracies if row["classifier"] == "linear"}
+    assert list(linear) == ["clean", "corrupted", "mixed_same", "mixed_rand"]
+    assert {"/".join((r["classifier"], r["fitted_on"], r["split"])) for r in found.accuracies} == set(
+        evaluation.names(dataset)
+    )
+    assert (linear["clean"]["top1"], linear["mixed_same"]["top1"]) == (1, 1)
+    predicted = found.predictions["trained/linear/train/mixed_rand"]
+    right = np.mean(predicted == dataset.tests["mixed_rand"].labels.numpy())
+    assert linear["mixed_rand"]["top1"] == pytest.approx(right)
+    assert right < 0.5
+    gaps = {gap["gap"]: gap["points"] for gap in found.gaps if gap["classifier"] == "linear"}
+    assert list(gaps) == ["clean - corrupted", "clean - mixed_same", "clean - mixed_rand"]
+    assert gaps["clean - mixed_rand"] == pytest.approx(100 * (1 - right))
+
+
+def test_a_shifted_split_with_a_name_that_is_taken(make: Make, dataset: Dataset) -> None:
+    dataset.tests = {**dataset.tests, "corrupted": dataset.tests["original"]}
+    dataset.shifted = ("corrupted",)
+    with pytest.raises(UserError, match=r"dataset.shifted.corrupted has a name that is taken"):
+        make(shifted=True).names(dataset)
+    assert make().names(dataset)
 
 
 def test_images_are_those_of_the_corruption(dataset: Dataset) -> None:
