@@ -1,0 +1,101 @@
+"""What non-semantic negatives take of a MoCo step: making them, and the extra forward pass of the momentum encoder.
+
+python experiments/negatives/share.py BACKBONE SIZE BATCH [--rounds 5]
+
+Everything a step of `python -m icl_msr.run method=moco` does with a batch of embedded images: augmentation, targets,
+loss, backward and optimiser; steps without and with each kind of negatives alternate in one run.
+"""
+
+import argparse
+import statistics
+import time
+from typing import Any
+
+import torch
+from hydra import compose, initialize_config_dir
+from rich.console import Console
+from rich.table import Table
+
+from icl_msr.config import check, config_dir
+from icl_msr.data.datamodule import Batch
+from icl_msr.hardware import Hardware
+from icl_msr.methods import Step
+from icl_msr.run import assemble
+from icl_msr.views import Views
+
+KINDS = ("none", "patch", "phase", "texture")
+
+
+class Stepper:
+    """One run's step, cut in two."""
+
+    def __init__(self, kind: str, backbone: str, size: int, batch: int):
+        words = ["method=moco", "regularizer=none", f"negatives={kind}", f"backbone={backbone}"]
+        words += ["dataset=confounded", f"dataset.image_size={size}", f"loader.batch_size={batch}"]
+        with initialize_config_dir(str(config_dir()), version_base="1.3"):
+            settings = check(compose("config", overrides=words))
+        self.plan = Hardware(**{key: v for key, v in settings.hardware.items() if key != "_target_"}).plan()
+        pieces = assemble(settings, self.plan)
+        self.data, self.method = pieces.data, pieces.module.method.to(self.plan.device)
+        if self.plan.channels_last:
+            self.method.to(memory_format=torch.channels_last)
+        self.optimizer = torch.optim.Adam(self.method.parameters(), 1e-4)
+        self.batch = Batch(0, torch.arange(batch, device=self.plan.device))
+
+    def views(self) -> Views:
+        """Augmentation, and the negatives."""
+        return self.data.views(self.batch)
+
+    def train(self, views: Views) -> None:
+        """Forward, backward, optimiser."""
+        with torch.autocast(self.plan.device.type, torch.bfloat16, enabled="bf16" in self.plan.precision):
+            loss = self.method(views, self.method.targets(views), Step(0, 1)).loss
+        self.optimizer.zero_grad()
+        loss.backward()
+        self.optimizer.step()
+
+
+def seconds(device: torch.device, call: Any, *arguments: Any) -> tuple[float, Any]:
+    """How long a call takes, and what it returns."""
+    start = time.perf_counter()
+    found = call(*arguments)
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - start, found
+
+
+def main() -> None:
+    """See the module."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("backbone")
+    parser.add_argument("size", type=int)
+    parser.add_argument("batch", type=int)
+    parser.add_argument("--rounds", type=int, default=5)
+    options = parser.parse_args()
+    steppers = {kind: Stepper(kind, options.backbone, options.size, options.batch) for kind in KINDS}
+    plan = steppers["none"].plan
+    made: dict[str, list[float]] = {kind: [] for kind in KINDS}
+    trained: dict[str, list[float]] = {kind: [] for kind in KINDS}
+    for round_ in range(options.rounds + 1):
+        for kind, stepper in steppers.items():
+            making, views = seconds(plan.device, stepper.views)
+            training, _ = seconds(plan.device, stepper.train, views)
+            if round_:  # the first warms up
+                made[kind].append(making)
+                trained[kind].append(training)
+    views, steps = ({kind: statistics.median(part[kind]) for kind in KINDS} for part in (made, trained))
+    whole = views["none"] + steps["none"]
+    table = Table(
+        title=f"MoCo, {options.backbone}, {options.size} px, batch {options.batch}, {plan}: % of a plain step"
+    )
+    for column in ("negatives", "a step, s", "making them", "extra forward", "together"):
+        table.add_column(column, justify="left" if column == "negatives" else "right")
+    for kind in KINDS:
+        extra = [views[kind] - views["none"], steps[kind] - steps["none"]]
+        shares = [f"{100 * share / whole:.1f}" for share in (*extra, sum(extra))]
+        table.add_row(kind, f"{views[kind] + steps[kind]:.3f}", *(shares if kind != "none" else ["–"] * 3))
+    Console(width=110).print(table)
+
+
+if __name__ == "__main__":
+    main()
