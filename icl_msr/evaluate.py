@@ -217,7 +217,7 @@ def write(
     folder = RunFolder(order.to)
     folder.path.mkdir(parents=True, exist_ok=True)
     choices = labels(order, dataset)
-    trained = subject.config or {"encoder": subject.source}
+    trained = subject.recorded or {"encoder": subject.source}
     evaluations = {name: part.evaluation for name, part in zip(order.evaluations, order.settings, strict=True)}
     config = {**trained, "dataset": settings.dataset, "evaluation": evaluations}
     config |= {"checkpoint": subject.checkpoint} if subject.checkpoint else {}

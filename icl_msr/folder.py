@@ -49,15 +49,15 @@ class RunFolder:
         """How to go on with what lies here."""
         return f"continue with resume={self}" if self.checkpoint.exists() else "repeat the command"
 
-    def saved_config(self) -> dict[str, Any]:
-        """The config of the run that lies here, interpolations filled in.
+    def saved_config(self, *, resolve: bool = True) -> dict[str, Any]:
+        """The config of the run that lies here, interpolations filled in, or as they are.
 
         Raises:
             UserError: it is damaged.
         """
         saved: Any = None
         with suppress(OSError, ValueError, YAMLError, OmegaConfBaseException):
-            saved = OmegaConf.to_container(OmegaConf.load(self.config), resolve=True)
+            saved = OmegaConf.to_container(OmegaConf.load(self.config), resolve=resolve)
         if not saved or not isinstance(saved, dict):
             raise UserError(f"{self.config} is damaged; restore it from a copy, or begin a new run in another folder.")
         return {str(key): value for key, value in saved.items()}

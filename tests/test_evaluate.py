@@ -272,6 +272,19 @@ def test_an_encoder_is_fed_as_it_was_trained(runs: Path, photos: Path) -> None:
     assert any(torch.allclose(features, expected, atol=1e-5) for features in kept)  # the others are of crops
 
 
+def test_what_follows_the_seed_of_a_run_is_no_setting_of_its_own(runs: Path, photos: Path) -> None:
+    shutil.copytree(runs / "run", "run")
+    config = OmegaConf.load("run/config.yaml")
+    config.regularizer.seed = "${seed}"  # as MSR's
+    OmegaConf.save(config, "run/config.yaml")
+    words = ["dataset=imagefolder", f"dataset.root={photos}", "dataset.image_size=32", *FAST]
+    assert main(["run=run", *words, "to=it"]) == 0
+    recorded = OmegaConf.to_container(OmegaConf.load("it/config.yaml"), resolve=False)
+    assert recorded["regularizer"]["seed"] == "${seed}"
+    assert recorded["seed"] == 3
+    assert recorded["dataset"]["root"] == str(photos)
+
+
 def test_several_evaluations_at_once_and_their_report(
     runs: Path, photos: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -45,6 +45,8 @@ class Subject:
     """What it was trained with or is meant for, in pixels, if known."""
     config: Mapping[str, Any] | None = None
     """That of the run which trained it."""
+    recorded: Mapping[str, Any] | None = None
+    """The same with interpolations, so that runs which differ in their seed differ in nothing that follows it."""
     choices: Mapping[str, str] | None = None
     """Those of the run."""
     checkpoint: str | None = None
@@ -151,7 +153,7 @@ def find(source: str, value: str, weights: str | None) -> Subject:
 
         backbone, about = rebuild(run, "online")
     subject = _exported(backbone, about, run.path.resolve().name, value)
-    subject.config = run.saved_config()
+    subject.config, subject.recorded = run.saved_config(), run.saved_config(resolve=False)
     subject.checkpoint = file.name if source == "checkpoint" else None
     with suppress(OSError, ValueError):
         subject.name = run.facts().get("name", subject.name)
@@ -163,7 +165,7 @@ def _exported(backbone: Backbone, about: Mapping[str, Any], name: str, source: s
         mean, std, size = about["mean"], about["std"], int(about["image_size"])
     except (KeyError, TypeError, ValueError):
         raise UserError(f"{source} does not say what images the encoder takes; export it from its run again.") from None
-    return Subject(name, source, lambda *_: backbone, mean, std, size, None, about.get("choices"))
+    return Subject(name, source, lambda *_: backbone, mean, std, size, choices=about.get("choices"))
 
 
 def configs(subject: Subject, overrides: Sequence[str]) -> tuple[list[DictConfig], list[str], dict[str, str], bool]:
