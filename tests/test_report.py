@@ -285,6 +285,25 @@ def test_answer_names_the_loss_its_interval_and_the_untrained_encoder(tmp_path: 
     assert "not distinguishable" in said
 
 
+def test_what_is_said_of_shape_and_texture() -> None:
+    biased = {"encoder": "trained", "classifier": "linear", "fitted_on": "train", "classes": ["cat", "dog"], "n": 80}
+    biased |= {"decided": 40, "shape_bias": 0.65, "low": 0.5, "high": 0.8, "shape": 0.325, "texture": 0.175}
+    read = [
+        {"encoder": "trained", "cue": cue, "accuracy": value, "low": 0.1, "high": 0.9, "n": 80, "chance": 0.5}
+        for cue, value in (("shape", 0.75), ("texture", 0.25))
+    ]
+    row = {"encoder": "trained", **LINEAR_TRAIN, "top1": 0.325}
+    found = Results(seed=0, accuracies=[{**row, "split": "conflict_shape"}], shape=[biased], decodability=read)
+    assert words.answer(found) == [
+        "Where shape and texture contradict each other, a linear classifier on the encoder goes by the shape in 65.0 % "
+        "(95 % interval 50.0 to 80.0) of the 40 images that it names by either.",
+        "Fitted to other stimuli, probes read the shape of 75.0 % and the texture of 25.0 %; chance is 50.0 %.",
+    ]
+    found.accuracies.insert(0, found.accuracies[0].model_copy(update={"split": "test"}))
+    assert "does not say what is object" in words.answer(found)[0]
+    assert "goes by the shape" in " ".join(words.answer(found))
+
+
 def test_page_without_optional_parts(tmp_path: Path) -> None:
     run = tmp_path / "run"
     run.mkdir()

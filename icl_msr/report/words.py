@@ -79,17 +79,22 @@ def answer(results: Results) -> list[str]:
     who = f"A {'linear probe' if classifier.startswith('linear') else f'{classifier} classifier'} on the frozen encoder"
     if classifier.startswith("finetune"):
         who = "The fine-tuned encoder"
+    shape = _shape(results)
+    splits = {a.split for a in results.accuracies if a.fitted_on != "stimuli"}
+    if shape and splits <= {"conflict_shape", "conflict_texture"}:
+        return shape
     if gap is None:
         return [
             "This data set does not say what is object and what is background, so the run cannot tell which of the two "
             "the encoder relies on.",
             *_elsewhere(results, classifier, who),
+            *shape,
         ]
     untrained = find_gap(results, gap.gap, classifier, "train", "untrained")
     sentences = [f"{who} {_lost(gap)} when {GAPS[gap.gap][1]}{_significance(gap)}."]
     if untrained:
         sentences.append(f"On the untrained encoder it {_lost(untrained)}.")
-    return [*sentences, *_alone(results, classifier), *_decodable(results, classifier)]
+    return [*sentences, *_alone(results, classifier), *_decodable(results, classifier), *shape]
 
 
 def comparison(rows: list[Configuration]) -> str:
@@ -166,6 +171,29 @@ def _decodable(results: Results, classifier: str) -> list[str]:
         + (f" (95 % interval {bounds})" if bounds else "")
         + (f", against {percent(untrained.top1)} for the untrained encoder." if untrained else ".")
     ]
+
+
+def _shape(results: Results) -> list[str]:
+    """What decides where shape and texture contradict each other, and what can be read of both."""
+    biased = next((row for row in results.shape if row["encoder"] == "trained" and row["shape_bias"] is not None), None)
+    read = {row["cue"]: row for row in results.decodability if row["encoder"] == "trained"}
+    sentences = []
+    if biased is not None:
+        whose = (
+            "its own classifier"
+            if biased["classifier"] == "head"
+            else f"a {biased['classifier']} classifier on the encoder"
+        )
+        sentences.append(
+            f"Where shape and texture contradict each other, {whose} goes by the shape in "
+            f"{percent(biased['shape_bias'])} (95 % interval {interval(biased['low'], biased['high'], 100)}) of the "
+            f"{biased['decided']} images that it names by either."
+        )
+    if read:
+        both = " and ".join(f"the {cue} of {percent(row['accuracy'])}" for cue, row in read.items())
+        chance = percent(next(iter(read.values()))["chance"])
+        sentences.append(f"Fitted to other stimuli, probes read {both}; chance is {chance}.")
+    return [sentence[0].upper() + sentence[1:] for sentence in sentences]
 
 
 CLEARLY = 0.1
