@@ -161,7 +161,8 @@ def line(*cells: str) -> str:
 
 def mean_and_std(values: list[float]) -> str:
     """`12.3 ± 0.4`."""
-    return f"{statistics.fmean(values):.1f}" + (f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else "")
+    mean = f"{statistics.fmean(values):.1f}".replace("-", "−")
+    return mean + (f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else "")
 
 
 def difference(values: list[float]) -> str:
