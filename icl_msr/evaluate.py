@@ -28,7 +28,7 @@ from icl_msr.encoders import Backbone
 from icl_msr.errors import UserError
 from icl_msr.evaluation import foreign
 from icl_msr.evaluation.cache import FeatureCache, encoder_identity
-from icl_msr.evaluation.order import Order, Subject, read
+from icl_msr.evaluation.order import Order, read
 from icl_msr.evaluation.suite import Evaluation, Results
 from icl_msr.evaluation.tables import tables
 from icl_msr.folder import RunFolder
@@ -128,8 +128,7 @@ def evaluate(order: Order, words: Sequence[str], plan: Plan) -> None:
         raise UserError(f"{settings.dataset['_target_']} gives {type(dataset).__name__}, and a Dataset is needed.")
     for evaluation in evaluations:
         evaluation.names(dataset)
-    encoder = subject.build(dataset.image_size, settings.seed).to(memory_format=torch.channels_last).eval()
-    require_fit(encoder, subject, dataset)
+    encoder = subject.fitting(dataset.image_size, settings.seed)
     for evaluation in evaluations:
         if isinstance(evaluation, Evaluation):
             evaluation.require(encoder)
@@ -185,23 +184,6 @@ def require_writable(folder: Path) -> None:
                 path.rmdir()
 
 
-def require_fit(encoder: Backbone, subject: Subject, dataset: Dataset) -> None:
-    """One image goes through.
-
-    Raises:
-        UserError: it does not.
-    """
-    try:
-        with torch.inference_mode():
-            encoder(torch.zeros(2, 3, dataset.image_size, dataset.image_size))
-    except Exception as error:
-        trained = f"set dataset.image_size={subject.image_size}" if subject.image_size else "set dataset.image_size"
-        reason = str(error).splitlines()[0].rstrip(".")
-        raise UserError(
-            f"{subject.name} cannot take images of {dataset.image_size} pixels ({reason}); {trained}."
-        ) from None
-
-
 def write(
     order: Order,
     words: Sequence[str],
@@ -221,7 +203,10 @@ def write(
     evaluations = {name: part.evaluation for name, part in zip(order.evaluations, order.settings, strict=True)}
     config = {**trained, "dataset": settings.dataset, "evaluation": evaluations}
     config |= {"checkpoint": subject.checkpoint} if subject.checkpoint else {}
-    config |= {"seed": settings.seed} if subject.config is None else {}
+    if subject.config is None:
+        config["seed"] = settings.seed
+    elif settings.seed != trained.get("seed"):
+        config["evaluation_seed"] = settings.seed
     commit = subprocess.run(
         ["git", "--git-dir", str(Path(__file__).parents[1] / ".git"), "rev-parse", "HEAD"],
         capture_output=True,

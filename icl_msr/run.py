@@ -435,7 +435,9 @@ def looks(settings: Settings, plan: Plan, pieces: Pieces) -> Look | None:
     """What the strata look at; None without strata, evaluation, or a test split that knows where its objects are."""
     dataset, backbone, regularizer = pieces.dataset, pieces.module.method.backbone, pieces.module.regularizer
     split = split_with_masks(dataset)
-    if pieces.evaluation is None or regularizer is None or split is None or not isinstance(backbone, Backbone):
+    if regularizer is None or split is None or not isinstance(backbone, Backbone):
+        return None
+    if not isinstance(pieces.evaluation, Evaluation):  # none, or one without a bootstrap
         return None
     found = measure(
         backbone,
@@ -522,7 +524,7 @@ def metric(name: str, final: Mapping[str, float], results: Results) -> tuple[str
         accuracies = [key for key in values if key.count("/") == 2]
         name = min(
             accuracies or ["online/knn"],
-            key=lambda k: (not k.startswith("linear/"), "/balanced/" not in k, not k.endswith("/mixed_rand")),
+            key=lambda k: (not k.startswith("linear"), "/balanced/" not in k, not k.endswith("/mixed_rand")),
         )
     return name, values.get(name, math.nan)
 

@@ -3,6 +3,7 @@
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -108,9 +109,15 @@ def predictions(folder: Path, right: list[bool], labels: list[int]) -> None:
     np.savez(folder / "predictions.npz", **content)
 
 
+def shown(rows: list[dict[str, Any]], n: int) -> list[dict[str, Any]]:
+    return [{**row, "n": n} for row in rows]
+
+
 def test_of_one_seed_images_are_paired(tmp_path: Path) -> None:
     for regularizer in ("none", "msr"):
-        write_run(tmp_path / regularizer, "moco", regularizer, 0)
+        run = write_run(tmp_path / regularizer, "moco", regularizer, 0)
+        results = json.loads((run / "results.json").read_text())
+        (run / "results.json").write_text(json.dumps(results | {"accuracies": shown(results["accuracies"], 100)}))
     labels = [k % 3 for k in range(100)]
     predictions(tmp_path / "none", [k < 50 for k in range(100)], labels)
     predictions(tmp_path / "msr", [k < 60 for k in range(100)], labels)
@@ -122,6 +129,11 @@ def test_of_one_seed_images_are_paired(tmp_path: Path) -> None:
     error = 100 * np.std([0.0] * 90 + [1.0] * 10, ddof=1) / 10
     assert found.high - found.mean == pytest.approx(1.959964 * error)
     assert "image by image" in chance([row])
+    for name, right in (("none", 50), ("msr", 60)):  # each image under three corruptions is still one image
+        predictions(tmp_path / name, [k < right for k in range(100)] * 3, labels * 3)
+    (again,) = compare(rows, [METRIC])
+    assert again.differences[METRIC] == found
+    predictions(tmp_path / "none", [k < 50 for k in range(100)], labels)
     predictions(tmp_path / "msr", [k < 60 for k in range(100)], labels[::-1])  # other images
     assert compare(rows, [METRIC]) == []
     (tmp_path / "msr/predictions.npz").unlink()

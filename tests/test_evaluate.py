@@ -281,6 +281,9 @@ def test_what_follows_the_seed_of_a_run_is_no_setting_of_its_own(runs: Path, pho
     assert main(["run=run", *words, "to=it"]) == 0
     recorded = OmegaConf.to_container(OmegaConf.load("it/config.yaml"), resolve=False)
     assert recorded["regularizer"]["seed"] == "${seed}"
+    assert "evaluation_seed" not in recorded
+    assert main(["run=run", *words, "seed=4", "to=other"]) == 0  # other labels, held-out images, order
+    assert OmegaConf.load("other/config.yaml").evaluation_seed == 4
     assert recorded["seed"] == 3
     assert recorded["dataset"]["root"] == str(photos)
 

@@ -258,27 +258,6 @@ def test_final_tables_are_logged(name: str, story: Story) -> None:
     assert content["data"] == [list(row.values()) for row in rows]
 
 
-def test_a_summary_of_many_runs_is_sent_as_tables(tmp_path: Path) -> None:
-    for regularizer in ("none", "msr"):
-        for seed in range(2):
-            write_run(tmp_path / f"{regularizer}-{seed}", "moco", regularizer, seed)
-    assert report([str(tmp_path), "--wandb", "a-project"]) == 0
-    (board,) = sent(tmp_path)
-    assert board.run.project == "a-project"
-    assert board.exit_code == 0
-    files = {name: row[name]["path"] for row in board.history for name in row if name in ("summary", "differences")}
-    tables = {name: json.loads((board.folder / "files" / path).read_text()) for name, path in files.items()}
-    with (tmp_path / "summary.csv").open() as lines:
-        header, *expected = csv.reader(lines)
-    assert tables["summary"]["columns"] == header
-    assert [list(map(str, row)) for row in tables["summary"]["data"]] == expected
-    asked = tables["differences"]["columns"]
-    rows = [dict(zip(asked, row, strict=True)) for row in tables["differences"]["data"]]
-    (compared,) = json.loads((tmp_path / "summary.json").read_text())["differences"]
-    assert [row["mean"] for row in rows] == [difference["mean"] for difference in compared["differences"]]
-    assert {(row["configuration"], row["minus"]) for row in rows} == {("msr", "none")}
-
-
 def test_artifacts_stay_as_they_were(story: Story) -> None:
     for part, epochs in ((story.first, 1), (story.continued, 2)):
         contents = {kind: part.artifacts[kind].manifest.contents for kind in ("model", "encoder")}
@@ -505,6 +484,27 @@ def test_wandb_can_be_switched_off(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         UserError, match=r"^WANDB_MODE=of is not allowed; it should be online, offline, disabled or not"
     ):
         wandb_logger(tmp_path)
+
+
+def test_a_summary_of_many_runs_is_sent_as_tables(tmp_path: Path) -> None:
+    for regularizer in ("none", "msr"):
+        for seed in range(2):
+            write_run(tmp_path / f"{regularizer}-{seed}", "moco", regularizer, seed)
+    assert report([str(tmp_path), "--wandb", "a-project"]) == 0
+    (board,) = sent(tmp_path)
+    assert board.run.project == "a-project"
+    assert board.exit_code == 0
+    files = {name: row[name]["path"] for row in board.history for name in row if name in ("summary", "differences")}
+    tables = {name: json.loads((board.folder / "files" / path).read_text()) for name, path in files.items()}
+    with (tmp_path / "summary.csv").open() as lines:
+        header, *expected = csv.reader(lines)
+    assert tables["summary"]["columns"] == header
+    assert [list(map(str, row)) for row in tables["summary"]["data"]] == expected
+    asked = tables["differences"]["columns"]
+    rows = [dict(zip(asked, row, strict=True)) for row in tables["differences"]["data"]]
+    (compared,) = json.loads((tmp_path / "summary.json").read_text())["differences"]
+    assert [row["mean"] for row in rows] == [difference["mean"] for difference in compared["differences"]]
+    assert {(row["configuration"], row["minus"]) for row in rows} == {("msr", "none")}
 
 
 def test_wandb_is_imported_only_when_it_is_used(tmp_path: Path) -> None:

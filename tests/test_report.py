@@ -23,7 +23,7 @@ from icl_msr.report.__main__ import main
 from icl_msr.report.output import as_markdown
 from icl_msr.report.page import _curve_plots, _mean_curve, _races
 from icl_msr.report.runs import Curve, Look, Results, Run
-from icl_msr.report.summary import GAIN, Metric, headline
+from icl_msr.report.summary import GAIN, Metric, best, headline
 
 SPLITS = ("original", "mixed_same", "mixed_rand", "only_fg", "only_bg")
 LINEAR_TRAIN = {"classifier": "linear", "fitted_on": "train"}
@@ -300,8 +300,20 @@ def test_what_is_said_of_shape_and_texture() -> None:
         "Fitted to other stimuli, probes read the shape of 75.0 % and the texture of 25.0 %; chance is 50.0 %.",
     ]
     found.accuracies.insert(0, found.accuracies[0].model_copy(update={"split": "test"}))
-    assert "does not say what is object" in words.answer(found)[0]
+    assert "were not told apart" in words.answer(found)[0]
     assert "goes by the shape" in " ".join(words.answer(found))
+
+
+def test_a_part_of_the_labels_is_said_and_texture_has_no_winner(tmp_path: Path) -> None:
+    row = {"encoder": "trained", "classifier": "linear-10%", "fitted_on": "train", "split": "test", "top1": 0.5}
+    said = words.answer(Results(seed=0, accuracies=[row]))
+    assert "A linear probe on the frozen encoder with 10 % of the labels reaches 50.0 % on test." in said
+    for name in ("none", "msr"):
+        write_run(tmp_path / name, "moco", name)
+    rows = summarise([tmp_path]).configurations
+    assert best(Metric("mixed_rand", "linear", "train"), rows) is not None
+    assert best(Metric("only_bg", "linear", "train"), rows) is None
+    assert best(Metric("bg_gap", "linear", "train", GAIN), rows) is None
 
 
 def test_page_without_optional_parts(tmp_path: Path) -> None:
@@ -317,7 +329,7 @@ def test_page_without_optional_parts(tmp_path: Path) -> None:
     (run / "metrics.csv").write_text("epoch,step,loss,msr/meta_grad_norm\n0,0,nan,0.0\n0,1,,\n")
     page = Page(write_report(run))
     assert "50.0 % on test" in page.text
-    assert "does not say what is object" in page.text
+    assert "were not told apart" in page.text
     assert summarise([run]).configurations[0].metrics[Metric("test", "linear", "train")].mean == 50
 
 
@@ -627,10 +639,11 @@ def test_what_is_lost_elsewhere_is_said() -> None:
 def test_fine_tuning_alone_is_said_and_compared(tmp_path: Path) -> None:
     row = {"encoder": "trained", "fitted_on": "train", "split": "test"}
     rows = [{**row, "classifier": name, "top1": 0.5} for name in ("finetune-1%", "finetune-10%")]
-    assert words.answer(Results(seed=0, accuracies=rows))[1] == "The fine-tuned encoder reaches 50.0 % on test."
+    said = words.answer(Results(seed=0, accuracies=rows))[1]
+    assert said == "The fine-tuned encoder with 1 % of the labels reaches 50.0 % on test."
     rows += [{**row, "classifier": name, "top1": 0.4} for name in ("linear-10%", "knn-dino", "knn-wmse")]
     assert words.answer(Results(seed=0, accuracies=rows))[1].startswith(
-        "A linear probe on the frozen encoder reaches 40"
+        "A linear probe on the frozen encoder with 10 % of the labels reaches 40"
     )
     for name in ("one", "two"):
         (tmp_path / name).mkdir()

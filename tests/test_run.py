@@ -61,7 +61,7 @@ def execute(folder: Path, *words: str, code: int = 0) -> Finished:
         handler.close()
     logging.root.handlers[:] = handlers
     logging.root.setLevel(level)
-    assert ended == code
+    assert ended == code, err.getvalue()
     return Finished(folder / ("sweep" if "-m" in words else "run"), values, out.getvalue(), err.getvalue())
 
 
@@ -290,3 +290,13 @@ def test_a_metric_that_will_not_be_measured_is_refused(words: list[str], sentenc
     chosen = settings("loader.batch_size=8", *words)
     with pytest.raises(UserError, match=sentence):
         assemble(chosen, build_as(Hardware, chosen.hardware).plan())
+
+
+def test_a_run_may_end_with_a_comparison_of_encoders_alone(
+    finished: Finished, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Strata are looked at by a bootstrap, which this evaluation has not."""
+    monkeypatch.setitem(globals(), "WORDS", [word for word in WORDS if word != "evaluation=light"])
+    found = execute(tmp_path, "evaluation=similarity", f"evaluation.other={finished.folder}")
+    results = json.loads((found.folder / "results.json").read_text())
+    assert [row["encoder"] for row in results["similarity"]] == ["trained", "untrained"]

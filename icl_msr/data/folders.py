@@ -340,7 +340,7 @@ def _shifted_images(
                 f"{folder} has {len(found)} numbered classes and the training folder {len(classes)}, so they cannot be "
                 "counted off; name its folders as the training classes."
             )
-        meant = {path: classes[int(path.name)] for path in found if int(path.name) < len(classes)}
+        meant = dict(zip(sorted(found, key=lambda path: int(path.name)), classes, strict=True))
     else:
         meant = {path: renamed.get(path.name, path.name) for path in found}
     files: list[str] = []

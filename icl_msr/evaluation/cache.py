@@ -1,12 +1,16 @@
 """Features on disk, found again by what they were made of: the encoder, the images, and what was done to them.
 
-Nothing is ever out of date: another weight, image or normalisation has another name. What is there can be removed.
+Nothing is ever out of date: another weight, image, normalisation, or code that makes them, has another name. What is
+there can be removed.
 """
 
 import hashlib
 import os
 from collections.abc import Sequence
 from contextlib import suppress
+from functools import lru_cache
+from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 from tempfile import TemporaryFile
 from typing import Protocol, runtime_checkable
@@ -16,7 +20,6 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor
 
-from icl_msr import __version__
 from icl_msr.checkpoint import atomic_write
 from icl_msr.data.dataset import ArraySplit, Split
 from icl_msr.data.folders import FileSplit
@@ -75,7 +78,7 @@ class FeatureCache:
     ) -> Tensor:
         """See `features.extract`."""
         network, images = encoder_identity(encoder), split_identity(split)
-        made_by = (*mean, *std, torch.device(device).type, torch.__version__, __version__)
+        made_by = (*mean, *std, torch.device(device).type, torch.__version__, _sources())
         made_by += () if self.autocast is None else (self.autocast,)
         name = f"{network}/{_digest(images, *map(str, made_by))}.safetensors"
         known = network is not None and images is not None
@@ -140,6 +143,17 @@ def split_identity(split: Split) -> str | None:
         boxes = "" if split.boxes is None else _tensor("boxes", split.boxes)
         return _digest(str(split.image_size), split.region, boxes, *map(_file, files))
     return split.identity() if isinstance(split, Identified) else None
+
+
+@lru_cache
+def _sources() -> str:
+    """Of what makes images and features: parts of this package, and the libraries that decode and have the networks."""
+    libraries = [f"{name} {version(name)}" for name in ("torchvision", "timm") if find_spec(name)]
+    package = Path(__file__).parents[1]
+    files = [package / "encoders.py"]
+    for part in ("data", "augment", "negatives", "evaluation"):
+        files += (package / part).rglob("*.py")
+    return _digest(*libraries, *(hashlib.sha256(file.read_bytes()).hexdigest() for file in sorted(files)))
 
 
 def _file(name: str) -> str:

@@ -200,6 +200,11 @@ class FineTuning(Evaluation):
                 f"evaluation.files and evaluation.fractions have {len(self.files)} and {len(self.fractions)} entries; "
                 "give a list for each fraction."
             )
+        if self.files is not None and 1 in self.fractions:
+            raise UserError(
+                "evaluation.files lists some of the images, and evaluation.fractions=[1.0] is all of them; say which "
+                "part is listed, as in evaluation.fractions=[0.01]."
+            )
         if len(set(self.fractions)) < len(self.fractions):
             raise UserError(f"evaluation.fractions={self.fractions} has an entry twice; keep one.")
 

@@ -88,7 +88,10 @@ def require_labels(dataset: Dataset) -> None:
     labelled = int((dataset.train.labels >= 0).sum())
     if labelled < 2:
         has = f"has {labelled or 'no'} training image{'' if labelled == 1 else 's'} with a label"
-        raise UserError(f"{dataset.name} {has}, and this evaluation fits classifiers to them; choose another dataset.")
+        raise UserError(
+            f"{dataset.name} {has}, and this evaluation fits classifiers to them; choose another dataset, or "
+            "evaluation=none."
+        )
 
 
 def balanced_part(dataset: Dataset, fraction: float, seed: int) -> Part:
@@ -160,6 +163,9 @@ def listed_part(dataset: Dataset, fraction: float, file: Path) -> Part:
     notes = []
     if unknown := len(set(lines)) - len(found):
         notes.append(f"{unknown} of {len(set(lines))} names are no labelled training images here")
+    share = len(found) / int((labels >= 0).sum())
+    if not 0.8 < share / fraction < 1.25:
+        notes.append(f"the list covers {percent(round(share, 4))} of the labels")
     if lacking := len(dataset.classes) - len(set(labels[index].tolist())):
         notes.append(f"{lacking} of {len(dataset.classes)} classes have no image in the list")
     return Part(index, fraction, str(file), "; ".join(notes))

@@ -107,7 +107,8 @@ def fit_linear_probe(
 
     Where the preset says so, features are standardised by the mean and standard deviation of the fitting set; a
     channel's deviation counts as at least 1/1000 of the largest one, so that a channel that is dead there cannot decide
-    elsewhere. Among equal held-out accuracies the lowest held-out cross-entropy wins.
+    elsewhere. Among equal held-out accuracies the lowest held-out cross-entropy wins; where no held-out image is of a
+    class that was fitted, the middle of the grid.
     """
     how = PROBES[preset]
     mean, scale = torch.zeros_like(features[0]), torch.ones_like(features[0])
@@ -123,6 +124,8 @@ def fit_linear_probe(
     accuracies = (logits.argmax(2) == labels[held]).float().mean(1).tolist()
     losses = [cross_entropy(head, labels[held]).item() for head in logits]
     best = max(range(len(rates)), key=lambda head: (accuracies[head], -losses[head]))
+    if not torch.isin(labels[held], labels[fit]).any():
+        best = len(rates) // 2  # one image a class: held-out classes were never seen, and say nothing
 
     weight = _train(inputs, labels, classes, [rates[best]], epochs, batch_size, seed, how)[0]
     return LinearProbe(weight, mean, scale, rates[best], dict(zip(rates, accuracies, strict=True)))

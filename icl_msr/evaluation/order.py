@@ -8,6 +8,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+import torch
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -53,6 +54,24 @@ class Subject:
     """The file's name, where one was asked for: another one of the run is another encoder."""
     random: bool = False
     """Whether its weights are random, so that there is no untrained one to compare it with."""
+
+    def fitting(self, image_size: int, seed: int) -> Backbone:
+        """The encoder, through which two images of so many pixels have gone.
+
+        Raises:
+            UserError: they do not go through.
+        """
+        encoder = self.build(image_size, seed).to(memory_format=torch.channels_last).eval()
+        try:
+            with torch.inference_mode():
+                encoder(torch.zeros(2, 3, image_size, image_size))
+        except Exception as error:
+            size = f"={self.image_size}" if self.image_size else ""
+            reason = str(error).splitlines()[0].rstrip(".")
+            raise UserError(
+                f"{self.name} cannot take images of {image_size} pixels ({reason}); set dataset.image_size{size}."
+            ) from None
+        return encoder
 
 
 @dataclass

@@ -21,6 +21,7 @@ from icl_msr.data.dataset import Dataset, Split
 from icl_msr.data.folders import FileSplit
 from icl_msr.errors import UserError
 from icl_msr.evaluation.foreign import with_classifier
+from icl_msr.evaluation.labels import require_labels
 from icl_msr.evaluation.metrics import Bootstrap
 from icl_msr.evaluation.sixteen import SIXTEEN, sixteen
 from icl_msr.evaluation.suite import Accuracy, Evaluation, Look, Results, Row, gap
@@ -150,6 +151,8 @@ class ShapeAndTexture(Evaluation):
         """See `suite.Evaluation`; a class of `same` may not be in the data set."""
         label = covered(self.shown.classes, dataset.classes, self.same)
         bias = [f"{classifier}/train" for classifier in self.classifiers if self._conflicts(label)[0].numel()]
+        if bias:
+            require_labels(dataset)
         bias += [f"{HEAD}/own"] if self.head else []
         decoded = [f"{self.linear_name}/stimuli/{cue}" for cue in CUES]
         return [*(f"{classifier}/conflict_{cue}" for classifier in bias for cue in CUES), *decoded]

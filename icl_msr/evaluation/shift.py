@@ -11,6 +11,7 @@ from torch import Tensor
 from icl_msr.data.dataset import Dataset, Split
 from icl_msr.errors import UserError
 from icl_msr.evaluation.corruptions import Corruption, corrupt
+from icl_msr.evaluation.labels import require_labels
 from icl_msr.evaluation.metrics import Interval
 from icl_msr.evaluation.suite import (
     Accuracy,
@@ -107,6 +108,7 @@ class CorruptionRobustness(Evaluation):
 
     def names(self, dataset: Dataset) -> list[str]:
         """See `suite.Evaluation`."""
+        require_labels(dataset)
         named_split(dataset, self.split)
         shown = (*OWN, *self._others(dataset))
         if taken := [name for name in OWN if shown.count(name) > 1]:

@@ -49,7 +49,7 @@ class Similarity:
         """What will be measured.
 
         Raises:
-            UserError: there is no such split, or it has too few images.
+            UserError: there is no such split, it has too few images, or the other encoder cannot take them.
         """
         split = next(iter(dataset.tests)) if self.split is None else self.split
         if split not in dataset.tests:
@@ -61,6 +61,7 @@ class Similarity:
                 f"{split} has {len(dataset.tests[split])} images, too few for {self.neighbours} neighbours of each; "
                 "set evaluation.neighbours lower."
             )
+        self.subject.fitting(dataset.image_size, 0)
         return [f"{measure}/{split}" for measure in ("cka", "shared_neighbours")]
 
     def __call__(
@@ -77,7 +78,7 @@ class Similarity:
         results, (name, *_) = Results(), self.names(dataset)
         split = name.partition("/")[2]
         subject = self.subject
-        there = subject.build(dataset.image_size, seed).to(memory_format=torch.channels_last).eval()
+        there = subject.fitting(dataset.image_size, seed)
 
         def features(network: nn.Module, data: Dataset, label: str) -> Tensor:
             return extractor(

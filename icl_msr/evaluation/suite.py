@@ -24,6 +24,7 @@ from icl_msr.evaluation.background import background_gaps
 from icl_msr.evaluation.features import extract
 from icl_msr.evaluation.health import alignment, effective_rank, feature_std, spread
 from icl_msr.evaluation.knn import PresetName, knn_scores
+from icl_msr.evaluation.labels import require_labels
 from icl_msr.evaluation.linear import LinearProbe, ProbeName, fit_linear_probe
 from icl_msr.evaluation.metrics import Bootstrap, Interval
 from icl_msr.evaluation.scores import confusion, in_top, most_confused, per_class
@@ -247,6 +248,7 @@ class Evaluation:
         Raises:
             UserError: the data set lacks something for it.
         """
+        require_labels(dataset)
         return ["/".join(parts) for parts in itertools.product(self.classifiers, fitting_sets(dataset), dataset.tests)]
 
     def require(self, encoder: nn.Module) -> None:

@@ -79,7 +79,7 @@ def corruption_table(results: Measured) -> Table | None:
         key = (row["corruption"], row["classifier"], row["encoder"])
         cells.setdefault(key, {})[row["severity"]] = _percent(row["top1"])
     names = list(dict.fromkeys(corruption for corruption, _, _ in cells))
-    for key in sorted(cells, key=lambda key: (names.index(key[0]), key[1] != "linear", key[1])):
+    for key in sorted(cells, key=lambda key: (names.index(key[0]), not key[1].startswith("linear"), key[1])):
         shown = [cells[key].get(severity, "") for severity in (*severities, None)]
         table.add_row(*key, *shown, style="dim" * (key[2] == "untrained"))
     return table
@@ -141,7 +141,7 @@ def texture_table(results: Measured) -> Table | None:
     for row in results.textures:
         rows.setdefault((row["images"], row["classifier"], row["encoder"]), {})[row["level"]] = row
     names = list(dict.fromkeys(images for images, _, _ in rows))
-    for key in sorted(rows, key=lambda key: (names.index(key[0]), key[1] != "linear", key[1])):
+    for key in sorted(rows, key=lambda key: (names.index(key[0]), not key[1].startswith("linear"), key[1])):
         told = {name: value for name, value in rows[key]["fine"]["by_class"].items() if value}
         best = ", ".join(f"{name} {100 * told[name]:.0f}" for name in sorted(told, key=lambda name: -told[name])[:3])
         cells = [_percent(rows[key][level]["top1"]) for level in chances]
@@ -174,7 +174,7 @@ def class_tables(per_class: Sequence[Any], classes: Sequence[str]) -> list[Table
     rows = [row for row in per_class if (row["encoder"], row["fitted_on"]) == ("trained", "train")]
     if not rows:
         return []
-    row = next((row for row in rows if row["classifier"] == "linear"), rows[0])
+    row = next((row for row in rows if row["classifier"].startswith("linear")), rows[0])
     where = f"{row['split']}, {row['classifier']}"
     known = [
         (accuracy, name) for accuracy, name in zip(row["accuracies"], classes, strict=False) if accuracy is not None

@@ -18,6 +18,7 @@ from icl_msr.config import build, check_node
 from icl_msr.data.dataset import Dataset, Split
 from icl_msr.errors import UserError
 from icl_msr.evaluation.cache import split_identity
+from icl_msr.evaluation.labels import require_labels
 from icl_msr.evaluation.metrics import Bootstrap, Interval
 from icl_msr.evaluation.suite import Evaluation, Look, Results, Row, gap, health, named_split, record
 from icl_msr.randomness import keys
@@ -101,6 +102,7 @@ class TextureImages(Evaluation):
 
     def names(self, dataset: Dataset) -> list[str]:
         """See `suite.Evaluation`; superclasses may be missing."""
+        require_labels(dataset)
         self._superclasses(dataset)
         shown = (named_split(dataset, self.split), *self.built)
         return [f"{classifier}/train/{images}" for classifier in self.classifiers for images in shown]

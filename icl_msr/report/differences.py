@@ -122,13 +122,20 @@ def over_images(run: Run, other: Run, metric: Metric) -> Difference | None:
     hits = [_hits(part.path, metric) for part in (run, other)]
     if hits[0] is None or hits[1] is None or not np.array_equal(hits[0][0], hits[1][0]):
         return None
-    apart = 100 * (hits[0][1].astype(float) - hits[1][1])
-    n = len(apart)
-    if n < 2:
+    n = _images(run, metric)
+    if n < 2 or n != _images(other, metric):
         return None
+    # A split may show each image several times, one showing after the other: images are what is drawn, not showings.
+    apart = 100 * (hits[0][1].astype(float) - hits[1][1]).reshape(-1, n).mean(0)
     mean, error = float(apart.mean()), float(apart.std(ddof=1)) / math.sqrt(n)
     reach, power = (float(norm.ppf(p)) for p in (0.975, 0.8))
     return Difference(mean, mean - reach * error, mean + reach * error, "images", n, (reach + power) * error)
+
+
+def _images(run: Run, metric: Metric) -> int:
+    """How many a split shows, as the accuracy says; 0 where that is not known."""
+    found = (a.n for a in run.results.accuracies if Metric(a.split, a.classifier, a.fitted_on, a.encoder) == metric)
+    return next(found, None) or 0
 
 
 def _hits(folder: Path, metric: Metric) -> tuple[np.ndarray, np.ndarray] | None:

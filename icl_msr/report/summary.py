@@ -198,9 +198,13 @@ def headline(configurations: list[Configuration]) -> list[Metric]:
 
 
 def best(metric: Metric, configurations: list[Configuration]) -> Configuration | None:
-    """The configuration with the best mean: highest accuracy or gap nearest to zero; none among fewer than two."""
+    """The configuration with the best mean: highest accuracy or gap nearest to zero; none among fewer than two.
+
+    And none where more is not better or worse: what is told from a background or a texture, and gains of gaps.
+    """
     candidates = [c for c in configurations if metric in c.metrics]
-    if len(candidates) < 2:
+    neutral = metric.quantity.startswith(("conflict_", "only_")) and metric.quantity != "only_fg"
+    if len(candidates) < 2 or neutral or (metric.is_gap and metric.encoder == GAIN):
         return None
     return max(candidates, key=lambda c: -abs(c.metrics[metric].mean) if metric.is_gap else c.metrics[metric].mean)
 

@@ -79,13 +79,15 @@ def answer(results: Results) -> list[str]:
     who = f"A {'linear probe' if classifier.startswith('linear') else f'{classifier} classifier'} on the frozen encoder"
     if classifier.startswith("finetune"):
         who = "The fine-tuned encoder"
+    if classifier.endswith("%"):
+        who += f" with {classifier.rpartition('-')[2].replace('%', ' %')} of the labels"
     shape = _shape(results)
     splits = {a.split for a in results.accuracies if a.fitted_on != "stimuli"}
     if shape and splits <= {"conflict_shape", "conflict_texture"}:
         return shape
     if gap is None:
         return [
-            "This data set does not say what is object and what is background, so the run cannot tell which of the two "
+            "Object and background were not told apart here, so the run cannot tell which of the two "
             "the encoder relies on.",
             *_elsewhere(results, classifier, who),
             *shape,

@@ -372,6 +372,13 @@ def test_shifted_folders_are_matched_by_name(tmp_path, resident_size):
     assert torch.equal(data.tests["sketch"].load(torch.tensor([4]))[0], torch.from_numpy(image).permute(2, 0, 1))
 
 
+def test_numbered_folders_count_the_classes_wherever_they_begin(tmp_path):
+    make_folder(tmp_path / "photos", {"train/cat": 4, "train/dog": 4, "val/cat": 1})
+    make_folder(tmp_path / "again", {"1": 2, "2": 1})
+    data = from_folder(tmp_path / "photos", shifted={"v2": "../again"})
+    assert data.tests["v2"].labels.tolist() == [0, 0, 1]
+
+
 def test_shifted_folders_that_do_not_fit(tmp_path):
     make_folder(tmp_path / "photos", {"train/cat": 4, "train/dog": 4, "val/cat": 1})
     make_folder(tmp_path / "cars", {"car": 3})

@@ -323,3 +323,8 @@ def test_lists_are_followed(make: Make, dataset: Dataset, object_encoder: nn.Mod
     assert again.labelled == [{**chosen.labelled[0], "chosen_by": str(file)}]
     with np.load(tmp_path / "predictions.npz") as saved:
         assert "trained/finetune-10%/train/original" in saved
+
+
+def test_a_list_is_not_all_labels(make: Make) -> None:
+    with pytest.raises(UserError, match="is all of them; say which part"):
+        make(files=["list.txt"], fractions=[1.0])

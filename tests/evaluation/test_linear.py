@@ -145,3 +145,13 @@ def zero_layer(channels: int, classes: int) -> nn.Linear:
     nn.init.zeros_(layer.weight)
     nn.init.zeros_(layer.bias)
     return layer
+
+
+def test_one_image_a_class_chooses_no_learning_rate() -> None:
+    """Held-out classes were never seen, so that nothing that is measured on them means anything."""
+    features = torch.randn(10, 4, generator=torch.Generator().manual_seed(0))
+    keys: Any = {"epochs": 5, "batch_size": 10, "held_out": 0.2, "seed": 0}
+    for labels, rate in ((torch.arange(10), 1e-2), (torch.arange(10) % 2, None)):
+        probe = fit_linear_probe(features, labels, 10, learning_rates=[1e-4, 1e-2, 1.0], **keys)
+        best = max(probe.held_out_accuracies, key=probe.held_out_accuracies.__getitem__)
+        assert probe.learning_rate == rate or (rate is None and probe.held_out_accuracies[best] > 0)

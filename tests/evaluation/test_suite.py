@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from icl_msr.data.dataset import Dataset
 from icl_msr.encoders import tiny
+from icl_msr.errors import UserError
 from icl_msr.evaluation import suite
 from icl_msr.evaluation.background import background_gaps
 from icl_msr.evaluation.features import extract
@@ -219,3 +220,9 @@ def test_full_and_foreground_and_splits_of_other_objects() -> None:
     assert other["full - fg"].high - other["full - fg"].low > 1.2 * (
         aligned["full - fg"].high - aligned["full - fg"].low
     )
+
+
+def test_a_training_set_without_labels_is_refused_before_any_work(evaluation: Evaluation, dataset: Dataset) -> None:
+    dataset.train.labels[:] = -1
+    with pytest.raises(UserError, match=r"no training images with a label.*evaluation=none"):
+        evaluation.names(dataset)
