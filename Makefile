@@ -25,10 +25,11 @@ test: env ## Run the tests (minutes)
 test-all: env ## Run all tests, the slow ones too
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m ''
 
-check: env ## Lint, check formatting and types
+check: env ## Lint, check formatting, types and the direction of imports
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
+	$(BIN)/lint-imports
 
 format: env ## Format the code
 	$(BIN)/ruff check --fix

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from hydra import compose, initialize_config_dir
 
-from icl_msr.config import config_dir
+from icl_msr.core.config import config_dir
 
 PAPERS = {
     "msr": {"simclr", "byol", "cmc", "swav", "debiased", "lmcl", "ressl"},  # ICL-MSR's tables

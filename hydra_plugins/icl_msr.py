@@ -13,7 +13,7 @@ class SerialLauncher(BasicLauncher):
 
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
         """See Hydra's Launcher."""
-        from icl_msr import sweeps
+        from icl_msr.cli import sweeps
 
         assert self.hydra_context is not None
         assert self.config is not None
@@ -23,14 +23,14 @@ class SerialLauncher(BasicLauncher):
 
 
 class ProcessLauncher(Launcher):
-    """See `icl_msr.sweeps.ProcessLauncher`. That comes late, since every program that uses Hydra reads this file."""
+    """See `icl_msr.cli.sweeps.ProcessLauncher`. Imported late: every program that uses Hydra reads this file."""
 
     def __init__(self, **keys: Any):
         self.keys = keys
 
     def setup(self, **given: Any) -> None:
         """See Hydra's Launcher."""
-        from icl_msr import sweeps
+        from icl_msr.cli import sweeps
 
         self.launcher = sweeps.ProcessLauncher(**self.keys)
         self.launcher.setup(**given)

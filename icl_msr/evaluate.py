@@ -21,23 +21,24 @@ from omegaconf import OmegaConf
 from rich.console import Console
 
 from icl_msr import __version__
-from icl_msr.checkpoint import atomic_write
-from icl_msr.config import build, config_dir, suggestion
+from icl_msr.cli.order import Order, read
+from icl_msr.cli.processes import hold_leash, require_processes, run_ranks, told
+from icl_msr.core.config import build, config_dir, suggestion
+from icl_msr.core.errors import UserError
+from icl_msr.core.folder import RunFolder
+from icl_msr.core.ranks import is_first, is_rank
+from icl_msr.core.storage import atomic_write
 from icl_msr.data.dataset import Dataset
-from icl_msr.encoders import Backbone
-from icl_msr.errors import UserError
-from icl_msr.evaluation import foreign
 from icl_msr.evaluation.cache import FeatureCache, encoder_identity
-from icl_msr.evaluation.order import Order, read
+from icl_msr.evaluation.pictures import feature_pictures
 from icl_msr.evaluation.suite import Evaluation, Results
-from icl_msr.evaluation.tables import tables
-from icl_msr.folder import RunFolder
-from icl_msr.hardware import Plan
-from icl_msr.pictures import feature_pictures
-from icl_msr.processes import hold_leash, is_first, is_rank, require_processes, run_ranks, told
+from icl_msr.models import foreign
+from icl_msr.models.backbones import Backbone
 from icl_msr.report import gap_table, matrix_table, write_report
 from icl_msr.report.runs import Run
+from icl_msr.report.tables import tables
 from icl_msr.report.words import answer
+from icl_msr.training.hardware import Plan
 
 HALF = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
 

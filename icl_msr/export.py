@@ -2,19 +2,12 @@
 
 import argparse
 import sys
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
-from icl_msr.checkpoint import by_file, export_encoder, python_to_load, read_checkpoint, weights
-from icl_msr.config import build
-from icl_msr.encoders import Backbone
-from icl_msr.errors import UserError
-from icl_msr.folder import RunFolder
-from icl_msr.methods import Method
-
-ENCODERS = {"online": "method.backbone.", "momentum": "method.momentum_encoder.backbone."}
-"""Where a checkpoint keeps them."""
+from icl_msr.core.errors import UserError
+from icl_msr.core.folder import RunFolder
+from icl_msr.evaluation.subject import ENCODERS, rebuild
+from icl_msr.models.exported import by_file, export_encoder, python_to_load, weights
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -54,42 +47,6 @@ def main(arguments: list[str] | None = None) -> int:
         print(file, file.with_suffix(".json"), sep="\n")
     print("", python_to_load(backbone, str(next(iter(encoders)))), sep="\n")
     return 0
-
-
-def rebuild(run: RunFolder, encoder: str) -> tuple[Backbone, dict[str, Any]]:
-    """An encoder of a run's last checkpoint, and what encoder.json says of it.
-
-    Raises:
-        UserError: there is no such run, checkpoint or encoder, or they do not fit.
-    """
-    if not run.begun:
-        raise UserError(f"{run} is no run: it holds no config.yaml; give the folder of a run that has begun to train.")
-    saved = read_checkpoint(run.checkpoint)["state_dict"]
-    prefix = ENCODERS[encoder]
-    state = {name.removeprefix(prefix): value for name, value in saved.items() if name.startswith(prefix)}
-    if not state:
-        raise UserError(f"The method of {run} has no {encoder} encoder; type --encoder online.")
-    try:
-        facts = run.facts()
-        about = {**facts["images"], "choices": facts["choices"], "icl_msr": facts["icl_msr"], "encoder": encoder}
-    except (OSError, ValueError, KeyError):
-        raise UserError(f"{run.environment} does not say what images the encoder takes; repeat the run.") from None
-    try:
-        config, images = run.saved_config(), facts["images"]
-        node: Mapping[str, Any] = config["backbone"]
-        untrained = {**node, "weights": None} if "weights" in node else node
-        plain = build(untrained, images["image_size"])
-        # The method may make its own encoder of it; how many classes there are matters to no encoder.
-        method: Method = build(config["method"], plain, 2, images["mean"], images["std"])
-        backbone = method.backbone
-        backbone.load_state_dict(state)
-    except Exception as error:
-        reason = str(error).partition("\n")[0].rstrip(".: ")
-        raise UserError(
-            f"The encoder cannot be rebuilt from {run.config} ({reason}); put the config or the package back that the "
-            "run was trained with."
-        ) from error
-    return backbone, about
 
 
 if __name__ == "__main__":

@@ -32,32 +32,39 @@ from pytorch_lightning.callbacks import Callback, RichProgressBar
 from pytorch_lightning.strategies import DDPStrategy, Strategy
 from rich.console import Console
 
-from icl_msr import __version__, pictures
-from icl_msr.batchnorm import global_batch_norm
-from icl_msr.callbacks import Checkpoints, EpochLines, OnlineEvaluation, Throughput
-from icl_msr.checkpoint import AtomicCheckpoint, atomic_write, disk_is_full, export_encoder, read_checkpoint
-from icl_msr.command import main
-from icl_msr.config import Settings, build, check, fingerprint, suggestion
-from icl_msr.data.datamodule import DataModule
+from icl_msr import __version__
+from icl_msr.cli.command import main
+from icl_msr.cli.processes import in_folder, require_processes, run_ranks
+from icl_msr.cli.sweeps import job_type, sweep_group
+from icl_msr.core.config import Settings, build, check, fingerprint, suggestion
+from icl_msr.core.errors import UserError
+from icl_msr.core.folder import RunFolder
+from icl_msr.core.ranks import is_first, is_rank
+from icl_msr.core.storage import atomic_write, disk_is_full
 from icl_msr.data.dataset import Dataset
-from icl_msr.encoders import Backbone
-from icl_msr.errors import UserError
+from icl_msr.evaluation import pictures
 from icl_msr.evaluation.metrics import Bootstrap
-from icl_msr.evaluation.strata import Look, look, measure, split_with_masks
+from icl_msr.evaluation.strata_maps import Look, look, measure, split_with_masks
 from icl_msr.evaluation.suite import Evaluation, Results
-from icl_msr.folder import RunFolder
-from icl_msr.hardware import Hardware, Plan
-from icl_msr.loggers import About, MetricsFile
 from icl_msr.methods import Method
-from icl_msr.methods.momentum import Queue
-from icl_msr.optimization import Optimization
-from icl_msr.pretraining import Pretraining
-from icl_msr.processes import in_folder, is_first, is_rank, require_processes, run_ranks
+from icl_msr.models.backbones import Backbone
+from icl_msr.models.batchnorm import global_batch_norm
+from icl_msr.models.checkpoint import read_checkpoint
+from icl_msr.models.exported import export_encoder
+from icl_msr.models.momentum import Queue
 from icl_msr.regularizers import MetaSemanticRegularizer
 from icl_msr.report import gap_table, matrix_table, write_report
 from icl_msr.report.runs import Run, flatten, read_curves
 from icl_msr.report.words import answer, faint_meta_signal
-from icl_msr.sweeps import job_type, sweep_group
+from icl_msr.training.checkpoint import AtomicCheckpoint
+from icl_msr.training.checkpoints import Checkpoints
+from icl_msr.training.datamodule import DataModule
+from icl_msr.training.hardware import Hardware, Plan
+from icl_msr.training.loggers import About, MetricsFile
+from icl_msr.training.module import Pretraining
+from icl_msr.training.online import OnlineEvaluation
+from icl_msr.training.optimization import Optimization
+from icl_msr.training.progress import EpochLines, Throughput
 
 Built = TypeVar("Built")
 

@@ -24,19 +24,19 @@ from torch import Tensor
 from torchvision.io import encode_png
 from torchvision.transforms.v2 import functional as F
 
-from icl_msr import command
-from icl_msr.checkpoint import atomic_write
-from icl_msr.config import build, check
-from icl_msr.data.datamodule import NEGATIVES
+from icl_msr.cli import command
+from icl_msr.cli.processes import in_folder
+from icl_msr.core.config import build, check
+from icl_msr.core.errors import UserError
+from icl_msr.core.folder import RunFolder
+from icl_msr.core.randomness import keys
+from icl_msr.core.storage import atomic_write
 from icl_msr.data.dataset import Dataset
 from icl_msr.data.folders import FileSplit
 from icl_msr.data.sources import cores, progress_bar
-from icl_msr.errors import UserError
-from icl_msr.folder import RunFolder
 from icl_msr.negatives import TextureNegatives
 from icl_msr.negatives.cached import texture_names
-from icl_msr.processes import in_folder
-from icl_msr.randomness import keys
+from icl_msr.training.datamodule import NEGATIVES
 
 BATCH = 64
 """Textures made together. What is rounded in a batch depends on its size, so it is the same in every run."""

@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from icl_msr.processes import clean_environment
+from icl_msr.cli.processes import clean_environment
 
 Answer = TypeVar("Answer")
 

@@ -13,8 +13,8 @@ import yaml
 from tiny import DATA, MODEL
 
 import icl_msr
-from icl_msr.config import config_dir
-from icl_msr.processes import clean_environment
+from icl_msr.cli.processes import clean_environment
+from icl_msr.core.config import config_dir
 
 CHECKOUT = Path(icl_msr.__file__).parents[1]
 SHORT = [*DATA, *MODEL, "trainer.max_epochs=1", "trainer.limit_train_batches=2", "evaluation=light"]
@@ -63,7 +63,7 @@ def succeeds(done: "subprocess.CompletedProcess[str]") -> str:
 
 @pytest.mark.slow
 def test_nothing_of_the_checkout_is_used(python: Python) -> None:
-    where = "import icl_msr, hydra_plugins.icl_msr as p; from icl_msr.config import config_dir as c; "
+    where = "import icl_msr, hydra_plugins.icl_msr as p; from icl_msr.core.config import config_dir as c; "
     files = succeeds(python("-c", where + "print(icl_msr.__file__, p.__file__, c(), sep='\\n')")).split()
     assert all("environment" in Path(file).parts for file in files), files
 

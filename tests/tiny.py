@@ -10,10 +10,10 @@ from hydra.core.global_hydra import GlobalHydra
 from omegaconf import DictConfig
 from pytorch_lightning.callbacks import Checkpoint
 
-from icl_msr.config import Settings, build, check, config_dir
-from icl_msr.data.datamodule import DataModule
+from icl_msr.core.config import Settings, build, check, config_dir
 from icl_msr.data.dataset import Dataset
-from icl_msr.pretraining import Pretraining
+from icl_msr.training.datamodule import DataModule
+from icl_msr.training.module import Pretraining
 
 DATA = ["dataset.train=64", "dataset.test=16", "dataset.balanced=16", "dataset.cache=null"]
 MODEL = ["loader.batch_size=8", "method.hidden_dim=16", "method.embedding_dim=8", "optimizer.warmup_steps=0"]

@@ -9,11 +9,11 @@ from omegaconf import OmegaConf
 from tiny import composed
 from torch import nn
 
-from icl_msr.config import build, config_dir
-from icl_msr.encoders import Backbone
+from icl_msr.core.config import build, config_dir
+from icl_msr.core.views import NonSemantic, Views
 from icl_msr.methods import Method
+from icl_msr.models.backbones import Backbone
 from icl_msr.regularizers import MetaSemanticRegularizer
-from icl_msr.views import NonSemantic, Views
 
 METHODS = sorted(file.stem for file in (config_dir() / "method").glob("*.yaml"))
 

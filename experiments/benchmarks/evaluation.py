@@ -28,10 +28,10 @@ from torch.nn.functional import cross_entropy, normalize
 from torch.utils.data import DataLoader, TensorDataset
 
 from icl_msr.data.dataset import ArraySplit
-from icl_msr.encoders import resnet
 from icl_msr.evaluation.features import extract
 from icl_msr.evaluation.knn import knn_predict
 from icl_msr.evaluation.linear import fit_linear_probe
+from icl_msr.models.backbones import resnet
 
 MEAN, STD = (0.5, 0.5, 0.5), (0.25, 0.25, 0.25)
 QUIET: dict[str, Any] = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}

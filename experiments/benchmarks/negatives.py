@@ -26,9 +26,9 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from icl_msr.config import build, config_dir
+from icl_msr.core.config import build, config_dir
+from icl_msr.core.randomness import keys
 from icl_msr.negatives import PatchNegatives, PhaseNegatives, TextureNegatives
-from icl_msr.randomness import keys
 
 Array = NDArray[np.float32]
 BATCH = {32: 256, 96: 128, 224: 64}

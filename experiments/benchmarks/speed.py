@@ -19,13 +19,13 @@ from rich.table import Table
 from torch import Tensor
 from torchvision.transforms import v2
 
-from icl_msr.config import build, config_dir
-from icl_msr.hardware import Hardware
+from icl_msr.core.config import build, config_dir
+from icl_msr.core.randomness import keys
+from icl_msr.core.views import Views
 from icl_msr.methods import SimCLR, Step
 from icl_msr.negatives import PatchNegatives
-from icl_msr.randomness import keys
 from icl_msr.regularizers.bilevel import trainable
-from icl_msr.views import Views
+from icl_msr.training.hardware import Hardware
 
 N, SIZE, ROUNDS = 256, 32, 9
 PLAN = Hardware(accelerator="auto", devices=1, precision="auto", channels_last=True).plan()

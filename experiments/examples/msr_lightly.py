@@ -12,12 +12,12 @@ from lightly.loss import NTXentLoss
 from lightly.models.modules import SimCLRProjectionHead
 from torch import Tensor, nn
 
-from icl_msr.batchnorm import global_batch_norm
-from icl_msr.encoders import Backbone
+from icl_msr.core.views import Views
 from icl_msr.methods import Method, Step, Targets
 from icl_msr.methods.base import Pair
+from icl_msr.models.backbones import Backbone
+from icl_msr.models.batchnorm import global_batch_norm
 from icl_msr.regularizers import MetaSemanticRegularizer, ordinary_gradient
-from icl_msr.views import Views
 
 STEPS, BATCH, LR = 3, 16, 0.03
 

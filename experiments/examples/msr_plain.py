@@ -8,12 +8,13 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from icl_msr.encoders import Backbone, mlp
+from icl_msr.core.views import Views
 from icl_msr.losses.contrastive import nt_xent
 from icl_msr.methods import Method, Step, Targets
 from icl_msr.methods.base import Pair
+from icl_msr.models.backbones import Backbone
+from icl_msr.models.heads import mlp
 from icl_msr.regularizers import MetaSemanticRegularizer, ordinary_gradient
-from icl_msr.views import Views
 
 STEPS, BATCH, LR = 9, 64, 1e-3
 

@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from icl_msr.core.randomness import keys
 from icl_msr.negatives import PatchNegatives, PhaseNegatives, TextureNegatives
-from icl_msr.randomness import keys
 
 N, K, TAU, ALPHA = 32, 256, 0.2, 2.0
 READ_BY_LOSSES = {"alpha": ALPHA, "alpha_mode": "exponent", "alpha_schedule": "constant", "repulsion": 0.25}

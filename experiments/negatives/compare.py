@@ -30,13 +30,13 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from icl_msr.checkpoint import load_encoder
-from icl_msr.config import build, config_dir
+from icl_msr.core.config import build, config_dir
+from icl_msr.core.folder import RunFolder
+from icl_msr.core.randomness import keys
 from icl_msr.data.dataset import normalise
 from icl_msr.evaluation.features import extract
 from icl_msr.evaluation.linear import fit_linear_probe
-from icl_msr.folder import RunFolder
-from icl_msr.randomness import keys
+from icl_msr.models.exported import load_encoder
 
 Generator = Callable[[Tensor, Tensor], Tensor]
 

@@ -16,12 +16,12 @@ from hydra import compose, initialize_config_dir
 from rich.console import Console
 from rich.table import Table
 
-from icl_msr.config import check, config_dir
-from icl_msr.data.datamodule import Batch
-from icl_msr.hardware import Hardware
+from icl_msr.core.config import check, config_dir
+from icl_msr.core.views import Views
 from icl_msr.methods import Step
 from icl_msr.run import assemble
-from icl_msr.views import Views
+from icl_msr.training.datamodule import Batch
+from icl_msr.training.hardware import Hardware
 
 KINDS = ("none", "patch", "phase", "texture")
 

@@ -10,7 +10,7 @@ from pydantic import AfterValidator, ConfigDict, Field, NonNegativeFloat, Positi
 from torch import Tensor
 
 from icl_msr.augment import colour, geometry
-from icl_msr.randomness import keys, uniforms
+from icl_msr.core.randomness import keys, uniforms
 
 
 def _ascending(interval: list[float]) -> list[float]:

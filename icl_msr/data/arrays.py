@@ -10,9 +10,9 @@ import torch
 from pydantic import Field, PositiveInt
 from torch import Tensor
 
+from icl_msr.core.errors import UserError
 from icl_msr.data.dataset import ArraySplit, Dataset
 from icl_msr.data.sources import TrainOn, fit, fit_all, read_image, resident, stack
-from icl_msr.errors import UserError
 
 Arrays = dict[str, np.ndarray[Any, Any]]
 

@@ -10,11 +10,11 @@ from typing import Annotated
 import torch
 from pydantic import Field, FiniteFloat, NonNegativeFloat, NonNegativeInt, PositiveInt, TypeAdapter, ValidationError
 
-from icl_msr.config import suggestion
+from icl_msr.core.config import suggestion
+from icl_msr.core.errors import UserError
 from icl_msr.data.dataset import Dataset
 from icl_msr.data.folders import FileSplit, of_files
 from icl_msr.data.sources import TrainOn
-from icl_msr.errors import UserError
 
 
 @dataclass

@@ -12,7 +12,7 @@ challenge (Xiao et al., "Noise or Signal", ICLR 2021):
     fg           `original` cropped to the square box around the object
 
 Neither colour nor size nor place says anything about class or family. A background is darker than a bright object and
-brighter than a dark one, the same way in all splits. Every number comes from `icl_msr.randomness` and float64
+brighter than a dark one, the same way in all splits. Every number comes from `icl_msr.core.randomness` and float64
 arithmetic that is rounded to uint8 at the end, so that a seed gives the same bytes everywhere.
 
 Difficulty, measured once with the default settings (a small ResNet of 128 features and 0.012 GMAC, Adam 3e-3, batch
@@ -42,10 +42,10 @@ from rich.console import Console
 from rich.progress import Progress
 from torch import Tensor
 
+from icl_msr.core.errors import UserError
+from icl_msr.core.randomness import integers, keys, permutation, uniforms
 from icl_msr.data.crops import boxes_of, crop_to_boxes, square_boxes
 from icl_msr.data.dataset import ArraySplit, Dataset
-from icl_msr.errors import UserError
-from icl_msr.randomness import integers, keys, permutation, uniforms
 
 VERSION = 1
 """Of the generator: a change of any pixel raises it, and with it invalidates the cached sets."""

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from icl_msr.randomness import integers, keys
+from icl_msr.core.randomness import integers, keys
 
 _STEPS = 4096  # integer filter weights make every sum exact, so that a crop has the same bytes on every machine
 _MOVED = -4  # the `view` of the hash that moves boxes

@@ -12,7 +12,10 @@ from torch import Tensor
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from icl_msr.augment import resize
-from icl_msr.config import suggestion
+from icl_msr.core.config import suggestion
+from icl_msr.core.errors import UserError
+from icl_msr.core.imagenet import IMAGENET_MEAN, IMAGENET_STD
+from icl_msr.core.randomness import permutation
 from icl_msr.data.crops import boxes_of, moved
 from icl_msr.data.dataset import ArraySplit, Dataset, Split
 from icl_msr.data.sources import (
@@ -26,12 +29,8 @@ from icl_msr.data.sources import (
     statistics,
     test_name,
 )
-from icl_msr.errors import UserError
-from icl_msr.randomness import permutation
 
 CUT_OUT = ("fg", "crop")
-IMAGENET_MEAN = (0.485, 0.456, 0.406)
-IMAGENET_STD = (0.229, 0.224, 0.225)
 
 
 @dataclass

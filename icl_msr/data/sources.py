@@ -19,9 +19,9 @@ from torch import Tensor
 from torchvision.io import ImageReadMode, decode_image
 from torchvision.transforms.v2 import functional as F
 
+from icl_msr.core.errors import UserError
 from icl_msr.data.crops import boxes_of, crop_to_boxes, moved
 from icl_msr.data.dataset import ArraySplit, Dataset
-from icl_msr.errors import UserError
 
 TrainOn = Literal["full", "fg"]
 Region = Literal["full", "fg", "crop", "only_fg", "only_bg"]

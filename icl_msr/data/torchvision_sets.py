@@ -9,9 +9,9 @@ import torch
 from pydantic import PositiveInt
 from torchvision import datasets as torchvision_datasets
 
+from icl_msr.core.errors import UserError
 from icl_msr.data.dataset import ArraySplit, Dataset
 from icl_msr.data.sources import TrainOn, fit_all, resident
-from icl_msr.errors import UserError
 
 CIFAR100: Mapping[str, str] = {
     "aquatic mammals": "beaver dolphin otter seal whale",

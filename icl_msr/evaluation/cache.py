@@ -20,13 +20,13 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor
 
-from icl_msr.checkpoint import atomic_write
+from icl_msr.core.distributed import everywhere, rank
+from icl_msr.core.errors import UserError
+from icl_msr.core.storage import atomic_write
 from icl_msr.data.dataset import ArraySplit, Split
 from icl_msr.data.folders import FileSplit
-from icl_msr.distributed import everywhere, rank
-from icl_msr.encoders import Backbone
-from icl_msr.errors import UserError
 from icl_msr.evaluation.features import extract
+from icl_msr.models.backbones import Backbone
 
 
 @runtime_checkable
@@ -150,8 +150,8 @@ def _sources() -> str:
     """Of what makes images and features: parts of this package, and the libraries that decode and have the networks."""
     libraries = [f"{name} {version(name)}" for name in ("torchvision", "timm") if find_spec(name)]
     package = Path(__file__).parents[1]
-    files = [package / "encoders.py"]
-    for part in ("data", "augment", "negatives", "evaluation"):
+    files: list[Path] = []
+    for part in ("models", "data", "augment", "negatives", "evaluation"):
         files += (package / part).rglob("*.py")
     return _digest(*libraries, *(hashlib.sha256(file.read_bytes()).hexdigest() for file in sorted(files)))
 

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import conv2d, interpolate, one_hot, pad
 
-from icl_msr.randomness import keys, uniforms
+from icl_msr.core.randomness import keys, uniforms
 
 Corruption = Literal[
     "gaussian_noise",

@@ -11,9 +11,9 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor, nn
 
+from icl_msr.core.distributed import rank, world_size
+from icl_msr.core.errors import UserError
 from icl_msr.data.dataset import Split, normalise
-from icl_msr.distributed import rank, world_size
-from icl_msr.errors import UserError
 
 _PATIENCE = 2.0
 """Seconds of silence before a progress bar appears."""

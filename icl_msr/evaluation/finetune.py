@@ -24,16 +24,16 @@ from torchvision.transforms.v2 import functional as F
 
 from icl_msr.augment import Augmentation
 from icl_msr.augment.recipe import Interval, Probability
+from icl_msr.core.errors import UserError
+from icl_msr.core.randomness import permutation
 from icl_msr.data.dataset import Dataset, Split
 from icl_msr.data.folders import FileSplit
 from icl_msr.data.sources import cores
-from icl_msr.errors import UserError
 from icl_msr.evaluation.features import evaluating, extract, progress
 from icl_msr.evaluation.labels import Part, balanced_part, listed_part, names, percent, require_labels
 from icl_msr.evaluation.linear import hold_out
+from icl_msr.evaluation.subsets import crop_and_flip
 from icl_msr.evaluation.suite import Choice, Evaluation, Fraction, Look, Results, Row, record_tests
-from icl_msr.evaluation.views import crop_and_flip
-from icl_msr.randomness import permutation
 
 OptimizerName = Literal["adamw", "sgd"]
 

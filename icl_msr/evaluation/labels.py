@@ -8,10 +8,10 @@ from typing import TypedDict
 import torch
 from torch import Tensor
 
+from icl_msr.core.errors import UserError
+from icl_msr.core.randomness import permutation
 from icl_msr.data.dataset import ArraySplit, Dataset, Split
 from icl_msr.data.folders import FileSplit
-from icl_msr.errors import UserError
-from icl_msr.randomness import permutation
 
 _PART = -3
 """The `epoch` of the hash that picks images; training epochs count from 0."""

@@ -17,7 +17,7 @@ from torch.nn.functional import cross_entropy, pad
 from torch.optim import SGD, Adam, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
-from icl_msr.randomness import permutation
+from icl_msr.core.randomness import permutation
 
 ProbeName = Literal["ours", "wmse", "moco"]
 

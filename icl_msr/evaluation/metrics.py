@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from icl_msr.randomness import integers, keys
+from icl_msr.core.randomness import integers, keys
 
 
 class Interval(NamedTuple):

@@ -17,14 +17,14 @@ from pydantic import Field
 from torch import Tensor, nn
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
+from icl_msr.core.errors import UserError
 from icl_msr.data.dataset import Dataset, Split
 from icl_msr.data.folders import FileSplit
-from icl_msr.errors import UserError
-from icl_msr.evaluation.foreign import with_classifier
 from icl_msr.evaluation.labels import require_labels
 from icl_msr.evaluation.metrics import Bootstrap
 from icl_msr.evaluation.sixteen import SIXTEEN, sixteen
 from icl_msr.evaluation.suite import Accuracy, Evaluation, Look, Results, Row, gap
+from icl_msr.models.foreign import with_classifier
 
 CUES = ("shape", "texture")
 HEAD = "head"

@@ -8,11 +8,12 @@ import torch
 from pydantic import Field, PositiveInt
 from torch import Tensor
 
+from icl_msr.core.errors import UserError
 from icl_msr.data.dataset import Dataset, Split
-from icl_msr.errors import UserError
 from icl_msr.evaluation.corruptions import Corruption, corrupt
 from icl_msr.evaluation.labels import require_labels
 from icl_msr.evaluation.metrics import Interval
+from icl_msr.evaluation.subsets import Some
 from icl_msr.evaluation.suite import (
     Accuracy,
     Evaluation,
@@ -26,7 +27,6 @@ from icl_msr.evaluation.suite import (
     named_split,
     top_five,
 )
-from icl_msr.evaluation.views import Some
 
 Severity = Literal[1, 2, 3, 4, 5]
 OWN = ("clean", "corrupted")

@@ -8,12 +8,12 @@ import torch
 from pydantic import PositiveInt
 from torch import Tensor, nn
 
+from icl_msr.core.errors import UserError
 from icl_msr.data.dataset import Dataset
-from icl_msr.errors import UserError
 from icl_msr.evaluation.features import extract
 from icl_msr.evaluation.health import linear_cka
 from icl_msr.evaluation.knn import neighbours
-from icl_msr.evaluation.order import find
+from icl_msr.evaluation.subject import find
 from icl_msr.evaluation.suite import Extractor, Results, both
 
 

@@ -9,8 +9,6 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-IMAGENET_CLASSES = 1000
-
 RANGES: Mapping[str, str] = {
     "airplane": "404",
     "bear": "294-297",

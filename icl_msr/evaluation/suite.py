@@ -16,10 +16,10 @@ from numpy.typing import NDArray
 from pydantic import Field, PositiveFloat, PositiveInt
 from torch import Tensor, nn
 
-from icl_msr.checkpoint import atomic_write
-from icl_msr.config import suggestion
+from icl_msr.core.config import suggestion
+from icl_msr.core.errors import UserError
+from icl_msr.core.storage import atomic_write
 from icl_msr.data.dataset import Dataset, Split
-from icl_msr.errors import UserError
 from icl_msr.evaluation.background import background_gaps
 from icl_msr.evaluation.features import extract
 from icl_msr.evaluation.health import alignment, effective_rank, feature_std, spread
@@ -28,7 +28,7 @@ from icl_msr.evaluation.labels import require_labels
 from icl_msr.evaluation.linear import LinearProbe, ProbeName, fit_linear_probe
 from icl_msr.evaluation.metrics import Bootstrap, Interval
 from icl_msr.evaluation.scores import confusion, in_top, most_confused, per_class
-from icl_msr.evaluation.views import Crops, Some
+from icl_msr.evaluation.subsets import Crops, Some
 
 Fraction = Annotated[float, Field(gt=0, lt=1)]
 

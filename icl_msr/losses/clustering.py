@@ -7,7 +7,7 @@ other view has to predict, without a gradient for the assignment.
 import torch
 from torch import Tensor
 
-from icl_msr.distributed import gather
+from icl_msr.core.distributed import gather
 from icl_msr.losses.contrastive import full_precision, unit
 
 

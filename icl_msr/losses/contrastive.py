@@ -16,8 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import Function
 
-from icl_msr.distributed import gather, rank, world_size
-from icl_msr.views import NonSemantic
+from icl_msr.core.distributed import gather, rank, world_size
+from icl_msr.core.views import NonSemantic
 
 Arguments = ParamSpec("Arguments")
 

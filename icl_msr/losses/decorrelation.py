@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from icl_msr.distributed import all_reduce_sum, world_size
+from icl_msr.core.distributed import all_reduce_sum, world_size
 from icl_msr.losses.contrastive import full_precision
 
 BARLOW_EPSILON = 1e-5

@@ -6,9 +6,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from icl_msr.core.randomness import keys, uniforms
 from icl_msr.losses.contrastive import full_precision, unit
 from icl_msr.losses.decorrelation import cross_covariance, global_mean
-from icl_msr.randomness import keys, uniforms
 
 
 def imq_frequencies(count: int, dim: int, scale: float, draw: int) -> Tensor:

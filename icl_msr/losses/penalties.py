@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from icl_msr.distributed import gather
+from icl_msr.core.distributed import gather
 from icl_msr.losses import contrastive
 from icl_msr.losses.contrastive import full_precision, unit
 

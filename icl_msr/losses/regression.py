@@ -3,8 +3,8 @@
 import torch
 from torch import Tensor
 
+from icl_msr.core.views import NonSemantic
 from icl_msr.losses.contrastive import full_precision, unit
-from icl_msr.views import NonSemantic
 
 
 @full_precision

@@ -5,11 +5,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from icl_msr.distributed import gather
+from icl_msr.core.distributed import gather
+from icl_msr.core.randomness import permutation
 from icl_msr.losses.contrastive import full_precision
 from icl_msr.losses.decorrelation import single
 from icl_msr.losses.regression import squared_distance
-from icl_msr.randomness import permutation
 
 
 def partition(images: int, size: int, iterations: int, step: int) -> list[Tensor]:

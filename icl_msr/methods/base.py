@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from icl_msr.encoders import Backbone
-from icl_msr.views import NonSemantic, Views
+from icl_msr.core.views import NonSemantic, Views
+from icl_msr.models.backbones import Backbone
 
 
 @dataclass(frozen=True)

@@ -7,11 +7,12 @@ import torch
 from pydantic import Field, PositiveInt
 from torch import Tensor
 
-from icl_msr.encoders import Backbone, mlp
+from icl_msr.core.views import Views
 from icl_msr.losses.regression import repulsion, squared_distance
 from icl_msr.methods.base import Method, Pair, Step, Targets, embed_negatives
-from icl_msr.methods.momentum import MomentumEncoder, rising_momentum
-from icl_msr.views import Views
+from icl_msr.models.backbones import Backbone
+from icl_msr.models.heads import mlp
+from icl_msr.models.momentum import MomentumEncoder, rising_momentum
 
 
 class BYOL(Method):

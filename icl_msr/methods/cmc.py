@@ -7,12 +7,13 @@ import torch
 from pydantic import PositiveFloat, PositiveInt
 from torch import Tensor
 
-from icl_msr.encoders import Backbone, mlp
-from icl_msr.lab import LabBackbone
+from icl_msr.core.views import Views
 from icl_msr.losses.contrastive import info_nce
 from icl_msr.methods.base import Method, Pair, Step, Targets, embed_negatives
-from icl_msr.methods.momentum import Queue
-from icl_msr.views import Views
+from icl_msr.models.backbones import Backbone
+from icl_msr.models.heads import mlp
+from icl_msr.models.lab import LabBackbone
+from icl_msr.models.momentum import Queue
 
 
 class CMC(Method):

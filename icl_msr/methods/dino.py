@@ -7,14 +7,15 @@ import torch
 from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt
 from torch import Tensor, nn
 
-from icl_msr.distributed import average
-from icl_msr.encoders import Backbone, mlp
+from icl_msr.core.distributed import average
+from icl_msr.core.views import Views
 from icl_msr.losses.clustering import cosines, self_distillation
 from icl_msr.losses.contrastive import unit
 from icl_msr.losses.regression import repulsion
 from icl_msr.methods.base import Method, Pair, Step, Targets, embed_negatives
-from icl_msr.methods.momentum import MomentumEncoder, rising_momentum
-from icl_msr.views import Views
+from icl_msr.models.backbones import Backbone
+from icl_msr.models.heads import mlp
+from icl_msr.models.momentum import MomentumEncoder, rising_momentum
 
 
 class Head(nn.Module):

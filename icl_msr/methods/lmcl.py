@@ -7,12 +7,13 @@ import torch
 from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt
 from torch import Tensor
 
-from icl_msr.encoders import Backbone, mlp
-from icl_msr.errors import UserError
+from icl_msr.core.errors import UserError
+from icl_msr.core.views import Views
 from icl_msr.losses.contrastive import nt_xent
 from icl_msr.losses.penalties import polarization
 from icl_msr.methods.base import Method, Pair, Step, Targets, embed_negatives
-from icl_msr.views import Views
+from icl_msr.models.backbones import Backbone
+from icl_msr.models.heads import mlp
 
 Distance = Annotated[float, Field(ge=0, le=1)]
 

@@ -5,8 +5,8 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from icl_msr.encoders import Backbone
 from icl_msr.methods.base import Method, Pair, Step, Targets
+from icl_msr.models.backbones import Backbone
 
 
 class RandomEncoder(Method):

@@ -7,10 +7,11 @@ from pydantic import PositiveInt
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from icl_msr.encoders import Backbone, mlp
+from icl_msr.core.views import Views
 from icl_msr.losses.regression import repulsion, squared_distance
 from icl_msr.methods.base import Method, Pair, Step, Targets, embed_negatives
-from icl_msr.views import Views
+from icl_msr.models.backbones import Backbone
+from icl_msr.models.heads import mlp
 
 
 class SimSiam(Method):

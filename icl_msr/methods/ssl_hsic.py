@@ -7,12 +7,13 @@ import torch
 from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt
 from torch import Tensor
 
-from icl_msr.encoders import Backbone, mlp
+from icl_msr.core.views import Views
 from icl_msr.losses.dependence import imq_frequencies, ssl_hsic
 from icl_msr.losses.regression import repulsion
 from icl_msr.methods.base import Method, Pair, Step, Targets, embed_negatives
-from icl_msr.methods.momentum import MomentumEncoder, rising_momentum
-from icl_msr.views import Views
+from icl_msr.models.backbones import Backbone
+from icl_msr.models.heads import mlp
+from icl_msr.models.momentum import MomentumEncoder, rising_momentum
 
 
 class SSLHSIC(Method):

@@ -6,11 +6,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from icl_msr.distributed import all_reduce_sum, world_size
-from icl_msr.encoders import Backbone
+from icl_msr.core.distributed import all_reduce_sum, world_size
+from icl_msr.core.views import Views
 from icl_msr.losses.contrastive import full_precision
 from icl_msr.methods.base import Method, Pair, Step, Targets
-from icl_msr.views import Views
+from icl_msr.models.backbones import Backbone
 
 
 class Supervised(Method):

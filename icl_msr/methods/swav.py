@@ -8,13 +8,14 @@ import torch
 from pydantic import NonNegativeFloat, PositiveFloat, PositiveInt
 from torch import Tensor, nn
 
-from icl_msr.encoders import Backbone, mlp
+from icl_msr.core.views import Views
 from icl_msr.losses.clustering import cosines, swapped_prediction
 from icl_msr.losses.contrastive import unit
 from icl_msr.losses.regression import repulsion
 from icl_msr.methods.base import Method, Pair, Step, Targets, embed_negatives
-from icl_msr.methods.momentum import Queue
-from icl_msr.views import Views
+from icl_msr.models.backbones import Backbone
+from icl_msr.models.heads import mlp
+from icl_msr.models.momentum import Queue
 
 
 class SwAV(Method):

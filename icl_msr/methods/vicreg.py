@@ -6,11 +6,12 @@ import torch
 from pydantic import NonNegativeFloat, PositiveInt
 from torch import Tensor
 
-from icl_msr.encoders import Backbone, mlp
+from icl_msr.core.views import Views
 from icl_msr.losses.decorrelation import vicreg
 from icl_msr.losses.regression import repulsion
 from icl_msr.methods.base import Method, Pair, Step, Targets, embed_negatives
-from icl_msr.views import Views
+from icl_msr.models.backbones import Backbone
+from icl_msr.models.heads import mlp
 
 
 class VICReg(Method):

@@ -7,13 +7,14 @@ import torch
 from pydantic import Field, PositiveInt
 from torch import Tensor
 
-from icl_msr.distributed import world_size
-from icl_msr.encoders import Backbone, mlp
-from icl_msr.errors import UserError
+from icl_msr.core.distributed import world_size
+from icl_msr.core.errors import UserError
+from icl_msr.core.views import Views
 from icl_msr.losses.regression import repulsion
 from icl_msr.losses.whitening import partition, wmse
 from icl_msr.methods.base import Method, Pair, Step, Targets, embed_negatives
-from icl_msr.views import Views
+from icl_msr.models.backbones import Backbone
+from icl_msr.models.heads import mlp
 
 
 class WMSE(Method):

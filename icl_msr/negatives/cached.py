@@ -6,10 +6,10 @@ from pathlib import Path
 
 from pydantic import NonNegativeFloat, PositiveFloat
 
+from icl_msr.core.errors import UserError
+from icl_msr.core.views import AlphaMode, AlphaSchedule
 from icl_msr.data.dataset import ArraySplit, Dataset, Split
 from icl_msr.data.folders import FileSplit
-from icl_msr.errors import UserError
-from icl_msr.views import AlphaMode, AlphaSchedule
 
 
 class CachedNegatives:
@@ -29,7 +29,7 @@ class CachedNegatives:
         repulsion: NonNegativeFloat,
     ) -> None:
         self.folder = Path(folder).expanduser()
-        # What the losses read; see `icl_msr.views.NonSemantic`.
+        # What the losses read; see `icl_msr.core.views.NonSemantic`.
         self.alpha, self.alpha_mode, self.alpha_schedule = alpha, alpha_mode, alpha_schedule
         self.repulsion = repulsion
 

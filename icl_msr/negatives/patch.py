@@ -4,9 +4,9 @@ import torch
 from pydantic import NonNegativeFloat, PositiveFloat, PositiveInt
 from torch import Tensor
 
-from icl_msr.errors import UserError
-from icl_msr.randomness import integers
-from icl_msr.views import AlphaMode, AlphaSchedule
+from icl_msr.core.errors import UserError
+from icl_msr.core.randomness import integers
+from icl_msr.core.views import AlphaMode, AlphaSchedule
 
 
 class PatchNegatives:
@@ -50,7 +50,7 @@ class PatchNegatives:
         self.largest = largest
         self.reference = reference
         self.shuffle, self.flips, self.rotations = shuffle, flips, rotations
-        # What the losses read; see `icl_msr.views.NonSemantic`.
+        # What the losses read; see `icl_msr.core.views.NonSemantic`.
         self.alpha, self.alpha_mode, self.alpha_schedule = alpha, alpha_mode, alpha_schedule
         self.repulsion = repulsion
 
@@ -64,7 +64,7 @@ class PatchNegatives:
 
         Args:
             query: (N, C, H, W) of any dtype, usually the first view, augmented and normalised; H and W at least 2.
-            keys: int64 (N,), from `icl_msr.randomness.keys`, on the device of the images.
+            keys: int64 (N,), from `icl_msr.core.randomness.keys`, on the device of the images.
         """
         n, c, height, width = query.shape
         m = self.count

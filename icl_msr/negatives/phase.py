@@ -6,8 +6,8 @@ import torch
 from pydantic import NonNegativeFloat, PositiveFloat, PositiveInt
 from torch import Tensor
 
-from icl_msr.randomness import uniforms
-from icl_msr.views import AlphaMode, AlphaSchedule
+from icl_msr.core.randomness import uniforms
+from icl_msr.core.views import AlphaMode, AlphaSchedule
 
 
 class PhaseNegatives:
@@ -29,7 +29,7 @@ class PhaseNegatives:
         repulsion: NonNegativeFloat,
     ) -> None:
         self.count = count
-        # What the losses read; see `icl_msr.views.NonSemantic`.
+        # What the losses read; see `icl_msr.core.views.NonSemantic`.
         self.alpha, self.alpha_mode, self.alpha_schedule = alpha, alpha_mode, alpha_schedule
         self.repulsion = repulsion
 
@@ -38,7 +38,7 @@ class PhaseNegatives:
 
         Args:
             query: floating point (N, C, H, W), usually the first view, augmented and normalised.
-            keys: int64 (N,), from `icl_msr.randomness.keys`, on the device of the images.
+            keys: int64 (N,), from `icl_msr.core.randomness.keys`, on the device of the images.
         """
         n, _, height, width = query.shape
         with torch.autocast(query.device.type, enabled=False):

@@ -11,9 +11,9 @@ import torch.nn.functional as F
 from pydantic import NonNegativeFloat, PositiveFloat, PositiveInt
 from torch import Tensor
 
-from icl_msr.errors import UserError
-from icl_msr.randomness import integers
-from icl_msr.views import AlphaMode, AlphaSchedule
+from icl_msr.core.errors import UserError
+from icl_msr.core.randomness import integers
+from icl_msr.core.views import AlphaMode, AlphaSchedule
 
 _PIXELS = 2**20
 """Pixels that a CPU works on at a time, so that its candidates stay near its cache."""
@@ -54,7 +54,7 @@ class TextureNegatives:
         self.count = count
         self.example, self.block, self.overlap, self.reference = example, block, overlap, reference
         self.candidates, self.tolerance = candidates, tolerance
-        # What the losses read; see `icl_msr.views.NonSemantic`.
+        # What the losses read; see `icl_msr.core.views.NonSemantic`.
         self.alpha, self.alpha_mode, self.alpha_schedule = alpha, alpha_mode, alpha_schedule
         self.repulsion = repulsion
 
@@ -70,7 +70,7 @@ class TextureNegatives:
 
         Args:
             query: (N, C, H, W) of any dtype, usually the first view, augmented and normalised; H and W at least 2.
-            keys: int64 (N,), from `icl_msr.randomness.keys`, on the device of the images.
+            keys: int64 (N,), from `icl_msr.core.randomness.keys`, on the device of the images.
         """
         height, width = query.shape[2:]
         examples = self.examples(query, keys, self.sizes(min(height, width))[0])

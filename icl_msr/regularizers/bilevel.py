@@ -19,9 +19,9 @@ from torch import Tensor, nn
 from torch.func import functional_call, jvp
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from icl_msr.distributed import average
+from icl_msr.core.distributed import average
+from icl_msr.core.views import Views
 from icl_msr.methods.base import Method, Output, Pair, Step, Targets, frozen_statistics
-from icl_msr.views import Views
 
 Gradients = dict[str, Tensor]
 Features = Sequence[Tensor]

@@ -26,12 +26,13 @@ from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from icl_msr.batchnorm import GlobalBatchNorm
-from icl_msr.config import build, check_node, config_dir
-from icl_msr.distributed import average, gather, rank
-from icl_msr.errors import UserError
+from icl_msr.core.config import build, check_node, config_dir
+from icl_msr.core.distributed import average, gather, rank
+from icl_msr.core.errors import UserError
+from icl_msr.core.views import Views
 from icl_msr.losses.contrastive import full_precision, unit
 from icl_msr.methods.base import Method, Pair, Step, Targets, frozen_statistics
+from icl_msr.models.batchnorm import GlobalBatchNorm
 from icl_msr.regularizers.bilevel import (
     Features,
     Gradients,
@@ -50,7 +51,6 @@ from icl_msr.regularizers.bilevel import (
     trainable,
 )
 from icl_msr.regularizers.strata import StrataNetwork, diversity, random_partition, uniform, uniformity
-from icl_msr.views import Views
 
 
 class MetaSemanticRegularizer(nn.Module):
@@ -341,7 +341,7 @@ def require_exact(method: Method) -> None:
         if isinstance(layer, _BatchNorm) and not isinstance(layer, GlobalBatchNorm) and "backbone." not in name:
             raise UserError(
                 f"{name} is a {type(layer).__name__}, through whose tangent torch differentiates wrongly; build heads "
-                "with icl_msr.encoders.mlp, or pass them to icl_msr.batchnorm.global_batch_norm."
+                "with icl_msr.models.heads.mlp, or pass them to icl_msr.models.batchnorm.global_batch_norm."
             )
     if any(p.dtype.itemsize < 4 for p in method.parameters()):
         raise UserError("The meta gradient needs parameters of full precision; choose bf16-mixed or 32-true.")

@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from icl_msr.distributed import average
-from icl_msr.randomness import permutation
+from icl_msr.core.distributed import average
+from icl_msr.core.randomness import permutation
 
 
 class StrataNetwork(nn.Module):

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from icl_msr.errors import UserError
+from icl_msr.core.errors import UserError
 from icl_msr.report import gap_table, matrix_table, print_summary, send, summarise, words, write_report, write_summary
 from icl_msr.report.runs import Run, is_run
 

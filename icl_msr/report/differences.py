@@ -11,7 +11,7 @@ import numpy as np
 from scipy.stats import norm
 from scipy.stats import t as student
 
-from icl_msr.errors import UserError
+from icl_msr.core.errors import UserError
 from icl_msr.report.runs import Run
 from icl_msr.report.summary import Configuration, Metric, measurements
 

@@ -12,11 +12,11 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from icl_msr.loggers import About, WeightsAndBiases
 from icl_msr.report.differences import Compared, chance, compare
 from icl_msr.report.page import matrix, metric_heading, summary_page
 from icl_msr.report.runs import Results
 from icl_msr.report.summary import CONDITIONS, Configuration, Metric, Summary, TwoByTwo, best, headline
+from icl_msr.training.loggers import About, WeightsAndBiases
 
 READING = (
     "% or points, mean ± standard deviation over n seeds; "

@@ -11,7 +11,6 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from rich.table import Table
 
-from icl_msr.evaluation.tables import class_tables, tables, top_five_table
 from icl_msr.report import plots, words
 from icl_msr.report.differences import chance, compare
 from icl_msr.report.plots import Dot, Plot, Series
@@ -27,6 +26,7 @@ from icl_msr.report.summary import (
     headline,
     main_classifiers,
 )
+from icl_msr.report.tables import class_tables, tables, top_five_table
 
 ENCODERS = ("trained", "untrained")
 

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 from omegaconf import OmegaConf
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from icl_msr.errors import UserError
+from icl_msr.core.errors import UserError
 
 
 class Accuracy(BaseModel):

@@ -4,7 +4,7 @@ import torch
 import torchvision.transforms.v2.functional as F
 
 from icl_msr.augment import colour
-from icl_msr.randomness import keys, uniforms
+from icl_msr.core.randomness import keys, uniforms
 
 
 def pictures(n):

@@ -8,8 +8,8 @@ from pydantic import TypeAdapter, ValidationError
 
 from icl_msr.augment import Augmentation
 from icl_msr.augment.recipe import Changes, Interval, Strengths
+from icl_msr.core.randomness import keys, uniforms
 from icl_msr.data.dataset import normalise
-from icl_msr.randomness import keys, uniforms
 
 CONF = Path(__file__).parents[2] / "conf/augment"
 MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.25, 0.3)

@@ -12,11 +12,11 @@ from programs import Programs
 from tiny import composed
 from torch import Tensor
 
-from icl_msr.config import check
+from icl_msr.core.config import check
+from icl_msr.core.errors import UserError
 from icl_msr.data.coco import coco, single_targets
 from icl_msr.data.dataset import ArraySplit, Dataset
 from icl_msr.data.folders import FileSplit, imagefolder
-from icl_msr.errors import UserError
 
 CATEGORIES = {18: "dog", 1: "person", 17: "wine glass"}
 """In the order of the file, which is not that of the numbers."""

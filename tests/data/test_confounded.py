@@ -8,10 +8,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from icl_msr.core.errors import UserError
 from icl_msr.data import confounded as module
 from icl_msr.data.confounded import FAMILIES, SHAPES, confounded, draw, scenes
 from icl_msr.data.dataset import ArraySplit, Dataset
-from icl_msr.errors import UserError
 
 SHA256 = "49b17af11f9501ae3202a95541e09f420dbaa965a9562ccd7fe53f0795e1e6f6"
 

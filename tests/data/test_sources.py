@@ -13,11 +13,11 @@ import torch
 from PIL import Image
 from torchvision import datasets as torchvision_datasets
 
+from icl_msr.core.errors import UserError
 from icl_msr.data.arrays import arrays
 from icl_msr.data.folders import FileSplit, imagefolder
 from icl_msr.data.sources import fit, read_image, statistics
 from icl_msr.data.torchvision_sets import CIFAR100, cifar10, stl10
-from icl_msr.errors import UserError
 
 SHARED = Path(__file__).parents[2] / "../shared/data"
 needs_shared = pytest.mark.skipif(not SHARED.is_dir(), reason="../shared/data is absent")

@@ -7,12 +7,12 @@ from PIL import Image
 from ranks import Ranks
 from torch import Tensor
 
+from icl_msr.core.distributed import rank
+from icl_msr.core.errors import UserError
 from icl_msr.data.dataset import ArraySplit
 from icl_msr.data.folders import FileSplit
-from icl_msr.distributed import rank
-from icl_msr.encoders import Backbone, tiny
-from icl_msr.errors import UserError
 from icl_msr.evaluation.cache import FeatureCache, encoder_identity, split_identity
+from icl_msr.models.backbones import Backbone, tiny
 
 HERE = {"mean": (0.5, 0.5, 0.5), "std": (0.25, 0.25, 0.25), "device": "cpu", "batch_size": 4}
 

@@ -11,9 +11,9 @@ from PIL import Image
 from scipy import ndimage, stats
 from torch import Tensor
 
+from icl_msr.core.randomness import keys
 from icl_msr.evaluation import corruptions as c
 from icl_msr.evaluation.corruptions import CORRUPTIONS, LEVELS, Corruption, Draw, corrupt
-from icl_msr.randomness import keys
 
 SIZES = (32, 64)
 

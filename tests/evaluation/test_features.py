@@ -5,8 +5,8 @@ import torch
 from ranks import Ranks
 from torch import Tensor, nn
 
+from icl_msr.core.errors import UserError
 from icl_msr.data.dataset import ArraySplit, Dataset, normalise
-from icl_msr.errors import UserError
 from icl_msr.evaluation.features import extract
 
 HERE = {"mean": (0.5, 0.5, 0.5), "std": (0.25, 0.25, 0.25), "device": "cpu"}

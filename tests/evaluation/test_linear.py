@@ -8,9 +8,9 @@ from tiny import composed
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from icl_msr.config import build, check
+from icl_msr.core.config import build, check
+from icl_msr.core.randomness import permutation
 from icl_msr.evaluation.linear import PROBES, LinearProbe, fit_linear_probe, hold_out
-from icl_msr.randomness import permutation
 
 Blobs = Callable[..., tuple[Tensor, Tensor]]
 SETTINGS = {"epochs": 30, "batch_size": 256, "held_out": 0.2, "seed": 0}

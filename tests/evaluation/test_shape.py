@@ -10,8 +10,8 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from icl_msr.core.errors import UserError
 from icl_msr.data.dataset import ArraySplit, Dataset, normalise
-from icl_msr.errors import UserError
 from icl_msr.evaluation.cache import FeatureCache
 from icl_msr.evaluation.shape import ShapeAndTexture, folds_by_instance, read_stimuli
 from icl_msr.evaluation.sixteen import SIXTEEN

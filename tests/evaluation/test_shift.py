@@ -9,13 +9,13 @@ import pytest
 import torch
 from torch import nn
 
+from icl_msr.core.errors import UserError
 from icl_msr.data.dataset import Dataset
-from icl_msr.errors import UserError
 from icl_msr.evaluation.cache import split_identity
 from icl_msr.evaluation.corruptions import corrupt
 from icl_msr.evaluation.shift import Corrupted, CorruptionRobustness
+from icl_msr.evaluation.subsets import Some
 from icl_msr.evaluation.suite import Results
-from icl_msr.evaluation.views import Some
 
 Make = Callable[..., CorruptionRobustness]
 

@@ -6,11 +6,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from icl_msr.checkpoint import export_encoder
+from icl_msr.core.errors import UserError
 from icl_msr.data.dataset import ArraySplit, Dataset
-from icl_msr.encoders import tiny
-from icl_msr.errors import UserError
 from icl_msr.evaluation.similarity import Similarity, shared_neighbours
+from icl_msr.models.backbones import tiny
+from icl_msr.models.exported import export_encoder
 
 KEYS = {"split": None, "neighbours": 5, "batch_size": 32, "untrained": True}
 

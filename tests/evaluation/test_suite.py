@@ -8,16 +8,16 @@ import torch
 from sklearn.metrics import confusion_matrix, recall_score, top_k_accuracy_score
 from torch import Tensor, nn
 
+from icl_msr.core.errors import UserError
 from icl_msr.data.dataset import Dataset
-from icl_msr.encoders import tiny
-from icl_msr.errors import UserError
 from icl_msr.evaluation import suite
 from icl_msr.evaluation.background import background_gaps
 from icl_msr.evaluation.features import extract
 from icl_msr.evaluation.health import alignment, effective_rank, feature_std, spread
 from icl_msr.evaluation.metrics import Bootstrap
+from icl_msr.evaluation.subsets import Crops
 from icl_msr.evaluation.suite import Evaluation, Results
-from icl_msr.evaluation.views import Crops
+from icl_msr.models.backbones import tiny
 from icl_msr.report.runs import Results as Saved
 
 

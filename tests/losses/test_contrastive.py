@@ -11,6 +11,7 @@ from lightly.loss import DCLLoss, DCLWLoss, NegativeCosineSimilarity, NTXentLoss
 from lightly.models.modules import NNMemoryBankModule
 from torch import Tensor
 
+from icl_msr.core.views import AlphaMode, AlphaSchedule, NonSemantic
 from icl_msr.losses import contrastive
 from icl_msr.losses.contrastive import (
     debiased,
@@ -26,7 +27,6 @@ from icl_msr.losses.contrastive import (
     with_non_semantic,
 )
 from icl_msr.losses.regression import repulsion, squared_distance
-from icl_msr.views import AlphaMode, AlphaSchedule, NonSemantic
 
 
 def random(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:

@@ -8,9 +8,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from toys import make_method, make_views
 
+from icl_msr.core.views import NonSemantic
 from icl_msr.methods import CMC, Step
 from icl_msr.methods.base import Targets
-from icl_msr.views import NonSemantic
 
 STEP = Step(0, 10)
 

@@ -5,7 +5,7 @@ from ranks import Ranks
 from torch import Tensor
 from toys import make_method, make_views
 
-from icl_msr.distributed import rank, world_size
+from icl_msr.core.distributed import rank, world_size
 from icl_msr.losses.contrastive import decoupled, von_mises_fisher_weights
 from icl_msr.methods import Step
 

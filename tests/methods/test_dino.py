@@ -8,7 +8,7 @@ from toys import make_method, make_views
 from icl_msr.losses.clustering import self_distillation
 from icl_msr.losses.contrastive import unit
 from icl_msr.methods import DINO, Step
-from icl_msr.methods.momentum import rising_momentum
+from icl_msr.models.momentum import rising_momentum
 
 
 def dino(**keys: float) -> DINO:

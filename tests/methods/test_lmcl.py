@@ -4,7 +4,7 @@ import pytest
 import torch
 from toys import make_method, make_views
 
-from icl_msr.errors import UserError
+from icl_msr.core.errors import UserError
 from icl_msr.losses.penalties import polarization
 from icl_msr.methods import Step
 

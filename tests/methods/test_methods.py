@@ -10,7 +10,7 @@ from torch.func import functional_call
 from toys import METHODS, make_method, make_views, skip_refused
 
 from icl_msr.methods import BYOL, Method, MoCo, Step, Targets
-from icl_msr.methods.momentum import Queue, rising_momentum
+from icl_msr.models.momentum import Queue, rising_momentum
 from icl_msr.regularizers.bilevel import trainable
 
 STEP = Step(0, 10)

@@ -8,7 +8,7 @@ from toys import SMALL, SmoothBackbone, make_method, make_views
 
 from icl_msr.losses.contrastive import unit
 from icl_msr.methods import MoCoV3, Step
-from icl_msr.methods.momentum import rising_momentum
+from icl_msr.models.momentum import rising_momentum
 
 
 @pytest.mark.parametrize("temperature", [0.2, 1.0])

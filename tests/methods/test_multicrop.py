@@ -11,11 +11,11 @@ from torch import Tensor
 from torch.func import functional_call
 from toys import make_method, make_regularizer, make_views
 
-from icl_msr.batchnorm import global_batch_norm
-from icl_msr.distributed import average, world_size
+from icl_msr.core.distributed import average, world_size
+from icl_msr.core.views import Views
 from icl_msr.methods import Step
+from icl_msr.models.batchnorm import global_batch_norm
 from icl_msr.regularizers.bilevel import meta_pass, trainable
-from icl_msr.views import Views
 
 MULTICROP = ["dino", "swav"]
 STEP = Step(9, 10, noise=3, epochs=100)

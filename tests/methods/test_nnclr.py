@@ -5,9 +5,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from toys import make_method, make_views
 
+from icl_msr.core.views import NonSemantic
 from icl_msr.losses.contrastive import unit
 from icl_msr.methods import NNCLR, Step
-from icl_msr.views import NonSemantic
 
 STEP = Step(0, 10)
 

@@ -5,9 +5,9 @@ import pytorch_lightning as pl
 import torch
 from tiny import pieces
 
-from icl_msr.encoders import tiny
 from icl_msr.methods import RandomEncoder
-from icl_msr.pretraining import Pretraining
+from icl_msr.models.backbones import tiny
+from icl_msr.training.module import Pretraining
 
 
 @pytest.mark.parametrize("optimizer", ["adam", "adamw", "sgd", "lars"])

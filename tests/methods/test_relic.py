@@ -7,7 +7,7 @@ from toys import SMALL, make_method, make_views
 
 from icl_msr.losses.contrastive import unit
 from icl_msr.methods import ReLIC, Step
-from icl_msr.methods.momentum import rising_momentum
+from icl_msr.models.momentum import rising_momentum
 
 
 @pytest.mark.parametrize("alpha", [0.0, 2.0])

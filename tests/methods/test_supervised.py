@@ -8,9 +8,9 @@ from tiny import composed
 from torch import Tensor
 from toys import make_method, make_views
 
-from icl_msr.config import check
-from icl_msr.distributed import rank, world_size
-from icl_msr.errors import UserError
+from icl_msr.core.config import check
+from icl_msr.core.distributed import rank, world_size
+from icl_msr.core.errors import UserError
 from icl_msr.methods import Step
 from icl_msr.methods.supervised import labelled_cross_entropy
 from icl_msr.run import require_meaning

@@ -3,7 +3,7 @@
 import pytest
 from toys import make_method, make_views
 
-from icl_msr.errors import UserError
+from icl_msr.core.errors import UserError
 from icl_msr.methods import Step
 
 

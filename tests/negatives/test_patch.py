@@ -1,9 +1,9 @@
 import pytest
 import torch
 
-from icl_msr.errors import UserError
+from icl_msr.core.errors import UserError
+from icl_msr.core.randomness import integers, keys
 from icl_msr.negatives import PatchNegatives
-from icl_msr.randomness import integers, keys
 
 CONFIG = {
     "count": 2,

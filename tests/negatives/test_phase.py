@@ -2,9 +2,9 @@ import numpy as np
 import pytest
 import torch
 
+from icl_msr.core.randomness import keys, uniforms
 from icl_msr.negatives import PhaseNegatives
 from icl_msr.negatives.phase import periodic_spectrum
-from icl_msr.randomness import keys, uniforms
 
 SIZES = [(16, 16), (9, 12), (12, 7), (5, 5)]
 

@@ -2,10 +2,10 @@ import numpy as np
 import pytest
 import torch
 
-from icl_msr.errors import UserError
+from icl_msr.core.errors import UserError
+from icl_msr.core.randomness import integers, keys
 from icl_msr.negatives import TextureNegatives
 from icl_msr.negatives.texture import _least_path
-from icl_msr.randomness import integers, keys
 
 CONFIG = {
     "count": 2,

@@ -4,9 +4,9 @@ import pytest
 import torch
 from toys import make_regularizer, make_views, method_config, smooth
 
-from icl_msr.config import build
-from icl_msr.encoders import timm_model
+from icl_msr.core.config import build
 from icl_msr.methods import Step
+from icl_msr.models.backbones import timm_model
 from icl_msr.regularizers.bilevel import meta_pass, scoped
 
 OPTIONS = {"embed_dim": 16, "depth": 3, "num_heads": 2, "patch_size": 4, "drop_path_rate": 0.4}

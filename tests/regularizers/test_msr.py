@@ -10,15 +10,15 @@ from torch import Tensor
 from torch.func import functional_call
 from toys import METHODS, make_method, make_regularizer, make_views, skip_refused
 
-from icl_msr.batchnorm import global_batch_norm
-from icl_msr.errors import UserError
+from icl_msr.core.errors import UserError
+from icl_msr.core.views import Views
 from icl_msr.losses.contrastive import unit
 from icl_msr.methods import Method, Step
 from icl_msr.methods.base import Pair
+from icl_msr.models.batchnorm import global_batch_norm
 from icl_msr.regularizers import MetaSemanticRegularizer
 from icl_msr.regularizers.bilevel import meta_pass, norm, trainable
 from icl_msr.regularizers.strata import diversity, random_partition, uniform, uniformity
-from icl_msr.views import Views
 
 STEP = Step(0, 10, noise=3)
 

@@ -11,10 +11,10 @@ from tiny import trained
 from torch import Tensor, nn
 from toys import make_method, make_regularizer, make_views
 
-from icl_msr.batchnorm import global_batch_norm
-from icl_msr.distributed import average
+from icl_msr.core.distributed import average
 from icl_msr.methods import Step
 from icl_msr.methods.base import Pair
+from icl_msr.models.batchnorm import global_batch_norm
 from icl_msr.regularizers.strata import diversity, random_partition, uniform
 
 WEIGHTS = ("meta", "uniform_only", "joint", "random_net", "random", "ones")

@@ -1,0 +1,1 @@
+"""The command line: words, refusals, sweeps, processes, and how every command ends."""

@@ -1,0 +1,289 @@
+"""The command line: Hydra's, with mistakes answered in one sentence and exit code 2."""
+
+import os
+import re
+import sys
+import warnings
+from argparse import ArgumentError
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from functools import wraps
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, ClassVar
+
+import hydra
+from hydra import compose, initialize_config_dir
+from hydra._internal.utils import get_args_parser
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.core.object_type import ObjectType
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException, MissingConfigException, OverrideParseException
+from hydra.experimental.callback import Callback
+from omegaconf import DictConfig, ListConfig, OmegaConf
+from omegaconf.errors import InterpolationResolutionError, OmegaConfBaseException
+from yaml import MarkedYAMLError, YAMLError
+
+from icl_msr.cli.processes import hold_leash, in_folder, told
+from icl_msr.cli.sweeps import ProcessLauncher, known_to_hydra, register_resolvers
+from icl_msr.core.config import config_dir, no_keys, suggestion, unfilled
+from icl_msr.core.errors import UserError
+from icl_msr.core.folder import RunFolder
+from icl_msr.core.storage import disk_is_full
+
+_MULTIRUN = {"-m", "--multirun"}
+_CHOICE = r"((?:hydra/)?[^/]*)/(.*)"
+"""A group and the rest of a file's name."""
+
+
+def main(job: Callable[[DictConfig], float], arguments: Sequence[str] | None = None) -> int:
+    """Composes the config from the command line and runs `job` in Hydra's output folder; returns the exit code."""
+    hold_leash()
+    typed = [rewritten for word in (sys.argv[1:] if arguments is None else arguments) for rewritten in _rewrite(word)]
+    typed.sort(key=lambda word: word[:1] != "-" and "=" in word)  # Hydra cannot read a flag between overrides
+    # Hydra then raises what it would otherwise print in its own words.
+    os.environ.setdefault("HYDRA_FULL_ERROR", "1")
+    warnings.filterwarnings("ignore", module="hydra|pytorch_lightning|lightning_fabric")
+    warnings.filterwarnings("ignore", "`torch.jit.script` is deprecated")  # by forward mode, inside torch
+    warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated")
+    register_resolvers()
+    ProcessLauncher.exit_codes.clear()
+    Footprint.made.clear()
+    codes: list[int] = []
+    said: set[str] = set()
+
+    def refuse(message: str) -> int:
+        if message not in said:  # by another job of the sweep
+            print(message, file=sys.stderr)
+        said.add(message)
+        Footprint.erase()
+        return 2
+
+    @wraps(job)  # Hydra names the job after its module
+    def answered(config: DictConfig) -> float:
+        sys.argv[1:] = typed  # for the ranks and the jobs of a sweep, which repeat the command
+        codes.append(0)
+        try:
+            return job(config)
+        except UserError as mistake:
+            # Hydra would announce a mistake that leaves the job; and the other jobs of a sweep go on.
+            codes[-1] = refuse(str(mistake))
+            return float("nan")
+        except Exception as fault:
+            folder = RunFolder(Path(HydraConfig.get().runtime.output_dir))
+            if disk_is_full(fault):
+                codes[-1] = refuse(f"The disk of {folder} is full; free space and {folder.advice}.")
+                return float("nan")
+            if folder.checkpoint.exists():
+                fault.add_note(f"What was trained is kept; {folder.advice}.")
+            if told(fault):
+                sys.exit(1)
+            raise
+
+    try:
+        _check_flags(typed)
+        _check_search_path(typed)
+        source, words = _source(typed)
+        sys.argv[1:] = words
+        hydra.main(version_base="1.3", config_path=str(source), config_name="config")(answered)()
+    except UserError as mistake:
+        return refuse(str(mistake))
+    except (HydraException, OmegaConfBaseException, YAMLError, ValueError, OSError) as mistake:
+        if codes or ProcessLauncher.exit_codes:  # composed and begun, so it is no mistake of the user's
+            raise
+        return refuse(sentence(mistake, typed))
+    except KeyboardInterrupt:
+        return 130
+    return max([*codes, *ProcessLauncher.exit_codes], default=0)
+
+
+def _source(typed: Sequence[str]) -> tuple[Path, Sequence[str]]:
+    """Where the config comes from, and the overrides: `resume=<run folder>` repeats the run's own config.
+
+    Raises:
+        UserError: the folder holds no run, or something beside the number of epochs is to be changed.
+    """
+    folders = [word.partition("=")[2] for word in typed if word.startswith("resume=")]
+    if not folders:
+        return config_dir(), typed
+    folder = Path(folders[-1])
+    if not RunFolder(folder).begun:
+        raise UserError(
+            f"resume={folder} is no run that can be continued: it holds no config.yaml; give the folder of a run "
+            "that has begun to train."
+        )
+    RunFolder(folder).saved_config()  # or it is refused here
+    epochs = [word for word in typed if word.startswith("trainer.max_epochs=")]
+    for word in typed:
+        if word not in epochs and not word.startswith(("resume=", "hydra.run.dir=")):
+            raise UserError(
+                f"{word} cannot be changed when a run is continued; drop it (trainer.max_epochs=N may grow), "
+                "or begin a new run."
+            )
+    return folder.resolve(), [*epochs, in_folder(folder), "hydra.output_subdir=null", "hydra/job_logging=none"]
+
+
+def _check_flags(typed: Sequence[str]) -> None:
+    """Hydra's parser would print its usage, over several lines.
+
+    Raises:
+        UserError: a flag that Hydra does not know, or a wrong value of one.
+    """
+    parser = get_args_parser()
+    parser.exit_on_error = False
+    try:
+        _, unknown = parser.parse_known_args(typed)
+    except ArgumentError as error:
+        raise UserError(f"{str(error).removeprefix('argument ')}.") from None
+    for word in unknown:
+        if word.startswith("-"):
+            key = word.lstrip("-").partition("=")[0]
+            raise UserError(f"{word} is no option; a key is written without dashes: {key}=<value>.")
+    if unknown:
+        raise UserError(f"{unknown[0]} stands after an option; write options such as --cfg job before all else.")
+
+
+def _check_search_path(typed: Sequence[str]) -> None:
+    """Hydra passes over what is not there.
+
+    Raises:
+        UserError: hydra.searchpath names a package or folder that does not exist.
+    """
+    for word in _search_path(typed):
+        paths: Any = OverridesParser.create().parse_overrides([word])[0].value()
+        for path in paths if isinstance(paths, list) else []:
+            scheme, _, name = str(path).rpartition("://")
+            if not (_importable(name.replace("/", ".")) if scheme == "pkg" else Path(name).is_dir()):
+                raise UserError(
+                    f"hydra.searchpath: there is no {path}; name a package that Python can import, as "
+                    "pkg://package.conf, or a folder, as file:///home/me/conf."
+                )
+
+
+def _importable(name: str) -> bool:
+    try:
+        return find_spec(name) is not None
+    except ImportError:
+        return False
+
+
+def sentence(error: Exception, typed: Sequence[str]) -> str:
+    """An error of Hydra, OmegaConf or the file system, before a job has begun, in one sentence."""
+    text = str(error)
+    if isinstance(error, OverrideParseException):
+        return f"{error.override} cannot be read; write key=value, and quote what has spaces: 'key=\"a b\"'."
+    if isinstance(error, MissingConfigException) and (missing := re.fullmatch(_CHOICE, error.missing_cfg_file or "")):
+        return _no_choice(missing[1], missing[2], typed)
+    if "Config group override" in text:  # a choice that is no name, such as method=null
+        for group, _, choice in (word.partition("=") for word in typed):
+            if (known := _choices(group, typed)) and choice not in known:
+                return _no_choice(group, choice, typed)
+    if isinstance(error, InterpolationResolutionError):
+        return unfilled(error)
+    if isinstance(error, MarkedYAMLError) and error.problem_mark:
+        mark = error.problem_mark
+        return f"{mark.name} is no YAML: {error.problem} in line {mark.line + 1}, column {mark.column + 1}."
+    if isinstance(error, UnicodeDecodeError):
+        return f"A YAML file on the search path is not in UTF-8 ({error.reason}); save it as UTF-8."
+    if isinstance(error, OSError) and error.filename:
+        which = "hydra.sweep.dir" if _MULTIRUN & set(typed) else "hydra.run.dir"
+        return f"{error.filename} cannot be written ({error.strerror}); choose another {which}."
+    if several := re.search(r"Ambiguous value for argument '([^']*)'", text):
+        return f"{several[1]} has several values; add -m to run them one after the other."
+    if twice := re.search(r"already at '([^']*)'", text):
+        return f"{twice[1]} is there already; leave the plus out, {twice[1]}=<value>."
+    key = getattr(error.__cause__, "full_key", None) or re.search(r"'([^']*)' does not exist", text)
+    if key:
+        return _no_key(key if isinstance(key, str) else key[1], typed)
+    first = " ".join(text.split("\n\n")[0].split())
+    return first if first.endswith(".") else f"{first}."
+
+
+def _no_choice(group: str, wrong: str, typed: Sequence[str]) -> str:
+    return f"{group}={wrong} does not exist; {suggestion(wrong, _choices(group, typed))}"
+
+
+def _choices(group: str, typed: Sequence[str]) -> list[str]:
+    """What a group has to choose from on the whole search path, in its folders too."""
+    GlobalHydra.instance().clear()
+    with initialize_config_dir(str(config_dir()), version_base="1.3"):
+        loader = GlobalHydra.instance().config_loader()
+
+        def inside(folder: str) -> list[str]:
+            files, folders = (
+                loader.get_group_options(folder, kind, "config", _search_path(typed))
+                for kind in (ObjectType.CONFIG, ObjectType.GROUP)
+            )
+            return [*files, *(f"{name}/{choice}" for name in folders for choice in inside(f"{folder}/{name}"))]
+
+        return inside(group) if group else []
+
+
+def _search_path(typed: Sequence[str]) -> list[str]:
+    return [word for word in typed if word.startswith("hydra.searchpath=")]
+
+
+def _no_key(wrong: str, typed: Sequence[str]) -> str:
+    """A key that is not in the config which the rest of the command line gives."""
+    choices = [word for word in typed if re.fullmatch(r"[a-z]+=[\w./-]+", word) and not word.startswith(f"{wrong}=")]
+    GlobalHydra.instance().clear()
+    with initialize_config_dir(str(config_dir()), version_base="1.3"):
+        try:
+            config = compose("config", overrides=[*_search_path(typed), *choices])
+        except Exception:  # the mistake is among the choices; it has its own sentence
+            config = compose("config")
+    parent = wrong.rpartition(".")[0]
+    node = OmegaConf.select(config, parent) if parent else config
+    if isinstance(node, DictConfig) and not node:  # an open mapping, such as backbone.options
+        return f"{wrong} is not there yet; a plus adds it: +{wrong}=<value>."
+    if isinstance(node, DictConfig) and node.get("_target_", "") is None:
+        return no_keys(parent, wrong)
+    keys = _flat(config, "")
+    advice = suggestion(wrong, [key for key in keys if key.rpartition(".")[0] == parent] or keys)
+    return f"{wrong} is not a key; {advice if len(advice) < 500 else '--cfg job lists all keys.'}"
+
+
+def _flat(node: DictConfig | ListConfig, prefix: str) -> list[str]:
+    keys: list[str] = []
+    for name in node if isinstance(node, DictConfig) else []:
+        keys.append(f"{prefix}{name}")
+        if OmegaConf.is_dict(node) and not OmegaConf.is_missing(node, name) and OmegaConf.is_dict(node[name]):
+            keys += _flat(node[name], f"{prefix}{name}.")
+    return [key for key in keys if not key.endswith("_target_")]
+
+
+def _rewrite(word: str) -> list[str]:
+    """`backbone=timm:NAME` is short for two overrides."""
+    match = re.fullmatch(r"backbone=timm:(\S+)", word)
+    return ["backbone=timm", f"backbone.name={match[1]}"] if match else [word]
+
+
+class Footprint(Callback):
+    """Notes which folders a command makes for its output, so that a refused one leaves none."""
+
+    made: ClassVar[list[Path]] = []
+    """The innermost first."""
+
+    def on_run_start(self, config: DictConfig, **_: Any) -> None:
+        """Before Hydra makes the folder of a run."""
+        with known_to_hydra(config):
+            self._note(config.hydra.run.dir)
+
+    def on_multirun_start(self, config: DictConfig, **_: Any) -> None:
+        """Before Hydra makes the folder of a sweep."""
+        self._note(config.hydra.sweep.dir)
+
+    def _note(self, folder: str) -> None:
+        path = Path(folder).absolute()
+        self.made[:] = [path for path in (path, *path.parents) if not path.exists()]
+
+    @classmethod
+    def erase(cls) -> None:
+        """Takes the folders away again, unless there is more in them than the record of a sweep without jobs."""
+        for folder in cls.made:
+            if folder.is_dir() and {path.name for path in folder.iterdir()} <= {"sweep.json", "multirun.yaml"}:
+                for record in folder.iterdir():
+                    record.unlink()
+                with suppress(OSError):
+                    folder.rmdir()

@@ -1,0 +1,265 @@
+"""Processes that this program starts: the ranks of a run on several devices, and the jobs of a sweep.
+
+Lightning's own launcher repeats a whole sweep in its second rank and kills the first one without a word, so the process
+that the user starts supervises, and each rank is a fresh process with the same words.
+"""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext, suppress
+from functools import partial
+from pathlib import Path
+from types import FrameType
+from typing import IO, TYPE_CHECKING, Any
+
+from icl_msr.core.errors import UserError
+from icl_msr.core.ranks import is_first, is_rank, outside_world_size
+
+if TYPE_CHECKING:  # at run time it would bring torch along, which a supervisor does not need
+    from icl_msr.training.hardware import Plan
+
+MODULE = "icl_msr.run"
+GRACE = 15.0
+"""Seconds that the other ranks have to end by themselves after one has died: a broken connection wakes them."""
+
+_LEASH = "ICL_MSR_LEASH"
+_held = False
+_RANK_VARIABLES = (
+    *("RANK", "LOCAL_RANK", "GROUP_RANK", "NODE_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"),
+    *("MASTER_ADDR", "MASTER_PORT", "PL_GLOBAL_SEED", _LEASH),
+)
+
+
+class Child(subprocess.Popen[bytes]):
+    """`python -m <module> <words>` that ends when this process does, however that ends.
+
+    Its standard input is a socket whose other end is ours alone. It leaves when that is closed, see `hold_leash`; and a
+    rank says there what it failed with, see `told`.
+    """
+
+    def __init__(
+        self,
+        words: Sequence[str],
+        environment: dict[str, str],
+        output: IO[Any] | None = None,
+        module: str | None = None,
+    ):
+        self.leash, theirs = socket.socketpair()
+        self.leash.setblocking(False)
+        self._said = b""
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # for the child: until it holds the leash
+        try:
+            super().__init__(
+                [sys.executable, "-m", module or MODULE, *words],
+                env={**environment, _LEASH: "1"},
+                stdin=theirs.fileno(),
+                stdout=output,
+                stderr=subprocess.STDOUT if output else None,
+                start_new_session=True,  # Ctrl-C reaches it through us, once
+            )
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+            theirs.close()
+
+    def fault(self) -> tuple[float, str, str] | None:
+        """When it failed, by the clock that never goes back, with what exception, in one line, and the traceback."""
+        with suppress(OSError):
+            while part := self.leash.recv(1 << 16):
+                self._said += part
+        when, _, text = self._said.decode(errors="replace").partition(" ")
+        cause, _, trace = text.partition("\n")
+        return (float(when), cause, trace) if text else None
+
+
+def hold_leash() -> None:
+    """In a `Child`: leave when the parent is gone."""
+    if os.environ.pop(_LEASH, None) is None:
+        return
+
+    def wait() -> None:
+        os.read(0, 1)
+        os._exit(1)
+
+    threading.Thread(target=wait, daemon=True).start()
+    try:
+        # A Ctrl-C that came while modules were imported would have printed a traceback of some import.
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+    except KeyboardInterrupt:
+        sys.exit(130)
+    global _held
+    _held = True
+
+
+def told(fault: Exception) -> bool:
+    """In a rank of `run_ranks`: says what it failed with, before the others fail for want of it.
+
+    The parent knows then who was the first and prints that alone; False where there is no such parent.
+    """
+    if not (_held and is_rank()):
+        return False
+    text = "".join(traceback.format_exception(fault))
+    reason = str(fault).strip().partition("\n")[0]
+    cause = f"{type(fault).__name__}: {reason}" if reason else type(fault).__name__
+    with socket.socket(fileno=os.dup(0)) as leash:
+        leash.sendall(f"{time.monotonic()} {cause}\n{text}".encode())
+    if not is_first():
+        sys.stderr.write(text)  # into its log
+    return True
+
+
+def clean_environment(processes: int = 1) -> dict[str, str]:
+    """The environment without what says that this process is one of several ranks.
+
+    Where several processes are to run side by side, each has its share of the processors, or all would wait for all.
+    """
+    environment = {
+        name: value
+        for name, value in os.environ.items()
+        if name not in _RANK_VARIABLES and not name.startswith("TORCHELASTIC_")
+    }
+    if processes > 1:
+        processors = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        environment.setdefault("OMP_NUM_THREADS", str(max(1, processors // processes)))
+    return environment
+
+
+def require_processes(plan: "Plan", multirun: bool = False) -> None:
+    """Several devices need a process each, and a sweep in this process has but one.
+
+    Raises:
+        UserError: the processes cannot be had.
+    """
+    outside = outside_world_size()
+    if outside is not None and outside != plan.world_size:
+        raise UserError(
+            f"{outside} processes were started together, and hardware.devices={plan.devices} on hardware.nodes="
+            f"{plan.nodes} makes {plan.world_size}; set them to what was started, or start one process alone."
+        )
+    if plan.world_size == 1 or is_rank():
+        return
+    if multirun:
+        raise UserError(
+            "A sweep over several devices needs processes of its own for each job; add hydra/launcher=process."
+        )
+    if plan.nodes > 1:
+        raise UserError(
+            f"hardware.nodes={plan.nodes} needs the command to be started on every node, by torchrun or srun; "
+            "one machine alone takes hardware.nodes=1."
+        )
+
+
+def in_folder(folder: Path) -> str:
+    """The word that has a run write there."""
+    quoted = str(folder).replace("'", r"\'")
+    return f"hydra.run.dir='{quoted}'"
+
+
+def run_ranks(world_size: int, words: Sequence[str], folder: Path, module: str | None = None) -> int:
+    """Runs `python -m <module>` once a rank and returns the exit code of the whole.
+
+    The first rank speaks; the others write to `rank-<r>.log` in the folder. When one dies, the others follow, and
+    one sentence says which was the first and why.
+    """
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    common = {**clean_environment(world_size), "WORLD_SIZE": str(world_size), "LOCAL_WORLD_SIZE": str(world_size)}
+    common |= {"NODE_RANK": "0", "GROUP_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    # Lightning believes these variables, and not those that SLURM sets for a batch script of several tasks.
+    common["TORCHELASTIC_RUN_ID"] = "icl_msr"
+    logs = [folder / f"rank-{rank}.log" for rank in range(world_size)]
+    ranks: list[Child] = []
+    with passed_on(ranks) as signals:
+        for rank in range(world_size):
+            environment = {**common, "RANK": str(rank), "LOCAL_RANK": str(rank)}
+            with logs[rank].open("wb") if rank else nullcontext() as output:
+                ranks.append(Child(words, environment, output, module))
+        while (first := _first_failure(ranks)) is None and _running(ranks):
+            time.sleep(0.02)
+        if first is not None:
+            _end(ranks)
+    code = 0 if first is None else _explained(first, ranks, logs[first], signals)
+    for child, log in zip(ranks, logs, strict=True):
+        child.leash.close()
+        if log.exists() and not log.stat().st_size:
+            log.unlink()
+    return code
+
+
+def _first_failure(ranks: Sequence[Child]) -> int | None:
+    """A rank that was killed cannot say so, and another may notice at once."""
+    codes = [rank.poll() or 0 for rank in ranks]
+    killed = [number for number, code in enumerate(codes) if code < 0]
+    failed = sorted((fault, number) for number, rank in enumerate(ranks) if (fault := rank.fault()))
+    ended = [number for number, code in enumerate(codes) if code]
+    return next(iter([*killed, *(number for _, number in failed), *ended]), None)
+
+
+def _running(ranks: Sequence[Child]) -> bool:
+    """Whether one still runs. What they say is heard, or they would wait for that."""
+    for rank in ranks:
+        rank.fault()
+    return any(rank.poll() is None for rank in ranks)
+
+
+def _end(ranks: Sequence[Child]) -> None:
+    deadline = time.monotonic() + GRACE
+    while _running(ranks) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    for rank in ranks:
+        if rank.poll() is None:
+            rank.kill()
+            rank.wait()
+
+
+def _explained(first: int, ranks: Sequence[Child], log: Path, signals: Sequence[int]) -> int:
+    """The exit code of a run whose rank `first` failed before the others; says why where that rank has not."""
+    code, see, say = ranks[first].returncode, f"; see {log}" if first else "", partial(print, file=sys.stderr)
+    if fault := ranks[first].fault():
+        _, cause, trace = fault
+        if first == 0:
+            sys.stderr.write(trace)
+        say(f"Rank {first} of {len(ranks)} failed with {cause}; the run was stopped{see}.")
+        return 1
+    if -code in signals:
+        say(f"Stopped by {signal.Signals(-code).name}.")
+    elif code < 0:
+        memory = " (out of memory?)" if code == -signal.SIGKILL else ""
+        name = signal.Signals(-code).name
+        say(f"Rank {first} of {len(ranks)} was killed by {name}{memory}; the run was stopped{see}.")
+    elif first and not signals and ranks[0].returncode != code:  # it has its own words for the same mistake
+        ended = f"Rank {first} of {len(ranks)} ended with exit code {code}; the run was stopped{see}."
+        say(_last_line(log) if code == 2 else ended)
+    return code if code > 0 else 128 - code
+
+
+def _last_line(log: Path) -> str:
+    lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
+    return lines[-1].strip() if lines else f"{log} is empty."
+
+
+@contextmanager
+def passed_on(children: Sequence[Child]) -> Iterator[list[int]]:
+    """Signals go to the children, who know what to do, and this process waits for them; gives what has come."""
+    received: list[int] = []
+
+    def pass_on(number: int, frame: FrameType | None) -> None:
+        received.append(number)
+        for child in list(children):
+            if child.poll() is None:
+                child.send_signal(number)
+
+    numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+    before = {number: signal.signal(number, pass_on) for number in numbers}
+    try:
+        yield received
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

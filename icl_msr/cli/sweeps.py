@@ -1,0 +1,262 @@
+"""Sweeps: a fresh process for each job, and a folder that the same command continues."""
+
+import errno
+import fcntl
+import json
+import os
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+from pathlib import Path
+from statistics import mean
+from typing import Any, ClassVar, NoReturn
+
+from hydra.core.hydra_config import HydraConfig
+from hydra.core.utils import JobReturn, JobStatus
+from hydra.experimental.callback import Callback
+from hydra.types import HydraContext, RunMode, TaskFunction
+from omegaconf import DictConfig, OmegaConf, open_dict
+
+from icl_msr.cli.processes import Child, clean_environment, in_folder, passed_on
+from icl_msr.core.config import check
+from icl_msr.core.errors import PREEMPTED, UserError
+from icl_msr.core.folder import RunFolder
+from icl_msr.core.ranks import outside_world_size
+from icl_msr.core.storage import atomic_write
+
+_OURS = ("hydra.sweep.", "hydra.launcher.", "hydra.sweeper.", "hydra.mode", "hydra/launcher", "hydra/sweeper")
+"""What concerns the sweep and not its jobs."""
+
+_LONGEST = 64
+"""W&B's limit for a job type, in characters."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """One run of a sweep."""
+
+    overrides: list[str]
+    folder: RunFolder
+    title: str
+    done: bool
+    """Whether this very run is finished; what else may lie in its folder, the run itself judges."""
+
+
+class ProcessLauncher:
+    """Runs every job as `python -m icl_msr.run` in a process of its own: one folder, one W&B run, one exit code.
+
+    A job whose folder holds its results is left alone, and a job that was begun continues. One that fails does not stop
+    the others. With several jobs side by side, each writes to `job.log` in its folder.
+    """
+
+    exit_codes: ClassVar[list[int]] = []
+    """Of the jobs of this command that have ended, for its own exit code."""
+
+    def __init__(self, jobs: int):
+        self.jobs = jobs
+        self.running: list[Child] = []
+        self.signals: list[int] = []
+        self.due = 0
+        self.seconds: list[float] = []
+
+    def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
+        """See Hydra's Launcher; `hydra_plugins` makes this class one.
+
+        Raises:
+            UserError: the number of jobs side by side is none.
+        """
+        if not isinstance(self.jobs, int) or self.jobs < 1:
+            raise UserError(f"hydra.launcher.jobs={self.jobs} is not allowed; it should be a whole number, at least 1.")
+        self.context, self.config = hydra_context, config
+
+    def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> list[JobReturn]:
+        """Runs the jobs and gives their metrics to the sweeper; after a signal, the command ends when they have."""
+        total = initial_job_idx + len(job_overrides)
+        jobs = [self._job(initial_job_idx + i, list(words), total) for i, words in enumerate(job_overrides)]
+        self.due += sum(not job.done for job in jobs)
+        for job in jobs:
+            job.folder.path.mkdir(parents=True, exist_ok=True)  # all count, also those that are never begun
+        with passed_on(self.running) as self.signals, ThreadPoolExecutor(self.jobs) as pool:
+            answers = list(pool.map(self._run, jobs))
+        if self._stopped():
+            print("The sweep was stopped; the same command continues it.", file=sys.stderr)
+            sys.exit(PREEMPTED)
+        return answers
+
+    def _job(self, number: int, overrides: list[str], total: int) -> Job:
+        config = checked_job(self.context, self.config, overrides, number)
+        HydraConfig.instance().set_config(config)  # for ${hydra:...} in the folder's name
+        folder = RunFolder(Path(str(config.hydra.sweep.dir)) / str(config.hydra.sweep.subdir))
+        task = OmegaConf.masked_copy(config, [str(key) for key in config if key != "hydra"])
+        done = folder.begun and folder.done and folder.config.read_text() == OmegaConf.to_yaml(task)
+        return Job(overrides, folder, " ".join([f"[{number + 1}/{total}]", *_varying(overrides)]), done)
+
+    def _stopped(self) -> bool:
+        return bool(self.signals) or PREEMPTED in self.exit_codes
+
+    def _run(self, job: Job) -> JobReturn:
+        answer = JobReturn(overrides=job.overrides, status=JobStatus.COMPLETED)
+        answer.return_value = float("nan")
+        if job.done:
+            answer.return_value = job.folder.metric()
+            print(f"{job.title}: done before, {job.folder}", flush=True)
+        elif not self._stopped():
+            answer.return_value = self._execute(job)
+        return answer
+
+    def _execute(self, job: Job) -> float:
+        print(f"{job.title}: {job.folder}", flush=True)
+        began, code, metric = time.monotonic(), self._exit_code(job), float("nan")
+        seconds, end, left = time.monotonic() - began, f"exit code {code}", ""
+        if code == 0:
+            metric = job.folder.metric()
+            end = f"metric {metric:.4f}"
+            self.seconds.append(seconds)
+        self.exit_codes.append(code)
+        waiting = self.due - len(self.exit_codes)
+        if waiting and self.seconds:
+            left = f"; about {_clock(mean(self.seconds) * waiting / self.jobs)} left"
+        print(f"{job.title}: {end} after {_clock(seconds)}{left}", flush=True)
+        return metric
+
+    def _exit_code(self, job: Job) -> int:
+        """Of the job's process, as a shell gives it."""
+        theirs = [word for word in self.config.hydra.overrides.hydra if not word.startswith(_OURS)]
+        environment = clean_environment(self.jobs)
+        environment.setdefault("WANDB_RUN_GROUP", Path(str(self.config.hydra.sweep.dir)).name)
+        if named := job_type(job.overrides):
+            environment.setdefault("WANDB_JOB_TYPE", named)
+        words = [*job.overrides, *theirs, in_folder(job.folder.path)]
+        if self.jobs == 1:
+            process = Child(words, environment)
+        else:
+            with (job.folder.path / "job.log").open("ab") as log:
+                process = Child(words, environment, log)
+        self.running.append(process)
+        code = process.wait()
+        self.running.remove(process)
+        process.leash.close()
+        return code if code >= 0 else 128 - code
+
+
+def checked_job(context: HydraContext, sweep: DictConfig, overrides: Sequence[str], number: int) -> DictConfig:
+    """A job's whole config; launchers ask for all of them first, so that a mistake in the last costs nothing.
+
+    Raises:
+        UserError: a key or value is wrong.
+    """
+    config = context.config_loader.load_sweep_config(sweep, list(overrides))
+    with open_dict(config):
+        config.hydra.job.id = config.hydra.job.num = number
+    with known_to_hydra(config):
+        check(OmegaConf.masked_copy(config, [str(key) for key in config if key != "hydra"]))
+    return config
+
+
+@contextmanager
+def known_to_hydra(config: DictConfig) -> Iterator[None]:
+    """`${hydra:...}` refers to this config meanwhile."""
+    hydra = HydraConfig.instance()
+    before = hydra.cfg
+    hydra.set_config(config)
+    try:
+        yield
+    finally:
+        hydra.cfg = before
+
+
+class SweepRecord(Callback):
+    """Writes `sweep.json`: which command this is, and whether all of it is done."""
+
+    def on_multirun_start(self, config: DictConfig, **_: Any) -> None:
+        """The folder is ours until the end of the process."""
+        if (outside := outside_world_size() or 1) > 1:
+            _refuse(f"A sweep is started once, and {outside} processes were; add hydra/launcher=process instead.")
+        self.folder = Path(str(config.hydra.sweep.dir))
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.lock = os.open(self.folder, os.O_RDONLY)
+        if not _locks(self.lock):
+            _refuse(f"{self.folder} is another process's sweep; wait for its end, or choose another hydra.sweep.dir.")
+        if (self.folder / "sweep.json").exists():
+            print(f"Continuing {self.folder}; jobs done so far: {self._state()[0]}.", flush=True)
+        self._write(finished=False)
+
+    def on_multirun_end(self, config: DictConfig, **_: Any) -> None:
+        """Says what is missing."""
+        done, all_jobs = self._state()
+        self._write(finished=done == all_jobs)
+        rest = "" if done == all_jobs else "; the same command finishes the others"
+        compare = f" Compare them: python -m icl_msr.report {self.folder}" if done else ""
+        print(f"Jobs done: {done} of {all_jobs}{rest}.{compare}", flush=True)
+        os.close(self.lock)
+
+    def _state(self) -> tuple[int, int]:
+        jobs = [RunFolder(path) for path in self.folder.iterdir() if path.is_dir()]
+        return sum(job.done for job in jobs), len(jobs)
+
+    def _write(self, finished: bool) -> None:
+        content = {"command": sys.argv[1:], "finished": finished}
+        atomic_write(self.folder / "sweep.json", json.dumps(content, indent=2) + "\n")
+
+
+def sweep_folder(root: str) -> str:
+    """Where this command's sweep lies if it was begun, is not finished and is not running; else a new folder."""
+    for record in sorted(Path(root).glob("*/sweep.json"), reverse=True):
+        content = json.loads(record.read_text())
+        if content["command"] == sys.argv[1:] and not content["finished"]:
+            folder = os.open(record.parent, os.O_RDONLY)
+            try:
+                if _locks(folder):
+                    return str(record.parent)
+            finally:
+                os.close(folder)
+    return f"{root}/{datetime.now():%Y-%m-%d_%H-%M-%S}"
+
+
+def register_resolvers() -> None:
+    """`${sweep_folder:<root>}`, the same for all jobs of a sweep."""
+    OmegaConf.register_new_resolver("sweep_folder", sweep_folder, replace=True, use_cache=True)
+
+
+def sweep_group() -> str | None:
+    """The sweep that this process is in the middle of; a job in its own process hears of it from W&B's variable."""
+    hydra = HydraConfig.get()
+    sweep = Path(str(hydra.sweep.dir)).name if hydra.mode == RunMode.MULTIRUN else None
+    return os.environ.get("WANDB_RUN_GROUP") or sweep
+
+
+def job_type(overrides: Sequence[str]) -> str | None:
+    """What a run is, whatever its seed: the overrides without it, those alone that a sweep changes if there are any.
+
+    A job in its own process hears of it from W&B's variable.
+    """
+    named = [word for word in overrides if not word.startswith("seed=")]
+    changed = [word for word in _varying(overrides) if word in named]
+    return os.environ.get("WANDB_JOB_TYPE") or ",".join(changed or named)[:_LONGEST] or None
+
+
+def _varying(overrides: Sequence[str]) -> list[str]:
+    """What a sweep changes from job to job: the words that were not typed like this."""
+    return [word for word in overrides if word not in sys.argv[1:]]
+
+
+def _refuse(sentence: str) -> NoReturn:
+    """From a callback, where Hydra makes a warning of an exception."""
+    print(sentence, file=sys.stderr)
+    sys.exit(2)
+
+
+def _clock(seconds: float) -> timedelta:
+    return timedelta(seconds=round(seconds))
+
+
+def _locks(folder: int) -> bool:
+    try:
+        fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        return error.errno not in (errno.EAGAIN, errno.EACCES)  # a file system without locks
+    return True

@@ -1,0 +1,1 @@
+"""What every room needs: errors, records, config, the run's folder, files, ranks, randomness."""

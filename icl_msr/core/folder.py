@@ -1,0 +1,104 @@
+"""What the folder of a run says of itself, and who may write there."""
+
+import errno
+import fcntl
+import json
+import os
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
+
+from icl_msr.core.errors import UserError
+from icl_msr.core.storage import atomic_write
+
+PATIENCE = 10.0
+"""Seconds to wait for the processes of a run that was killed to let its folder go."""
+
+
+class RunFolder:
+    """A run's files by name. `config.yaml` is written when training begins, `results.json` when all is done."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        self.config = path / "config.yaml"
+        self.environment = path / "environment.json"
+        self.checkpoint = path / "checkpoints" / "last.ckpt"
+        self.results = path / "results.json"
+
+    def __str__(self) -> str:
+        return str(self.path)
+
+    @property
+    def begun(self) -> bool:
+        """Whether a run lies here, finished or not."""
+        return self.config.exists()
+
+    @property
+    def done(self) -> bool:
+        """Whether a finished run lies here."""
+        return self.results.exists()
+
+    @property
+    def advice(self) -> str:
+        """How to go on with what lies here."""
+        return f"continue with resume={self}" if self.checkpoint.exists() else "repeat the command"
+
+    def saved_config(self, *, resolve: bool = True) -> dict[str, Any]:
+        """The config of the run that lies here, interpolations filled in, or as they are.
+
+        Raises:
+            UserError: it is damaged.
+        """
+        saved: Any = None
+        with suppress(OSError, ValueError, YAMLError, OmegaConfBaseException):
+            saved = OmegaConf.to_container(OmegaConf.load(self.config), resolve=resolve)
+        if not saved or not isinstance(saved, dict):
+            raise UserError(f"{self.config} is damaged; restore it from a copy, or begin a new run in another folder.")
+        return {str(key): value for key, value in saved.items()}
+
+    def facts(self) -> dict[str, Any]:
+        """`environment.json`."""
+        facts: dict[str, Any] = json.loads(self.environment.read_text())
+        return facts
+
+    def metric(self) -> float:
+        """The value that the finished run gave to the sweeper."""
+        value = json.loads(self.results.read_text())["metric"]["value"]
+        return float("nan") if value is None else float(value)
+
+    def write(self, name: str, content: Mapping[str, Any]) -> None:
+        """Plain data as indented JSON, whole or not at all."""
+        atomic_write(self.path / name, json.dumps(content, indent=2) + "\n", self.advice)
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Nobody else writes here meanwhile; the lock goes with the process, however that ends.
+
+        Raises:
+            UserError: another process writes here.
+        """
+        folder = os.open(self.path, os.O_RDONLY)
+        try:
+            deadline = time.monotonic() + PATIENCE
+            while True:
+                try:
+                    fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    break
+                except OSError as error:
+                    if error.errno not in (errno.EAGAIN, errno.EACCES):
+                        break  # a file system without locks
+                if time.monotonic() > deadline:
+                    raise UserError(
+                        f"{self} is being written by another process; wait for its end, or choose another "
+                        "hydra.run.dir."
+                    )
+                time.sleep(0.1)
+            yield
+        finally:
+            os.close(folder)

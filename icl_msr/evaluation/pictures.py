@@ -1,0 +1,188 @@
+"""Pictures for the report: views, negatives, strata, their weights, nearest neighbours and a map of the features."""
+
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import matplotlib
+import torch
+import torch.nn.functional as F
+from matplotlib.figure import Figure
+from torch import Tensor
+
+from icl_msr.core.views import Views
+from icl_msr.data.dataset import Dataset
+from icl_msr.evaluation.features import evaluating
+from icl_msr.evaluation.knn import neighbours
+from icl_msr.evaluation.strata_maps import ALL, weighted_maps
+from icl_msr.models.backbones import Backbone
+from icl_msr.regularizers.strata import uniform
+
+matplotlib.rcParams["svg.fonttype"] = "none"
+
+
+def views_grid(views: Views, mean: Sequence[float], std: Sequence[float], path: Path, images: int = 10) -> str:
+    """The un-augmented image and its views, one column an image. Writes `path`; returns a caption."""
+    rows = {"image X": views.images, **{f"view {i}": view for i, view in enumerate(views.views, start=1)}}
+    _grid({name: pixels(tensor[:images], mean, std) for name, tensor in rows.items()}, path)
+    return "Training images and the independent augmentations that the method compares."
+
+
+def negatives_grid(views: Views, mean: Sequence[float], std: Sequence[float], path: Path, images: int = 10) -> str:
+    """The query and its non-semantic negatives. Writes `path`; returns a caption."""
+    assert views.negatives is not None
+    rows = {"query": views.views[0][:images]}
+    for i, negative in enumerate(views.negatives.rows[:images].unbind(1), start=1):
+        rows[f"negative {i}"] = negative
+    _grid({name: pixels(tensor, mean, std) for name, tensor in rows.items()}, path)
+    return "Queries and their non-semantic negatives: the texture stays, the meaning goes."
+
+
+@torch.no_grad()
+def strata_grid(
+    backbone: Backbone, strata: Tensor, images: Tensor, mean: Sequence[float], std: Sequence[float], path: Path
+) -> str:
+    """Where each stratum looks: the last feature map weighted by a_t, over normalised images (N, 3, H, W).
+
+    `strata` is A(X), (N, S, c), or narrower where several encoders share it; the map in which all channels count alike
+    comes first. Each map is scaled to its own largest value in the image. Writes `path`; returns a caption.
+    """
+    with evaluating(backbone):
+        maps = backbone.maps(images).float()  # (N, c, h, w)
+    alike = uniform(strata.shape[2]).to(strata).expand(len(strata), 1, -1)
+    weighted = weighted_maps(maps, torch.cat([alike, strata], dim=1).float())
+    weighted = weighted / weighted.flatten(2).amax(2).clamp(min=1e-12)[..., None, None]
+    weighted = F.interpolate(weighted, images.shape[-2:], mode="bicubic").clamp(0, 1)
+    shown = pixels(images, mean, std)
+    names = [ALL, *(f"stratum {t}" for t in range(1, strata.shape[1] + 1))]
+    overlays = {name: (shown, weighted[:, t]) for t, name in enumerate(names)}
+    _grid({"image X": shown, **overlays}, path)
+    return (
+        "What each stratum of f_msr weighs up: the last feature map, weighted by a_t (bright: large, each map by "
+        "itself), below the map in which all channels count alike."
+    )
+
+
+def weights_figure(strata: Tensor, path: Path) -> str:
+    """How A(X), (N, S, c), of a batch is distributed: sqrt(c) a_t, which is 1 where all channels count alike.
+
+    Left a histogram over images and channels, right the mean over images, channels in the order of the stratum that
+    weighs them most and of that weight. Writes `path`; returns a caption.
+    """
+    weights = math.sqrt(strata.shape[2]) * strata.detach().float().cpu()
+    mean = weights.mean(0)  # (S, c)
+    most, owner = mean.max(0)
+    order = sorted(range(len(owner)), key=lambda channel: (int(owner[channel]), -float(most[channel])))
+    top = max(float(weights.max()), 1.5)
+    figure = Figure(figsize=(9.5, 0.25 * max(len(mean), 6) + 1.2), dpi=110, layout="constrained")
+    left, right = figure.subplots(1, 2, width_ratios=(1, 1.6))
+    for t, values in enumerate(weights.unbind(1)):
+        counts = torch.histc(values, 40, 0, top) / values.numel()
+        left.stairs(100 * counts.numpy(), torch.linspace(0, top, 41).numpy(), color=f"C{t}", label=f"stratum {t + 1}")
+    left.axvline(1, color="#6b7177", lw=1, ls=":")
+    left.set(xlabel="sqrt(c) a_t", ylabel="% of weights", xlim=(0, top))
+    left.spines[["top", "right"]].set_visible(False)
+    left.legend(frameon=False, fontsize=7, ncols=3, loc="lower left", bbox_to_anchor=(0, 1), borderaxespad=0)
+    shades = right.imshow(mean[:, order].numpy(), aspect="auto", cmap="magma", vmin=0, interpolation="nearest")
+    right.set_yticks(range(len(mean)), [f"stratum {t + 1}" for t in range(len(mean))])
+    right.set_xlabel("channels, each beside those that the same stratum weighs most")
+    figure.colorbar(shades, label="mean over images")
+    figure.savefig(path)
+    return (
+        "The channel weights sqrt(c) a_t of a batch: 1 (dotted) is a channel that counts as without the regularizer. "
+        "Disjoint strata show as separate bright blocks, equal ones as equal rows."
+    )
+
+
+def neighbours_grid(
+    dataset: Dataset, features: Mapping[str, Tensor], split: str, path: Path, images: int = 10, k: int = 5
+) -> str:
+    """Test images and the training images whose features are nearest. Writes `path`; returns a caption."""
+    test = dataset.tests[split]
+    chosen = torch.linspace(0, len(test) - 1, images).long()
+    _, nearest = neighbours(features["train"], features[split][chosen], k, normalised=True)
+    rows = {split.replace("_", " "): test.load(chosen)}
+    for rank in range(k):
+        rows[f"nearest {rank + 1}"] = dataset.train.load(nearest[:, rank])
+    hits = dataset.train.labels[nearest] == test.labels[chosen][:, None]
+    _grid(rows, path, marks={f"nearest {rank + 1}": hits[:, rank] for rank in range(k)})
+    return f"Images of the test split {split} and their nearest training images; a green frame marks the same class."
+
+
+def map_figure(dataset: Dataset, features: Tensor, split: str, path: Path, images: int = 2000) -> str:
+    """Test images as points: the two principal components of their unit features (N, c), coloured by class.
+
+    Writes `path`; returns a caption.
+    """
+    labels = dataset.tests[split].labels.cpu()
+    chosen = torch.linspace(0, len(labels) - 1, min(images, len(labels))).long()
+    rows = F.normalize(features[chosen].double(), dim=1)
+    rows = rows - rows.mean(0)
+    left, scale, _ = torch.linalg.svd(rows, full_matrices=False)
+    shown = (left * scale)[:, :2]
+    shown = shown * shown.gather(0, shown.abs().argmax(0, keepdim=True)).sign()  # the sign is arbitrary: fix it
+    share = scale.square() / scale.square().sum().clamp(min=1e-30)
+    figure = Figure(figsize=(7.5, 4.6), dpi=110, layout="constrained")
+    axes = figure.subplots()
+    several = len(dataset.classes) <= 20
+    for k, name in enumerate(dataset.classes):
+        of_class = shown[labels[chosen] == k]
+        colour = matplotlib.colormaps["tab20"](k % 20)
+        axes.scatter(
+            of_class[:, 0], of_class[:, 1], s=7, color=colour, alpha=0.7, lw=0, label=name if several else None
+        )
+    axes.set(xlabel=f"first component, {100 * share[0]:.0f} %", ylabel=f"second, {100 * share[1]:.0f} %")
+    axes.set(xticks=[], yticks=[])
+    axes.spines[["top", "right"]].set_visible(False)
+    if several:
+        axes.legend(frameon=False, fontsize=8, markerscale=2.5, loc="center left", bbox_to_anchor=(1, 0.5))
+    figure.savefig(path)
+    return (
+        f"Images of the test split {split} by the two principal components of their unit features and their share of "
+        "the variance, coloured by class: two dimensions of many."
+    )
+
+
+def feature_pictures(dataset: Dataset, features: Mapping[str, Tensor], folder: Path) -> dict[str, str]:
+    """Nearest neighbours and map of the most telling test split; returns the captions by file name."""
+    split = "mixed_rand" if "mixed_rand" in dataset.tests else next(iter(dataset.tests))
+    return {
+        "neighbours.png": neighbours_grid(dataset, features, split, folder / "neighbours.png"),
+        "map.png": map_figure(dataset, features[split], split, folder / "map.png"),
+    }
+
+
+def pixels(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
+    """Normalised float images (N, 3, H, W) back to uint8."""
+    scale = torch.tensor(std, device=images.device).view(1, 3, 1, 1)
+    shift = torch.tensor(mean, device=images.device).view(1, 3, 1, 1)
+    return ((images.float() * scale + shift) * 255).round().clamp(0, 255).byte()
+
+
+def _grid(
+    rows: Mapping[str, Tensor | tuple[Tensor, Tensor]], path: Path, marks: Mapping[str, Tensor] | None = None
+) -> None:
+    """One row a name, one column an image; a pair of images and maps is drawn as an overlay."""
+    columns = max(len(r[0] if isinstance(r, tuple) else r) for r in rows.values())
+    figure = Figure(figsize=(columns * 0.9 + 1.1, len(rows) * 0.93), dpi=110)
+    axes = figure.subplots(len(rows), columns, squeeze=False, gridspec_kw={"wspace": 0.06, "hspace": 0.06})
+    figure.subplots_adjust(left=1.1 / (columns * 0.9 + 1.1), right=0.995, top=0.99, bottom=0.01)
+    for line, (name, row) in zip(axes, rows.items(), strict=True):
+        line[0].set_ylabel(name, rotation=0, ha="right", va="center", fontsize=9, labelpad=6)
+        images, maps = row if isinstance(row, tuple) else (row, None)
+        for column, axis in enumerate(line):
+            axis.set(xticks=[], yticks=[])
+            for spine in axis.spines.values():
+                spine.set_visible(False)
+            if column >= len(images):
+                continue
+            image = images[column].permute(1, 2, 0).cpu().numpy()
+            if maps is None:
+                axis.imshow(image)
+            else:
+                axis.imshow(image.mean(axis=2), cmap="gray", vmin=0, vmax=255)
+                axis.imshow(maps[column].cpu().numpy(), cmap="inferno", alpha=0.6, vmin=0, vmax=1)
+            if marks and name in marks:
+                for spine in axis.spines.values():
+                    spine.set(visible=True, color="#009e73" if marks[name][column] else "#bbbbbb", linewidth=2)
+    figure.savefig(path)

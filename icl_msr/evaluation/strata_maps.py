@@ -1,0 +1,179 @@
+"""What does a stratum look at? The share of its activation that lies on the object.
+
+A map that does not see the object has the object's area there, if it is flat. Maps are not: those of padded
+convolutions are fainter towards the edges, where objects are rare. So what a place gets without its object is measured
+too, on another image, and what is left is because of the object.
+
+N images, S strata, c channels; a map is the last feature map, h x w, its channels weighted by a_t.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple, TypedDict
+
+import torch
+from torch import Tensor
+
+from icl_msr.data.dataset import ArraySplit, Dataset, Split, normalise
+from icl_msr.data.folders import FileSplit
+from icl_msr.data.sources import fit
+from icl_msr.evaluation.features import evaluating
+from icl_msr.evaluation.metrics import Bootstrap
+from icl_msr.models.backbones import Backbone
+
+ALL = "all channels"
+"""The name of the map in which no channel counts more than another."""
+
+
+class Share(TypedDict):
+    """The share of one stratum's map on the object, in [0, 1], with 95 % intervals."""
+
+    stratum: str
+    """`all channels`, or 1 to S."""
+    share: float
+    low: float
+    high: float
+    by_place: float
+    """What a map that does not see the object would have there: its area, corrected for its place."""
+    excess: float
+    """`share - by_place`, because of the object."""
+    excess_low: float
+    excess_high: float
+
+
+class Difference(TypedDict):
+    """The two strata that differ most, found on half of the images, and by how much on the other half."""
+
+    more: str
+    less: str
+    points: float
+    """Shares on the object, as fractions."""
+    low: float
+    high: float
+
+
+class Look(TypedDict):
+    """What the strata of one encoder look at."""
+
+    split: str
+    n: int
+    area: float
+    """Mean share of the image that the object covers."""
+    shares: list[Share]
+    difference: Difference | None
+    """None of fewer than two strata."""
+
+
+class Found(NamedTuple):
+    """Of N images: `shares` (N, 1 + S) on the object, of all channels and of each stratum, NaN where a map is zero;
+    `place`, what the place of another image's object has above that object's area; `area` (N,) of the object, as a
+    share of the image.
+    """
+
+    shares: Tensor
+    place: Tensor
+    area: Tensor
+
+
+def weighted_maps(maps: Tensor, strata: Tensor) -> Tensor:
+    """Maps (N, c, h, w), negative values cut off, weighted by strata (N, S, c): (N, S, h, w).
+
+    Narrower strata are shared by several encoders, whose maps lie behind one another.
+    """
+    strata = strata.repeat(1, 1, maps.shape[1] // strata.shape[2])
+    return torch.einsum("nsc,nchw->nshw", strata, maps.clamp(min=0))
+
+
+def on_object(maps: Tensor, masks: Tensor) -> Tensor:
+    """Share of non-negative maps (N, S, h, w) on the object: (N, S) in [0, 1], NaN where a map is zero everywhere.
+
+    `masks` (N, H, W) are true on the object. Each cell of a map counts by the part of its area that the object covers,
+    exactly: as if it were enlarged to the image without smoothing.
+    """
+    rows, columns = (_cells(fine, coarse) for fine, coarse in zip(masks.shape[1:], maps.shape[2:], strict=True))
+    covered = rows.to(maps) @ masks.to(maps) @ columns.to(maps).T  # (N, h, w)
+    return (maps * covered[:, None]).sum((2, 3)) / maps.sum((2, 3))
+
+
+def _cells(fine: int, coarse: int) -> Tensor:
+    """The part of each of `coarse` cells that lies in each of `fine` pixels of the same side: (coarse, fine)."""
+    cell, pixel = (torch.arange(n + 1, dtype=torch.float64) / n for n in (coarse, fine))
+    ends = torch.minimum(cell[1:, None], pixel[None, 1:])
+    starts = torch.maximum(cell[:-1, None], pixel[None, :-1])
+    return (ends - starts).clamp(min=0) * coarse
+
+
+def masks_of(split: Split, index: Tensor) -> Tensor | None:
+    """Masks (n, S, S) bool of the images at `index`, as `split.load` shows them; None where they are not known."""
+    if isinstance(split, ArraySplit):
+        return None if split.masks is None else split.masks[index]
+    if isinstance(split, FileSplit) and split.region == "full" and split.located:
+        masks = (split.mask(i, split.image(i)) for i in index.tolist())
+        return torch.stack([fit(mask[None].byte(), split.image_size, nearest=True)[0].bool() for mask in masks])
+    return None
+
+
+def split_with_masks(dataset: Dataset) -> str | None:
+    """The first test split that knows where its objects are."""
+    return next((name for name, split in dataset.tests.items() if masks_of(split, torch.arange(1)) is not None), None)
+
+
+@torch.no_grad()
+def measure(
+    backbone: Backbone,
+    strata: Callable[[Tensor], Tensor],
+    split: Split,
+    *,
+    mean: Sequence[float],
+    std: Sequence[float],
+    device: torch.device | str,
+    images: int,
+    batch_size: int,
+) -> Found:
+    """Looks at up to `images` images of a split with masks, spread evenly over it, as far as they show their object.
+
+    `strata` is A(X) of normalised images. The backbone runs in evaluation mode and is otherwise left as it is.
+    """
+    found = []
+    index = torch.linspace(0, len(split) - 1, min(images, len(split))).round().long()
+    with evaluating(backbone):
+        for chosen in torch.tensor_split(index, -(-len(index) // batch_size)):
+            masks = masks_of(split, chosen)
+            assert masks is not None
+            masks = masks.to(device)
+            shown = normalise(split.load(chosen).to(device), mean, std)
+            maps = backbone.maps(shown).float()
+            weighted = weighted_maps(maps, strata(shown).float())
+            weighted = torch.cat([maps.clamp(min=0).sum(1, keepdim=True), weighted], dim=1)
+            area = masks.float().mean((1, 2))
+            place = on_object(weighted, masks.roll(1, 0)) - area.roll(1)[:, None]
+            columns = (on_object(weighted, masks), place, area)
+            found.append([column[area > 0].cpu() for column in columns])
+    return Found(*(torch.cat(column) for column in zip(*found, strict=True)))
+
+
+def look(found: Found, split: str, bootstrap: Bootstrap) -> Look:
+    """Means over images with intervals, and whether the strata differ; a stratum whose map is zero is left out."""
+    shares = []
+    for column, name in enumerate([ALL, *map(str, range(1, found.shares.shape[1]))]):
+        share = found.shares[:, column]
+        excess = share - found.area - found.place[:, column]
+        alive = excess.isfinite()
+        if alive.any():
+            value, low, high = bootstrap.mean(share[alive])
+            above, least, most = bootstrap.mean(excess[alive])
+            row = Share(stratum=name, share=value, low=low, high=high, by_place=value - above, excess=above,
+                        excess_low=least, excess_high=most)  # fmt: skip
+            shares.append(row)
+    difference = _difference(found.shares[:, 1:], bootstrap)
+    return Look(split=split, n=len(found.area), area=float(found.area.mean()), shares=shares, difference=difference)
+
+
+def _difference(shares: Tensor, bootstrap: Bootstrap) -> Difference | None:
+    """Chosen and measured on different images: the largest of many differences is above zero by chance alone."""
+    shares = shares[shares.isfinite().all(1)]
+    if shares.shape[1] < 2 or len(shares) < 2:
+        return None
+    chosen_by, measured_on = shares[::2].mean(0), shares[1::2]
+    more, less = int(chosen_by.argmax()), int(chosen_by.argmin())
+    points, low, high = bootstrap.mean(measured_on[:, more] - measured_on[:, less])
+    return Difference(more=str(more + 1), less=str(less + 1), points=points, low=low, high=high)

@@ -1,0 +1,156 @@
+"""Which encoder is evaluated: that of a run, of a checkpoint, of a file, or of another library."""
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from icl_msr.core.config import build, suggestion
+from icl_msr.core.errors import UserError
+from icl_msr.core.folder import RunFolder
+from icl_msr.methods import Method
+from icl_msr.models import foreign
+from icl_msr.models.backbones import Backbone
+from icl_msr.models.checkpoint import read_checkpoint
+from icl_msr.models.exported import load_encoder
+
+SOURCES = ("run", "checkpoint", "encoder")
+ENCODERS = {"online": "method.backbone.", "momentum": "method.momentum_encoder.backbone."}
+"""Where a checkpoint keeps them."""
+
+
+@dataclass
+class Subject:
+    """What is evaluated, and what is known of it before the data set is."""
+
+    name: str
+    source: str
+    build: Callable[[int, int], Backbone]
+    """The encoder for images of so many pixels; its random weights, if it has any, depend on the seed."""
+    mean: Sequence[float]
+    std: Sequence[float]
+    image_size: int | None = None
+    """What it was trained with or is meant for, in pixels, if known."""
+    config: Mapping[str, Any] | None = None
+    """That of the run which trained it."""
+    recorded: Mapping[str, Any] | None = None
+    """The same with interpolations, so that runs which differ in their seed differ in nothing that follows it."""
+    choices: Mapping[str, str] | None = None
+    """Those of the run."""
+    checkpoint: str | None = None
+    """The file's name, where one was asked for: another one of the run is another encoder."""
+    random: bool = False
+    """Whether its weights are random, so that there is no untrained one to compare it with."""
+
+    def fitting(self, image_size: int, seed: int) -> Backbone:
+        """The encoder, through which two images of so many pixels have gone.
+
+        Raises:
+            UserError: they do not go through.
+        """
+        encoder = self.build(image_size, seed).to(memory_format=torch.channels_last).eval()
+        try:
+            with torch.inference_mode():
+                encoder(torch.zeros(2, 3, image_size, image_size))
+        except Exception as error:
+            size = f"={self.image_size}" if self.image_size else ""
+            reason = str(error).splitlines()[0].rstrip(".")
+            raise UserError(
+                f"{self.name} cannot take images of {image_size} pixels ({reason}); set dataset.image_size{size}."
+            ) from None
+        return encoder
+
+
+def find(source: str, value: str, weights: str | None) -> Subject:
+    """The encoder that is asked for.
+
+    Raises:
+        UserError: there is none.
+    """
+    if source == "encoder" and (named := re.fullmatch(r"(\w+):(.*)", value)):
+        library, name = named.groups()
+        if library not in foreign.LIBRARIES:
+            raise UserError(f"encoder={value} is of an unknown library; {suggestion(library, foreign.LIBRARIES)}")
+        foreign.require_known(library, name)
+        chosen = None if weights == "null" else weights or library
+
+        def made(image_size: int, seed: int) -> Backbone:
+            return foreign.foreign_encoder(library, name, image_size, chosen, seed)
+
+        mean, std = foreign.statistics_of(library, name)
+        said = f"{value}, weights={chosen or 'null'}"
+        size = foreign.image_size_of(library, name) if chosen == library else None
+        return Subject(f"{library}:{name}", said, made, mean, std, size, random=chosen is None)
+    if source == "encoder":
+        if not Path(value).exists():
+            raise UserError(f"There is no encoder {value}; give a .safetensors file, timm:NAME or torchvision:NAME.")
+        backbone, about = load_encoder(Path(value))
+        path = Path(value)
+        name = path.absolute().parent.name if path.stem == "encoder" else path.stem
+        return _exported(backbone, about, name, value)
+    file = Path(value)
+    run = RunFolder(file if source == "run" else file.absolute().parent.parent)
+    if source == "checkpoint":
+        if not file.is_file():
+            raise UserError(f"There is no checkpoint {file}; give a run's checkpoints/last.ckpt.")
+        run.checkpoint = file
+    elif not run.path.is_dir():
+        raise UserError(f"There is no run {run}; give the folder of a run.")
+    if not run.checkpoint.exists() and run.done:
+        backbone, about = load_encoder(run.path)
+    else:
+        backbone, about = rebuild(run, "online")
+    subject = _exported(backbone, about, run.path.resolve().name, value)
+    subject.config, subject.recorded = run.saved_config(), run.saved_config(resolve=False)
+    subject.checkpoint = file.name if source == "checkpoint" else None
+    with suppress(OSError, ValueError):
+        subject.name = run.facts().get("name", subject.name)
+    return subject
+
+
+def _exported(backbone: Backbone, about: Mapping[str, Any], name: str, source: str) -> Subject:
+    try:
+        mean, std, size = about["mean"], about["std"], int(about["image_size"])
+    except (KeyError, TypeError, ValueError):
+        raise UserError(f"{source} does not say what images the encoder takes; export it from its run again.") from None
+    return Subject(name, source, lambda *_: backbone, mean, std, size, choices=about.get("choices"))
+
+
+def rebuild(run: RunFolder, encoder: str) -> tuple[Backbone, dict[str, Any]]:
+    """An encoder of a run's last checkpoint, and what encoder.json says of it.
+
+    Raises:
+        UserError: there is no such run, checkpoint or encoder, or they do not fit.
+    """
+    if not run.begun:
+        raise UserError(f"{run} is no run: it holds no config.yaml; give the folder of a run that has begun to train.")
+    saved = read_checkpoint(run.checkpoint)["state_dict"]
+    prefix = ENCODERS[encoder]
+    state = {name.removeprefix(prefix): value for name, value in saved.items() if name.startswith(prefix)}
+    if not state:
+        raise UserError(f"The method of {run} has no {encoder} encoder; type --encoder online.")
+    try:
+        facts = run.facts()
+        about = {**facts["images"], "choices": facts["choices"], "icl_msr": facts["icl_msr"], "encoder": encoder}
+    except (OSError, ValueError, KeyError):
+        raise UserError(f"{run.environment} does not say what images the encoder takes; repeat the run.") from None
+    try:
+        config, images = run.saved_config(), facts["images"]
+        node: Mapping[str, Any] = config["backbone"]
+        untrained = {**node, "weights": None} if "weights" in node else node
+        plain = build(untrained, images["image_size"])
+        # The method may make its own encoder of it; how many classes there are matters to no encoder.
+        method: Method = build(config["method"], plain, 2, images["mean"], images["std"])
+        backbone = method.backbone
+        backbone.load_state_dict(state)
+    except Exception as error:
+        reason = str(error).partition("\n")[0].rstrip(".: ")
+        raise UserError(
+            f"The encoder cannot be rebuilt from {run.config} ({reason}); put the config or the package back that the "
+            "run was trained with."
+        ) from error
+    return backbone, about

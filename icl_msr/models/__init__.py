@@ -1,0 +1,1 @@
+"""Backbones, heads, BatchNorm over ranks, foreign weights, exported encoders."""

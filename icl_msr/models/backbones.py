@@ -1,0 +1,276 @@
+"""Backbones with a stem that fits the image."""
+
+import difflib
+import inspect
+import json
+import math
+from collections.abc import Callable, Collection, Mapping
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import torchvision
+from pydantic import ConfigDict, validate_call
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from icl_msr.core.errors import UserError
+
+
+class Origin(NamedTuple):
+    """A model of another library."""
+
+    library: str
+    """`timm` or `torchvision`."""
+    name: str
+    options: Mapping[str, Any]
+    """What the library is told beside the name."""
+    seed: int
+    """Of random weights."""
+
+
+class Backbone(nn.Module):
+    """A network that turns images (N, 3, H, W) into pooled features (N, c).
+
+    `net` is a plain torchvision or timm model without its classifier, so its state dict is what other programs load.
+    """
+
+    def __init__(self, net: nn.Module, channels: int, load: str = "", recipe: Mapping[str, Any] | None = None):
+        super().__init__()
+        self.net = net
+        self.channels = channels
+        self.load = load
+        """Python that builds `net` without this package; written beside every exported encoder."""
+        self.recipe = recipe
+        """The same as plain data, for `checkpoint.load_encoder`: a function under `builder`, and its arguments. None
+        where another package built `net`."""
+        self.pretrained: str | None = None
+        """Where its weights came from; None: they are random."""
+        self.origin: Origin | None = None
+        """Which model of another library it is, if any."""
+
+    def parts(self) -> dict[str, "Backbone"]:
+        """Encoders inside, of use by themselves, that are exported beside the whole one."""
+        return {}
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Pooled features: (N, 3, H, W) to (N, c)."""
+        features: Tensor = self.net(images)
+        return features
+
+    def last_stage(self) -> list[nn.Parameter]:
+        """Parameters of the last block of layers: layer4 of a ResNet, the last block of a transformer.
+
+        Containers that hold nearly all parameters are opened; layers after the block, such as a norm, belong to it.
+        """
+        inside: nn.Module = self.net
+        after: list[nn.Parameter] = []
+        while True:
+            parts = [list(child.parameters()) for child in inside.children()]
+            heavy = [i for i, part in enumerate(parts) if any(p.ndim > 1 for p in part)]
+            if not heavy:
+                return [*inside.parameters(), *after]
+            last, whole = parts[heavy[-1]], list(inside.parameters())
+            if sum(p.numel() for p in last) < 0.9 * sum(p.numel() for p in whole):
+                return [p for part in [*parts[heavy[-1] :], after] for p in part]
+            after = [p for part in [*parts[heavy[-1] + 1 :], after] for p in part]
+            inside = list(inside.children())[heavy[-1]]
+
+    def maps(self, images: Tensor) -> Tensor:
+        """The last feature map: (N, 3, H, W) to (N, c, h, w); a transformer's patch tokens laid out as a grid."""
+        if not hasattr(self.net, "forward_features"):
+            for layer in self.net.children():
+                if isinstance(layer, nn.AdaptiveAvgPool2d | nn.Flatten):
+                    break
+                images = layer(images)
+            return images
+        net: Any = self.net
+        features: Tensor = net.forward_features(images)
+        if features.ndim == 4:
+            return features
+        tokens = features[:, net.num_prefix_tokens :]
+        side = math.isqrt(tokens.shape[1])
+        return tokens.mT.reshape(len(tokens), -1, side, side)
+
+
+_TINY = """
+from collections import OrderedDict
+from torch import nn
+from torchvision.models.resnet import BasicBlock
+
+def shortcut(width, wider):
+    return nn.Sequential(nn.Conv2d(width, wider, 1, 2, bias=False), nn.BatchNorm2d(wider))
+
+net = nn.Sequential(OrderedDict(
+    conv1=nn.Conv2d(3, 32, 3, 2, 1, bias=False), bn1=nn.BatchNorm2d(32), relu=nn.ReLU(inplace=True),
+    layer1=BasicBlock(32, 32), layer2=BasicBlock(32, 64, 2, shortcut(32, 64)),
+    layer3=BasicBlock(64, 128, 2, shortcut(64, 128)), avgpool=nn.AdaptiveAvgPool2d(1), flatten=nn.Flatten()))
+"""
+
+
+def tiny(image_size: int, *, weights: str | None) -> Backbone:
+    """A small ResNet for studies on a CPU: 12 M multiply-adds at 32 px, c = 128, a 4 x 4 last map."""
+    recipe = {"builder": "tiny", "image_size": image_size}
+    return with_weights(_build(_TINY, 128, recipe), weights)
+
+
+def resnet(image_size: int, *, name: str, stem: Literal["auto", "small", "standard"], weights: str | None) -> Backbone:
+    """A torchvision ResNet by name, with the small-image stem where it fits.
+
+    The small stem is a 3 x 3 convolution of stride 1; up to 48 px the max-pool goes too, at 64 and 96 px it stays
+    (ICL-MSR, section 6.2). `auto` takes it up to 96 px.
+
+    Raises:
+        UserError: torchvision has no ResNet of that name, or the weights do not fit.
+    """
+    known = [n for n in torchvision.models.list_models() if n.startswith(("resnet", "resnext", "wide_resnet"))]
+    if name not in known:
+        raise UserError(f"backbone.name={name} is no torchvision ResNet; choose one of {', '.join(sorted(known))}.")
+    load = f"import torchvision\nfrom torch import nn\n\nnet = torchvision.models.{name}()\nnet.fc = nn.Identity()\n"
+    if stem == "auto":
+        stem = "small" if image_size <= 96 else "standard"
+    if stem == "small":
+        load += "net.conv1 = nn.Conv2d(3, 64, 3, 1, 1, bias=False)\n"
+        if image_size <= 48:
+            load += "net.maxpool = nn.Identity()\n"
+    channels = 512 if name in ("resnet18", "resnet34") else 2048
+    recipe = {"builder": "resnet", "image_size": image_size, "name": name, "stem": stem}
+    return with_weights(_build(load, channels, recipe), weights, torchvision_name=name)
+
+
+def timm_model(image_size: int, *, name: str, options: dict[str, Any], weights: str | None) -> Backbone:
+    """Any timm model by name; `options` go to `timm.create_model`. Transformers are told the image size.
+
+    Raises:
+        UserError: timm is missing or has no such model, or the model refuses the image size or an option.
+    """
+    try:
+        import timm
+    except ImportError:
+        raise UserError(
+            "backbone=timm needs timm, which is not installed; type: pip install 'icl-msr[timm]'."
+        ) from None
+    if not timm.is_model(name):
+        near = difflib.get_close_matches(name, timm.list_models(), n=3)
+        advice = f"did you mean {' or '.join(near)}?" if near else "timm.list_models() lists them all."
+        raise UserError(f"backbone.name={name} is no timm model; {advice}")
+    _require_plain(options)
+    options = dict(options)
+    if "img_size" in inspect.signature(timm.create_model(name).__class__.__init__).parameters:
+        options.setdefault("img_size", image_size)
+    arguments = "".join(f", {key}={value!r}" for key, value in options.items())
+    load = f"import timm\n\nnet = timm.create_model({name!r}, num_classes=0{arguments})\n"
+    recipe = {"builder": "timm_model", "image_size": image_size, "name": name, "options": options}
+    try:
+        backbone = _build(load, 0, recipe)
+    except Exception as error:
+        raise UserError(f"timm cannot build {name} with {options}: {error}.") from error
+    backbone.channels = int(backbone.net.num_features)  # type: ignore[arg-type]
+    return with_weights(backbone, weights, timm_name=name)
+
+
+def _require_plain(options: Mapping[str, Any]) -> None:
+    """Options become Python source and JSON, and may come from an encoder.json of unknown origin."""
+    for key, value in options.items():
+        if not key.isidentifier() or key == "cache_dir" or key.startswith(("pretrained", "checkpoint")):
+            raise UserError(
+                f"backbone.options.{key} is not possible; options are keywords of the model, and weights come by "
+                "backbone.weights."
+            )
+        try:
+            plain = json.loads(json.dumps(value, allow_nan=False)) == value
+        except (TypeError, ValueError):
+            plain = False
+        if not plain:
+            raise UserError(
+                f"backbone.options.{key}={value!r} is no plain data; give text, numbers, lists or mappings."
+            )
+
+
+def _build(load: str, channels: int, recipe: Mapping[str, Any]) -> Backbone:
+    """Runs the very Python that is exported, so that what others will type is what was trained."""
+    scope: dict[str, Any] = {}
+    exec(load, scope)
+    return Backbone(scope["net"], channels, load.strip(), recipe)
+
+
+def from_recipe(
+    recipe: Mapping[str, Any], weights: str | None, builders: Mapping[str, Callable[..., Backbone]]
+) -> Backbone:
+    """Builds what a recipe says, with the functions that it may name and the types that they ask for.
+
+    Raises:
+        AttributeError, KeyError, TypeError, ValidationError: it says something else.
+        UserError: no such network, or the weights do not fit.
+    """
+    keys = {key: value for key, value in recipe.items() if key != "builder"}
+    build = validate_call(config=ConfigDict(strict=True))(builders[recipe["builder"]])
+    return build(**{**keys, "weights": weights})
+
+
+def with_weights(
+    backbone: Backbone,
+    weights: str | None,
+    torchvision_name: str | None = None,
+    timm_name: str | None = None,
+    beside: Collection[str] = (),
+) -> Backbone:
+    """The backbone with weights from a file, a run folder or, by the network's name there, torchvision or timm.
+
+    `beside` names what a file may hold that the backbone has not: a classifier.
+
+    Raises:
+        UserError: there are none, or they do not fit.
+    """
+    if weights is None:
+        return backbone
+    if weights == "torchvision" and torchvision_name:
+        state = _download(lambda: torchvision.models.get_model(torchvision_name, weights="DEFAULT"), weights)
+        state = {name: tensor for name, tensor in state.items() if not name.startswith("fc.")}
+        if state["conv1.weight"].shape != backbone.net.get_parameter("conv1.weight").shape:
+            raise UserError("backbone.weights=torchvision fits the standard stem only; add backbone.stem=standard.")
+    elif weights == "timm" and timm_name:
+        import timm
+
+        state = _download(lambda: timm.create_model(timm_name, pretrained=True, num_classes=0), weights)
+    else:
+        state = read_weights(weights)
+    state = {name: tensor for name, tensor in state.items() if name not in beside}
+    missing = backbone.net.state_dict().keys() ^ state.keys()
+    shapes = [n for n, t in backbone.net.state_dict().items() if n in state and state[n].shape != t.shape]
+    if missing or shapes:
+        raise UserError(
+            f"backbone.weights={weights} belongs to another backbone (it differs in {sorted(missing or shapes)[0]}); "
+            "choose the backbone that it was trained with."
+        )
+    backbone.net.load_state_dict(state)
+    backbone.pretrained = weights
+    return backbone
+
+
+def read_weights(weights: str) -> dict[str, Tensor]:
+    """The tensors of a .safetensors file, or of a run folder's encoder.
+
+    Raises:
+        UserError: there are none.
+    """
+    path = Path(weights) / "encoder.safetensors" if Path(weights).is_dir() else Path(weights)
+    if not path.is_file():
+        raise UserError(
+            f"backbone.weights={weights} is neither a .safetensors file nor a run folder that holds "
+            "encoder.safetensors; give the path of one, or null to start from random weights."
+        )
+    try:
+        return load_file(path)
+    except SafetensorError as error:
+        raise UserError(f"{path} cannot be read as safetensors ({error}); export the encoder again.") from None
+
+
+def _download(build: Callable[[], nn.Module], source: str) -> dict[str, Tensor]:
+    try:
+        return build().state_dict()
+    except Exception as error:
+        raise UserError(
+            f"backbone.weights={source} could not be downloaded ({error}); fetch the weights where there is "
+            "internet and give the path of a .safetensors file."
+        ) from None

@@ -1,0 +1,183 @@
+"""Encoders that other programs made: by name from timm or torchvision, with their weights or with random ones."""
+
+import difflib
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+import torchvision
+from torch import nn
+
+from icl_msr.core.errors import UserError
+from icl_msr.core.imagenet import IMAGENET_CLASSES, IMAGENET_MEAN, IMAGENET_STD
+from icl_msr.models.backbones import Backbone, Origin, from_recipe, read_weights, resnet, timm_model, with_weights
+from icl_msr.models.exported import BUILDERS
+
+LIBRARIES = ("timm", "torchvision")
+
+
+def require_known(library: str, name: str) -> None:
+    """Looks the name up, before anything is built.
+
+    Raises:
+        UserError: the library has no such model, or is not installed.
+    """
+    if library == "timm":
+        try:
+            import timm
+        except ImportError:
+            raise UserError(
+                f"encoder=timm:{name} needs timm, which is not installed; type: pip install 'icl-msr[timm]'."
+            ) from None
+        known = [] if timm.is_model(name) else timm.list_models()
+    else:
+        # Those for images: not for video, nor for boxes or masks, which lie in modules of their own.
+        known = torchvision.models.list_models(torchvision.models)
+        known = [] if name in known else known
+    if known:
+        near = difflib.get_close_matches(name, known, n=3)
+        advice = f"did you mean {' or '.join(near)}?" if near else f"{library}'s list_models() lists them all."
+        raise UserError(f"encoder={library}:{name} is no {library} model; {advice}")
+
+
+def foreign_encoder(library: str, name: str, image_size: int, weights: str | None, seed: int) -> Backbone:
+    """A model without its classifier, for images of `image_size` pixels.
+
+    `weights` are the library's own, by its name, those in a .safetensors file, with the classifier or without, or, with
+    None, random ones that depend on `seed` alone.
+
+    Raises:
+        UserError: there is no such model, or the weights cannot be had or do not fit.
+    """
+    require_known(library, name)
+    own = weights in (None, library)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        if library == "timm":
+            backbone = timm_model(image_size, name=name, options={}, weights=weights if own else None)
+            options = dict(backbone.recipe["options"]) if backbone.recipe else {}
+        else:
+            options = {"image_size": image_size} if name.startswith("vit_") else {}
+            backbone = _torchvision(name, image_size, options, weights if own else None)
+        backbone.origin = Origin(library, name, options, seed)
+        if not own:
+            classifier = _whole(backbone.origin).state_dict().keys() - backbone.net.state_dict().keys()
+            with_weights(backbone, weights, beside=classifier)
+    return backbone
+
+
+def with_classifier(encoder: nn.Module) -> Backbone:
+    """A model of another library whole: images to scores (N, 1000) of ImageNet's classes.
+
+    All weights but the classifier's are those of `encoder`, which is left as it was. Those of a classifier that is
+    random depend on the seed alone.
+
+    Raises:
+        UserError: the encoder is no such model, or its classifier has other classes or no weights.
+    """
+    if not isinstance(encoder, Backbone) or encoder.origin is None:
+        raise UserError(
+            "evaluation.head=true needs an encoder with a classifier of its own, encoder=timm:NAME or "
+            "encoder=torchvision:NAME; leave it out."
+        )
+    origin, weights = encoder.origin, encoder.pretrained
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(origin.seed)
+        net = _whole(origin, pretrained=weights == origin.library)
+    layers = [layer for layer in net.modules() if isinstance(layer, nn.Linear)]
+    classes = int(getattr(net, "num_classes", layers[-1].out_features if layers else 0))
+    if classes != IMAGENET_CLASSES:
+        raise UserError(
+            f"The classifier of {origin.library}:{origin.name} has {classes} classes, and evaluation.head=true needs "
+            f"ImageNet's {IMAGENET_CLASSES}; leave it out, or choose another encoder."
+        )
+    names, state = net.state_dict().keys(), encoder.net.state_dict()
+    if weights not in (None, origin.library):
+        lacking = sorted(names - state.keys() - read_weights(weights).keys())
+        if lacking:
+            raise UserError(f"{weights} has no classifier ({lacking[0]} is missing); leave out evaluation.head=true.")
+        state = {**read_weights(weights), **state}
+    net.load_state_dict({name: state[name] for name in names & state.keys()}, strict=False)
+    return Backbone(net, classes, f"{encoder.load}\n# and the classifier")
+
+
+def _whole(origin: Origin, pretrained: bool = False) -> nn.Module:
+    """The model as its library makes it."""
+    net: nn.Module
+    if origin.library == "timm":
+        import timm
+
+        net = timm.create_model(origin.name, pretrained=pretrained, **origin.options)
+    else:
+        weights = "DEFAULT" if pretrained else None
+        net = torchvision.models.get_model(origin.name, weights=weights, **origin.options)
+    return net
+
+
+def _torchvision(name: str, image_size: int, options: Mapping[str, Any], weights: str | None) -> Backbone:
+    """The last linear layer is the classifier, and is taken off."""
+    if re.match(r"(wide_)?resne(x)?t\d", name):
+        # As torchvision has it, whatever the size of the image.
+        return resnet(image_size, name=name, stem="standard", weights=weights)
+    size = "".join(f", {key}={value}" for key, value in options.items())
+    net = torchvision.models.get_model(name, **options)
+    last = [(where, layer) for where, layer in net.named_modules() if isinstance(layer, nn.Linear)]
+    if not last:
+        raise UserError(f"encoder=torchvision:{name} does not end with a linear layer; take it from timm, timm:NAME.")
+    where, classifier = last[-1]
+    net.set_submodule(where, nn.Identity())
+    load = (
+        f"import torchvision\nfrom torch import nn\n\nnet = torchvision.models.get_model({name!r}{size})\n"
+        f"net.set_submodule({where!r}, nn.Identity())"
+    )
+    backbone = Backbone(net, classifier.in_features, load)
+    if weights == "torchvision":
+        try:
+            whole = torchvision.models.get_model(name, weights="DEFAULT")
+        except Exception as error:
+            raise UserError(
+                f"The weights of torchvision:{name} could not be downloaded ({str(error).splitlines()[0]}); fetch them "
+                "where there is internet and give the path of a .safetensors file, or weights=null for random ones."
+            ) from None
+        state = {key: value for key, value in whole.state_dict().items() if not key.startswith(f"{where}.")}
+        try:
+            net.load_state_dict(state)
+        except RuntimeError:
+            raise UserError(
+                f"The weights of torchvision:{name} do not fit images of {image_size} pixels; set dataset.image_size."
+            ) from None
+        backbone.pretrained = weights
+        return backbone
+    return with_weights(backbone, weights)
+
+
+def statistics_of(library: str, name: str) -> tuple[Sequence[float], Sequence[float]]:
+    """Mean and standard deviation of the channels, of values in [0, 1], that a model was made for."""
+    if library == "timm":
+        import timm
+
+        about = timm.get_pretrained_cfg(name)
+        if about is not None:
+            return about.mean, about.std
+    return IMAGENET_MEAN, IMAGENET_STD
+
+
+def image_size_of(library: str, name: str) -> int | None:
+    """Pixels of the images that the library's own weights are meant for, where it says so."""
+    if library == "timm":
+        import timm
+
+        about = timm.get_pretrained_cfg(name)
+        return None if about is None else int(about.input_size[-1])
+    size: int = torchvision.models.get_model_weights(name)["DEFAULT"].transforms().crop_size[0]
+    return size
+
+
+def untrained_copy(backbone: Backbone, seed: int) -> Backbone | None:
+    """The same network with random weights that depend on `seed` alone; None where its recipe is not known."""
+    if backbone.recipe is None:
+        return None
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return from_recipe(backbone.recipe, None, BUILDERS)

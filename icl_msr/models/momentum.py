@@ -1,0 +1,70 @@
+"""What momentum methods share: the slowly following copy of an encoder, and the queue of its keys."""
+
+import copy
+import itertools
+import math
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from icl_msr.core.distributed import gather
+from icl_msr.losses.contrastive import unit
+from icl_msr.models.backbones import Backbone
+
+
+class MomentumEncoder(nn.Module):
+    """A copy of backbone and projector that follows them and is never trained.
+
+    It stays in training mode, so that it normalises with batch statistics as its source does. Its running statistics,
+    which matter where it is evaluated, are its `own`, or those of the `online` encoder.
+    """
+
+    def __init__(self, backbone: Backbone, projector: nn.Module, statistics: Literal["own", "online"]):
+        super().__init__()
+        self.statistics = statistics
+        self.backbone = copy.deepcopy(backbone).requires_grad_(False)
+        self.projector = copy.deepcopy(projector).requires_grad_(False)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Embeddings (N, D) of images (N, C, H, W)."""
+        embeddings: Tensor = self.projector(self.backbone(images))
+        return embeddings
+
+    @torch.no_grad()
+    def follow(self, backbone: nn.Module, projector: nn.Module, momentum: float) -> None:
+        """theta_k <- m theta_k + (1 - m) theta_q, over all parameters at once."""
+        mine: list[Tensor] = list(self.parameters())
+        theirs: list[Tensor] = [*backbone.parameters(), *projector.parameters()]
+        torch._foreach_lerp_(mine, theirs, 1 - momentum)
+        if self.statistics == "online":
+            sources = itertools.chain(backbone.buffers(), projector.buffers())
+            for own, source in zip(self.buffers(), sources, strict=True):
+                own.copy_(source)
+
+
+def rising_momentum(base: float, progress: float) -> float:
+    """From `base` to 1 on a cosine (BYOL, section 3.2)."""
+    return 1 - (1 - base) * (math.cos(math.pi * progress) + 1) / 2
+
+
+class Queue(nn.Module):
+    """The last K keys of all ranks: a ring that wraps, lies in the checkpoint and starts as random unit vectors."""
+
+    keys: Tensor
+    position: Tensor
+
+    def __init__(self, size: int, dim: int):
+        super().__init__()
+        generator = torch.Generator().manual_seed(0)
+        self.register_buffer("keys", unit(torch.randn(size, dim, generator=generator)))
+        self.register_buffer("position", torch.zeros((), dtype=torch.long))
+
+    @torch.no_grad()
+    def push(self, keys: Tensor) -> None:
+        """Overwrites the oldest entries with this batch, (N, D) on each rank."""
+        everyone = gather(unit(keys))[-len(self.keys) :]
+        slots = (self.position + torch.arange(len(everyone), device=self.keys.device)) % len(self.keys)
+        # Not in place: autograd may still hold the keys of this step's loss.
+        self.keys = self.keys.index_copy(0, slots, everyone.to(self.keys.dtype))
+        self.position = (self.position + len(everyone)) % len(self.keys)

@@ -1,0 +1,1 @@
+"""The LightningModule, the DataModule, optimisation, hardware, loggers and callbacks."""

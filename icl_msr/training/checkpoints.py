@@ -1,0 +1,105 @@
+"""The checkpoint that a run continues from, and what a signal does."""
+
+import signal
+import sys
+import time
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+import torch.distributed as dist
+from pytorch_lightning.callbacks import Checkpoint
+
+from icl_msr.core.distributed import world_size
+from icl_msr.core.errors import PREEMPTED
+
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+
+
+class Checkpoints(Checkpoint):
+    """Keeps one checkpoint, always of the last optimiser step that was reached when it was written.
+
+    It is written every few epochs, every few minutes, at the end, and on a signal (SIGTERM, Ctrl-C, SLURM's SIGUSR1),
+    after which the run ends with the exit code 75. A second signal ends it at once; the same one within a second is the
+    first again, since SLURM signals a rank and also the parent, which passes it on.
+
+    Lightning calls a `Checkpoint` after all other callbacks, so the queues have taken the batch in.
+    """
+
+    def __init__(self, file: Path, *, every_n_epochs: int, every_n_minutes: float | None):
+        self.file, self.every_n_epochs, self.every_n_minutes = file, every_n_epochs, every_n_minutes
+        self.signal: signal.Signals | None = None
+        self._signalled_at = 0.0
+        self._handlers: dict[signal.Signals, Any] = {}
+        self._saved_at = time.monotonic()
+        self._stop = False
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Takes the signals over: Lightning's own handler calls a collective wherever the program happens to be."""
+        self._saved_at = time.monotonic()
+        self._handlers = {number: signal.signal(number, self._note) for number in SIGNALS}
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Between two optimiser steps; after the last batch of an epoch, the epoch's end is waited for."""
+        loop = trainer.fit_loop.epoch_loop
+        if not (loop.batch_progress.is_last_batch or loop._should_accumulate()):
+            minutes = (time.monotonic() - self._saved_at) / 60
+            self._save(trainer, due=self.every_n_minutes is not None and minutes >= self.every_n_minutes)
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """The end of an epoch, or of all."""
+        done = trainer.current_epoch + 1
+        self._save(trainer, due=done % self.every_n_epochs == 0 or done == trainer.max_epochs)
+
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """Only now has Lightning logged what belongs to the last step."""
+        self._leave_if_told(trainer)
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Signals mean again what they meant before."""
+        self._give_signals_back()
+        self._leave_if_told(trainer)
+
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        """See `on_train_end`."""
+        self._give_signals_back()
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        if self.signal is None:
+            self.signal, self._signalled_at = signal.Signals(number), time.monotonic()
+        elif number != self.signal or time.monotonic() - self._signalled_at > 1.0:
+            sys.exit(128 + number)
+
+    def _give_signals_back(self) -> None:
+        for number, handler in self._handlers.items():
+            signal.signal(number, handler)
+        self._handlers = {}
+
+    def _save(self, trainer: pl.Trainer, due: bool) -> None:
+        """If any rank is due or was told to stop: on all ranks alike."""
+        decision = torch.tensor([due, self.signal is not None], dtype=torch.int32, device=trainer.strategy.root_device)
+        if world_size() > 1:
+            dist.all_reduce(decision, dist.ReduceOp.MAX)
+        due, self._stop = decision.bool().tolist()
+        if due or self._stop:
+            trainer.save_checkpoint(self.file)
+            self._saved_at = time.monotonic()
+
+    def _leave_if_told(self, trainer: pl.Trainer) -> None:
+        if not self._stop:
+            return
+        if trainer.is_global_zero:
+            cause = self.signal.name if self.signal else "a signal to another rank"
+            print(
+                f"Stopped by {cause} after {trainer.global_step} steps; all is saved. "
+                f"Continue with: python -m icl_msr.run resume={self.file.parents[1]}",
+                file=sys.stderr,
+                flush=True,
+            )
+        sys.exit(PREEMPTED if trainer.is_global_zero else 0)

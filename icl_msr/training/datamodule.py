@@ -1,0 +1,305 @@
+"""From a data set to batches of `Views` on the training device."""
+
+import itertools
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from typing import Any, NamedTuple, Protocol
+
+import pytorch_lightning as pl
+import torch
+from lightning_fabric.utilities import move_data_to_device
+from pydantic import NonNegativeInt, PositiveInt
+from torch import Tensor
+from torch.utils.data import DataLoader
+from torch.utils.data import Dataset as TorchDataset
+from torchvision.transforms.v2 import functional as F
+
+from icl_msr.augment import Augmentation
+from icl_msr.core.errors import UserError
+from icl_msr.core.randomness import keys, permutation
+from icl_msr.core.views import AlphaMode, AlphaSchedule, NonSemantic, Views
+from icl_msr.data.dataset import ArraySplit, Dataset, Split, normalise
+from icl_msr.data.folders import FileSplit
+from icl_msr.negatives.cached import CachedNegatives
+
+NEGATIVES = -2
+"""The view number of the negatives' keys."""
+
+_DECODED = 16  # photographs in memory at once while a worker cuts its crops
+
+
+class Batch(NamedTuple):
+    """What goes from the loader to the device: which images, and their pixels unless these are there already."""
+
+    epoch: int
+    positions: Tensor
+    """(N,) int64, in the training split."""
+    images: Tensor | None = None
+    """(N, 3, S, S) uint8, whole images."""
+    crops: list[Tensor] | None = None
+    """V tensors (N, 3, s, s) uint8."""
+    textures: Tensor | None = None
+    """(N, 3, s, s) uint8, the first view's crops of the cached textures, if there are."""
+
+
+class Negatives(Protocol):
+    """A generator of non-semantic negatives; see `NonSemantic` for what it says of them."""
+
+    alpha: float
+    repulsion: float
+    alpha_mode: AlphaMode
+    alpha_schedule: AlphaSchedule
+
+    def __call__(self, query: Tensor, keys: Tensor) -> Tensor:
+        """Query (N, C, H, W), keys int64 (N,); returns (N, m, C, H, W)."""
+        ...
+
+
+class EpochBatches:
+    """A rank's part of every batch of an epoch: a function of (seed, epoch) alone.
+
+    All ranks together see the batches that one rank would see; what does not fill a batch is left out.
+    """
+
+    def __init__(self, length: int, batch_size: int, seed: int, rank: int = 0, world_size: int = 1) -> None:
+        if batch_size > length:
+            raise UserError(
+                f"The batch size {batch_size} is larger than the {length} training images; set it to {length} or less."
+            )
+        if batch_size % world_size:
+            raise UserError(
+                f"The batch size {batch_size} cannot be shared by {world_size} devices; "
+                f"set it to a multiple, say {max(1, batch_size // world_size) * world_size}."
+            )
+        self.length, self.batch_size, self.seed = length, batch_size, seed
+        self.rank, self.share = rank, batch_size // world_size
+        self.epoch = 0
+        self.first = 0
+        """The first batch of the epoch that is wanted: a resumed run leaves out those that it has seen."""
+
+    def __len__(self) -> int:
+        return self.length // self.batch_size
+
+    def __iter__(self) -> Iterator[Batch]:
+        order = permutation(self.seed, self.epoch, self.length)
+        for batch in range(self.first, len(self)):
+            start = batch * self.batch_size + self.rank * self.share
+            yield Batch(self.epoch, order[start : start + self.share])
+
+
+class DataModule(pl.LightningDataModule):
+    """Batches of `Views` for training; what is evaluated reads the data set's splits itself.
+
+    A split in memory moves to the training device once, and a batch is an index. The images of other splits are
+    decoded and cropped by workers. All else happens on the device, in `on_after_batch_transfer`.
+    Use it with `Trainer(use_distributed_sampler=False)`.
+
+    Args:
+        dataset: what to train on.
+        augmentation: makes the views.
+        negatives: makes non-semantic negatives of the first view, or reads them, or None.
+        batch_size: images of one step of all devices together, before accumulation.
+        num_workers: processes that decode; a data set in memory needs none.
+        seed: of order, views and negatives.
+        channels_last: memory format of all images that reach the backbone.
+    """
+
+    def __init__(
+        self,
+        dataset: Dataset,
+        augmentation: Augmentation,
+        negatives: Negatives | CachedNegatives | None,
+        *,
+        batch_size: PositiveInt,
+        num_workers: NonNegativeInt,
+        seed: NonNegativeInt,
+        channels_last: bool,
+    ) -> None:
+        super().__init__()
+        self.dataset, self.augmentation, self.negatives = dataset, augmentation, negatives
+        self.batch_size, self.num_workers, self.seed = batch_size, num_workers, seed
+        self.format = torch.channels_last if channels_last else torch.contiguous_format
+        self._training: _TrainLoader | None = None
+        self._resident: dict[str, Tensor] = {}
+        self._textures: Split | None = None
+        if isinstance(negatives, CachedNegatives):
+            self._textures = negatives.open(dataset)
+            self._first_view = replace(augmentation, views=augmentation.views[:1])
+        self._labels = dataset.train.labels
+
+    def train_dataloader(self) -> "_TrainLoader":
+        """The loader of this rank."""
+        self._training = self._loader()
+        return self._training
+
+    def teardown(self, stage: str) -> None:
+        """Let the workers go. Left to the garbage collector, each of them would be waited for."""
+        if self._training is not None:
+            self._training.close()
+            self._training = None
+
+    def on_exception(self, exception: BaseException) -> None:
+        """See `teardown`."""
+        self.teardown("fit")
+
+    def _loader(self) -> "_TrainLoader":
+        trainer = self.trainer
+        assert trainer is not None
+        train = self.dataset.train
+        source: TorchDataset[Any] = _Indices()
+        if isinstance(train, FileSplit):
+            textures = self._textures if isinstance(self._textures, FileSplit) else None
+            source = _Crops(train, textures, self.augmentation, self.seed, self.dataset.image_size)
+        batches = EpochBatches(len(train), self.batch_size, self.seed, trainer.global_rank, trainer.world_size)
+        workers = self.num_workers if isinstance(train, FileSplit) else 0
+        loader = DataLoader(
+            source,
+            batch_size=None,
+            sampler=batches,
+            num_workers=workers,
+            persistent_workers=workers > 0,
+            pin_memory=trainer.strategy.root_device.type == "cuda",
+        )
+        return _TrainLoader(loader, batches, trainer)
+
+    def epoch(self, epoch: int, device: torch.device, batches: int | None = None) -> Iterator[Views]:
+        """The batches of an epoch once more, as this rank trained on them; the trainer's position does not move."""
+        loader = self._loader()
+        loader.batches.epoch = epoch
+        for batch in itertools.islice(loader.loader, batches):
+            if isinstance(batch, UserError):
+                raise batch
+            yield self.views(move_data_to_device(batch, device))
+
+    def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        """A `Batch` on the device to its `Views`; anything else stays as it is."""
+        return self.views(batch) if isinstance(batch, Batch) else batch
+
+    @torch.no_grad()
+    def views(self, batch: Batch) -> Views:
+        """The views of a batch, on the device of its index."""
+        data, index = self.dataset, batch.positions
+        images = self._images("train", data.train, index) if batch.images is None else batch.images
+        views = self._augmented(self.augmentation, images if batch.crops is None else batch.crops, batch)
+        negatives, of = None, self.negatives
+        if of is not None:
+            if isinstance(of, CachedNegatives):
+                textures = batch.textures
+                source = self._images("textures", self._textures, index) if textures is None else [textures]
+                rows = self._augmented(self._first_view, source, batch)[0][:, None]
+            else:
+                rows = of(views[0], keys(self.seed, batch.epoch, index, NEGATIVES))
+            rows = self._laid_out(rows.flatten(0, 1)).view_as(rows)
+            negatives = NonSemantic(rows, of.alpha, of.repulsion, of.alpha_mode, of.alpha_schedule)
+        whole = normalise(images, data.mean, data.std)
+        self._labels = self._labels.to(index.device)
+        return Views(
+            self._laid_out(whole), [self._laid_out(view) for view in views], index, self._labels[index], negatives
+        )
+
+    def _augmented(self, augmentation: Augmentation, images: Tensor | Sequence[Tensor], batch: Batch) -> list[Tensor]:
+        data = self.dataset
+        return augmentation(
+            images,
+            batch.positions,
+            seed=self.seed,
+            epoch=batch.epoch,
+            size=data.image_size,
+            mean=data.mean,
+            std=data.std,
+            cropped=batch.crops is not None,
+        )
+
+    def _images(self, name: str, split: Split | None, index: Tensor) -> Tensor:
+        if name not in self._resident or self._resident[name].device != index.device:
+            assert isinstance(split, ArraySplit)
+            self._resident[name] = split.images.to(index.device)
+        return self._resident[name][index]
+
+    def _laid_out(self, images: Tensor) -> Tensor:
+        return images.contiguous(memory_format=self.format)
+
+
+class _TrainLoader:
+    """A DataLoader that begins where the trainer is.
+
+    Lightning makes the iterator of a resumed run before it has restored its progress; a generator asks for the
+    progress when the first batch is fetched. So the trainer's own progress is the only state.
+    """
+
+    def __init__(self, loader: DataLoader[Any], batches: EpochBatches, trainer: pl.Trainer) -> None:
+        self.loader, self.batches, self.trainer = loader, batches, trainer
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __iter__(self) -> Iterator[Batch]:
+        self.batches.epoch = self.trainer.current_epoch
+        self.batches.first = self.trainer.fit_loop.epoch_loop.batch_progress.current.ready
+        for batch in self.loader:
+            if isinstance(batch, UserError):
+                raise batch
+            yield batch
+
+    def close(self) -> None:
+        """Drop the DataLoader, which ends its workers."""
+        del self.loader
+
+    def state_dict(self) -> dict[str, Any]:
+        """Nothing, but it tells Lightning that a run may resume in the middle of an epoch."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """See `state_dict`."""
+
+
+class _Indices(TorchDataset[Batch]):
+    """Nothing to load: the images are on the device."""
+
+    def __getitem__(self, batch: Batch) -> Batch:
+        return batch
+
+
+class _Crops(TorchDataset[Any]):
+    """Decodes the images of a batch and cuts their views, in a worker; and their textures, as the first view."""
+
+    def __init__(
+        self, split: FileSplit, textures: FileSplit | None, augmentation: Augmentation, seed: int, size: int
+    ) -> None:
+        self.split, self.textures, self.augmentation, self.seed = split, textures, augmentation, seed
+        self.sizes = [recipe.size or size for recipe in augmentation.recipes]
+
+    def __getitem__(self, batch: Batch) -> Batch | UserError:
+        """The batch with its pixels; an error goes back as a value, as a worker would wrap it in its traceback."""
+        images: list[Tensor] = []
+        crops: list[list[Tensor]] = [[] for _ in self.sizes]
+        textures: list[Tensor] = []
+        positions = batch.positions
+        try:
+            for part in (positions[k : k + _DECODED] for k in range(0, len(positions), _DECODED)):
+                decoded = [self.split.image(i) for i in part.tolist()]
+                images += [self.split.square(image) for image in decoded]
+                for view, cut in enumerate(self._cut(decoded, part, batch.epoch, self.sizes)):
+                    crops[view] += cut
+                if self.textures is not None:
+                    decoded = [self.textures.image(i) for i in part.tolist()]
+                    textures += self._cut(decoded, part, batch.epoch, self.sizes[:1])[0]
+        except UserError as error:
+            return error
+        return batch._replace(
+            images=torch.stack(images),
+            crops=[torch.stack(view) for view in crops],
+            textures=torch.stack(textures) if textures else None,
+        )
+
+    def _cut(self, decoded: list[Tensor], index: Tensor, epoch: int, sizes: Sequence[int]) -> list[list[Tensor]]:
+        """The crops of the first views, of those sizes."""
+        shape = torch.tensor([image.shape[1:] for image in decoded])
+        boxes = self.augmentation.crop_parameters(index, *shape.T, seed=self.seed, epoch=epoch)
+        return [
+            [
+                F.resized_crop(image, *box, [size, size], antialias=True)
+                for image, box in zip(decoded, of_view.tolist(), strict=True)
+            ]
+            for size, of_view in zip(sizes, boxes, strict=False)
+        ]

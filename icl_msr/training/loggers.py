@@ -1,0 +1,328 @@
+"""Where numbers and pictures go: the CSV file that every run writes, and a dashboard beside it."""
+
+import csv
+import io
+import json
+import os
+import secrets
+import shutil
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+from pytorch_lightning.loggers import TensorBoardLogger
+from pytorch_lightning.loggers.logger import Logger
+from pytorch_lightning.utilities import rank_zero_only
+
+from icl_msr.core.errors import UserError
+from icl_msr.core.ranks import is_first
+from icl_msr.core.storage import atomic_write
+
+MODES = ("online", "offline", "disabled")
+"""What the variable `WANDB_MODE` may say."""
+
+PATIENCE = 30.0
+"""Seconds to wait for W&B's server before the run is kept offline."""
+
+
+@dataclass(frozen=True)
+class About:
+    """What a dashboard should know of a run."""
+
+    name: str
+    group: str | None
+    """The sweep."""
+    job_type: str | None
+    """The settings, whatever the seed."""
+    config: dict[str, Any]
+    """As composed."""
+    resumed_at: int | None
+    """Optimiser steps done when the run was continued; None for a fresh start."""
+
+
+class MetricsFile(Logger):
+    """`metrics.csv`: a row whenever something is logged, on the disk at once.
+
+    A run that is continued keeps the rows of the steps that its checkpoint has seen. Lightning's own file is deleted
+    then, and is rewritten in place when a new column comes.
+    """
+
+    def __init__(self, folder: Path, about: About):
+        super().__init__()
+        self.file = folder / "metrics.csv"
+        self.columns: list[str] = ["epoch", "step"]
+        if is_first():
+            done = about.resumed_at or 0
+            self._write([row for row in self._rows() if row["step"] and int(row["step"]) < done])
+
+    @property
+    def name(self) -> str:
+        """See Lightning."""
+        return ""
+
+    @property
+    def version(self) -> str:
+        """See Lightning."""
+        return ""
+
+    @rank_zero_only
+    def log_hyperparams(self, *_: Any, **__: Any) -> None:
+        """They stand in `config.yaml`."""
+
+    @rank_zero_only
+    def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
+        """One row."""
+        row = {**metrics, "step": step}
+        if row.keys() - set(self.columns):
+            self.columns = ["epoch", "step", *sorted({*self.columns, *row} - {"epoch", "step"})]
+            self._write(self._rows())
+        with self.file.open("a", newline="") as file:
+            file.write(self._text([row]))
+
+    def _rows(self) -> list[dict[str, str]]:
+        if not self.file.exists():
+            return []
+        whole, _, _ = self.file.read_text().rpartition("\n")  # a kill may cut the last row
+        return list(csv.DictReader(whole.splitlines()))
+
+    def _write(self, rows: list[dict[str, str]]) -> None:
+        filled = {name for row in rows for name, cell in row.items() if cell}
+        self.columns = ["epoch", "step", *sorted(({*self.columns, *filled}) - {"epoch", "step"})]
+        atomic_write(self.file, ",".join(self.columns) + "\n" + self._text(rows))
+
+    def _text(self, rows: Any) -> str:
+        text = io.StringIO()
+        csv.DictWriter(text, self.columns, extrasaction="ignore", lineterminator="\n").writerows(rows)
+        return text.getvalue()
+
+
+def figures(folder: Path) -> dict[str, tuple[Path, str]]:
+    """The run's pictures: name to file and caption."""
+    captions = json.loads((folder / "figures" / "captions.json").read_text())
+    return {Path(file).stem: (folder / "figures" / file, caption) for file, caption in captions.items()}
+
+
+def final_numbers(folder: Path) -> dict[str, float]:
+    """The numbers of `results.json` by name: logged values, accuracies of the trained encoder, gaps, the metric."""
+    results = json.loads((folder / "results.json").read_text())
+    numbers = dict(results["final"])
+    for row in results["accuracies"]:
+        if row["encoder"] == "trained":
+            numbers["/".join((row["classifier"], row["fitted_on"], row["split"]))] = row["top1"]
+    for row in results["gaps"]:
+        if row["encoder"] == "trained":
+            numbers["/".join((row["classifier"], row["fitted_on"], row["gap"]))] = row["points"]
+    numbers |= {name: results[name] for name in ("images_per_second", "peak_memory_mb", "wall_time_s")}
+    return {**numbers, "metric": results["metric"]["value"]}
+
+
+class WeightsAndBiases(Logger):
+    """Weights & Biases, in the run's folder; offline without an account. See `conf/logger/wandb.yaml` for the keys.
+
+    Training goes on when W&B cannot write: one line says so, and nothing more is sent.
+
+    Raises:
+        UserError: the variable `WANDB_MODE` is none of W&B's modes.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        about: About,
+        *,
+        project: str,
+        entity: str | None,
+        mode: Literal["auto", "online", "offline"],
+        artifacts: bool,
+    ):
+        super().__init__()
+        self.folder, self.about = folder, about
+        self.project, self.entity, self.artifacts = project, entity, artifacts
+        self.run: Any = None
+        self.lost = False
+        wanted: str = os.environ.get("WANDB_MODE") or mode
+        if wanted not in ("auto", *MODES):
+            raise UserError(f"WANDB_MODE={wanted} is not allowed; it should be {', '.join(MODES)} or not be set.")
+        if is_first() and wanted != "disabled":
+            with self._forgiving():
+                self._begin(wanted)
+
+    @property
+    def name(self) -> str:
+        """See Lightning."""
+        return self.project
+
+    @property
+    def version(self) -> str | None:
+        """The run's id."""
+        return None if self.run is None else str(self.run.id)
+
+    def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
+        """One point of every curve."""
+        if self._listens():
+            with self._forgiving():
+                self.run.log({**metrics, "trainer/global_step": step})
+
+    def log_hyperparams(self, *_: Any, **__: Any) -> None:
+        """The config was sent at the start."""
+
+    def conclude(self, folder: Path) -> None:
+        """Summary, pictures, tables and artifacts of a finished run."""
+        if self._listens():
+            with self._forgiving():
+                self._conclude(folder)
+
+    def log_tables(self, tables: Mapping[str, Sequence[dict[str, Any]]]) -> None:
+        """Tables by name, each of rows by column; a row may lack a column."""
+        if self._listens():
+            with self._forgiving():
+                self._log_tables(tables)
+
+    def close(self, exit_code: int) -> None:
+        """The run ends here, well or not."""
+        if self.run is not None:
+            with self._forgiving():
+                self.run.finish(exit_code=exit_code)
+        self.run = None
+
+    def _listens(self) -> bool:
+        return self.run is not None and not self.lost
+
+    @contextmanager
+    def _forgiving(self) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:
+            if not self.lost:
+                print(f"W&B cannot write ({_reason(error)}); the run goes on without it.", file=sys.stderr)
+            self.lost = True
+
+    def _begin(self, mode: str) -> None:
+        """Starts the run, under the id that it had before if it is continued."""
+        # Everything stays in the run's folder, what waits for an upload too.
+        home = self.folder / "wandb"
+        home.mkdir(exist_ok=True)
+        os.environ |= {"WANDB_DATA_DIR": str(home), "WANDB_CACHE_DIR": str(home / "cache")}
+        # W&B's reports of its own errors would wait for a server at the very end.
+        os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
+        import wandb
+
+        side_file = self.folder / "wandb_id"
+        continued = self.about.resumed_at is not None and side_file.exists()
+        silent = wandb.Settings(silent=True)
+        begin = partial(
+            wandb.init,
+            project=self.project,
+            entity=self.entity,
+            dir=self.folder,
+            id=side_file.read_text().strip() if continued else secrets.token_hex(4),
+            name=self.about.name,
+            group=self.about.group,
+            job_type=self.about.job_type,
+            config=self.about.config,
+            settings=wandb.Settings(
+                silent=True,
+                console="off",
+                disable_git=True,
+                init_timeout=PATIENCE,
+                finish_timeout=60 * PATIENCE,
+                finish_timeout_raises=True,
+            ),
+            reinit="create_new",
+        )
+        wandb.setup(silent)
+        if mode != "offline":
+            try:
+                if wandb.login(prompt=False, verify=False):  # asks nobody, neither the user nor the server
+                    self.run = begin(mode="online", resume="allow")
+                elif mode == "online":
+                    raise PermissionError("nobody is logged in; type wandb login")
+            except Exception as error:
+                print(
+                    f"W&B cannot be reached ({_reason(error)}); this run is kept offline. WANDB_MODE=offline spares "
+                    "the wait.",
+                    file=sys.stderr,
+                )
+                wandb.teardown()  # it would call the run's id taken
+                wandb.setup(silent)
+        if self.run is None:
+            self.run = begin(mode="offline")
+        atomic_write(side_file, self.run.id)
+        self.run.define_metric("trainer/global_step")
+        self.run.define_metric("*", step_metric="trainer/global_step", step_sync=True)
+
+    def _conclude(self, folder: Path) -> None:
+        import wandb
+
+        run = self.run
+        run.summary.update(final_numbers(folder))
+        results = json.loads((folder / "results.json").read_text())
+        run.log({name: wandb.Image(str(file), caption=caption) for name, (file, caption) in figures(folder).items()})
+        tables = {name: results[name] for name in ("accuracies", "gaps")}
+        tables["strata_on_object"] = (results.get("strata") or {}).get("shares")
+        self._log_tables(tables)
+        if self.artifacts:
+            files = {"checkpoint": ("checkpoints/last.ckpt",), "encoder": ("encoder.safetensors", "encoder.json")}
+            for kind, names in files.items():
+                artifact = wandb.Artifact(f"{kind}-{run.id}", type="model" if kind == "checkpoint" else kind)
+                for name in names:
+                    kept = self._keep(folder / name)
+                    artifact.add_file(str(kept), name=kept.name, policy="immutable")
+                run.log_artifact(artifact)
+
+    def _log_tables(self, tables: Mapping[str, Sequence[dict[str, Any]]]) -> None:
+        import wandb
+
+        for name, rows in tables.items():
+            if rows:
+                columns: list[Any] = list(dict.fromkeys(key for row in rows for key in row))
+                data = [[row.get(key) for key in columns] for row in rows]
+                self.run.log({name: wandb.Table(columns=columns, data=data)})
+
+    def _keep(self, file: Path) -> Path:
+        """A second name for a file as it is now: a run with more epochs replaces it, perhaps before it is uploaded."""
+        kept = Path(self.run.dir).parent / "artifacts" / file.name
+        kept.parent.mkdir(exist_ok=True)
+        try:
+            kept.hardlink_to(file)
+        except OSError:  # a file system that has no second names
+            shutil.copy(file, kept)
+        return kept
+
+
+def _reason(error: Exception) -> str:
+    said = str(error).strip().splitlines()
+    return said[0].rstrip(".") if said else type(error).__name__
+
+
+class TensorBoard(TensorBoardLogger):
+    """TensorBoard's event files, in the run's folder."""
+
+    def __init__(self, folder: Path, about: About):
+        try:
+            super().__init__(folder, name="tensorboard", version="", purge_step=about.resumed_at)
+        except ModuleNotFoundError:
+            raise UserError(
+                "logger=tensorboard needs tensorboard, which is not installed; type: "
+                "pip install 'icl-msr[tensorboard]'."
+            ) from None
+
+    @rank_zero_only
+    def conclude(self, folder: Path) -> None:
+        """Final numbers and pictures."""
+        from matplotlib.image import imread
+
+        for name, value in final_numbers(folder).items():
+            if value is not None:
+                self.experiment.add_scalar(f"final/{name}", value)
+        for name, (file, _) in figures(folder).items():
+            self.experiment.add_image(name, imread(file)[..., :3], dataformats="HWC")
+
+    @rank_zero_only
+    def close(self, exit_code: int) -> None:
+        """Flushes."""
+        self.finalize("success" if exit_code == 0 else "failed")

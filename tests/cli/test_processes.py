@@ -1,0 +1,522 @@
+"""Ranks as processes: they train as one, end together, say why, and leave nothing behind."""
+
+import math
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from programs import Programs, same, slurm_batch, steps, until
+from tiny import DATA, MODEL, pieces
+
+from icl_msr.cli import processes
+from icl_msr.cli.command import main
+from icl_msr.cli.processes import clean_environment, in_folder, run_ranks
+from icl_msr.core.config import config_dir
+from icl_msr.core.ranks import is_first, is_rank, outside_world_size
+from icl_msr.report.runs import Run
+from icl_msr.run import run
+
+# ------------------------------------------------------------------------------------------ what a process is told
+
+
+@pytest.fixture
+def alone(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
+    """An environment in which nothing says that there are other processes."""
+    for name in os.environ.keys() - clean_environment().keys():
+        monkeypatch.delenv(name)
+    for name in [name for name in os.environ if name.startswith("SLURM_")]:
+        monkeypatch.delenv(name)
+    return monkeypatch
+
+
+def test_a_clean_environment_says_nothing_of_ranks(alone: pytest.MonkeyPatch) -> None:
+    alone.delenv("OMP_NUM_THREADS", raising=False)
+    before = dict(os.environ)
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "TORCHELASTIC_RUN_ID", "ICL_MSR_LEASH"):
+        alone.setenv(name, "1")
+    assert clean_environment() == before
+    alone.setattr(os, "sched_getaffinity", lambda _: set(range(8)))
+    assert clean_environment(3) == {**before, "OMP_NUM_THREADS": "2"}
+    assert clean_environment(99)["OMP_NUM_THREADS"] == "1"
+    alone.setenv("OMP_NUM_THREADS", "5")
+    assert clean_environment(3)["OMP_NUM_THREADS"] == "5"
+
+
+SITUATIONS: list[tuple[dict[str, str], int | None, bool]] = [
+    ({}, None, True),
+    ({"LOCAL_RANK": "1"}, None, True),  # torchrun sets all of them
+    ({"RANK": "0", "WORLD_SIZE": "4"}, 4, True),
+    ({"RANK": "3", "WORLD_SIZE": "4"}, 4, False),
+    (dict(slurm_batch(4)), None, True),
+    ({**slurm_batch(4), "SLURM_STEP_ID": "batch"}, None, True),
+    ({**slurm_batch(1), "SLURM_STEP_ID": "0"}, None, True),
+    ({**slurm_batch(4), "SLURM_STEP_ID": "0"}, 4, True),
+    ({**slurm_batch(4), "SLURM_STEP_ID": "0", "SLURM_PROCID": "2"}, 4, False),
+    ({**slurm_batch(4), "RANK": "1", "WORLD_SIZE": "2"}, 2, False),  # our ranks in a batch script
+]
+
+
+@pytest.mark.parametrize(("variables", "size", "first"), SITUATIONS)
+def test_who_started_us(variables: dict[str, str], size: int | None, first: bool, alone: pytest.MonkeyPatch) -> None:
+    for name, value in variables.items():
+        alone.setenv(name, value)
+    assert outside_world_size() == size
+    assert is_rank() == (size is not None)
+    assert is_first() == first
+
+
+@pytest.mark.parametrize("folder", ["/a/b", "/with space/x=1", "/o'brien/{a,b}", "/ä,b"])
+def test_any_folder_can_be_typed(folder: str) -> None:
+    (word,) = OverridesParser.create().parse_overrides([in_folder(Path(folder))])
+    assert (word.key_or_group, word.value()) == ("hydra.run.dir", folder)
+
+
+def test_the_last_line_of_a_log(tmp_path: Path) -> None:
+    log = tmp_path / "rank-1.log"
+    log.write_bytes(b"first\n  last \xff \n\n")
+    assert processes._last_line(log) == "last \ufffd"
+    log.write_text("\n")
+    assert processes._last_line(log) == f"{log} is empty."
+
+
+MISFITS = [("hardware=ddp", "3", "hardware.devices=2"), ("hardware=cpu", "2", "hardware.devices=1")]
+
+
+@pytest.mark.parametrize(("hardware", "size", "named"), MISFITS)
+def test_a_world_that_does_not_fit_is_refused(
+    hardware: str, size: str, named: str, alone: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    alone.setenv("RANK", "0")
+    alone.setenv("WORLD_SIZE", size)
+    alone.setattr(sys, "argv", ["icl_msr.run"])
+    assert main(run, [*DATA, *MODEL, hardware, "hardware.accelerator=cpu", f"hydra.run.dir={tmp_path}"]) == 2
+    out, err = capsys.readouterr()
+    (line,) = err.splitlines()
+    assert line.startswith(f"{size} processes were started together, and {named}")
+    assert out == ""
+
+
+# -------------------------------------------------------------------------------------------- ranks without a program
+
+FAKE = """
+import os, signal, sys, time
+from pathlib import Path
+from icl_msr.cli.processes import hold_leash, told
+
+hold_leash()
+here = Path(sys.argv[-1].partition("=")[2].strip("'"))
+(here / f"pid-{os.environ['RANK']}").write_text(str(os.getpid()))
+
+def wait(name):
+    while not (here / name).exists() or not (here / name).stat().st_size:
+        time.sleep(0.01)
+
+try:
+    for word in sys.argv[1:-1]:
+        if word.startswith(f"rank{os.environ['RANK']}="):
+            exec(word.partition("=")[2])
+except Exception as fault:
+    if not told(fault):
+        raise
+    sys.exit(1)
+"""
+
+
+@pytest.fixture
+def fake(tmp_path: Path, alone: pytest.MonkeyPatch) -> Path:
+    """Ranks that do what a word says, at once. The folder is theirs."""
+    home = tmp_path / "home"
+    home.mkdir()
+    (home / "fake_ranks.py").write_text(FAKE)
+    alone.setenv("PYTHONPATH", str(home))
+    alone.setattr(processes, "MODULE", "fake_ranks")
+    alone.setattr(processes, "GRACE", 1.0)
+    folder = tmp_path / "run"
+    folder.mkdir()
+    return folder
+
+
+def dead(folder: Path) -> bool:
+    return not any(Path("/proc", file.read_text()).exists() for file in folder.glob("pid-*"))
+
+
+KILL = "os.kill(os.getpid(), signal.SIGKILL)"
+MISTAKE = "print('The disk is full.', flush=True); sys.exit(2)"
+ENDS: dict[str, tuple[tuple[str, ...], int, str]] = {
+    "well": (("rank0=1", "rank1=1"), 0, ""),
+    "one is killed": (
+        ("rank0=time.sleep(99)", f"rank1=print('hello', flush=True); {KILL}"),
+        137,
+        "Rank 1 of 2 was killed by SIGKILL (out of memory?); the run was stopped; see {folder}/rank-1.log.\n",
+    ),
+    "the first is killed": (
+        (f"rank0={KILL}", "rank1=time.sleep(99)"),
+        137,
+        "Rank 0 of 2 was killed by SIGKILL (out of memory?); the run was stopped.\n",
+    ),
+    "one raises and the first follows": (
+        ("rank0=wait('rank-1.log'); raise OSError('closed by peer')", "rank1=raise ValueError('too\\nbad')"),
+        1,
+        "Rank 1 of 2 failed with ValueError: too; the run was stopped; see {folder}/rank-1.log.\n",
+    ),
+    "one raises and the first ends before it": (
+        ("rank0=wait('rank-1.log'); sys.exit(1)", "rank1=told(ValueError()); time.sleep(0.5); sys.exit(1)"),
+        1,
+        "Rank 1 of 2 failed with ValueError; the run was stopped; see {folder}/rank-1.log.\n",
+    ),
+    "one raises and is stuck": (
+        ("rank0=1", "rank1=told(ValueError('too bad')); time.sleep(99)"),
+        1,
+        "Rank 1 of 2 failed with ValueError: too bad; the run was stopped; see {folder}/rank-1.log.\n",
+    ),
+    "the first has a mistake to tell": ((f"rank0={MISTAKE}", "rank1=time.sleep(99)"), 2, ""),
+    "both have the same mistake": ((f"rank0=wait('rank-1.log'); {MISTAKE}", f"rank1={MISTAKE}"), 2, ""),
+    "one has a mistake to tell": (("rank0=time.sleep(99)", f"rank1={MISTAKE}"), 2, "The disk is full.\n"),
+    "preempted": (("rank0=sys.exit(75)", "rank1=sys.exit(0)"), 75, ""),
+    "one leaves": (
+        ("rank0=time.sleep(99)", "rank1=print('hello', flush=True); os._exit(7)"),
+        7,
+        "Rank 1 of 2 ended with exit code 7; the run was stopped; see {folder}/rank-1.log.\n",
+    ),
+}
+
+
+@pytest.mark.parametrize("end", ENDS)
+def test_how_ranks_end(end: str, fake: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    words, code, sentence = ENDS[end]
+    assert run_ranks(2, [*words, in_folder(fake)], fake) == code
+    assert capfd.readouterr().err == sentence.replace("{folder}", str(fake))
+    assert dead(fake)
+    # A log with nothing in it is no file.
+    assert (fake / "rank-1.log").exists() == ("hello" in words[1] or "Error" in words[1] or "disk" in words[1])
+
+
+class Ended(NamedTuple):
+    """What can be known of a rank."""
+
+    code: int | None
+    said: tuple[float, str, str] | None = None
+
+    def poll(self) -> int | None:
+        return self.code
+
+    def fault(self) -> tuple[float, str, str] | None:
+        return self.said
+
+
+def failed(seconds: float) -> Ended:
+    return Ended(1, (seconds, "OSError", ""))
+
+
+FIRST: list[tuple[list[Ended], int | None]] = [
+    ([Ended(None), Ended(None)], None),
+    ([Ended(0), Ended(None)], None),
+    ([Ended(None), Ended(3)], 1),
+    ([Ended(2), Ended(2)], 0),
+    ([failed(2.0), failed(1.0)], 1),  # the other noticed, however late we look
+    ([failed(1.0), failed(2.0)], 0),
+    ([Ended(1), failed(2.0)], 1),
+    ([failed(1.0), Ended(-9)], 1),  # who is killed says nothing
+]
+
+
+@pytest.mark.parametrize(("ranks", "first"), FIRST)
+def test_who_was_the_first(ranks: Any, first: int | None) -> None:
+    assert processes._first_failure(ranks) == first
+
+
+def test_the_first_rank_speaks_for_itself(fake: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    words = ("rank0=print('loss 1.0'); raise ValueError('too bad')", "rank1=time.sleep(99)", in_folder(fake))
+    assert run_ranks(2, words, fake) == 1
+    out, err = capfd.readouterr()
+    assert out == "loss 1.0\n"
+    first, *_, last_but_one, last = err.splitlines()
+    assert first == "Traceback (most recent call last):"
+    assert last_but_one == "ValueError: too bad"
+    assert last == "Rank 0 of 2 failed with ValueError: too bad; the run was stopped."
+
+
+def test_a_long_traceback_arrives(fake: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    assert run_ranks(2, ("rank0=raise ValueError('x' * 3_000_000)", "rank1=1", in_folder(fake)), fake) == 1
+    assert capfd.readouterr().err.count("x") >= 3_000_000
+
+
+HANDLER = "signal.signal(signal.SIGTERM, lambda *_: sys.exit(75)); print('ready', flush=True); time.sleep(99)"
+SIGNALLED = [
+    (f"rank0={HANDLER}", 75, ""),
+    ("rank0=print('ready', flush=True); time.sleep(99)", 128 + signal.SIGTERM, "Stopped by SIGTERM.\n"),
+]
+
+
+@pytest.mark.parametrize(("word", "code", "said"), SIGNALLED, ids=["saves", "has nothing to save"])
+def test_signals_are_passed_on(word: str, code: int, said: str, fake: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    signaller = subprocess.Popen(
+        [
+            *(sys.executable, "-c"),
+            "import os, signal, sys, time\nfrom pathlib import Path\n"
+            f"while len(list(Path({str(fake)!r}).glob('pid-*'))) < 2: time.sleep(0.05)\n"
+            f"time.sleep(0.5); os.kill({os.getpid()}, signal.SIGTERM)",
+        ]
+    )
+    before = signal.getsignal(signal.SIGTERM)
+    assert run_ranks(2, (word, word.replace("rank0", "rank1"), in_folder(fake)), fake) == code
+    assert signaller.wait(30) == 0
+    assert signal.getsignal(signal.SIGTERM) == before
+    assert capfd.readouterr().err == said
+    assert dead(fake)
+
+
+def test_the_leash(fake: Path) -> None:
+    """Whatever ends the parent, the children leave, also one that ignores all signals."""
+    program = (
+        "import signal; from icl_msr import processes; from pathlib import Path; processes.MODULE = 'fake_ranks'\n"
+        f"folder = Path({str(fake)!r})\n"
+        "words = 'rank0=time.sleep(99)', 'rank1=signal.signal(15, signal.SIG_IGN); time.sleep(99)'\n"
+        "processes.run_ranks(2, (*words, processes.in_folder(folder)), folder)"
+    )
+    parent = subprocess.Popen([sys.executable, "-c", program])
+    until(lambda: len(list(fake.glob("pid-*"))) == 2, 60)
+    assert not dead(fake)
+    parent.kill()
+    parent.wait()
+    until(lambda: dead(fake), 10)
+
+
+# ----------------------------------------------------------------------------------------------- the real program
+
+TRAINING = [*DATA, *MODEL, "trainer.log_every_n_steps=1", "logger=csv", "trainer.online_every_n_epochs=0"]
+MOCO = ["method=moco", "method.queue_size=20", "regularizer=msr", "regularizer.every=2", "negatives=patch"]
+# Adam would turn the rounding of a gradient that is nearly zero into a whole step.
+GENTLE = ["loader.batch_size=16", "optimizer=sgd", "optimizer.lr=0.003", "regularizer.lr=1e-4"]
+SHORT = [*TRAINING, *MOCO, *GENTLE, "evaluation=light", "trainer.max_epochs=2"]
+LONG = [*TRAINING, "method=simclr", "regularizer=none", "evaluation=none", "trainer.max_epochs=1000"]
+ONE = ["hardware=cpu", "hardware.precision=32-true"]
+TWO = ["hardware=ddp", "hardware.accelerator=cpu", "hardware.precision=32-true"]
+
+
+@pytest.fixture
+def programs(tmp_path: Path) -> Iterator[Programs]:
+    started = Programs(tmp_path)
+    yield started
+    started.close()
+
+
+def weights(folder: Path) -> dict[str, Any]:
+    content: dict[str, Any] = torch.load(folder / "checkpoints" / "last.ckpt", weights_only=True)
+    return content
+
+
+@dataclass
+class Pair:
+    """The same run on one and on two ranks."""
+
+    one: Path
+    two: Path
+    out: str
+    err: str
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory: pytest.TempPathFactory) -> Pair:
+    home = tmp_path_factory.mktemp("pair")
+    programs = Programs(home)
+    try:
+        one = programs.start(*SHORT, *ONE, f"hydra.run.dir={home}/one")
+        two = programs.start(*SHORT, *TWO, f"hydra.run.dir={home}/two")
+        assert one.wait() == 0, one.err
+        assert two.wait() == 0, two.err
+        programs.gone(30)
+    finally:
+        programs.close()
+    return Pair(home / "one", home / "two", two.out, two.err)
+
+
+PARTS = ("method.backbone", "method.projector", "method.momentum_encoder", "method.queue", "regularizer.network")
+
+
+def distances(one: dict[str, Any], two: dict[str, Any], beginning: dict[str, Any]) -> dict[str, float]:
+    """How far two states are from each other, relative to the way that they have come."""
+
+    def away(a: dict[str, Any], b: dict[str, Any], part: str) -> float:
+        learnt = [name for name in a if name.startswith(part) and a[name].is_floating_point()]
+        names = [name for name in learnt if "running" not in name]  # statistics travel farther than weights
+        return math.dist(*(torch.cat([state[name].double().flatten() for name in names]).tolist() for state in (a, b)))
+
+    return {part: away(one, two, part) / away(one, beginning, part) for part in PARTS}
+
+
+def test_two_ranks_train_like_one(pair: Pair) -> None:
+    """Gradients are equal to 1e-8 in float64 (`test_distributed.py`); here the whole program, in fp32.
+
+    One rank in another memory format ends as far away: activations near zero change sign, and the meta gradient, a
+    second derivative, feels it most.
+    """
+    one, two = weights(pair.one), weights(pair.two)
+    assert one["global_step"] == two["global_step"] == 8
+    apart = distances(one["state_dict"], two["state_dict"], pieces(*SHORT)[1].state_dict())
+    print({part: f"{distance:.1e}" for part, distance in apart.items()})
+    phi = apart.pop("regularizer.network")
+    assert max(apart.values()) < 0.1, apart
+    assert phi < 0.5
+
+
+def test_accuracies_do_not_depend_on_the_number_of_ranks(pair: Pair) -> None:
+    one, two = Run.load(pair.one).results, Run.load(pair.two).results
+    assert len(one.accuracies) > 4
+    assert [row.top1 for row in two.accuracies] == [row.top1 for row in one.accuracies]
+
+
+def test_two_ranks_look_like_one(pair: Pair) -> None:
+    """In the folder and on the terminal."""
+    names = [{str(file.relative_to(folder)) for file in folder.rglob("*")} for folder in (pair.one, pair.two)]
+    assert names[0] == names[1]
+    assert pair.err == ""
+    lines = [line for line in pair.out.splitlines() if line]
+    assert lines[0].startswith("moco-msr-patch-confounded-tiny on 2 x CPU (1 threads), 32-true")
+    assert [line[:9] for line in lines if line.startswith("epoch ")] == ["epoch 1/2", "epoch 2/2"]
+    assert [line for line in lines if lines.count(line) > 1 and not line.startswith("on ")] == []
+
+
+# ------------------------------------------------------------------------------------------ when it does not end well
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_rank_that_is_killed_takes_the_other_down(victim: int, programs: Programs, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    program = programs.start(*LONG, *TWO, f"hydra.run.dir={folder}")
+    until(lambda: steps(folder) > 5 or program.process.poll() is not None)
+    os.kill(programs.rank(victim), signal.SIGKILL)
+    began = time.monotonic()
+    assert program.wait(60) == 128 + signal.SIGKILL
+    programs.gone(60 - (time.monotonic() - began))
+    print(f"rank {victim} was killed; all was over after {time.monotonic() - began:.1f} s")
+    see = f"; see {folder}/rank-1.log" if victim else ""
+    sentence = f"Rank {victim} of 2 was killed by SIGKILL (out of memory?); the run was stopped{see}."
+    assert program.err.splitlines() == [sentence]
+    assert not (folder / "results.json").exists()
+
+
+FRAGILE = r"""
+import os
+from icl_msr.core.distributed import rank
+from icl_msr.methods import SimCLR
+
+class Fragile(SimCLR):
+    def targets(self, views):
+        self.calls = getattr(self, "calls", 0) + 1
+        if rank() == int(os.environ["FRAGILE"]) and self.calls > 3:
+            raise RuntimeError("the fourth step went wrong\nand this is why")
+        return super().targets(views)
+"""
+
+
+@pytest.fixture
+def fragile(tmp_path: Path) -> list[str]:
+    """A method of the user's own package that fails in its fourth step."""
+    package = tmp_path / "home" / "fragile"
+    (package / "conf" / "method").mkdir(parents=True)
+    (package / "__init__.py").write_text(FRAGILE)
+    recipe = (config_dir() / "method" / "simclr.yaml").read_text()
+    (package / "conf" / "method" / "fragile.yaml").write_text(
+        recipe.replace("icl_msr.methods.SimCLR", "fragile.Fragile")
+    )
+    return ["hydra.searchpath=[pkg://fragile.conf]", *LONG, "method=fragile"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("culprit", [0, 1])
+def test_a_rank_that_fails_takes_the_other_down(
+    culprit: int, fragile: list[str], programs: Programs, tmp_path: Path
+) -> None:
+    folder = tmp_path / "run"
+    words = [*fragile, *TWO, f"hydra.run.dir={folder}"]
+    program = programs(*words, FRAGILE=str(culprit), PYTHONPATH=str(tmp_path / "home"))
+    assert program.wait() == 1
+    programs.gone(10)
+    see = f"; see {folder}/rank-1.log" if culprit else ""
+    *before, last = program.err.splitlines()
+    said = f"Rank {culprit} of 2 failed with RuntimeError: the fourth step went wrong; the run was stopped{see}."
+    assert last == said
+    trace = (folder / "rank-1.log").read_text() if culprit else "\n".join(before)
+    assert before == ([] if culprit else trace.splitlines())
+    assert trace.count("Traceback") == 1
+    assert "in targets" in trace
+    assert trace.rstrip().endswith("and this is why")
+    assert "Error executing job" not in program.err + trace
+
+
+@pytest.mark.slow
+def test_a_signal_saves_and_resume_continues_bit_for_bit(pair: Pair, programs: Programs, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    program = programs.start(*SHORT, *TWO, f"hydra.run.dir={folder}")
+    until(lambda: steps(folder) > 2 or program.process.poll() is not None)
+    program.send(signal.SIGTERM)
+    assert program.wait() == 75
+    programs.gone(30)
+    done = weights(folder)["global_step"]
+    assert 2 < done < 8
+    (line,) = program.err.splitlines()
+    assert line.startswith(f"Stopped by SIGTERM after {done} steps; all is saved.")
+    # A batch script of SLURM's, whose variables must not be taken for the ranks'.
+    program = programs(f"resume={folder}", **slurm_batch(2))
+    assert program.wait() == 0, program.err
+    assert program.out.splitlines()[0] == f"Continuing {folder} from step {done}."
+    assert program.err == ""
+    programs.gone(30)
+    whole, continued = weights(pair.two), weights(folder)
+    for key in ("state_dict", "optimizer_states", "lr_schedulers", "global_step", "loops"):
+        same(whole[key], continued[key], key)
+    accuracies = [Run.load(path).results.accuracies for path in (pair.two, folder)]
+    assert accuracies[0] == accuracies[1]
+
+
+@pytest.mark.slow
+def test_ctrl_c_while_the_ranks_start(programs: Programs, tmp_path: Path) -> None:
+    """No traceback of whatever module was being imported."""
+    program = programs.start(*LONG, *TWO, f"hydra.run.dir={tmp_path}/run")
+    programs.rank(1)
+    time.sleep(1)
+    program.send(signal.SIGINT)
+    assert program.wait() == 128 + signal.SIGINT
+    assert program.err == ""
+    programs.gone(30)
+
+
+@pytest.mark.slow
+def test_ranks_do_not_outlive_their_parent(programs: Programs, tmp_path: Path) -> None:
+    program = programs.start(*LONG, *TWO, f"hydra.run.dir={tmp_path}/run")
+    until(lambda: steps(tmp_path / "run") > 2 or program.process.poll() is not None)
+    assert len(programs.alive()) >= 3
+    program.send(signal.SIGKILL)
+    program.wait()
+    print(f"the parent was killed; all was over after {programs.gone(30):.1f} s")
+
+
+@pytest.mark.slow
+def test_ranks_that_others_start(pair: Pair, programs: Programs, tmp_path: Path) -> None:
+    """As torchrun does."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    folder = tmp_path / "run"
+    common = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    ranks = [
+        programs.start(*SHORT, *TWO, f"hydra.run.dir={folder}", RANK=str(rank), LOCAL_RANK=str(rank), **common)
+        for rank in range(2)
+    ]
+    assert [program.wait() for program in ranks] == [0, 0], [program.err for program in ranks]
+    assert [program.err for program in ranks] == ["", ""]
+    assert ranks[1].out == ""
+    same(weights(pair.two)["state_dict"], weights(folder)["state_dict"])
+    programs.gone(30)

@@ -1,0 +1,302 @@
+"""One whole run and one sweep: what they leave, and that it can be used."""
+
+import json
+import logging
+import re
+import sys
+from contextlib import redirect_stderr, redirect_stdout
+from dataclasses import dataclass
+from io import StringIO
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from omegaconf import DictConfig, OmegaConf
+from safetensors.torch import load_file
+from tiny import DATA, MODEL, composed, pieces
+
+from icl_msr.cli.command import main
+from icl_msr.core.config import check, fingerprint
+from icl_msr.core.errors import UserError
+from icl_msr.evaluation.suite import Results
+from icl_msr.models.backbones import tiny
+from icl_msr.report import summarise
+from icl_msr.run import assemble, build_as, derive, metric, run
+from icl_msr.training.hardware import Hardware
+from icl_msr.training.optimization import Optimization
+
+WORDS = [*DATA, *MODEL, "negatives=patch", "evaluation=light", "logger=csv"]
+TRAINER = ["trainer.max_epochs=2", "trainer.limit_train_batches=3", "trainer.log_every_n_steps=1"]
+
+
+@dataclass
+class Finished:
+    folder: Path
+    values: list[float]
+    printed: str
+    complaints: str
+
+    def json(self, name: str) -> dict[str, Any]:
+        content: dict[str, Any] = json.loads((self.folder / name).read_text())
+        return content
+
+
+def execute(folder: Path, *words: str, code: int = 0) -> Finished:
+    """The program in this process, its loggers put back as they were; `code` is the exit code that it should have."""
+    values: list[float] = []
+
+    def job(config: DictConfig) -> float:
+        values.append(run(config))
+        return values[-1]
+
+    handlers, level = logging.root.handlers[:], logging.root.level
+    folders = [f"hydra.run.dir={folder}/run", f"hydra.sweep.dir={folder}/sweep"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["icl_msr.run"])
+        with redirect_stdout(StringIO()) as out, redirect_stderr(StringIO()) as err:
+            ended = main(job, [*WORDS, *TRAINER, *folders, *words])
+    for handler in [h for h in logging.root.handlers if h not in handlers]:
+        handler.close()
+    logging.root.handlers[:] = handlers
+    logging.root.setLevel(level)
+    assert ended == code, err.getvalue()
+    return Finished(folder / ("sweep" if "-m" in words else "run"), values, out.getvalue(), err.getvalue())
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Finished:
+    return execute(tmp_path_factory.mktemp("one"))
+
+
+@pytest.fixture(scope="module")
+def sweep(tmp_path_factory: pytest.TempPathFactory) -> Finished:
+    return execute(tmp_path_factory.mktemp("many"), "-m", "seed=0,1")
+
+
+def test_the_folder_is_complete(finished: Finished) -> None:
+    found = {str(file.relative_to(finished.folder)) for file in finished.folder.rglob("*.*")}
+    figures = ("views", "negatives", "strata", "weights", "neighbours", "map")
+    assert {name for name in found if not name.endswith(".log")} == {
+        "config.yaml",
+        "environment.json",
+        "metrics.csv",
+        "results.json",
+        "predictions.npz",
+        "report.html",
+        "encoder.json",
+        "encoder.safetensors",
+        "checkpoints/last.ckpt",
+        "figures/captions.json",
+        *(f"figures/{name}.png" for name in figures),
+    }
+
+
+def test_the_config_composes_back(finished: Finished) -> None:
+    saved = OmegaConf.load(finished.folder / "config.yaml")
+    assert isinstance(saved, DictConfig)
+    again = fingerprint(check(saved))
+    assert again == finished.json("environment.json")["config_hash"]
+    assert again == fingerprint(check(composed(*WORDS, *TRAINER)))
+
+
+def test_the_environment_says_how_to_repeat_it(finished: Finished) -> None:
+    about = finished.json("environment.json")
+    assert about["command"].startswith("python -m icl_msr.run dataset.train=64")
+    assert about["torch"] == torch.__version__
+    assert about["hardware"].startswith("1 x ")
+
+
+def test_metrics_are_logged(finished: Finished) -> None:
+    lines = [line.split(",") for line in (finished.folder / "metrics.csv").read_text().splitlines()]
+    rows = [dict(zip(lines[0], line, strict=True)) for line in lines[1:]]
+    for name in ("loss", "loss/contrastive", "loss/msr", "embedding_std", "lr", "msr/meta_grad_norm", "online/knn"):
+        assert any(row[name] for row in rows), name
+    steps = [int(row["step"]) for row in rows if row["loss"]]
+    assert steps == list(range(6))
+
+
+def test_results_are_consistent(finished: Finished) -> None:
+    results, predictions = finished.json("results.json"), np.load(finished.folder / "predictions.npz")
+    assert results["choices"]["method"] == "moco"
+    assert results["choices"]["negatives"] == "patch"
+    assert results["derived"]["total_steps"] == 6
+    assert results["derived"]["steps_per_epoch"] == 3
+    assert results["parameters"] == sum(p.numel() for p in tiny(32, weights=None).parameters())
+    accuracies = results["accuracies"]
+    assert {a["encoder"] for a in accuracies} == {"trained", "untrained"}
+    for a in accuracies:
+        name = "/".join(a[key] for key in ("encoder", "classifier", "fitted_on", "split"))
+        assert a["top1"] == pytest.approx((predictions[name] == predictions[f"labels/{a['split']}"]).mean())
+
+
+def test_the_returned_value_is_the_metric(finished: Finished) -> None:
+    (expected,) = (
+        a["top1"]
+        for a in finished.json("results.json")["accuracies"]
+        if (a["encoder"], a["classifier"], a["fitted_on"], a["split"])
+        == ("trained", "knn-dino", "balanced", "mixed_rand")
+    )
+    assert finished.values == [expected]
+
+
+def test_the_checkpoint_is_plain_and_whole(finished: Finished) -> None:
+    checkpoint = torch.load(finished.folder / "checkpoints" / "last.ckpt", weights_only=True)
+    assert checkpoint["global_step"] == 6
+    module = pieces(*WORDS, "seed=5")[1]
+    module.load_state_dict(checkpoint["state_dict"])
+    assert module.regularizer is not None
+    assert module.regularizer.optimizer is not None
+    moments = module.regularizer.optimizer.state_dict()["state"]
+    assert all(float(moment["step"]) == 2 for moment in moments.values())  # at the first and the fifth of 6 steps
+
+
+@torch.no_grad()
+def test_the_exported_encoder_needs_nothing_of_this_package(
+    finished: Finished, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    about = finished.json("encoder.json")
+    assert "icl_msr" not in about["load"]
+    assert about["dataset"] == "confounded"
+    assert len(about["mean"]) == len(about["std"]) == 3
+    monkeypatch.chdir(finished.folder)
+    scope: dict[str, Any] = {}
+    exec(about["load"], scope)
+    net = scope["net"]
+    assert all(type(layer).__module__.startswith(("torch.", "torchvision.")) for layer in net.modules())
+
+    module = pieces(*WORDS)[1]
+    module.load_state_dict(torch.load("checkpoints/last.ckpt", weights_only=True)["state_dict"])
+    images = torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(net(images), module.method.backbone.eval()(images))
+    assert torch.equal(net(images), tiny(32, weights=str(finished.folder)).eval()(images))
+
+
+def test_the_report_stands_alone(finished: Finished) -> None:
+    page = (finished.folder / "report.html").read_text()
+    assert page.count("data:image/") >= 4
+    assert not re.findall(r'(?:src|href)="(?!data:|#)[^"]*"', page)
+    captions = finished.json("figures/captions.json")
+    assert list(captions) == ["views.png", "negatives.png", "strata.png", "weights.png", "neighbours.png", "map.png"]
+
+
+def test_the_terminal_says_what_and_where(finished: Finished) -> None:
+    first, *_, second_last, last = finished.printed.splitlines()
+    assert first.startswith("moco-msr-patch-confounded-tiny on 1 x ")
+    assert second_last == f"results  {finished.folder / 'results.json'}"
+    assert last == f"report   {finished.folder / 'report.html'}"
+    assert re.search(r"^epoch 2/2   loss \d+\.\d+   knn .* %", finished.printed, re.MULTILINE)
+    assert "mixed_rand" in finished.printed
+
+
+def test_a_sweep_is_as_many_runs(sweep: Finished, finished: Finished) -> None:
+    assert len(sweep.values) == 2
+    first, second = (load_file(sweep.folder / job / "encoder.safetensors") for job in "01")
+    alone = load_file(finished.folder / "encoder.safetensors")
+    # The same seed gives the same weights, to the last bit, whatever ran before in this process.
+    assert all(torch.equal(value, alone[name]) for name, value in first.items())
+    assert not any(torch.equal(value, alone[name]) for name, value in second.items() if name.endswith("weight"))
+
+
+def test_a_sweep_makes_one_table(sweep: Finished) -> None:
+    summary = summarise([sweep.folder])
+    assert not summary.failed
+    (configuration,) = summary.configurations
+    assert [run.results.seed for run in configuration.runs] == [0, 1]
+    assert all(statistic.n == 2 for statistic in configuration.metrics.values())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("backbone", ["resnet18", "timm:test_vit"])
+@pytest.mark.parametrize("method", ["simclr", "byol"])
+def test_other_backbones_run(backbone: str, method: str, tmp_path: Path) -> None:
+    done = execute(tmp_path, f"method={method}", "seed=1", f"backbone={backbone}")
+    assert done.values[0] >= 0
+
+
+def test_a_run_without_evaluation_or_regularizer(tmp_path: Path) -> None:
+    done = execute(tmp_path, "regularizer=none", "evaluation=none", "trainer.online_every_n_epochs=0")
+    assert np.isnan(done.values[0])
+    assert done.json("results.json")["accuracies"] == []
+    assert (done.folder / "report.html").exists()
+
+
+def settings(*words: str) -> Any:
+    return check(composed(*DATA, *words))
+
+
+def test_derived_numbers() -> None:
+    words = ("loader.batch_size=10", "trainer.accumulate_grad_batches=4", "trainer.max_epochs=3", "optimizer=sgd")
+    chosen = settings(*words)
+    optimization = build_as(Optimization, chosen.optimizer)
+    numbers = {
+        "training_images": 128,
+        "global_batch": 40,
+        "steps_per_epoch": 3,  # 12 batches
+        "total_steps": 9,
+        "effective_learning_rate": pytest.approx(0.03 * 40 / 256),
+    }
+    assert derive(chosen, optimization, 128, 1) == derive(chosen, optimization, 128, 5) == numbers
+    limited = settings(*words, "trainer.limit_train_batches=5")
+    assert derive(limited, optimization, 128, 1)["steps_per_epoch"] == 2
+    with pytest.raises(UserError, match=r"loader\.batch_size=10 .* set it to 9 or less"):
+        derive(chosen, optimization, 9, 1)
+    with pytest.raises(UserError, match=r"loader\.batch_size=10 cannot be shared by 4 devices; set it to 8\."):
+        derive(chosen, optimization, 128, 4)
+
+
+def test_a_group_must_give_what_it_is_for() -> None:
+    with pytest.raises(
+        UserError, match=r"icl_msr\.optimization\.Optimization gives Optimization, and a Results is needed"
+    ):
+        build_as(Results, settings().optimizer)
+
+
+def accuracy(name: str, top1: float, encoder: str = "trained") -> Any:
+    classifier, fitted_on, split = name.split("/")
+    return {"encoder": encoder, "classifier": classifier, "fitted_on": fitted_on, "split": split, "top1": top1}
+
+
+def test_the_metric_of_a_sweep() -> None:
+    final = {"online/knn": 0.1, "loss": 3.0}
+    results = Results(
+        accuracies=[
+            accuracy("knn-dino/balanced/mixed_rand", 0.2),
+            accuracy("linear/train/mixed_rand", 0.3),
+            accuracy("linear/balanced/original", 0.4),
+            accuracy("linear/balanced/mixed_rand", 0.5),
+            accuracy("linear/balanced/mixed_rand", 0.6, encoder="untrained"),
+        ]
+    )
+    assert metric("auto", final, results) == ("linear/balanced/mixed_rand", 0.5)
+    assert metric("linear/train/mixed_rand", final, results) == ("linear/train/mixed_rand", 0.3)
+    assert metric("loss", final, results) == ("loss", 3.0)
+    assert metric("auto", final, Results()) == ("online/knn", 0.1)
+    # Not yet logged in a run that was too short for it.
+    name, value = metric("online/probe", final, results)
+    assert name == "online/probe"
+    assert np.isnan(value)
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (["metric=online/kn"], r"^metric=online/kn will not be measured; did you mean online/knn"),
+        (["evaluation=none", "metric=linear/balanced/mixed_rand"], r"will not be measured; choose one of auto, loss, "),
+    ],
+)
+def test_a_metric_that_will_not_be_measured_is_refused(words: list[str], sentence: str) -> None:
+    chosen = settings("loader.batch_size=8", *words)
+    with pytest.raises(UserError, match=sentence):
+        assemble(chosen, build_as(Hardware, chosen.hardware).plan())
+
+
+def test_a_run_may_end_with_a_comparison_of_encoders_alone(
+    finished: Finished, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Strata are looked at by a bootstrap, which this evaluation has not."""
+    monkeypatch.setitem(globals(), "WORDS", [word for word in WORDS if word != "evaluation=light"])
+    found = execute(tmp_path, "evaluation=similarity", f"evaluation.other={finished.folder}")
+    results = json.loads((found.folder / "results.json").read_text())
+    assert [row["encoder"] for row in results["similarity"]] == ["trained", "untrained"]

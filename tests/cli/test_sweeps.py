@@ -1,0 +1,463 @@
+"""Sweeps: jobs as processes, each with its folder and exit code, and nothing that is done is done again."""
+
+import json
+import logging
+import math
+import os
+import re
+import signal
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+from hydra.core.plugins import Plugins
+from hydra.plugins.sweeper import Sweeper
+from hydra.types import HydraContext, TaskFunction
+from omegaconf import DictConfig, OmegaConf
+from programs import Programs, steps, until
+from test_loggers import sent
+from tiny import DATA, MODEL
+
+from icl_msr.cli import processes, sweeps
+from icl_msr.cli.command import main
+from icl_msr.cli.processes import clean_environment
+from icl_msr.cli.sweeps import checked_job, job_type, sweep_folder
+from icl_msr.core.config import config_dir
+from icl_msr.core.folder import RunFolder
+from icl_msr.run import run
+
+# ---------------------------------------------------------------------------------------------- jobs without a program
+
+FAKE = """
+import json, os, signal, sys, time
+from pathlib import Path
+from icl_msr.cli.processes import hold_leash
+
+hold_leash()
+*words, last = sys.argv[1:]
+folder = Path(last.partition("=")[2].strip("'"))
+seed = next(word.partition("=")[2] for word in words if word.startswith("seed="))
+(folder / "environment").write_text(json.dumps(dict(os.environ)))
+with (folder / "began").open("a") as file:
+    file.write(f"{time.monotonic()} ")
+print(f"job {seed} at work", flush=True)
+exec(os.environ.get(f"JOB{seed}", ""))
+
+(folder / "config.yaml").write_text(Path(os.environ["CONFIGS"], folder.name).read_text())
+(folder / "results.json").write_text(json.dumps({"metric": {"name": "a", "value": float(seed) / 10}}))
+"""
+
+
+class Answer(NamedTuple):
+    code: int
+    out: list[str]
+    err: list[str]
+
+
+@pytest.fixture
+def command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Iterator[Any]:
+    """`python -m icl_msr.run -m` in this process, with jobs that are done at once. `JOB<seed>` is their trouble."""
+    home, configs = tmp_path / "home", tmp_path / "configs"
+    home.mkdir()
+    configs.mkdir()
+    (home / "fake_job.py").write_text(FAKE)
+
+    def noted(context: HydraContext, sweep: DictConfig, overrides: Sequence[str], number: int) -> DictConfig:
+        config = checked_job(context, sweep, overrides, number)
+        task = OmegaConf.masked_copy(config, [str(key) for key in config if key != "hydra"])
+        (configs / str(number)).write_text(OmegaConf.to_yaml(task))  # as a run does; composing again takes a second
+        return config
+
+    monkeypatch.setattr(sweeps, "checked_job", noted)
+    monkeypatch.setenv("CONFIGS", str(configs))
+    for name in os.environ.keys() - clean_environment().keys():
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("PYTHONPATH", str(home))
+    monkeypatch.setattr(processes, "MODULE", "fake_job")
+    monkeypatch.setattr(sys, "argv", ["icl_msr.run"])
+    monkeypatch.chdir(tmp_path)
+    handlers, level = logging.root.handlers[:], logging.root.level
+
+    def call(*words: str, job: Callable[[DictConfig], float] = run) -> Answer:
+        try:
+            code = main(job, ["-m", *words])
+        except SystemExit as end:
+            code = end.code if isinstance(end.code, int) else 1
+        out, err = capfd.readouterr()
+        return Answer(code, out.splitlines(), err.splitlines())
+
+    yield call
+    logging.root.handlers[:] = handlers
+    logging.root.setLevel(level)
+
+
+def began(folder: Path) -> int:
+    """How often a job has been started."""
+    return len((folder / "began").read_text().split()) if (folder / "began").exists() else 0
+
+
+def only(root: Path) -> Path:
+    """The only sweep below."""
+    (folder,) = (root / "runs" / "sweeps").iterdir()
+    return folder
+
+
+PROCESS = "hydra/launcher=process"
+
+
+def test_every_job_has_its_folder(command: Any, tmp_path: Path) -> None:
+    answer = command("seed=1,2", "method=simclr", PROCESS)
+    assert answer.code == 0
+    assert answer.err == []
+    folder = only(tmp_path).relative_to(tmp_path)
+    first, second = (f"[{i}/2] seed={i}: " for i in (1, 2))
+    assert answer.out[0:2] == [f"{first}{folder}/0", "job 1 at work"]
+    assert re.fullmatch(re.escape(first) + r"metric 0\.1000 after 0:00:\d\d; about 0:00:\d\d left", answer.out[2])
+    assert answer.out[3:5] == [f"{second}{folder}/1", "job 2 at work"]
+    assert re.fullmatch(re.escape(second) + r"metric 0\.2000 after 0:00:\d\d", answer.out[5])
+    assert answer.out[6:] == [f"Jobs done: 2 of 2. Compare them: python -m icl_msr.report {folder}"]
+    for job in "01":
+        told = json.loads((folder / job / "environment").read_text())
+        assert told["WANDB_RUN_GROUP"] == folder.name
+        assert told["WANDB_JOB_TYPE"] == "method=simclr"
+        assert not (folder / job / "job.log").exists()
+
+
+def test_a_job_that_fails_stops_no_other(command: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    words = ("seed=1,2,3", PROCESS)
+    monkeypatch.setenv("JOB1", "sys.exit('the disk is on fire')")
+    monkeypatch.setenv("JOB2", "os.kill(os.getpid(), signal.SIGKILL)")
+    answer = command(*words)
+    folder = only(tmp_path)
+    assert answer.code == 128 + signal.SIGKILL
+    assert answer.err == ["the disk is on fire"]
+    assert [RunFolder(folder / job).done for job in "012"] == [False, False, True]
+    assert any(line.startswith("[1/3] seed=1: exit code 1 after") for line in answer.out)
+    assert any(line.startswith("[2/3] seed=2: exit code 137 after") for line in answer.out)
+    assert answer.out[-1].startswith("Jobs done: 1 of 3; the same command finishes the others. Compare")
+    assert not json.loads((folder / "sweep.json").read_text())["finished"]
+
+    # Again: only what is missing, in the same folder.
+    monkeypatch.delenv("JOB1")
+    monkeypatch.delenv("JOB2")
+    before = (folder / "2" / "results.json").stat().st_mtime_ns
+    answer = command(*words)
+    assert (answer.code, answer.err) == (0, [])
+    assert only(tmp_path) == folder
+    relative = folder.relative_to(tmp_path)
+    assert answer.out[0] == f"Continuing {relative}; jobs done so far: 1."
+    assert [line for line in answer.out if "done before" in line] == [f"[3/3] seed=3: done before, {relative}/2"]
+    assert [began(folder / job) for job in "012"] == [2, 2, 1]
+    assert (folder / "2" / "results.json").stat().st_mtime_ns == before
+    assert json.loads((folder / "sweep.json").read_text())["finished"]
+
+
+def test_another_job_in_a_folder_is_not_taken_for_done(command: Any, tmp_path: Path) -> None:
+    assert command("seed=1,2", PROCESS, "hydra.sweep.dir=here").code == 0
+    assert command("seed=1,3", PROCESS, "hydra.sweep.dir=here").code == 0
+    assert [began(tmp_path / "here" / job) for job in "01"] == [1, 2]
+
+
+def test_jobs_side_by_side(command: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for seed in "12":
+        other = tmp_path / "here" / str(2 - int(seed)) / "began"
+        monkeypatch.setenv(f"JOB{seed}", f"while not os.path.exists({str(other)!r}): time.sleep(0.02)")
+    answer = command("seed=1,2", PROCESS, "hydra.launcher.jobs=2", "hydra.sweep.dir=here")
+    assert answer.code == 0
+    assert [(tmp_path / "here" / job / "job.log").read_text() for job in "01"] == ["job 1 at work\n", "job 2 at work\n"]
+    assert not any("at work" in line for line in answer.out)
+    threads = json.loads((tmp_path / "here" / "0" / "environment").read_text())["OMP_NUM_THREADS"]
+    assert int(threads) >= 1
+
+
+@pytest.mark.parametrize("jobs", ["0", "-1", "two"])
+def test_jobs_side_by_side_are_a_number(jobs: str, command: Any) -> None:
+    code, out, err = command("seed=1", PROCESS, f"hydra.launcher.jobs={jobs}")
+    assert (code, out) == (2, [])
+    assert err == [f"hydra.launcher.jobs={jobs} is not allowed; it should be a whole number, at least 1."]
+
+
+def test_a_signal_ends_the_sweep_after_its_jobs(command: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A job that saves itself and one that cannot yet; those that wait are not begun."""
+    for trouble in ("signal.signal(signal.SIGTERM, lambda *_: sys.exit(75)); ", ""):
+        folder = tmp_path / f"sweep{len(trouble)}"
+        monkeypatch.setenv("JOB1", f"{trouble}os.kill(os.getppid(), signal.SIGTERM); time.sleep(30)")
+        answer = command("seed=1,2", PROCESS, f"hydra.sweep.dir={folder}")
+        assert answer.code == 75
+        assert answer.err == ["The sweep was stopped; the same command continues it."]
+        assert [began(folder / job) for job in "01"] == [1, 0]
+        assert not json.loads((folder / "sweep.json").read_text())["finished"]
+
+
+class Climber(Sweeper):
+    """Asks for one job at a time, the next seed as long as that is better."""
+
+    def __init__(self, most: int):
+        self.most, self.seen = most, list[float]()
+
+    def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
+        self.launcher: Any = Plugins.instance().instantiate_launcher(hydra_context, task_function, config)
+
+    def sweep(self, arguments: list[str]) -> Sequence[float]:
+        for number in range(self.most):
+            (answer,) = self.launcher.launch([[*arguments, f"seed={number}"]], initial_job_idx=number)
+            self.seen.append(answer.return_value)
+            if math.isnan(self.seen[-1]):
+                break
+        (Path("seen.json")).write_text(json.dumps(self.seen))
+        return self.seen
+
+
+def test_metrics_reach_the_sweeper(command: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Climber, "__module__", "hydra_plugins.test")
+    monkeypatch.setattr(Plugins, "_instantiate", instantiate(Plugins._instantiate))
+    monkeypatch.setenv("JOB2", "sys.exit(1)")
+    answer = command(
+        "method=simclr", PROCESS, "hydra.sweep.dir=here", "hydra.sweeper._target_=climber", "+hydra.sweeper.most=5"
+    )
+    assert answer.code == 1, answer.err
+    assert str(json.loads((tmp_path / "seen.json").read_text())) == "[0.0, 0.1, nan]"
+    assert [line for line in answer.out if line.endswith("here/1")] == ["[2/2] seed=1: here/1"]
+
+
+def instantiate(theirs: Any) -> Callable[..., Any]:
+    def ours(self: Any, config: DictConfig) -> Any:
+        return Climber(config.most) if config._target_ == "climber" else theirs(self, config)
+
+    return ours
+
+
+# -------------------------------------------------------------------------------------------------- folders and names
+
+
+def record(root: Path, name: str, command: list[str], finished: bool) -> str:
+    folder = root / name
+    folder.mkdir(parents=True)
+    (folder / "sweep.json").write_text(json.dumps({"command": command, "finished": finished}))
+    return str(folder)
+
+
+def test_a_sweep_finds_its_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    root, mine = tmp_path / "sweeps", ["-m", "seed=0,1"]
+    monkeypatch.setattr(sys, "argv", ["icl_msr.run", *mine])
+    assert Path(sweep_folder(str(root))).parent == root
+    assert not root.exists()
+    record(root, "2026-01-01_00-00-00", mine, finished=True)
+    record(root, "2026-01-03_00-00-00", ["-m", "seed=0,1,2"], finished=False)
+    assert sweep_folder(str(root)) > f"{root}/2026-01-04"
+    begun = record(root, "2026-01-02_00-00-00", mine, finished=False)
+    assert sweep_folder(str(root)) == begun
+    lock = os.open(begun, os.O_RDONLY)
+    assert sweeps._locks(lock)  # it runs
+    assert sweep_folder(str(root)) > f"{root}/2026-01-04"
+    os.close(lock)
+    assert sweep_folder(str(root)) == begun
+
+
+def test_two_sweeps_do_not_share_a_folder(command: Any, tmp_path: Path) -> None:
+    (tmp_path / "here").mkdir()
+    lock = os.open(tmp_path / "here", os.O_RDONLY)
+    assert sweeps._locks(lock)
+    code, out, err = command("seed=1,2", PROCESS, "hydra.sweep.dir=here")
+    os.close(lock)
+    assert (code, out) == (2, [])
+    assert err == ["here is another process's sweep; wait for its end, or choose another hydra.sweep.dir."]
+    assert list((tmp_path / "here").iterdir()) == []
+
+
+def test_a_sweep_is_no_rank(command: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    code, out, err = command("seed=1,2", PROCESS)
+    assert (code, out) == (2, [])
+    assert err == ["A sweep is started once, and 2 processes were; add hydra/launcher=process instead."]
+    assert not (tmp_path / "runs").exists()
+
+
+def test_several_devices_need_processes(command: Any) -> None:
+    words = ("seed=0,1", *DATA, *MODEL, "hardware=ddp", "hardware.accelerator=cpu", "hydra.sweep.dir=here")
+    code, out, err = command(*words)
+    assert code == 2
+    assert err == ["A sweep over several devices needs processes of its own for each job; add hydra/launcher=process."]
+    assert not [line for line in out if "epoch" in line]
+
+
+def test_what_a_run_is_called(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("WANDB_JOB_TYPE", raising=False)
+    fixed = ["dataset.train=64", "trainer.max_epochs=1"]
+    monkeypatch.setattr(sys, "argv", ["icl_msr.run", "-m", *fixed, "method=simclr,moco", "seed=0,1"])
+    assert job_type([*fixed, "method=moco", "seed=1"]) == "method=moco"  # what the sweep changes
+    monkeypatch.setattr(sys, "argv", ["icl_msr.run", "-m", *fixed, "seed=0,1"])
+    assert job_type([*fixed, "seed=1"]) == "dataset.train=64,trainer.max_epochs=1"
+    monkeypatch.setattr(sys, "argv", ["icl_msr.run", *fixed, "seed=1"])
+    assert job_type([*fixed, "seed=1"]) == "dataset.train=64,trainer.max_epochs=1"
+    assert job_type(["seed=1"]) is None
+    assert job_type([]) is None
+    assert job_type([f"a={'b' * 99}"]) == f"a={'b' * 62}"
+    monkeypatch.setenv("WANDB_JOB_TYPE", "baseline")
+    assert job_type([*fixed, "seed=1"]) == "baseline"
+
+
+# ----------------------------------------------------------------------------------------------------- the real program
+
+TRAINING = [*DATA, *MODEL, "trainer.log_every_n_steps=1", "trainer.online_every_n_epochs=1", "evaluation=none"]
+SIMPLE = [*TRAINING, "method=simclr", "regularizer=none", "logger=csv"]
+
+
+@pytest.fixture
+def programs(tmp_path: Path) -> Iterator[Programs]:
+    started = Programs(tmp_path)
+    yield started
+    started.close()
+
+
+def test_a_sweep_of_processes(programs: Programs, tmp_path: Path) -> None:
+    folder = tmp_path / "sweep"
+    words = [
+        "-m",
+        *SIMPLE,
+        "trainer.max_epochs=1",
+        "seed=0,1",
+        PROCESS,
+        "hydra.launcher.jobs=2",
+        f"hydra.sweep.dir={folder}",
+    ]
+    program = programs(*words)
+    assert program.wait() == 0, program.err
+    assert program.err == ""
+    values = [RunFolder(folder / job).metric() for job in "01"]
+    assert not any(map(math.isnan, values))
+    for number, value in enumerate(values):
+        (line,) = [line for line in program.out.splitlines() if f"[{number + 1}/2] seed={number}: metric" in line]
+        assert f"metric {value:.4f} after" in line
+        assert "epoch 1/1" in (folder / str(number) / "job.log").read_text()
+    assert program.out.splitlines()[-1] == f"Jobs done: 2 of 2. Compare them: python -m icl_msr.report {folder}"
+    programs.gone(30)
+
+
+@pytest.mark.slow
+def test_a_mistake_in_one_job(programs: Programs, tmp_path: Path) -> None:
+    """The others are run; again, they are left alone."""
+    folder = tmp_path / "sweep"
+    words = [
+        "-m",
+        *SIMPLE,
+        "trainer.max_epochs=1",
+        "loader.batch_size=1000000,16",
+        PROCESS,
+        f"hydra.sweep.dir={folder}",
+    ]
+    for attempt in range(2):
+        program = programs(*words)
+        assert program.wait() == 2
+        sentence = "loader.batch_size=1000000 is larger than the training split; set it to 64 or less."
+        assert program.err.splitlines() == [sentence]
+        assert "[1/2] loader.batch_size=1000000: exit code 2 after" in program.out
+        assert (f"[2/2] loader.batch_size=16: done before, {folder}/1" in program.out) == bool(attempt)
+        assert "Jobs done: 1 of 2; the same command finishes the others." in program.out
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("launcher", ["process", "serial"])
+def test_a_sweep_that_was_killed_goes_on(launcher: str, programs: Programs, tmp_path: Path) -> None:
+    """In its second job, which continues from its checkpoint; the first is not done again."""
+    words = ["-m", *SIMPLE, "trainer.max_epochs=12", "seed=0,1,2", f"hydra/launcher={launcher}"]
+    program = programs.start(*words)
+    root = tmp_path / "runs" / "sweeps"
+    until(lambda: (root.exists() and steps(next(root.iterdir()) / "1") > 20) or program.process.poll() is not None)
+    program.send(signal.SIGKILL)
+    program.wait()
+    programs.gone(30)
+    folder = only(tmp_path)
+    assert RunFolder(folder / "0").done
+    assert RunFolder(folder / "1").checkpoint.exists()
+    assert not RunFolder(folder / "1").done
+    before = (folder / "0" / "results.json").read_text()
+    program = programs(*words)
+    assert program.wait() == 0, program.err
+    assert only(tmp_path) == folder
+    relative = folder.relative_to(tmp_path)
+    assert program.out.splitlines()[0] == f"Continuing {relative}; jobs done so far: 1."
+    assert f"Continuing {folder}/1 from step" in program.out
+    assert program.out.splitlines()[-1] == f"Jobs done: 3 of 3. Compare them: python -m icl_msr.report {relative}"
+    assert (folder / "0" / "results.json").read_text() == before
+    assert program.out.count("epoch 12/12") == 2
+    programs.gone(30)
+
+
+FRAGILE = """
+from pathlib import Path
+from icl_msr.core.distributed import rank
+from icl_msr.methods import SimCLR
+
+class Fragile(SimCLR):
+    def targets(self, views):
+        if rank() == 1 and Path("trouble").exists() and self.training and self.steps() > 9:
+            raise RuntimeError("trouble in the second epoch")
+        return super().targets(views)
+
+    def steps(self):
+        self.calls = getattr(self, "calls", 0) + 1
+        return self.calls
+"""
+
+
+@pytest.mark.slow
+def test_a_sweep_of_runs_on_several_devices(programs: Programs, tmp_path: Path) -> None:
+    """Two methods, two seeds, two ranks each, with W&B; one method fails on purpose. -s prints the table."""
+    package = tmp_path / "home" / "fragile"
+    (package / "conf" / "method").mkdir(parents=True)
+    (package / "__init__.py").write_text(FRAGILE)
+    recipe = (config_dir() / "method" / "simclr.yaml").read_text()
+    (package / "conf" / "method" / "fragile.yaml").write_text(
+        recipe.replace("icl_msr.methods.SimCLR", "fragile.Fragile")
+    )
+    (tmp_path / "trouble").touch()
+    words = [
+        *("-m", "hydra.searchpath=[pkg://fragile.conf]", *TRAINING, "logger=wandb", "trainer.max_epochs=2"),
+        *("hardware=ddp", "hardware.accelerator=cpu", "regularizer=msr", "negatives=patch", PROCESS),
+        *("method=moco,byol,simclr,fragile", "seed=0"),
+    ]
+    environment = {"PYTHONPATH": str(package.parent), "WANDB_MODE": "offline"}
+    program = programs(*words, **environment)
+    folder = only(tmp_path)
+    show("First time", program.wait(), program.out, program.err, folder)
+    assert program.wait() == 1
+    assert program.err.splitlines() == [
+        "Rank 1 of 2 failed with RuntimeError: trouble in the second epoch; the run was stopped; "
+        f"see {folder}/3/rank-1.log."
+    ]
+    found = [sent(folder / job) for job in "0123"]
+    assert [len(runs) for runs in found] == [1, 1, 1, 1]
+    assert [runs[0].exit_code for runs in found] == [0, 0, 0, 1]
+    methods = ("moco", "byol", "simclr", "fragile")
+    assert [runs[0].run.job_type for runs in found] == [f"method={name}" for name in methods]
+    assert {runs[0].run.run_group for runs in found} == {folder.name}
+    assert len({runs[0].run.run_id for runs in found}) == 4
+    programs.gone(60)
+
+    (tmp_path / "trouble").unlink()
+    untouched = [(folder / job / "results.json").stat().st_mtime_ns for job in "012"]
+    program = programs(*words, **environment)
+    show("The same command again", program.wait(), program.out, program.err, folder)
+    assert program.wait() == 0, program.err
+    assert [(folder / job / "results.json").stat().st_mtime_ns for job in "012"] == untouched
+    assert program.out.count("done before") == 3
+    assert f"Continuing {folder}/3 from step 8." in program.out
+    found = [sent(folder / job) for job in "0123"]
+    assert [[run.exit_code for run in runs] for runs in found] == [[0], [0], [0], [1, 0]]
+    assert len({run.run.run_id for run in found[3]}) == 1  # W&B appends to the run that it knows
+    assert json.loads((folder / "sweep.json").read_text())["finished"]
+    programs.gone(60)
+
+
+def show(title: str, code: int, out: str, err: str, folder: Path) -> None:
+    print(f"\n== {title}: exit code {code}\n{out}{err}")
+    print(f"{'folder':<8}{'results':<9}{'W&B id':<10}{'group':<21}{'job type':<16}exit code")
+    for job in sorted(path for path in folder.iterdir() if path.is_dir()):
+        done = "yes" if RunFolder(job).done else "no"
+        for one in sent(job):
+            named = f"{one.run.run_id:<10}{one.run.run_group:<21}{one.run.job_type:<16}"
+            print(f"{job.name:<8}{done:<9}{named}{one.exit_code}")

@@ -1,0 +1,206 @@
+"""Non-semantic versions of test images: what an encoder that sees colours alone, or shapes alone, tells from them."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from omegaconf import OmegaConf
+from torch import Tensor, nn
+
+from icl_msr.core.config import config_dir
+from icl_msr.core.errors import UserError
+from icl_msr.core.randomness import keys
+from icl_msr.data.dataset import ArraySplit, Dataset
+from icl_msr.evaluation.cache import FeatureCache, split_identity
+from icl_msr.evaluation.metrics import Bootstrap
+from icl_msr.evaluation.suite import Results
+from icl_msr.evaluation.texture_only import NonSemanticVersions, TextureImages, by_name, read_superclasses
+from icl_msr.negatives import PatchNegatives, TextureNegatives
+
+CLASSES, SIZE = ["red bar", "red dot", "blue bar", "blue dot"], 32
+Make = Callable[..., TextureImages]
+
+
+def paint(k: int, i: int) -> Tensor:
+    """uint8 (3, S, S): a colour all over, and in it a light bar or dot, somewhere."""
+    image = torch.full((3, SIZE, SIZE), 40)
+    image[0 if k < 2 else 2] = 170 + i % 7
+    row, column = 4 + i % 5, 3 + i // 5 % 5
+    height, width = (3, 20) if k % 2 == 0 else (8, 8)
+    image[:, row : row + height, column : column + width] = 230
+    return image.to(torch.uint8)
+
+
+class Colour(nn.Module):
+    def forward(self, images: Tensor) -> Tensor:
+        return images.mean((2, 3))
+
+
+class Shape(nn.Module):
+    """Pictures are as wide as what is light in them."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        light = (images.amin(1) > 0.8).float()
+        return torch.stack([light.amax(1).sum(1), light.amax(2).sum(1)], 1)
+
+
+@pytest.fixture
+def dataset() -> Dataset:
+    labels = torch.arange(160) % 4
+    images = torch.stack([paint(k, i // 4) for i, k in enumerate(labels.tolist())])
+    split = ArraySplit(images, labels)
+    return Dataset("painted", CLASSES, SIZE, split, {"all": split, "few": ArraySplit(images[:9], labels[:9])})
+
+
+def node(name: str) -> Any:
+    return OmegaConf.to_container(OmegaConf.load(config_dir() / "negatives" / f"{name}.yaml"))
+
+
+@pytest.fixture
+def make() -> Make:
+    def build(**changes: Any) -> TextureImages:
+        standard: dict[str, Any] = {
+            "knn": ["icl"],
+            "linear": True,
+            "probe": "ours",
+            "learning_rates": [1e-2, 1e-1],
+            "probe_epochs": 30,
+            "probe_batch_size": 32,
+            "probe_held_out": 0.2,
+            "bootstrap": 100,
+            "untrained": True,
+            "batch_size": 64,
+            "generators": {name: node(name) for name in ("patch", "phase", "texture")},
+            "split": None,
+            "superclasses": None,
+        }
+        return TextureImages(**(standard | changes))
+
+    return build
+
+
+def rows(results: Results, level: str, classifier: str = "linear") -> dict[str, Any]:
+    return {
+        row["images"]: row
+        for row in results.textures
+        if (row["level"], row["classifier"], row["encoder"]) == (level, classifier, "trained")
+    }
+
+
+def test_colours_are_told_from_what_is_left_and_shapes_are_not(make: Make, dataset: Dataset) -> None:
+    """Of an encoder that sees both, a class is told as far as its colour goes: the superclass, and half of the rest."""
+    dataset.superclasses = ["red", "red", "blue", "blue"]
+
+    class Both(nn.Module):
+        def forward(self, images: Tensor) -> Tensor:
+            return torch.cat([10 * Colour()(images), Shape()(images)], 1)
+
+    evaluation = make()
+    results = evaluation(Both(), dataset, device="cpu", seed=0, untrained_encoder=Shape())
+    json.dumps(results.records(), allow_nan=False)
+    fine, coarse = rows(results, "fine"), rows(results, "coarse")
+    assert list(fine) == list(coarse) == ["all", "only_patch", "only_phase", "only_texture"]
+    assert fine["all"]["top1"] > 0.95
+    for name in list(fine)[1:]:
+        assert coarse[name]["top1"] > 0.95
+        assert fine[name]["top1"] < 0.75
+        assert list(fine[name]["by_class"]) == CLASSES
+        assert list(coarse[name]["by_class"]) == ["red", "blue"]
+        assert fine[name]["top1"] == pytest.approx(np.mean(list(fine[name]["by_class"].values())))
+    assert {row["chance"] for row in fine.values()} == {0.25}
+    assert {row["chance"] for row in coarse.values()} == {0.5}
+    names = {"/".join((r["classifier"], r["fitted_on"], r["split"])) for r in results.accuracies}
+    assert names == set(evaluation.names(dataset))
+    for accuracy in results.accuracies:
+        where = f"{accuracy['encoder']}/{accuracy['classifier']}/train/{accuracy['split']}"
+        predicted, labels = results.predictions[where], results.predictions[f"labels/{accuracy['split']}"]
+        assert accuracy["top1"] == pytest.approx(np.mean(predicted == labels))
+    of = ("only_patch - chance", "linear", "trained")
+    (gap,) = (row for row in results.gaps if (row["gap"], row["classifier"], row["encoder"]) == of)
+    assert gap["points"] == pytest.approx(100 * (fine["only_patch"]["top1"] - 0.25), abs=1e-4)
+    assert gap["low"] <= gap["points"] <= gap["high"]
+
+
+def test_images_are_those_of_the_generator(dataset: Dataset) -> None:
+    keys_of = {name: value for name, value in node("patch").items() if name != "_target_"}
+    patch = PatchNegatives(**keys_of)
+    split = dataset.tests["few"]
+    versions = NonSemanticVersions(split, patch, 3, torch.device("cpu"))
+    assert len(versions) == 9
+    assert torch.equal(versions.labels, split.labels)
+    images, index = split.load(torch.arange(9)), torch.arange(9)
+    expected = patch(images, keys(3, 0, index, -200))[:, 0]
+    assert versions.load(index).dtype == torch.uint8
+    assert torch.equal(versions.load(index), expected)
+    assert torch.equal(versions.load(torch.tensor([7, 2])), expected[[7, 2]])
+    texture = TextureNegatives(**{name: value for name, value in node("texture").items() if name != "_target_"})
+    identities = {
+        split_identity(NonSemanticVersions(part, generator, seed, torch.device("cpu")))
+        for part in dataset.tests.values()
+        for generator in (patch, PatchNegatives(**{**keys_of, "largest": 32}), texture)
+        for seed in (0, 1)
+    }
+    assert len(identities) == 12
+
+
+def test_a_noise_that_leaves_the_range_is_cut(dataset: Dataset) -> None:
+    def louder(query: Tensor, keys: Tensor) -> Tensor:
+        return (3 * query - 300.4)[:, None]
+
+    versions = NonSemanticVersions(dataset.tests["few"], louder, 0, torch.device("cpu"))
+    expected = (3 * dataset.tests["few"].load(torch.arange(9)).double() - 300.4).round().clamp(0, 255)
+    assert torch.equal(versions.load(torch.arange(9)).double(), expected)
+
+
+def test_classes_of_one_name_count_as_one() -> None:
+    predicted, labels = torch.tensor([0, 1, 2, 2, 1, 3]), torch.tensor([0, 0, 0, 2, 1, 1])
+    fine = by_name(predicted, labels, ["a", "b", "c", "d"], Bootstrap(10, 0))
+    assert fine["by_class"] == {"a": 1 / 3, "b": 1 / 2, "c": 1.0, "d": None}
+    assert fine["top1"] == pytest.approx(3 / 6)
+    coarse = by_name(predicted, labels, ["x", "x", "y", "y"], Bootstrap(10, 0))
+    assert coarse["by_class"] == {"x": 3 / 5, "y": 1.0}
+    assert coarse["top1"] == pytest.approx(4 / 6)
+    uneven = by_name(predicted, labels, ["x", "x", "x", "y"], Bootstrap(10, 0))
+    assert uneven["chance"] == pytest.approx(0.75)  # all images are of x, which has three of four classes
+
+
+def test_batch_size_and_cache_do_not_matter(make: Make, dataset: Dataset, tmp_path: Path) -> None:
+    one = make()(Colour(), dataset, device="cpu", seed=0).records()
+    assert make(batch_size=9)(Colour(), dataset, device="cpu", seed=0).records() == one
+    cache = FeatureCache(tmp_path / "cache")
+    assert make()(Colour(), dataset, device="cpu", seed=0, extractor=cache).records() == one
+    assert make()(Colour(), dataset, device="cpu", seed=1).records() != one
+
+
+def test_superclasses_from_a_file(make: Make, dataset: Dataset, tmp_path: Path) -> None:
+    file = tmp_path / "kinds.csv"
+    file.write_text("class,superclass,note\n" + "".join(f"{name},{name.split()[1]},\n" for name in reversed(CLASSES)))
+    assert read_superclasses(file, CLASSES) == ["bar", "dot", "bar", "dot"]
+    dataset.superclasses = ["red", "red", "blue", "blue"]
+    results = make(superclasses=str(file), split="few")(Colour(), dataset, device="cpu", seed=0)
+    assert list(rows(results, "coarse")["only_patch"]["by_class"]) == ["bar", "dot"]
+    assert {row["split"] for row in results.textures} == {"few"}
+
+
+def test_mistakes(make: Make, dataset: Dataset, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"evaluation.split=al is no test split; did you mean all"):
+        make(split="al").names(dataset)
+    with pytest.raises(UserError, match=r"evaluation.generators.patch.smallest=0 is not allowed"):
+        make(generators={"patch": {**node("patch"), "smallest": 0}})
+    cached = {**node("cached"), "folder": "textures"}
+    with pytest.raises(UserError, match=r"evaluation.generators.old is no generator .* ~evaluation.generators.old\."):
+        make(generators={"old": cached})
+    file = tmp_path / "kinds.csv"
+    for content, said in (
+        (None, "is no file of superclasses; .* columns class and superclass"),
+        ("a,b\nc,d\n", "is no file of superclasses"),
+        ("class,superclass\nred bar,red\nred dot,\n", r"no superclass for 3 classes, the first is red dot; add a line"),
+    ):
+        if content is not None:
+            file.write_text(content)
+        with pytest.raises(UserError, match=said):
+            make(superclasses=str(file)).names(dataset)

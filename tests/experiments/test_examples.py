@@ -1,0 +1,53 @@
+"""The examples run, and train what they say."""
+
+import math
+import subprocess
+import sys
+from importlib.util import module_from_spec, spec_from_file_location
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+from icl_msr.core.errors import UserError
+from icl_msr.regularizers import MetaSemanticRegularizer
+
+EXAMPLES = Path(__file__).parents[2] / "experiments" / "examples"
+
+
+def load(name: str) -> ModuleType:
+    spec = spec_from_file_location(name, EXAMPLES / f"{name}.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize("name", ["msr_plain", "msr_lightly"])
+def test_msr_in_a_loop_of_ones_own(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = load(name).main()
+    assert len(rows) == 3
+    for row in rows:
+        assert all(map(math.isfinite, row.values()))
+        assert row["meta_grad_norm"] > 0
+        assert row["uniformity_grad_norm"] > 0
+    assert rows[-1]["loss"] < rows[0]["loss"]
+    assert rows[-1]["uniformity"] < rows[0]["uniformity"]
+    assert capsys.readouterr().out.count("meta_grad_norm") == 3
+
+
+def test_the_regularizer_needs_no_lightning() -> None:
+    """And neither Hydra nor W&B."""
+    code = "import sys, icl_msr.regularizers; print({'pytorch_lightning', 'hydra', 'wandb'} & set(sys.modules))"
+    told = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert told.stdout.strip() == "set()"
+
+
+def test_defaults_are_those_of_the_config_and_keys_are_checked() -> None:
+    regularizer = MetaSemanticRegularizer.with_defaults(16, None, seed=0, lam=0.25)
+    assert (regularizer.lam, regularizer.gamma, regularizer.temperature) == (0.25, 1.0, 0.5)
+    with pytest.raises(UserError, match=r"regularizer\.lambda is not a key .* did you mean lam"):
+        MetaSemanticRegularizer.with_defaults(16, None, seed=0, **{"lambda": 1.0})
+    with pytest.raises(UserError, match=r"regularizer\.weights=\"metta\" is not allowed"):
+        MetaSemanticRegularizer.with_defaults(16, None, seed=0, weights="metta")

@@ -1,0 +1,116 @@
+"""Grids of runs: what is left to do, and the statistics of the table."""
+
+import importlib.util
+import json
+import statistics
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+from scipy.stats import ttest_rel
+from tiny import DATA, MODEL
+
+FILE = Path(__file__).parents[2] / "experiments" / "study.py"
+GRID = """
+common: regularizer=none loader.batch_size=8
+large: dataset.train=$many
+seeds: [0, 1]
+headline: [linear/train/full, knn/train/test]
+rows:
+  plain: {words: method=simclr}
+  other: {words: method=byol $large, seeds: [3], baseline: plain}
+  elsewhere: {words: method=byol dataset.root=$folder}
+"""
+
+
+@pytest.fixture(scope="module")
+def study() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("study", FILE)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    (tmp_path / "grid.yaml").write_text(GRID)
+    return tmp_path
+
+
+def record(folder: Path, row: str, seed: int, **metrics: float) -> None:
+    with (folder / "results.jsonl").open("a") as file:
+        content: dict[str, Any] = {
+            "row": row,
+            "seed": seed,
+            "metrics": {k.replace("_", "/"): v for k, v in metrics.items()},
+        }
+        file.write(json.dumps(content) + "\n")
+
+
+def test_rows_without_their_data_wait(study: ModuleType, folder: Path) -> None:
+    assert list(study.rows(folder, {})) == ["plain"]
+    rows = study.rows(folder, {"many": "64"})
+    assert list(rows) == ["plain", "other"]
+    assert rows["plain"]["words"] == ["regularizer=none", "loader.batch_size=8", "method=simclr"]
+    assert rows["other"]["words"][-1] == "dataset.train=64"
+    assert rows["other"]["seeds"] == [3]
+
+
+def test_only_what_is_missing_is_run(study: ModuleType, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    def execute(folder: Path, name: str, words: list[str], then: dict[str, list[str]], seed: int) -> dict[str, Any]:
+        asked.append((name, seed))
+        return {"metrics": {}}
+
+    monkeypatch.setattr(study, "execute", execute)
+    record(folder, "plain", 1)
+    study.run(folder, {"many": "64"}, jobs=2)
+    assert sorted(asked) == [("other", 3), ("plain", 0)]
+    study.run(folder, {"many": "64"}, jobs=2)
+    assert len(asked) == 2
+
+
+def test_paired_differences(study: ModuleType) -> None:
+    first, second = [50.0, 52.0, 51.0, 55.0], [48.0, 51.5, 50.0, 52.0]
+    values = [a - b for a, b in zip(first, second, strict=True)]
+    low, high = ttest_rel(first, second).confidence_interval(0.95)
+    found = study.difference(values).replace("−", "-").strip("*")
+    assert found.startswith(f"{statistics.fmean(values):+.1f} ({low:.1f} to {high:.1f}; ")
+    assert study.difference([1.0, 1.1, 0.9]).startswith("**+1.0")
+    assert not study.difference([1.0, -1.0, 0.5]).startswith("**")
+
+
+def test_rows_of_other_data_stand_in_tables_of_their_own(study: ModuleType, folder: Path) -> None:
+    record(folder, "plain", 0, linear_train_full=50.0)
+    record(folder, "plain", 1, linear_train_full=52.0)
+    record(folder, "other", 0, linear_train_full=51.0)
+    record(folder, "other", 1, linear_train_full=54.0)
+    record(folder, "elsewhere", 0, knn_train_test=20.0)
+    lines = study.table(folder).splitlines()
+    assert "| plain | 2 | 51.0 ± 1.4 |" in lines
+    assert "| elsewhere | 1 | 20.0 |" in lines
+    assert any(line.startswith("| other | plain | +1.5 (") for line in lines)
+    assert sum("mean ± std" in line for line in lines) == 2
+
+
+@pytest.mark.slow
+def test_a_real_run_leaves_a_line(study: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    words = " ".join(
+        [*DATA, *MODEL, "trainer.max_epochs=1", "trainer.log_every_n_steps=2", "evaluation=light", "logger=csv"]
+    )
+    again = "evaluation=light evaluation.untrained=false hardware=cpu"
+    (tmp_path / "grid.yaml").write_text(
+        f"common: {words}\nseeds: [0]\nheadline: [knn-dino/train/original]\nevaluations: {{again: {again}}}\n"
+        "rows:\n  one: {words: method=simclr, then: [again]}\n"
+    )
+    study.run(tmp_path, {}, jobs=1)
+    (found,) = study.records(tmp_path)
+    assert found["row"] == "one"
+    assert 0 <= found["metrics"]["knn-dino/train/original"] <= 100
+    assert found["metrics"]["again: knn-dino/train/original"] == found["metrics"]["knn-dino/train/original"]
+    assert found["curves"]["loss"]

@@ -1,0 +1,656 @@
+"""Reports from run folders written here: what a page says is what the files say."""
+
+import base64
+import csv
+import json
+import math
+import os
+import re
+import shutil
+import statistics
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import matplotlib.image
+import numpy as np
+import pytest
+from omegaconf import OmegaConf
+
+from icl_msr.core.errors import UserError
+from icl_msr.report import summarise, words, write_report, write_summary
+from icl_msr.report.__main__ import main
+from icl_msr.report.output import as_markdown
+from icl_msr.report.page import _curve_plots, _mean_curve, _races
+from icl_msr.report.runs import Curve, Look, Results, Run
+from icl_msr.report.summary import GAIN, Metric, best, headline
+
+SPLITS = ("original", "mixed_same", "mixed_rand", "only_fg", "only_bg")
+LINEAR_TRAIN = {"classifier": "linear", "fitted_on": "train"}
+
+
+def top1(method: str, regularizer: str, seed: int, encoder: str, classifier: str, fitted_on: str, split: str) -> float:
+    """A plausible accuracy, the same at every call."""
+    base = {"original": 0.84, "mixed_same": 0.80, "mixed_rand": 0.47, "only_fg": 0.42, "only_bg": 0.55}[split]
+    if fitted_on == "balanced":
+        base = {"original": 0.58, "mixed_same": 0.57, "mixed_rand": 0.52, "only_fg": 0.50, "only_bg": 0.16}[split]
+    base += 0.04 * (regularizer == "msr") * (1 if split in ("mixed_rand", "only_fg") else -1)
+    base -= 0.03 * (classifier != "linear") + 0.02 * (method == "byol")
+    if encoder == "untrained":
+        base = 0.1 + 0.45 * (base - 0.1)
+    wobble = math.sin(hash((seed * 7, len(split), len(method))) % 97) * 0.012
+    return round(base + wobble, 4)
+
+
+def write_run(folder: Path, method: str = "moco", regularizer: str = "msr", seed: int = 0, **config: Any) -> Path:
+    """A whole run on the confounded data set."""
+    folder.mkdir(parents=True)
+    (folder / "figures").mkdir()
+    choices = {"method": method, "regularizer": regularizer, "negatives": "none", "backbone": "tiny"}
+    choices |= {"dataset": "confounded", "augment": "small", "optimizer": "adam", "hardware": "cpu", "logger": "csv"}
+    settings: dict[str, Any] = {
+        "seed": seed,
+        "method": {
+            "_target_": f"icl_msr.methods.{method}",
+            "temperature": 0.2,
+            "queue_size": 4096,
+            "momentum": 0.99,
+            "head": {"hidden": 512, "out": 128, "batch_norm": True},
+        },
+        "regularizer": {"_target_": f"icl_msr.regularizers.{regularizer}", "weight": 1.0, "gamma": 1.0, "strata": 6},
+        "negatives": None,
+        "backbone": {"_target_": "icl_msr.models.backbones.tiny", "stem": "small", "weights": None},
+        "dataset": {"_target_": "icl_msr.data.confounded", "rho": 0.9, "size": 32, "count": 20000, "train_on": "full"},
+        "augment": {"crop": {"scale": [0.2, 1.0], "ratio": [0.75, 1.3333333]}, "flip": 0.5, "gray": 0.1},
+        "optimizer": {"_target_": "torch.optim.Adam", "lr": 0.003, "weight_decay": 1e-6, "batch_size": 256},
+        "logger": {"version": str(folder)},
+        "trainer": {"max_epochs": 12, "precision": "32-true"},
+    }
+    for key, value in config.items():
+        group, _, name = key.partition("__")
+        settings[group][name] = value
+    OmegaConf.save(OmegaConf.create(settings), folder / "config.yaml")
+
+    accuracies = []
+    for encoder in ("trained", "untrained"):
+        for classifier in ("knn-dino", "linear"):
+            for fitted_on in ("train", "balanced"):
+                for split in SPLITS:
+                    value = top1(method, regularizer, seed, encoder, classifier, fitted_on, split)
+                    accuracies.append(
+                        {
+                            "encoder": encoder,
+                            "classifier": classifier,
+                            "fitted_on": fitted_on,
+                            "split": split,
+                            "top1": value,
+                            "low": value - 0.03,
+                            "high": value + 0.03,
+                            "n": 1000,
+                        }
+                    )
+    lookup = {(a["encoder"], a["classifier"], a["fitted_on"], a["split"]): a["top1"] for a in accuracies}
+    gaps = []
+    for encoder, classifier, fitted_on in dict.fromkeys(key[:3] for key in lookup):
+        at = {split: lookup[encoder, classifier, fitted_on, split] for split in SPLITS}
+        for name, points in (
+            ("bg_gap", at["mixed_same"] - at["mixed_rand"]),
+            ("original - mixed_rand", at["original"] - at["mixed_rand"]),
+            ("original - only_fg", at["original"] - at["only_fg"]),
+            ("only_bg - chance", at["only_bg"] - 0.1),
+        ):
+            points = round(100 * points, 4)
+            gaps.append(
+                {
+                    "encoder": encoder,
+                    "classifier": classifier,
+                    "fitted_on": fitted_on,
+                    "gap": name,
+                    "points": points,
+                    "low": points - 2.5,
+                    "high": points + 2.4,
+                }
+            )
+    results = {
+        "name": f"{method}-{regularizer}-none-confounded",
+        "choices": choices,
+        "seed": seed,
+        "derived": {"effective_learning_rate": 0.003, "total_steps": 936, "meta_interval": 4},
+        "parameters": 307_456,
+        "wall_time_s": 203.4,
+        "images_per_second": 2310.5,
+        "peak_memory_mb": 842.0,
+        "classes": ["disk", "ring", "square", "star", "heart", "moon", "cross", "arrow", "drop", "gear"],
+        "chance": 0.1,
+        "train_on": "full",
+        "first": {"online/knn": 0.31, "loss": 8.1},
+        "final": {"online/knn": 0.78, "loss": 5.2},
+        "accuracies": accuracies,
+        "gaps": gaps,
+        "probes": [
+            {"encoder": "trained", "fitted_on": "train", "learning_rate": 0.01, "held_out_top1": 0.83},
+            {"encoder": "trained", "fitted_on": "balanced", "learning_rate": 0.003, "held_out_top1": 0.55},
+        ],
+    }
+    (folder / "results.json").write_text(json.dumps(results))
+    (folder / "environment.json").write_text(
+        json.dumps(
+            {
+                "command": f"python -m icl_msr.run method={method} regularizer={regularizer} seed={seed}",
+                "commit": "95ada6b0c1",
+                "config_hash": "5f1d20aa",
+                "python": "3.11.9",
+                "torch": "2.9.0",
+                "hardware": "2 CPU cores",
+                "started": "2025-11-22T07:12:00",
+            }
+        )
+    )
+    load = "import torchvision\nfrom safetensors.torch import load_file\n\nencoder = torchvision.models.resnet18()\n"
+    (folder / "encoder.json").write_text(json.dumps({"load": load + 'encoder.load_state_dict(load_file("encoder"))'}))
+    write_metrics(folder / "metrics.csv")
+    noise = np.random.default_rng(0).uniform(size=(96, 480, 3))
+    matplotlib.image.imsave(folder / "figures/views.png", noise)
+    matplotlib.image.imsave(folder / "figures/strata.png", noise)
+    (folder / "figures/captions.json").write_text(
+        json.dumps({"strata.png": "Strata <a> & b", "views.png": "Two views."})
+    )
+    return folder
+
+
+def write_metrics(file: Path) -> None:
+    """Sparse rows, as Lightning's CSVLogger writes them."""
+    names = ["epoch", "step", "loss", "loss/contrastive", "loss/msr", "msr/meta_grad_norm", "msr/uniformity_grad_norm"]
+    names += ["msr/uniformity", "lr", "embedding_std", "images_per_second", "online/knn", "online/probe"]
+    random = np.random.default_rng(1)
+    with file.open("w", newline="") as out:
+        writer = csv.DictWriter(out, names)
+        writer.writeheader()
+        for step in range(0, 936, 4):
+            t, noise = step / 936, random.normal(scale=0.1)
+            row: dict[str, float] = {"epoch": step // 78, "step": step, "lr": 0.003 * min(1, 8 * t)}
+            row |= {"loss": 8 - 3 * t + noise, "loss/contrastive": 5 - 2 * t + noise, "loss/msr": 3 - t}
+            row |= {"msr/meta_grad_norm": 1e-3 * math.exp(-2 * t), "msr/uniformity_grad_norm": 0.3 * math.exp(-t)}
+            writer.writerow(row | {"msr/uniformity": -0.3 - t, "images_per_second": 2300 + 200 * noise})
+            if step % 78 == 0:
+                monitors = {
+                    "embedding_std": 0.05 + 0.02 * t,
+                    "online/knn": 0.3 + 0.5 * t,
+                    "online/probe": 0.35 + 0.4 * t,
+                }
+                writer.writerow({"epoch": step // 78, "step": step} | monitors)
+
+
+def write_box_run(folder: Path, train_on: str, full: float, fg: float, seed: int = 0) -> Path:
+    """A run on a data set with boxes."""
+    folder.mkdir(parents=True)
+    config = {"seed": seed, "method": {"temperature": 0.2}, "dataset": {"train_on": train_on}}
+    OmegaConf.save(OmegaConf.create(config), folder / "config.yaml")
+    accuracies = [
+        {"encoder": "trained", **LINEAR_TRAIN, "split": split, "top1": value}
+        for split, value in (("full", full), ("fg", fg))
+    ]
+    gap = {"encoder": "trained", **LINEAR_TRAIN, "gap": "full - fg", "points": 100 * (full - fg)}
+    choices = {"method": "moco", "dataset": "imagefolder"}
+    results = {"name": "moco", "choices": choices, "seed": seed, "train_on": train_on}
+    (folder / "results.json").write_text(json.dumps(results | {"accuracies": accuracies, "gaps": [gap]}))
+    return folder
+
+
+class Page(HTMLParser):
+    """What a test wants to know of a page."""
+
+    def __init__(self, file: Path) -> None:
+        super().__init__()
+        self.sources: list[str] = []
+        self.links: list[str] = []
+        self.tags: list[str] = []
+        self.open: list[str] = []
+        self.tables: dict[str, list[list[str]]] = {}
+        self.table: list[list[str]] = []
+        self.text = file.read_text()
+        self.feed(self.text)
+        assert not self.open, self.open
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        known = dict(attrs)
+        self.tags.append(tag)
+        if tag not in ("meta", "img", "source", "link", "br"):
+            self.open.append(tag)
+        self.sources += [known[name] or "" for name in ("src", "srcset") if name in known]
+        if "href" in known:
+            self.links.append(known["href"] or "")
+        if tag == "table":
+            self.table = self.tables[known.get("id") or known.get("class") or str(len(self.tables))] = []
+        elif tag == "tr":
+            self.table.append([])
+        elif tag in ("td", "th"):
+            self.table[-1].append("")
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        if {"td", "th"} & set(self.open):
+            self.table[-1][-1] += (" " if self.open[-1] == "small" else "") + data.strip()
+
+    def assert_self_contained(self) -> None:
+        assert all(source.startswith("data:image/") for source in self.sources)
+        assert not {"script", "link", "iframe"} & set(self.tags)
+        assert not re.search(r"url\(|@import|https?://", self.text)
+
+
+def test_page_is_self_contained_and_its_numbers_are_the_files(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run")
+    file = write_report(run)
+    assert file == run / "report.html"
+    page = Page(file)
+    page.assert_self_contained()
+    pictures = [source for source in page.sources if source.startswith("data:image/png")]
+    assert [base64.b64decode(p.split(",")[1]) for p in pictures] == [
+        (run / "figures" / name).read_bytes() for name in ("strata.png", "views.png")
+    ]
+    assert "Strata &lt;a&gt; &amp; b" in page.text
+
+    results = json.loads((run / "results.json").read_text())
+    rows, fitted_on = {}, ""
+    for row in page.tables["matrix"][1:]:
+        if len(row) == 1:
+            fitted_on = "balanced" if "balanced" in row[0] else "train"
+        else:
+            rows[row[0], row[1], fitted_on] = dict(zip(SPLITS, row[2:], strict=True))
+    assert len(rows) == 8
+    for a in results["accuracies"]:
+        interval = f"{100 * a['low']:.1f} to {100 * a['high']:.1f}"
+        assert rows[a["encoder"], a["classifier"], a["fitted_on"]][a["split"]] == f"{100 * a['top1']:.1f} {interval}"
+    shown = [cell.split(" ")[0].replace("−", "-") for row in page.tables["gaps"][1:] for cell in row[2:]]
+    assert sorted(shown) == sorted(f"{gap['points']:+.1f}" for gap in results["gaps"])
+
+
+def test_answer_names_the_loss_its_interval_and_the_untrained_encoder(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run")
+    results = Results.model_validate_json((run / "results.json").read_text())
+    gap, untrained = (words.find_gap(results, "bg_gap", "linear", "train", e) for e in ("trained", "untrained"))
+    assert gap
+    assert untrained
+    said = " ".join(words.answer(results))
+    assert f"loses {gap.points:.1f} points (95 % interval {gap.low:.1f} to {gap.high:.1f})" in said
+    assert f"On the untrained encoder it loses {untrained.points:.1f} points" in said
+    balanced = words.find_accuracy(results, "mixed_rand", "linear", "balanced", "trained")
+    assert balanced
+    assert f"right on {100 * balanced.top1:.1f} %" in said
+    gap.points, gap.low, gap.high = -1.0, -3.0, 1.5
+    said = words.answer(results)[0]
+    assert "gains 1.0 points (95 % interval −1.5 to 3.0)" in said
+    assert "not distinguishable" in said
+
+
+def test_what_is_said_of_shape_and_texture() -> None:
+    biased = {"encoder": "trained", "classifier": "linear", "fitted_on": "train", "classes": ["cat", "dog"], "n": 80}
+    biased |= {"decided": 40, "shape_bias": 0.65, "low": 0.5, "high": 0.8, "shape": 0.325, "texture": 0.175}
+    read = [
+        {"encoder": "trained", "cue": cue, "accuracy": value, "low": 0.1, "high": 0.9, "n": 80, "chance": 0.5}
+        for cue, value in (("shape", 0.75), ("texture", 0.25))
+    ]
+    row = {"encoder": "trained", **LINEAR_TRAIN, "top1": 0.325}
+    found = Results(seed=0, accuracies=[{**row, "split": "conflict_shape"}], shape=[biased], decodability=read)
+    assert words.answer(found) == [
+        "Where shape and texture contradict each other, a linear classifier on the encoder goes by the shape in 65.0 % "
+        "(95 % interval 50.0 to 80.0) of the 40 images that it names by either.",
+        "Fitted to other stimuli, probes read the shape of 75.0 % and the texture of 25.0 %; chance is 50.0 %.",
+    ]
+    found.accuracies.insert(0, found.accuracies[0].model_copy(update={"split": "test"}))
+    assert "were not told apart" in words.answer(found)[0]
+    assert "goes by the shape" in " ".join(words.answer(found))
+
+
+def test_a_part_of_the_labels_is_said_and_texture_has_no_winner(tmp_path: Path) -> None:
+    row = {"encoder": "trained", "classifier": "linear-10%", "fitted_on": "train", "split": "test", "top1": 0.5}
+    said = words.answer(Results(seed=0, accuracies=[row]))
+    assert "A linear probe on the frozen encoder with 10 % of the labels reaches 50.0 % on test." in said
+    for name in ("none", "msr"):
+        write_run(tmp_path / name, "moco", name)
+    rows = summarise([tmp_path]).configurations
+    assert best(Metric("mixed_rand", "linear", "train"), rows) is not None
+    assert best(Metric("only_bg", "linear", "train"), rows) is None
+    assert best(Metric("bg_gap", "linear", "train", GAIN), rows) is None
+
+
+def test_page_without_optional_parts(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "results.json").write_text('{"seed": 0}')
+    page = Page(write_report(run))
+    page.assert_self_contained()
+    assert "not evaluated" in page.text
+
+    accuracy = {"encoder": "trained", **LINEAR_TRAIN, "split": "test", "top1": 0.5}
+    (run / "results.json").write_text(json.dumps({"seed": 0, "accuracies": [accuracy]}))
+    (run / "metrics.csv").write_text("epoch,step,loss,msr/meta_grad_norm\n0,0,nan,0.0\n0,1,,\n")
+    page = Page(write_report(run))
+    assert "50.0 % on test" in page.text
+    assert "were not told apart" in page.text
+    assert summarise([run]).configurations[0].metrics[Metric("test", "linear", "train")].mean == 50
+
+
+def test_one_row_a_configuration_with_mean_and_std_over_seeds(tmp_path: Path) -> None:
+    for method in ("moco", "byol"):
+        for regularizer in ("none", "msr"):
+            for seed in range(3):
+                write_run(tmp_path / "deep" / f"{method}-{regularizer}-{seed}", method, regularizer, seed)
+    summary = summarise([tmp_path, tmp_path / "deep"])
+    assert [c.labels for c in summary.configurations] == [
+        {"method": method, "regularizer": regularizer} for method in ("byol", "moco") for regularizer in ("none", "msr")
+    ]
+    metric = Metric("mixed_rand", "linear", "train")
+    expected = [100 * top1("byol", "none", seed, "trained", "linear", "train", "mixed_rand") for seed in range(3)]
+    statistic = summary.configurations[0].metrics[metric]
+    assert statistic.values == pytest.approx(tuple(expected))
+    assert statistic.mean == pytest.approx(sum(expected) / 3)
+    assert statistic.std == pytest.approx(np.std(expected, ddof=1))
+    gain = summary.configurations[0].metrics[metric._replace(encoder=GAIN)]
+    reference = [100 * top1("byol", "none", seed, "untrained", "linear", "train", "mixed_rand") for seed in range(3)]
+    assert gain.std == pytest.approx(statistics.stdev(a - b for a, b in zip(expected, reference, strict=True)))
+
+    files = write_summary(summary, tmp_path)
+    assert [file.name for file in files] == ["summary.csv", "summary.md", "summary.json", "report.html", "summary.tex"]
+    with files[0].open() as lines:
+        table = list(csv.DictReader(lines))
+    assert len(table) == 4
+    assert table[0]["seeds"] == "0 1 2"
+    assert float(table[0][str(metric)]) == pytest.approx(statistic.mean)
+    assert float(table[0][f"{metric} std"]) == pytest.approx(statistic.std)
+    everything = json.loads(files[2].read_text())
+    assert [c["seeds"] for c in everything["configurations"]] == [[0, 1, 2]] * 4
+    page = Page(files[3])
+    page.assert_self_contained()
+    assert [row[:3] for row in page.tables["headline"][1:]][1] == ["byol", "msr", "3"]
+    for row, c in zip(page.tables["headline"][1:], summary.configurations, strict=True):
+        for cell, column in zip(row[3:], headline(summary.configurations), strict=True):
+            assert cell.lstrip("+") == str(c.metrics[column])
+
+
+def test_curves_of_the_configurations_are_drawn_together(tmp_path: Path) -> None:
+    for method, seed, rows in (("moco", 0, 3), ("moco", 1, 2), ("byol", 0, 3)):
+        run = write_run(tmp_path / f"{method}-{seed}", method, seed=seed)
+        lines = [f"{i},{10 * i},{(0.1 * i + 0.02 * seed):.3f}" for i in range(1, rows + 1)]
+        (run / "metrics.csv").write_text("\n".join(["epoch,step,online/knn", *lines]) + "\n")
+    byol, moco = summarise([tmp_path]).configurations
+    curve = _mean_curve(moco, "online/knn")
+    assert curve is not None
+    assert curve.steps == [10, 20]
+    assert curve.values == pytest.approx([11, 21])
+    assert _mean_curve(byol, "loss") is None
+    (plot,) = _races([byol, moco])
+    svg = base64.b64decode(plot.light.partition(",")[2]).decode()
+    assert svg.index(">byol<") < svg.index(">moco<")  # 30 % against 21 %
+    assert _races([byol]) == []
+
+
+def test_only_what_differs_is_a_column(tmp_path: Path) -> None:
+    write_run(tmp_path / "a", regularizer="none", optimizer__lr=0.01)
+    write_run(tmp_path / "b", regularizer="none", optimizer__lr=0.002)
+    labels = [c.labels for c in summarise([tmp_path]).configurations]
+    assert labels == [{"optimizer.lr": "0.002"}, {"optimizer.lr": "0.01"}]
+    write_run(tmp_path / "c", regularizer="msr", regularizer__weight=0.5, optimizer__lr=0.01)
+    labels = [c.labels for c in summarise([tmp_path]).configurations]
+    assert [tuple(label) for label in labels] == [("regularizer", "optimizer.lr")] * 3
+    single = summarise([tmp_path / "a"]).configurations[0]
+    assert single.labels == {"run": "moco-none-none-confounded"}
+
+
+def test_keys_that_nobody_typed_tell_runs_apart_only_where_nothing_else_does(tmp_path: Path) -> None:
+    for method, gray in (("moco", 0.1), ("cmc", 0.0)):
+        write_run(tmp_path / method, method, "none", 0, augment__gray=gray)
+    assert [c.labels for c in summarise([tmp_path]).configurations] == [{"method": "cmc"}, {"method": "moco"}]
+    write_run(tmp_path / "again", "moco", "none", 0, augment__gray=0.2)
+    labels = [tuple(c.labels.items()) for c in summarise([tmp_path]).configurations]
+    assert (("method", "moco"), ("augment.gray", "0.2")) in labels
+    file = tmp_path / "cmc" / "environment.json"
+    file.write_text(json.dumps({"command": "python -m icl_msr.run method=cmc +augment.gray=0.0"}))
+    shutil.rmtree(tmp_path / "again")
+    labels = [tuple(c.labels) for c in summarise([tmp_path]).configurations]
+    assert labels == [("method", "augment.gray")] * 2
+
+
+def test_same_configuration_and_seed_twice_counts_once(tmp_path: Path) -> None:
+    write_run(tmp_path / "old")
+    write_run(tmp_path / "new")
+    os.utime(tmp_path / "old/results.json", (0, 0))
+    summary = summarise([tmp_path])
+    assert [run.path for run in summary.configurations[0].runs] == [tmp_path / "new"]
+    assert summary.superseded == [tmp_path / "old"]
+
+
+def test_full_and_fg_runs_join_into_the_two_by_two(tmp_path: Path) -> None:
+    for seed in (0, 1):
+        write_box_run(tmp_path / f"full{seed}", "full", 0.40 + 0.02 * seed, 0.36, seed)
+        write_box_run(tmp_path / f"fg{seed}", "fg", 0.25, 0.50 + 0.04 * seed, seed)
+    summary = summarise([tmp_path])
+    (joined,) = summary.two_by_two
+    assert joined.classifier == "linear"
+    means = {condition: cell.mean for condition, cell in joined.cells.items()}
+    assert means == pytest.approx({("full", "full"): 41, ("full", "fg"): 36, ("fg", "full"): 25, ("fg", "fg"): 52})
+    assert joined.cells["fg", "fg"].std == pytest.approx(math.sqrt(8))
+    page = Page(write_summary(summary, tmp_path)[3])
+    assert page.tables["two-by-two"][1][-4:] == ["41.0 ± 1.4", "36.0 ± 0.0", "52.0 ± 2.8", "25.0 ± 0.0"]
+    assert "| 41.0 ± 1.4 | 36.0 ± 0.0 | 52.0 ± 2.8 | 25.0 ± 0.0 |" in as_markdown(summary)
+    write_box_run(tmp_path / "alone/full", "full", 0.4, 0.3)
+    assert summarise([tmp_path / "alone"]).two_by_two == []
+
+
+def test_failed_runs_are_listed(tmp_path: Path) -> None:
+    write_run(tmp_path / "good")
+    copy = tmp_path / "good/wandb/files"
+    copy.mkdir(parents=True)
+    (copy / "config.yaml").write_text("seed: 0")
+    for name in ("died", ".hydra"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.yaml").write_text("seed: 1")
+    (tmp_path / "torn").mkdir()
+    (tmp_path / "torn/results.json").write_text('{"seed": 0, "acc')
+    summary = summarise([tmp_path])
+    assert len(summary.configurations) == 1
+    assert sorted(failed.path.name for failed in summary.failed) == ["died", "torn"]
+    page = Page(write_summary(summary, tmp_path)[3])
+    assert str(tmp_path / "died") in page.text
+    assert "torn" in as_markdown(summary)
+
+
+def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "120")
+    assert main([str(tmp_path / "nowhere")]) == 2
+    error = capsys.readouterr().err
+    assert "there is no folder" in error
+    assert "Traceback" not in error
+    (tmp_path / "empty").mkdir()
+    assert main([str(tmp_path / "empty")]) == 2
+    assert "no run inside" in capsys.readouterr().err
+    run = write_run(tmp_path / "runs/0", regularizer="none")
+    assert main([str(run)]) == 0
+    assert str(run / "report.html") in capsys.readouterr().out
+    assert main([str(run), "--wandb", "project"]) == 2
+    assert "logger=wandb" in capsys.readouterr().err
+    other = write_run(tmp_path / "runs/1", seed=1)
+    assert main([str(run), str(other)]) == 0
+    assert (tmp_path / "runs/summary.csv").exists()
+    out = capsys.readouterr().out
+    assert max(map(len, out.splitlines()[:12])) <= 120
+    assert "BG-gap" in out
+    assert main([str(tmp_path / "runs"), "--out", str(tmp_path / "elsewhere")]) == 0
+    assert 'href="../runs/0/report.html"' in (tmp_path / "elsewhere/report.html").read_text()
+
+
+def test_unreadable_results_are_a_users_error(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"no results\.json"):
+        write_report(tmp_path)
+    (tmp_path / "results.json").write_text('{"seed": "zero"}')
+    with pytest.raises(UserError, match="seed"):
+        write_report(tmp_path)
+
+
+LOOK: dict[str, Any] = {
+    "split": "original",
+    "n": 1000,
+    "area": 0.132,
+    "shares": [
+        {
+            "stratum": name,
+            "share": share,
+            "low": share - 0.004,
+            "high": share + 0.004,
+            "by_place": 0.1304,
+            "excess": share - 0.1304,
+            "excess_low": share - 0.1324,
+            "excess_high": share - 0.1284,
+        }
+        for name, share in (("all channels", 0.1333), ("1", 0.2051), ("2", 0.1042), ("3", 0.1317))
+    ],
+    "difference": {"more": "1", "less": "2", "points": 0.1011, "low": 0.095, "high": 0.107},
+}
+
+
+def test_page_says_where_the_strata_look(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run")
+    results = json.loads((run / "results.json").read_text())
+    (run / "results.json").write_text(json.dumps(results | {"strata": LOOK}))
+    page = Page(write_report(run))
+    page.assert_self_contained()
+    assert page.tables["strata"][1:] == [
+        ["all channels", "13.3 12.9 to 13.7", "13.0", "+0.3 0.1 to 0.5"],
+        ["stratum 1", "20.5 20.1 to 20.9", "13.0", "+7.5 7.3 to 7.7"],
+        ["stratum 2", "10.4 10.0 to 10.8", "13.0", "−2.6 −2.8 to −2.4"],
+        ["stratum 3", "13.2 12.8 to 13.6", "13.0", "+0.1 −0.1 to 0.3"],
+    ]
+    assert (
+        "Stratum 2 has clearly less activation on the object than a map that does not see it: stratum 2 has 10.4 % "
+        "instead of 13.0 %; stratum 1 has clearly more. They differ: stratum 1 has more of it on the object than "
+        "stratum 2: +10.1 points (95 % interval 9.5 to 10.7)." in page.text
+    )
+    assert "1,000 images of original" in page.text
+    assert "Activation on the object, because of it" in page.text
+    assert "strata" not in Page(write_report(write_run(tmp_path / "without"))).tables
+
+
+def test_strata_that_look_at_the_same_place_are_said_to() -> None:
+    look = Look.model_validate(LOOK)
+    for share in look.shares:
+        share.excess_low, share.excess_high = -0.012, 0.012  # a tenth of the area is 1.3 points
+    assert look.difference is not None
+    for low, high in ((-0.01, 0.03), (0.001, 0.004)):  # not distinguishable, or too little to matter
+        look.difference.low, look.difference.high = low, high
+        none, same = words.strata(look)
+        assert none.startswith("No stratum avoids the object: none has clearly less")
+        assert none.endswith(", and none has clearly more.")
+        assert same.startswith("All strata look at about the same place")
+    for share in look.shares[1:]:
+        share.excess_low, share.excess_high = 0.014, 0.02
+    assert words.strata(look)[0].endswith("; strata 1, 2 and 3 have clearly more.")
+    for share in look.shares[1:]:
+        share.excess_low, share.excess_high = -0.02, -0.014
+    assert words.strata(look)[0].startswith("Strata 1, 2 and 3 have clearly less activation on the object")
+
+
+def norms(meta: list[float], uniformity: list[float]) -> dict[str, Curve]:
+    steps = [float(step) for step in range(len(meta))]
+    return {
+        "msr/meta_grad_norm": Curve(steps, meta),
+        "msr/uniformity_grad_norm": Curve(steps, uniformity),
+    }
+
+
+def test_a_faint_meta_signal_is_said_and_a_live_one_is_not() -> None:
+    faint = norms([0.004, 0.002, 0.5], [1.0, 1.0, 1.0])  # the median counts
+    relative = {"weights": "meta", "alpha": "relative", "relative_step": 0.01}
+    said = words.faint_meta_signal(faint, relative)
+    assert said == (
+        "The meta gradient was 0.4 % of the uniformity gradient (median of 3 logged steps), so f_msr learnt from "
+        "uniformity alone; type a larger regularizer.relative_step (it was 0.01; try 0.1) or a smaller "
+        "regularizer.gamma."
+    )
+    assert "type regularizer.alpha=relative." in words.faint_meta_signal(faint, {"weights": "meta", "alpha": "lr"})
+    assert "regularizer.lam" in words.faint_meta_signal(faint, {**relative, "weights": "joint"})
+    assert words.faint_meta_signal(norms([0.02, 0.0, 0.02], [1.0, 1.0, 1.0]), relative) == ""
+    assert words.faint_meta_signal(norms([0.02, 0.0], [0.0, 0.0]), relative) == ""  # gamma = 0
+    assert words.faint_meta_signal({}, relative) == ""  # no regularizer, or one without a meta step
+    # A row may have one of the two alone.
+    some = faint | {"msr/uniformity_grad_norm": Curve([1.0], [0.1])}
+    assert "was 2 %" not in words.faint_meta_signal(some, relative)
+    assert words.faint_meta_signal(some, relative) == ""
+
+
+def test_the_warning_is_on_the_page_of_a_run_that_needs_it(tmp_path: Path) -> None:
+    """The written run's meta gradient falls from 1/300 of uniformity's."""
+    run = write_run(tmp_path / "run")
+    page = Page(write_report(run))
+    assert "of the uniformity gradient (median of" in page.text
+    rows = list(csv.DictReader((run / "metrics.csv").read_text().splitlines()))
+    for row in rows:
+        row["msr/meta_grad_norm"] = row["msr/uniformity_grad_norm"]
+    with (run / "metrics.csv").open("w", newline="") as out:
+        writer = csv.DictWriter(out, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+    assert "of the uniformity gradient (median of" not in Page(write_report(run)).text
+
+
+def test_similarities_have_a_plot(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run")
+    names = ("own", "positive", "others", "hardest")
+    rows = [{"step": step, **{f"negatives/similarity_{name}": 0.1 for name in names}} for step in range(3)]
+    with (run / "metrics.csv").open("w", newline="") as out:
+        writer = csv.DictWriter(out, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+    (plot,) = _curve_plots(Run.load(run).curves)
+    assert plot.title == "Similarity of an image to its non-semantic negatives"
+    assert set(names) <= set(re.findall(r">(\w+)</text>", base64.b64decode(plot.light.split(",")[1]).decode()))
+
+
+def test_the_strata_have_curves(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run")
+    logged = {"entropy": 0.97, "overlap": 0.9, "variation": 0.01, "loss_1": 4.0, "loss_2": 4.1}
+    rows = [{"step": step, "loss": 1.0, **{f"msr/{name}": v for name, v in logged.items()}} for step in range(3)]
+    with (run / "metrics.csv").open("w", newline="") as out:
+        writer = csv.DictWriter(out, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+    plots = {
+        plot.title: base64.b64decode(plot.light.split(",")[1]).decode() for plot in _curve_plots(Run.load(run).curves)
+    }
+    assert {"entropy", "overlap", "variation"} <= set(re.findall(r">(\w+)</text>", plots["The strata"]))
+    assert {"a_1", "a_2"} <= set(re.findall(r">(\w+)</text>", plots["L_msr with one stratum alone"]))
+
+
+def test_what_is_lost_elsewhere_is_said() -> None:
+    row = {"encoder": "trained", "classifier": "linear", "fitted_on": "train"}
+    results = Results(
+        seed=0,
+        accuracies=[{**row, "split": name, "top1": top1} for name, top1 in (("test", 0.5), ("sketch", 0.2))],
+        gaps=[{**row, "gap": "test - sketch", "points": 30.0, "low": 25.0, "high": 35.0}],
+    )
+    _, reached, lost = words.answer(results)
+    assert reached == "A linear probe on the frozen encoder reaches 50.0 % on test."
+    assert lost == "It loses 30.0 points (95 % interval 25.0 to 35.0) on sketch."
+    results.gaps = []
+    assert words.answer(results)[1].endswith("reaches 50.0 % on test, 20.0 % on sketch.")
+
+
+def test_fine_tuning_alone_is_said_and_compared(tmp_path: Path) -> None:
+    row = {"encoder": "trained", "fitted_on": "train", "split": "test"}
+    rows = [{**row, "classifier": name, "top1": 0.5} for name in ("finetune-1%", "finetune-10%")]
+    said = words.answer(Results(seed=0, accuracies=rows))[1]
+    assert said == "The fine-tuned encoder with 1 % of the labels reaches 50.0 % on test."
+    rows += [{**row, "classifier": name, "top1": 0.4} for name in ("linear-10%", "knn-dino", "knn-wmse")]
+    assert words.answer(Results(seed=0, accuracies=rows))[1].startswith(
+        "A linear probe on the frozen encoder with 10 % of the labels reaches 40"
+    )
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+        choices = {"method": name, "dataset": "photos"}
+        content = {"seed": 0, "name": name, "choices": choices, "accuracies": rows}
+        (tmp_path / name / "results.json").write_text(json.dumps(content))
+    assert main([str(tmp_path)]) == 0
+    text = Page(tmp_path / "report.html").text
+    assert all(name in text for name in ("finetune-1%", "finetune-10%", "linear-10%", "knn-dino"))
+    assert r"finetune-10\%" in (tmp_path / "summary.tex").read_text()

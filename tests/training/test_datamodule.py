@@ -1,0 +1,214 @@
+"""Batches of views: order, ranks, workers, resuming."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import pytorch_lightning as pl
+import torch
+from PIL import Image
+
+from icl_msr.augment import Augmentation
+from icl_msr.core.errors import UserError
+from icl_msr.data.dataset import Dataset, normalise
+from icl_msr.data.folders import FileSplit
+from icl_msr.training.datamodule import Batch, DataModule, EpochBatches
+
+MEAN, STD = (0.4, 0.5, 0.6), (0.2, 0.25, 0.3)
+
+
+def augmentation(views=2, **changes):
+    plain = {
+        "scale": [0.2, 1.0],
+        "ratio": [0.75, 4 / 3],
+        "flip": 0.5,
+        "jitter": [0.4, 0.4, 0.4, 0.1],
+        "jitter_probability": 0.0,
+        "gray": 0.0,
+        "blur": 0.0,
+        "sigma": [0.1, 2.0],
+        "solarize": 0.0,
+        "size": None,
+    }
+    return Augmentation(**(plain | changes), views=[{} for _ in range(views)])
+
+
+def dataset(split):
+    return Dataset("x", ["a", "b"], 32, split, {}, mean=MEAN, std=STD)
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("images")
+    rng = np.random.default_rng(0)
+    paths = []
+    for i in range(22):
+        paths.append(str(folder / f"{i}.png"))
+        Image.fromarray(rng.integers(0, 256, (32, 32, 3), dtype=np.uint8)).save(paths[-1])
+    return FileSplit(paths, torch.arange(22) % 2, 32)
+
+
+@pytest.fixture(scope="module")
+def resident(files):
+    return files.in_memory()
+
+
+class Recorder(pl.LightningModule):
+    """Trains nothing and keeps what it sees."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.zeros(1))
+        self.seen = []
+
+    def training_step(self, batch, batch_idx):
+        self.seen.append((self.current_epoch, batch))
+        return self.weight.sum()
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+def module(split, negatives=None, **changes):
+    keys = {"batch_size": 4, "num_workers": 0, "seed": 3, "channels_last": False}
+    augment = changes.pop("augmentation", None) or augmentation()
+    return DataModule(dataset(split), augment, negatives, **(keys | changes))
+
+
+def fit(data, root, max_epochs=1, ckpt_path=None, callbacks=(), **trainer):
+    recorder = Recorder()
+    pl.Trainer(
+        max_epochs=max_epochs,
+        accelerator="cpu",
+        logger=False,
+        enable_checkpointing=bool(callbacks),
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        use_distributed_sampler=False,
+        default_root_dir=root,
+        callbacks=list(callbacks),
+        **trainer,
+    ).fit(recorder, datamodule=data, ckpt_path=ckpt_path)
+    return recorder.seen
+
+
+def order(seen):
+    return [batch.index.tolist() for _, batch in seen]
+
+
+@pytest.mark.parametrize("world_size", [2, 4])
+def test_all_ranks_together_see_the_batches_of_one(world_size):
+    one = EpochBatches(103, 8, seed=1)
+    ranks = [EpochBatches(103, 8, 1, rank, world_size) for rank in range(world_size)]
+    assert len(one) == len(ranks[0]) == 12
+    for whole, *parts in zip(one, *ranks, strict=True):
+        assert torch.equal(torch.cat([part.positions for part in parts]), whole.positions)
+
+
+def test_an_epoch_shows_an_image_once_in_an_order_of_its_own():
+    batches = EpochBatches(103, 8, seed=1)
+    orders = []
+    for batches.epoch in (0, 1, 0):
+        orders.append(torch.cat([batch.positions for batch in batches]))
+    assert len(orders[0].unique()) == 96
+    assert not torch.equal(orders[0], orders[1])
+    assert torch.equal(orders[0], orders[2])
+
+
+def test_batches_that_cannot_be_are_refused():
+    with pytest.raises(UserError, match="larger than the 10 training images"):
+        EpochBatches(10, 11, seed=0)
+    with pytest.raises(UserError, match=r"shared by 4 devices.*say 8"):
+        EpochBatches(100, 10, 0, 0, 4)
+
+
+def test_views_have_their_shapes_and_the_images_are_untouched(resident):
+    class Negatives:
+        alpha, repulsion = 2.0, 0.25
+        alpha_mode, alpha_schedule = "weight", "linear"
+
+        def __call__(self, query, keys):
+            assert keys.dtype == torch.int64
+            return query[:, None].repeat(1, 3, 1, 1, 1)
+
+    data = module(resident, Negatives(), channels_last=True, augmentation=augmentation(views=3))
+    views = data.views(Batch(0, torch.tensor([5, 1, 7])))
+    assert torch.equal(views.images, normalise(resident.images[[5, 1, 7]], MEAN, STD))
+    assert [view.shape for view in views.views] == [(3, 3, 32, 32)] * 3
+    assert all(view.is_contiguous(memory_format=torch.channels_last) for view in views.views)
+    assert torch.equal(views.negatives.rows[:, 2], views.views[0])
+    assert views.negatives.rows.flatten(0, 1).is_contiguous(memory_format=torch.channels_last)
+    assert (views.negatives.alpha, views.negatives.repulsion) == (2.0, 0.25)
+    assert (views.negatives.alpha_mode, views.negatives.alpha_schedule) == ("weight", "linear")
+    assert views.labels.tolist() == [1, 1, 1]
+    assert module(resident).views(Batch(0, torch.tensor([5, 1, 7]))).negatives is None
+
+
+def test_an_epoch_can_be_looked_at_again(files, tmp_path):
+    data = module(files)
+    seen = fit(data, tmp_path, max_epochs=2)
+    again = list(data.epoch(1, torch.device("cpu"), batches=2))
+    assert [views.index.tolist() for views in again] == order(seen)[5:7]
+    assert torch.equal(again[1].views[1], seen[6][1].views[1])
+
+
+def test_views_depend_on_the_image_and_the_epoch_alone(resident):
+    data = module(resident, augmentation=augmentation(jitter_probability=1.0, blur=0.5))
+    together, alone = data.views(Batch(1, torch.arange(8))), data.views(Batch(1, torch.tensor([6])))
+    for one, many in zip(alone.views, together.views, strict=True):
+        torch.testing.assert_close(one[0], many[6])
+    later = data.views(Batch(2, torch.arange(8)))
+    assert (later.views[0] != together.views[0]).flatten(1).any(1).all()
+    assert (together.views[1] != together.views[0]).flatten(1).any(1).all()
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_files_give_the_views_of_arrays(files, resident, tmp_path, num_workers):
+    """For two epochs: workers that live on must hear of the second."""
+    by_files = fit(module(files, num_workers=num_workers), tmp_path, max_epochs=2)
+    by_arrays = fit(module(resident, num_workers=num_workers), tmp_path, max_epochs=2)
+    assert order(by_files) == order(by_arrays)
+    assert order(by_files)[:5] != order(by_files)[5:]
+    grey_level = 1 / 255 / min(STD)
+    for (_, left), (_, right) in zip(by_files, by_arrays, strict=True):
+        assert torch.equal(left.images, right.images)
+        assert torch.equal(left.labels, right.labels)
+        for a, b in zip(left.views, right.views, strict=True):
+            assert (a - b).abs().max() <= 1.001 * grey_level
+
+
+def test_crops_of_photographs_fit_any_size(tmp_path):
+    for i, size in enumerate([(70, 40, 3), (33, 90, 3), (64, 64, 3), (40, 50, 3)]):
+        Image.fromarray(np.full(size, 60 * i, dtype=np.uint8)).save(tmp_path / f"{i}.jpg")
+    split = FileSplit([str(tmp_path / f"{i}.jpg") for i in range(4)], torch.zeros(4, dtype=torch.int64), 32)
+    ((_, views),) = fit(module(split), tmp_path)
+    for view in [views.images, *views.views]:
+        expected = normalise((60 * views.index).view(4, 1, 1, 1).expand(4, 3, 32, 32), MEAN, STD)
+        assert view.shape == (4, 3, 32, 32)
+        torch.testing.assert_close(view, expected, atol=0.02, rtol=0)
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_a_broken_image_stops_training_in_one_sentence(files, tmp_path, num_workers):
+    (tmp_path / "cut.png").write_bytes(Path(files.files[0]).read_bytes()[:200])
+    broken = FileSplit([*files.files[:7], str(tmp_path / "cut.png")], torch.zeros(8, dtype=torch.int64), 32)
+    with pytest.raises(UserError, match=r"cut\.png") as raised:
+        fit(module(broken, num_workers=num_workers), tmp_path)
+    assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize("when", ["in the epoch", "at its last step", "at its end"])
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_a_resumed_run_sees_what_it_had_not_seen(files, resident, tmp_path, when, num_workers):
+    """5 batches an epoch, 3 epochs; stopped in or after the second."""
+    data = module(files if num_workers else resident, num_workers=num_workers)
+    whole = fit(data, tmp_path, max_epochs=3)
+    step = 7 if when == "in the epoch" else 10
+    options = {"every_n_epochs": 1} if when == "at its end" else {"every_n_train_steps": 1}
+    saver = pl.callbacks.ModelCheckpoint(tmp_path, "{step}", save_top_k=-1, **options)
+    fit(data, tmp_path, max_epochs=2, callbacks=[saver])
+    rest = fit(data, tmp_path, max_epochs=3, ckpt_path=tmp_path / f"step={step}.ckpt")
+    assert order(rest) == order(whole)[step:]
+    assert [epoch for epoch, _ in rest] == [epoch for epoch, _ in whole][step:]
+    for (_, left), (_, right) in zip(rest, whole[step:], strict=True):
+        assert torch.equal(left.views[0], right.views[0])

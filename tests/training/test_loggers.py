@@ -1,0 +1,618 @@
+"""What a run leaves for W&B, for TensorBoard and in metrics.csv, read back from the files themselves."""
+
+import csv
+import json
+import os
+import struct
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import wandb
+from matplotlib.image import imread
+from omegaconf import OmegaConf
+from pytorch_lightning.utilities import rank_zero_only
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from test_report import write_run
+from test_run import TRAINER, WORDS, Finished, execute
+from wandb.proto.wandb_internal_pb2 import Record
+
+from icl_msr import run as program
+from icl_msr.core.errors import UserError
+from icl_msr.report.__main__ import main as report
+from icl_msr.run import closing
+from icl_msr.training.loggers import About, MetricsFile, TensorBoard, WeightsAndBiases
+
+STEP = "trainer/global_step"
+FRESH = About(name="a-run", group=None, job_type=None, config={"seed": 0}, resumed_at=None)
+
+
+def about(**changes: Any) -> About:
+    return About(**{**vars(FRESH), **changes})
+
+
+@dataclass
+class Sent:
+    """One .wandb file: all that W&B's server would be sent."""
+
+    folder: Path
+    run: Any = None
+    config: dict[str, Any] = field(default_factory=dict)
+    history: list[dict[str, Any]] = field(default_factory=list)
+    summary: dict[str, Any] = field(default_factory=dict)
+    definitions: list[Any] = field(default_factory=list)
+    artifacts: dict[str, Any] = field(default_factory=dict)
+    exit_code: int | None = None
+
+
+def records(file: Path) -> Iterator[Any]:
+    """LevelDB's log format: blocks of 32 KiB, in them pieces of records (CRC, length, kind), each a protobuf."""
+    data = file.read_bytes()
+    assert data[:4] == b":W&B"
+    at, record = 7, b""
+    while at + 7 <= len(data):
+        if (left := -at % 32768) and left < 7:
+            at += left
+            continue
+        _, length, kind = struct.unpack_from("<IHB", data, at)
+        if at + 7 + length > len(data):
+            return  # still being written
+        record += data[at + 7 : at + 7 + length]
+        at += 7 + length
+        if kind in (1, 4):  # a whole record, or the last piece of one
+            yield Record.FromString(record)
+            record = b""
+
+
+def collect(items: Any, into: dict[str, Any]) -> dict[str, Any]:
+    """W&B's items, whose key is a name or a path, as nested dicts."""
+    for item in items:
+        *path, name = list(item.nested_key) or [item.key]
+        node = into
+        for part in path:
+            node = node.setdefault(part, {})
+        node[name] = json.loads(item.value_json)
+    return into
+
+
+def read(file: Path) -> Sent:
+    """One .wandb file."""
+    one = Sent(file.parent)
+    for record in records(file):
+        match record.WhichOneof("record_type"):
+            case "run":
+                one.run = record.run
+                collect(record.run.config.update, one.config)
+            case "history":
+                one.history.append(collect(record.history.item, {}))
+            case "summary":
+                collect(record.summary.update, one.summary)
+            case "metric":
+                one.definitions.append(record.metric)
+            case "artifact":
+                one.artifacts[record.artifact.type] = record.artifact
+            case "exit":
+                one.exit_code = record.exit.exit_code
+    return one
+
+
+def sent(folder: Path) -> list[Sent]:
+    """What waits for an upload in a run's folder, the oldest first. W&B writes the end a little later than it says."""
+    deadline = time.monotonic() + 60
+    while True:
+        files = sorted((folder / "wandb").glob("*run-*/*.wandb"), key=lambda file: file.stat().st_mtime_ns)
+        found = [read(file) for file in files]
+        if found[-1].exit_code is not None or time.monotonic() > deadline:
+            return found
+        time.sleep(0.05)
+
+
+def table(file: Path) -> list[dict[str, str]]:
+    with file.open() as lines:
+        return list(csv.DictReader(lines))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def nothing_is_uploaded() -> Iterator[None]:
+    """Whoever runs the tests may be logged in."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name in [name for name in os.environ if name.startswith("WANDB_")]:
+            patch.delenv(name)
+        patch.setenv("WANDB_MODE", "offline")
+        yield
+        wandb.teardown()
+        for name in [name for name in os.environ if name.startswith("WANDB_")]:
+            del os.environ[name]  # the logger's own
+
+
+@dataclass
+class Story:
+    """A sweep of two jobs, of which the second was refused after its training; then the first had another epoch."""
+
+    sweep: Finished
+    folder: Path
+    rows: list[dict[str, str]]
+    results: dict[str, Any]
+    first: Sent
+    refused: Sent
+    continued: Sent
+    identities: list[str]
+
+
+@pytest.fixture(scope="module")
+def story(tmp_path_factory: pytest.TempPathFactory) -> Story:
+    folder = tmp_path_factory.mktemp("wandb")
+    evaluate = program.evaluate
+
+    def strict(settings: Any, *rest: Any) -> Any:
+        if settings.regularizer["lam"] == 0.5:
+            raise UserError("lam=0.5 is bad luck; take another.")
+        return evaluate(settings, *rest)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(program, "evaluate", strict)
+        sweep = execute(folder, "-m", "logger=wandb", "trainer.max_epochs=1", "regularizer.lam=1.0,0.5", code=2)
+    job = sweep.folder / "0"
+    (first,) = sent(job)
+    (refused,) = sent(sweep.folder / "1")
+    before = [(job / "wandb_id").read_text()]
+    kept = {"rows": table(job / "metrics.csv"), "results": json.loads((job / "results.json").read_text())}
+    execute(folder, "logger=wandb", "regularizer.lam=1.0", f"hydra.run.dir={job}")  # two epochs
+    _, continued = sent(job)
+    return Story(
+        sweep,
+        job,
+        **kept,
+        first=first,
+        refused=refused,
+        continued=continued,
+        identities=[*before, (job / "wandb_id").read_text()],
+    )
+
+
+# W&B: a sweep and what became of it
+
+
+def test_the_config_is_nested_as_composed(story: Story) -> None:
+    saved = OmegaConf.to_container(OmegaConf.load(story.folder / "config.yaml"), resolve=True)
+    assert isinstance(saved, dict)
+    saved["trainer"]["max_epochs"] = 1  # of the time before it was continued
+    assert {key: value for key, value in story.first.config.items() if key != "_wandb"} == saved
+    assert story.continued.config["trainer"]["max_epochs"] == 2
+
+
+def test_curves_are_drawn_over_the_global_step(story: Story) -> None:
+    for part in (story.first, story.continued):
+        every = next(one for one in part.definitions if one.glob_name == "*")
+        assert every.step_metric == STEP
+        assert every.options.step_sync
+        assert any(one.name == STEP for one in part.definitions)
+
+
+def curves(rows: list[dict[str, Any]], step: str) -> list[tuple[int, dict[str, float]]]:
+    """Logged points that have a value beside the epoch."""
+    other = {"epoch", step}
+    points = [
+        (int(row[step]), {k: float(v) for k, v in row.items() if not (k in other or k.startswith("_") or v == "")})
+        for row in rows
+        if not any(isinstance(value, Mapping) for value in row.values())
+    ]
+    return [(at, values) for at, values in points if values]
+
+
+def test_the_history_is_what_stands_in_metrics_csv(story: Story) -> None:
+    expected = curves(story.rows, "step")
+    assert [at for at, values in expected if "loss" in values] == [0, 1, 2]
+    assert {"loss/msr", "lr", "online/knn"} <= {name for _, values in expected for name in values}
+    assert curves(story.first.history, STEP) == expected
+    both = curves([*story.first.history, *story.continued.history], STEP)
+    assert both == curves(table(story.folder / "metrics.csv"), "step")
+    assert [at for at, values in both if "loss" in values] == [0, 1, 2, 3, 4, 5]
+
+
+def test_the_summary_has_the_final_numbers(story: Story) -> None:
+    summary, results = story.first.summary, story.results
+    assert summary["metric"] == results["metric"]["value"] == story.sweep.values[0]
+    for row in results["accuracies"]:
+        if row["encoder"] == "trained":
+            assert summary["/".join((row["classifier"], row["fitted_on"], row["split"]))] == row["top1"]
+    for row in results["gaps"]:
+        if row["encoder"] == "trained":
+            assert summary["/".join((row["classifier"], row["fitted_on"], row["gap"]))] == row["points"]
+    for name in ("images_per_second", "peak_memory_mb", "wall_time_s"):
+        assert summary[name] == results[name]
+    for name in ("loss", "online/knn"):
+        assert summary[name] == results["final"][name]
+
+
+def test_pictures_are_logged(story: Story) -> None:
+    captions = json.loads((story.folder / "figures" / "captions.json").read_text())
+    for part in (story.first, story.continued):
+        row = next(row for row in part.history if "views" in row)
+        for file, caption in captions.items():
+            logged = row[Path(file).stem]
+            assert (logged["_type"], logged["caption"]) == ("image-file", caption)
+            assert imread(part.folder / "files" / logged["path"]).ndim == 3
+    shown = part.folder / "files" / logged["path"]
+    assert np.array_equal(imread(shown), imread(story.folder / "figures" / file))
+
+
+@pytest.mark.parametrize("name", ["accuracies", "gaps", "strata_on_object"])
+def test_final_tables_are_logged(name: str, story: Story) -> None:
+    rows = story.results["strata"]["shares"] if name == "strata_on_object" else story.results[name]
+    logged = next(row[name] for row in story.first.history if name in row)
+    assert logged["_type"] == "table-file"
+    content = json.loads((story.first.folder / "files" / logged["path"]).read_text())
+    assert content["columns"] == list(rows[0])
+    assert content["data"] == [list(row.values()) for row in rows]
+
+
+def test_artifacts_stay_as_they_were(story: Story) -> None:
+    for part, epochs in ((story.first, 1), (story.continued, 2)):
+        contents = {kind: part.artifacts[kind].manifest.contents for kind in ("model", "encoder")}
+        assert [entry.path for entry in contents["model"]] == ["last.ckpt"]
+        assert [entry.path for entry in contents["encoder"]] == ["encoder.json", "encoder.safetensors"]
+        files = {entry.path: Path(entry.local_path) for kind in contents.values() for entry in kind}
+        assert all(file.is_relative_to(story.folder) for file in files.values())
+        assert torch.load(files["last.ckpt"], weights_only=True)["global_step"] == 3 * epochs
+        assert part.artifacts["model"].name == f"checkpoint-{part.run.run_id}"
+    assert files["encoder.safetensors"].read_bytes() == (story.folder / "encoder.safetensors").read_bytes()
+    # A checkpoint is large, so it lies on the disk once.
+    assert files["last.ckpt"].samefile(story.folder / "checkpoints" / "last.ckpt")
+
+
+def test_a_job_knows_its_sweep(story: Story) -> None:
+    for part, lam in ((story.first, 1.0), (story.refused, 0.5), (story.continued, 1.0)):
+        assert part.run.run_group == "sweep"
+        assert part.run.job_type == f"regularizer.lam={lam}"
+        assert part.run.display_name == "moco-msr-patch-confounded-tiny"
+
+
+def test_the_end_is_recorded(story: Story) -> None:
+    assert (story.first.exit_code, story.refused.exit_code, story.continued.exit_code) == (0, 2, 0)
+    assert story.sweep.complaints.splitlines() == ["lam=0.5 is bad luck; take another."]
+
+
+def test_a_continued_run_keeps_its_identity(story: Story) -> None:
+    assert story.identities == [story.first.run.run_id] * 2
+    assert story.continued.run.run_id == story.first.run.run_id != story.refused.run.run_id
+
+
+def test_everything_lies_in_the_run_folder(story: Story) -> None:
+    assert {"wandb", "wandb_id"} <= {path.name for path in story.folder.iterdir()}
+    assert len(list((story.folder / "wandb").glob("offline-run-*"))) == 2
+    assert os.environ["WANDB_DATA_DIR"] == str(story.folder / "wandb")
+    # Of what lies elsewhere in the folder, only the small tables are copied.
+    copied = [file.stat().st_size for file in (story.folder / "wandb" / "artifacts").rglob("*") if file.is_file()]
+    assert sum(copied) < 1e5 < (story.folder / "encoder.safetensors").stat().st_size
+
+
+# W&B alone
+
+
+def wandb_logger(folder: Path, facts: About = FRESH, **changes: Any) -> WeightsAndBiases:
+    return WeightsAndBiases(
+        folder, facts, **{"project": "p", "entity": None, "mode": "auto", "artifacts": True, **changes}
+    )
+
+
+@pytest.mark.parametrize(
+    ("error", "code"), [(RuntimeError("a bug"), 1), (UserError("a mistake"), 2), (SystemExit(75), 75), (None, 0)]
+)
+def test_the_dashboard_learns_how_the_run_ended(error: BaseException | None, code: int, tmp_path: Path) -> None:
+    logger = wandb_logger(tmp_path)
+    with pytest.raises(type(error)) if error else nullcontext(), closing(logger):
+        if error is not None:
+            raise error
+    (only,) = sent(tmp_path)
+    assert only.exit_code == code
+    assert logger.run is None
+
+
+def test_only_the_first_rank_writes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, story: Story) -> None:
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr(rank_zero_only, "rank", 1)
+    for logger in (wandb_logger(tmp_path), MetricsFile(tmp_path, FRESH), TensorBoard(tmp_path, FRESH)):
+        logger.log_metrics({"loss": 1.0}, 0)
+        if not isinstance(logger, MetricsFile):
+            logger.conclude(story.folder)
+            logger.close(0)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_training_goes_on_where_wandb_cannot_write(tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "wandb").write_text("a file, where W&B needs a folder")
+    few = ("regularizer=none", "evaluation=none", "trainer.max_epochs=1", "trainer.online_every_n_epochs=0")
+    done = execute(tmp_path, *few, "logger=wandb", "metric=loss")
+    (line,) = done.complaints.splitlines()
+    assert line.startswith("W&B cannot write (")
+    assert line.endswith("; the run goes on without it.")
+    assert [row["step"] for row in table(done.folder / "metrics.csv")] == ["0", "1", "2"]
+    assert (done.folder / "results.json").exists()
+
+
+def test_wandb_may_fail_at_any_moment(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], story: Story
+) -> None:
+    def fail(_: Any) -> None:
+        raise OSError("No space left.\nOn the device.")
+
+    logger = wandb_logger(tmp_path)
+    logger.log_metrics({"loss": 1.0}, 0)
+    with monkeypatch.context() as broken:
+        broken.setattr(logger.run, "log", fail)
+        logger.log_metrics({"loss": 2.0}, 1)
+    assert capsys.readouterr().err == "W&B cannot write (No space left); the run goes on without it.\n"
+    logger.log_metrics({"loss": 3.0}, 2)  # a curve with a hole would be worse than one that ends
+    logger.conclude(story.folder)
+    logger.close(0)
+    assert capsys.readouterr().err == ""
+    (only,) = sent(tmp_path)
+    assert curves(only.history, STEP) == [(0, {"loss": 1.0})]
+    assert (only.exit_code, only.artifacts) == (0, {})
+
+
+def test_wandb_may_fail_at_the_start_and_at_the_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], story: Story
+) -> None:
+    def fail(*_: Any, **__: Any) -> None:
+        raise wandb.Error("")
+
+    logger = wandb_logger(tmp_path)
+    monkeypatch.setattr(type(logger.run), "finish", fail)
+    logger.close(1)
+    assert capsys.readouterr().err == "W&B cannot write (Error); the run goes on without it.\n"
+    monkeypatch.setattr(wandb, "init", fail)
+    logger = wandb_logger(tmp_path)
+    assert capsys.readouterr().err.count("\n") == 1
+    logger.log_metrics({"loss": 1.0}, 0)
+    logger.conclude(story.folder)
+    logger.close(0)
+    assert (logger.version, capsys.readouterr().err) == (None, "")
+
+
+@pytest.fixture
+def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
+    """A W&B server that refuses everybody, and what it was asked; a user at home nowhere; no mode."""
+    asked: list[str] = []
+
+    class Refusal(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            asked.append(self.path)
+            self.rfile.read(int(self.headers.get("Content-Length", 0)))
+            self.send_response(401)
+            self.send_header("Content-Length", "0")
+            self.end_headers()
+
+        do_GET = do_POST
+
+        def log_message(self, *_: Any) -> None:
+            pass
+
+    wandb.teardown()
+    with ThreadingHTTPServer(("127.0.0.1", 0), Refusal) as listening:
+        threading.Thread(target=listening.serve_forever, daemon=True).start()
+        monkeypatch.setenv("WANDB_BASE_URL", f"http://127.0.0.1:{listening.server_port}")
+        monkeypatch.setenv("HOME", str(tmp_path / "home"))
+        monkeypatch.setenv("NETRC", str(tmp_path / "home" / ".netrc"))
+        monkeypatch.delenv("WANDB_MODE")
+        yield asked
+        wandb.teardown()
+        listening.shutdown()
+
+
+@pytest.mark.parametrize(
+    ("key", "mode", "said"),
+    [
+        (None, "auto", None),
+        (None, "online", "nobody is logged in; type wandb login"),
+        ("garbage", "auto", "WANDB_API_KEY invalid"),
+        ("0123456789" * 4, "auto", "401"),
+        ("0123456789" * 4, "offline", None),
+    ],
+)
+def test_without_an_account_the_run_is_kept_offline(
+    key: str | None,
+    mode: str,
+    said: str | None,
+    server: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    if key is not None:
+        monkeypatch.setenv("WANDB_API_KEY", key)
+    logger = wandb_logger(tmp_path, mode=mode)
+    logger.log_metrics({"loss": 1.0}, 0)
+    logger.close(0)
+    complaint = capfd.readouterr().err
+    if said is None:
+        assert complaint == ""
+    else:
+        assert complaint.startswith("W&B cannot be reached (")
+        assert complaint.count("\n") == 1
+        assert said in complaint
+    assert bool(server) == (said == "401")  # nobody else is called
+    part = sent(tmp_path)[-1]
+    assert part.folder.name.startswith("offline-run-")
+    assert curves(part.history, STEP) == [(0, {"loss": 1.0})]
+    assert part.run.run_id == (tmp_path / "wandb_id").read_text()
+    assert not (tmp_path / "home").exists()
+
+
+def test_with_an_account_the_run_is_sent_and_taken_up_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[dict[str, Any]] = []
+
+    def init(**keys: Any) -> Any:
+        calls.append(keys)
+        return SimpleNamespace(id=keys["id"], define_metric=lambda *_, **__: None)
+
+    monkeypatch.delenv("WANDB_MODE")
+    monkeypatch.setattr(wandb, "login", lambda **_: True)
+    monkeypatch.setattr(wandb, "init", init)
+    facts = about(group="a-sweep", job_type="method=moco")
+    ids = [wandb_logger(tmp_path, facts).version]
+    ids += [wandb_logger(tmp_path, about(resumed_at=3)).version]
+    ids += [wandb_logger(tmp_path).version]  # begun anew in the same folder
+    assert ids[0] == ids[1] != ids[2]
+    assert [(call["mode"], call["resume"]) for call in calls] == [("online", "allow")] * 3
+    assert (calls[0]["group"], calls[0]["job_type"]) == ("a-sweep", "method=moco")
+
+
+def test_wandb_can_be_switched_off(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, story: Story) -> None:
+    monkeypatch.setenv("WANDB_MODE", "disabled")
+    logger = wandb_logger(tmp_path)
+    logger.log_metrics({"loss": 1.0}, 0)
+    logger.conclude(story.folder)
+    logger.close(0)
+    assert list(tmp_path.iterdir()) == []
+    monkeypatch.setenv("WANDB_MODE", "of")
+    with pytest.raises(
+        UserError, match=r"^WANDB_MODE=of is not allowed; it should be online, offline, disabled or not"
+    ):
+        wandb_logger(tmp_path)
+
+
+def test_a_summary_of_many_runs_is_sent_as_tables(tmp_path: Path) -> None:
+    for regularizer in ("none", "msr"):
+        for seed in range(2):
+            write_run(tmp_path / f"{regularizer}-{seed}", "moco", regularizer, seed)
+    assert report([str(tmp_path), "--wandb", "a-project"]) == 0
+    (board,) = sent(tmp_path)
+    assert board.run.project == "a-project"
+    assert board.exit_code == 0
+    files = {name: row[name]["path"] for row in board.history for name in row if name in ("summary", "differences")}
+    tables = {name: json.loads((board.folder / "files" / path).read_text()) for name, path in files.items()}
+    with (tmp_path / "summary.csv").open() as lines:
+        header, *expected = csv.reader(lines)
+    assert tables["summary"]["columns"] == header
+    assert [list(map(str, row)) for row in tables["summary"]["data"]] == expected
+    asked = tables["differences"]["columns"]
+    rows = [dict(zip(asked, row, strict=True)) for row in tables["differences"]["data"]]
+    (compared,) = json.loads((tmp_path / "summary.json").read_text())["differences"]
+    assert [row["mean"] for row in rows] == [difference["mean"] for difference in compared["differences"]]
+    assert {(row["configuration"], row["minus"]) for row in rows} == {("msr", "none")}
+
+
+def test_wandb_is_imported_only_when_it_is_used(tmp_path: Path) -> None:
+    code = (
+        "import sys; from icl_msr.cli.command import main; from icl_msr.run import run\n"
+        "assert 'wandb' not in sys.modules\n"
+        "assert main(run, sys.argv[1:]) == 0\n"
+        "assert 'wandb' not in sys.modules\n"
+    )
+    few = ["regularizer=none", "evaluation=none", "trainer.max_epochs=1", "trainer.online_every_n_epochs=0"]
+    line = [
+        sys.executable,
+        "-c",
+        code,
+        *WORDS,
+        *TRAINER,
+        *few,
+        "logger=csv",
+        "metric=loss",
+        f"hydra.run.dir={tmp_path}",
+    ]
+    done = subprocess.run(line, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "results.json").exists()
+
+
+# metrics.csv
+
+
+def test_new_columns_may_come_in_the_middle(tmp_path: Path) -> None:
+    logger = MetricsFile(tmp_path, FRESH)
+    logger.log_metrics({"loss": 1.0, "epoch": 0}, 0)
+    assert (tmp_path / "metrics.csv").read_text() == "epoch,step,loss\n0,0,1.0\n"
+    logger.log_metrics({"online/knn": 0.5, "epoch": 0}, 1)
+    logger.log_metrics({"loss": 2.0}, 2)
+    assert (tmp_path / "metrics.csv").read_text() == "epoch,step,loss,online/knn\n0,0,1.0,\n0,1,,0.5\n,2,2.0,\n"
+
+
+def test_a_continued_run_keeps_what_its_checkpoint_has_seen(tmp_path: Path) -> None:
+    first = MetricsFile(tmp_path, FRESH)
+    for step in range(6):
+        first.log_metrics({"loss": float(step)}, step)
+    first.log_metrics({"online/knn": 0.5}, 3)
+    first.log_metrics({"late": 0.1}, 5)
+    again = MetricsFile(tmp_path, about(resumed_at=4))
+    again.log_metrics({"loss": 40.0}, 4)
+    assert (tmp_path / "metrics.csv").read_text() == (
+        "epoch,step,loss,online/knn\n,0,0.0,\n,1,1.0,\n,2,2.0,\n,3,3.0,\n,3,,0.5\n,4,40.0,\n"
+    )
+    MetricsFile(tmp_path, FRESH)
+    assert (tmp_path / "metrics.csv").read_text() == "epoch,step\n"
+
+
+@pytest.mark.parametrize("torn", [",1,0.12", ",1", "", ",1,0.125,"])
+def test_a_row_that_a_kill_has_cut_is_left_out(torn: str, tmp_path: Path) -> None:
+    (tmp_path / "metrics.csv").write_text(f"epoch,step,loss,lr\n,0,1.0,0.1\n{torn}")
+    again = MetricsFile(tmp_path, about(resumed_at=2))
+    again.log_metrics({"loss": 2.0, "lr": 0.1}, 2)
+    assert (tmp_path / "metrics.csv").read_text() == "epoch,step,loss,lr\n,0,1.0,0.1\n,2,2.0,0.1\n"
+
+
+# TensorBoard
+
+
+def events(folder: Path) -> EventAccumulator:
+    found = EventAccumulator(str(folder), size_guidance={"scalars": 0, "images": 0})
+    found.Reload()
+    return found
+
+
+def scalars(found: EventAccumulator, name: str) -> list[tuple[int, float]]:
+    return [(event.step, event.value) for event in found.Scalars(name)]
+
+
+def test_tensorboard_shows_curves_final_numbers_and_pictures(tmp_path: Path, story: Story) -> None:
+    few = ("regularizer=none", "evaluation=none", "trainer.max_epochs=1")
+    done = execute(tmp_path, *few, "logger=tensorboard")
+    found = events(done.folder / "tensorboard")
+    for name in ("loss", "lr", "online/knn"):
+        rows = [row for row in table(done.folder / "metrics.csv") if row[name]]
+        assert scalars(found, name) == [(int(row["step"]), pytest.approx(float(row[name]))) for row in rows]
+    assert scalars(found, "final/metric") == [(0, pytest.approx(done.values[0]))]
+    # The run before had all pictures.
+    logger = TensorBoard(tmp_path, FRESH)
+    logger.conclude(story.folder)
+    logger.close(0)
+    found = events(tmp_path / "tensorboard")
+    assert set(found.Tags()["images"]) == {"views", "negatives", "strata", "weights", "neighbours", "map"}
+    picture = imread(story.folder / "figures" / "views.png")
+    (shown,) = found.Images("views")
+    assert (shown.height, shown.width) == picture.shape[:2]
+    results = json.loads((story.folder / "results.json").read_text())
+    row = next(row for row in results["accuracies"] if row["encoder"] == "trained")
+    name = "/".join((row["classifier"], row["fitted_on"], row["split"]))
+    assert scalars(found, f"final/{name}") == [(0, pytest.approx(row["top1"]))]
+
+
+def test_tensorboard_forgets_what_a_continued_run_repeats(tmp_path: Path) -> None:
+    for facts, steps, value in ((FRESH, range(6), 1.0), (about(resumed_at=4), range(4, 8), 2.0)):
+        logger = TensorBoard(tmp_path, facts)
+        for step in steps:
+            logger.log_metrics({"loss": value}, step)
+        logger.close(0)
+    assert scalars(events(tmp_path / "tensorboard"), "loss") == [(i, 1.0 if i < 4 else 2.0) for i in range(8)]
+
+
+def test_tensorboard_that_is_not_installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for flag in ("_TENSORBOARD_AVAILABLE", "_TENSORBOARDX_AVAILABLE"):
+        monkeypatch.setattr(f"lightning_fabric.loggers.tensorboard.{flag}", False)
+    with pytest.raises(UserError, match=r"^logger=tensorboard needs tensorboard.*pip install 'icl-msr\[tensorboard\]'"):
+        TensorBoard(tmp_path, FRESH)
