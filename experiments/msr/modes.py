@@ -24,13 +24,13 @@ from hydra import compose, initialize_config_dir
 from rich.console import Console
 from rich.table import Table
 
+from icl_msr.cli.assemble import assemble
 from icl_msr.core.config import build, check, config_dir
 from icl_msr.core.views import Views
 from icl_msr.methods import Step
 from icl_msr.regularizers import MetaSemanticRegularizer
 from icl_msr.regularizers.bilevel import meta_pass, norm, replay, trainable
 from icl_msr.regularizers.strata import uniformity
-from icl_msr.run import assemble
 from icl_msr.training.datamodule import Batch, DataModule
 from icl_msr.training.hardware import Hardware, Plan
 from icl_msr.training.module import Pretraining

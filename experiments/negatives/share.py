@@ -16,10 +16,10 @@ from hydra import compose, initialize_config_dir
 from rich.console import Console
 from rich.table import Table
 
+from icl_msr.cli.assemble import assemble
 from icl_msr.core.config import check, config_dir
 from icl_msr.core.views import Views
 from icl_msr.methods import Step
-from icl_msr.run import assemble
 from icl_msr.training.datamodule import Batch
 from icl_msr.training.hardware import Hardware
 

@@ -26,10 +26,10 @@ from omegaconf import DictConfig
 from PIL import Image
 from tiny import DATA, MODEL
 
-from icl_msr import run as program
+from icl_msr.cli import assemble, job
 from icl_msr.cli.command import main
+from icl_msr.cli.job import run
 from icl_msr.core.errors import UserError
-from icl_msr.run import run
 from icl_msr.training.module import Pretraining
 
 
@@ -145,7 +145,7 @@ BEFORE_ANYTHING_IS_BUILT = [
 def test_mistakes_are_answered_before_anything_is_built(
     case: tuple[str, ...], command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(program, "build", lambda node, *_: pytest.fail(f"{node} was built"))
+    monkeypatch.setattr(assemble, "build", lambda node, *_: pytest.fail(f"{node} was built"))
     line, *parts = case
     refused(command(*split(line)), *parts)
     assert not list(tmp_path.iterdir())
@@ -372,7 +372,7 @@ def test_what_was_trained_outlives_a_failure_after_it(command: Command, monkeypa
         raise RuntimeError("a bug")
 
     monkeypatch.setattr(Pretraining, "training_step", lambda *_: pytest.fail("trained again"))
-    with patch.object(program, "evaluate", fails), pytest.raises(RuntimeError, match="a bug") as fault:
+    with patch.object(job, "evaluate", fails), pytest.raises(RuntimeError, match="a bug") as fault:
         command(*words)
     assert fault.value.__notes__ == [f"What was trained is kept; continue with resume={run_folder}."]
     code, _, err = command(*words)

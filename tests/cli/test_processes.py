@@ -20,11 +20,11 @@ from tiny import DATA, MODEL, pieces
 
 from icl_msr.cli import processes
 from icl_msr.cli.command import main
+from icl_msr.cli.job import run
 from icl_msr.cli.processes import clean_environment, in_folder, run_ranks
 from icl_msr.core.config import config_dir
 from icl_msr.core.ranks import is_first, is_rank, outside_world_size
 from icl_msr.report.runs import Run
-from icl_msr.run import run
 
 # ------------------------------------------------------------------------------------------ what a process is told
 

@@ -17,13 +17,15 @@ from omegaconf import DictConfig, OmegaConf
 from safetensors.torch import load_file
 from tiny import DATA, MODEL, composed, pieces
 
+from icl_msr.cli.assemble import assemble, build_as, derive
 from icl_msr.cli.command import main
+from icl_msr.cli.conclude import metric
+from icl_msr.cli.job import run
 from icl_msr.core.config import check, fingerprint
 from icl_msr.core.errors import UserError
 from icl_msr.evaluation.suite import Results
 from icl_msr.models.backbones import tiny
 from icl_msr.report import summarise
-from icl_msr.run import assemble, build_as, derive, metric, run
 from icl_msr.training.hardware import Hardware
 from icl_msr.training.optimization import Optimization
 
@@ -248,7 +250,7 @@ def test_derived_numbers() -> None:
 
 def test_a_group_must_give_what_it_is_for() -> None:
     with pytest.raises(
-        UserError, match=r"icl_msr\.optimization\.Optimization gives Optimization, and a Results is needed"
+        UserError, match=r"icl_msr\.training\.optimization\.Optimization gives Optimization, and a Results is needed"
     ):
         build_as(Results, settings().optimizer)
 

@@ -22,11 +22,11 @@ from tiny import DATA, MODEL
 
 from icl_msr.cli import processes, sweeps
 from icl_msr.cli.command import main
+from icl_msr.cli.job import run
 from icl_msr.cli.processes import clean_environment
 from icl_msr.cli.sweeps import checked_job, job_type, sweep_folder
 from icl_msr.core.config import config_dir
 from icl_msr.core.folder import RunFolder
-from icl_msr.run import run
 
 # ---------------------------------------------------------------------------------------------- jobs without a program
 

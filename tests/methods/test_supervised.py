@@ -8,12 +8,12 @@ from tiny import composed
 from torch import Tensor
 from toys import make_method, make_views
 
+from icl_msr.cli.assemble import require_meaning
 from icl_msr.core.config import check
 from icl_msr.core.distributed import rank, world_size
 from icl_msr.core.errors import UserError
 from icl_msr.methods import Step
 from icl_msr.methods.supervised import labelled_cross_entropy
-from icl_msr.run import require_meaning
 
 STEP = Step(0, 10)
 LABELS = torch.tensor([0, -1, 2, 1, -1, -1, -1, 2])  # three and one of the halves; the last two quarters have 0 and 1

@@ -29,9 +29,9 @@ from test_run import TRAINER, WORDS, Finished, execute
 from wandb.proto.wandb_internal_pb2 import Record
 
 from icl_msr import run as program
+from icl_msr.cli.job import closing
 from icl_msr.core.errors import UserError
 from icl_msr.report.__main__ import main as report
-from icl_msr.run import closing
 from icl_msr.training.loggers import About, MetricsFile, TensorBoard, WeightsAndBiases
 
 STEP = "trainer/global_step"
@@ -509,7 +509,7 @@ def test_a_summary_of_many_runs_is_sent_as_tables(tmp_path: Path) -> None:
 
 def test_wandb_is_imported_only_when_it_is_used(tmp_path: Path) -> None:
     code = (
-        "import sys; from icl_msr.cli.command import main; from icl_msr.run import run\n"
+        "import sys; from icl_msr.cli.command import main; from icl_msr.cli.job import run\n"
         "assert 'wandb' not in sys.modules\n"
         "assert main(run, sys.argv[1:]) == 0\n"
         "assert 'wandb' not in sys.modules\n"

@@ -1,0 +1,224 @@
+"""The main job: one run in its folder, fresh or continued."""
+
+import math
+import shutil
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from tempfile import TemporaryFile
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
+from omegaconf import DictConfig, OmegaConf
+from rich.console import Console
+
+from icl_msr.cli.assemble import Pieces, assemble, build_as, in_words, make_trainer
+from icl_msr.cli.conclude import describe, evaluate, looks, metric, peak_memory_mb
+from icl_msr.cli.processes import in_folder, require_processes, run_ranks
+from icl_msr.core.config import Settings, build, check
+from icl_msr.core.errors import UserError
+from icl_msr.core.folder import RunFolder
+from icl_msr.core.ranks import is_first, is_rank
+from icl_msr.core.storage import atomic_write, disk_is_full
+from icl_msr.models.checkpoint import read_checkpoint
+from icl_msr.report import gap_table, matrix_table, write_report
+from icl_msr.report.runs import Run, flatten, read_curves
+from icl_msr.report.words import answer, faint_meta_signal
+from icl_msr.training.hardware import Hardware, Plan
+from icl_msr.training.loggers import About, MetricsFile
+from icl_msr.training.module import Pretraining
+from icl_msr.training.progress import Throughput
+
+
+def run(config: DictConfig) -> float:
+    """One run, in Hydra's output folder; returns the metric that a sweeper maximises.
+
+    A folder in which the same run was begun is continued, and one in which it was finished is left as it is.
+    """
+    settings = check(config)
+    folder = RunFolder(Path(HydraConfig.get().runtime.output_dir))
+    console = Console(highlight=False, soft_wrap=True, quiet=not is_first())
+    extended = folder.begun and more_epochs(settings, folder)
+    if folder.done and not extended:
+        console.print(f"{folder} is finished and stays as it is; continue it with a larger trainer.max_epochs.")
+        return folder.metric()
+
+    plan = build_as(Hardware, settings.hardware).plan()
+    supervise = plan.world_size > 1 and not is_rank()
+    require_processes(plan, multirun=HydraConfig.get().mode == RunMode.MULTIRUN)
+    pieces = assemble(settings, plan)
+    require_room(pieces.module, folder.path)
+    if supervise:
+        del pieces
+        code = run_ranks(plan.world_size, [*sys.argv[1:], in_folder(folder.path)], folder.path)
+        return folder.metric() if code == 0 else sys.exit(code)
+    with folder.locked() if is_first() else nullcontext():
+        return carry_out(settings, config, plan, pieces, folder, console)
+
+
+def carry_out(
+    settings: Settings, config: DictConfig, plan: Plan, pieces: Pieces, folder: RunFolder, console: Console
+) -> float:
+    """Trains with the other ranks, if any; the first one then evaluates and reports."""
+    began = time.perf_counter()
+    resumed_at = resume_point(settings, pieces, folder, console)
+    facts = describe(settings, plan, pieces.dataset, folder)
+    about = About(
+        name=facts["name"],
+        group=facts["group"],
+        job_type=facts["job_type"],
+        config=settings.model_dump(),
+        resumed_at=resumed_at,
+    )
+    dashboard = build(settings.logger, folder.path, about)
+    if is_first():
+        folder.results.unlink(missing_ok=True)  # of the run before it was given more epochs
+        folder.write(folder.environment.name, facts)
+        atomic_write(folder.config, OmegaConf.to_yaml(config))
+    console.print(f"[bold]{about.name}[/bold] on {plan}\n{in_words(pieces.derived)}\n{folder}")
+
+    with closing(dashboard):
+        throughput = Throughput(settings.loader.batch_size)
+        loggers = [MetricsFile(folder.path, about), *([dashboard] if dashboard else [])]
+        trainer = make_trainer(settings, plan, folder, pieces, throughput, loggers)
+        trainer.fit(
+            pieces.module,
+            pieces.data,
+            ckpt_path=folder.checkpoint if resumed_at is not None else None,
+            weights_only=True,
+        )
+        if dist.is_initialized():
+            dist.destroy_process_group()
+        if not trainer.is_global_zero:
+            return math.nan
+        results = evaluate(settings, plan, pieces, folder, facts["choices"])
+        final = {name: curve.values[-1] for name, curve in read_curves(folder.path / "metrics.csv").items()}
+        name, value = metric(settings.metric, final, results)
+        summary = {
+            "name": about.name,
+            "choices": facts["choices"],
+            "seed": settings.seed,
+            "train_on": settings.dataset.get("train_on", "full"),
+            "classes": list(pieces.dataset.classes),
+            "chance": pieces.dataset.chance,
+            "parameters": sum(p.numel() for p in pieces.module.method.backbone.parameters()),
+            "derived": pieces.derived,
+            "images_per_second": throughput.rate,
+            "peak_memory_mb": peak_memory_mb(plan),
+            "wall_time_s": throughput.earlier + time.perf_counter() - began,
+            "metric": {"name": name, "value": value if math.isfinite(value) else None},
+            "final": final,
+            **results.records(),
+            "strata": looks(settings, plan, pieces),
+        }
+        folder.write(folder.results.name, summary)
+        report = write_report(folder.path)
+        if dashboard is not None:
+            dashboard.conclude(folder.path)
+    finished = Run.load(folder.path)
+    saved = finished.results
+    if results.accuracies:
+        for part in (matrix_table(saved), gap_table(saved), " ".join(answer(saved))):
+            if part is not None:
+                console.print(part)
+    if warning := faint_meta_signal(finished.curves, settings.regularizer):
+        console.print(warning, style="yellow")
+    console.print(f"results  {folder.results}\nreport   {report}")
+    return value
+
+
+def more_epochs(settings: Settings, folder: RunFolder) -> bool:
+    """Whether the run in this folder is to be given more epochs than it had.
+
+    Raises:
+        UserError: another run lies there.
+    """
+    saved, now = flatten(folder.saved_config()), flatten(settings.model_dump())
+    epochs = "trainer.max_epochs"
+    for key in dict.fromkeys([*now, *saved]):
+        if saved.get(key) != now.get(key) and (key != epochs or now[key] < saved.get(key, 0)):
+            raise UserError(
+                f"{folder} holds a run with {key}={saved.get(key)}, and {now.get(key)} was asked for; a run is "
+                f"continued as it was begun, only {epochs} may grow: choose another hydra.run.dir, or "
+                f"type resume={folder}."
+            )
+    return bool(now[epochs] > saved[epochs])
+
+
+def require_room(module: Pretraining, folder: Path) -> None:
+    """A new checkpoint is written beside the old one.
+
+    Raises:
+        UserError: they do not fit on the disk, or nothing can be written there.
+    """
+    try:
+        TemporaryFile(dir=folder).close()
+    except OSError as error:
+        if not disk_is_full(error):
+            raise UserError(f"{folder} cannot be written ({error.strerror}); choose another hydra.run.dir.") from None
+    state = [t for t in module.state_dict().values() if isinstance(t, torch.Tensor)]
+    moments = [p for p in module.parameters() if p.requires_grad] * 2
+    needed = 2 * sum(t.numel() * t.element_size() for t in [*state, *moments])
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise UserError(
+            f"The disk of {folder} is full: checkpoints need {needed / 1e6:.0f} MB, and {free / 1e6:.0f} MB are free; "
+            "make room or choose another hydra.run.dir."
+        )
+
+
+def resume_point(settings: Settings, pieces: Pieces, folder: RunFolder, console: Console) -> int | None:
+    """The optimiser step to continue from, said in words; None for a fresh start."""
+    if not (folder.begun and folder.checkpoint.exists()):
+        return None
+    checkpoint = read_checkpoint(folder.checkpoint)
+    if shapes(checkpoint["state_dict"]) != shapes(pieces.module.state_dict()):
+        raise UserError(
+            f"{folder.checkpoint} belongs to another config than {folder.config}; put the one back that it was "
+            "trained with, or begin a new run."
+        )
+    if "optimizer_states" not in checkpoint:
+        raise UserError(
+            f"{folder.checkpoint} holds no state of the optimiser, so training cannot go on from it; put the run's own "
+            "checkpoint back, or begin a new run with backbone.weights."
+        )
+    step = int(checkpoint["global_step"])
+    console.print(f"Continuing {folder} from step {step}.")
+    before, now = folder.saved_config()["trainer"]["max_epochs"], settings.trainer.max_epochs
+    if now > before:
+        rate, steps = pieces.module.optimization.factor, pieces.derived["steps_per_epoch"]
+        lr = pieces.derived["effective_learning_rate"]
+        old, new = (lr * rate(step, int(steps * epochs), steps) for epochs in (before, now))
+        console.print(
+            f"{before} epochs become {now}: the schedule ({settings.optimizer.get('schedule')}) ends at epoch {now} "
+            f"now, so the learning rate at this step is {new:.3g} instead of {old:.3g}."
+        )
+    return step
+
+
+def shapes(state: Mapping[str, Any]) -> dict[str, torch.Size]:
+    """Of the tensors of a state dict."""
+    return {name: value.shape for name, value in state.items() if isinstance(value, torch.Tensor)}
+
+
+@contextmanager
+def closing(dashboard: Any) -> Iterator[None]:
+    """The dashboard learns how the run ended, however it ended."""
+    code = 1
+    try:
+        yield
+        code = 0
+    except UserError:
+        code = 2
+        raise
+    except SystemExit as stop:
+        code = int(stop.code or 0)
+        raise
+    finally:
+        if dashboard is not None:
+            dashboard.close(code)
