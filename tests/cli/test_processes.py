@@ -279,7 +279,7 @@ def test_signals_are_passed_on(word: str, code: int, said: str, fake: Path, capf
 def test_the_leash(fake: Path) -> None:
     """Whatever ends the parent, the children leave, also one that ignores all signals."""
     program = (
-        "import signal; from icl_msr import processes; from pathlib import Path; processes.MODULE = 'fake_ranks'\n"
+        "import signal; from icl_msr.cli import processes; from pathlib import Path; processes.MODULE = 'fake_ranks'\n"
         f"folder = Path({str(fake)!r})\n"
         "words = 'rank0=time.sleep(99)', 'rank1=signal.signal(15, signal.SIG_IGN); time.sleep(99)'\n"
         "processes.run_ranks(2, (*words, processes.in_folder(folder)), folder)"
