@@ -28,7 +28,7 @@ from test_report import write_run
 from test_run import TRAINER, WORDS, Finished, execute
 from wandb.proto.wandb_internal_pb2 import Record
 
-from icl_msr import run as program
+from icl_msr.cli import job as program
 from icl_msr.cli.job import closing
 from icl_msr.core.errors import UserError
 from icl_msr.report.__main__ import main as report
