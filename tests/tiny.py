@@ -38,11 +38,11 @@ def pieces(*words: str, data: Dataset | None = None) -> tuple[Settings, Pretrain
     settings = check(composed(*DATA, *MODEL, *words))
     pl.seed_everything(settings.seed, verbose=False)
     data = data or dataset()
-    backbone = build(settings.backbone, data.image_size)
-    method = build(settings.method, backbone, len(data.classes), data.mean, data.std)
+    backbone = build(settings.backbone, image_size=data.image_size)
+    method = build(settings.method, backbone=backbone, classes=len(data.classes), mean=data.mean, std=data.std)
     module = Pretraining(
         method,
-        build(settings.regularizer, method.channels, method.temperature),
+        build(settings.regularizer, channels=method.channels, method_temperature=method.temperature),
         build(settings.optimizer),
         seed=settings.seed,
         batch_size=settings.loader.batch_size,

@@ -53,9 +53,11 @@ def measure(work: dict[str, Callable[[], object]]) -> dict[str, float]:
 
 def step_and_regularizer() -> dict[str, float]:
     """A plain step, and steps with MSR: every step without its meta step, and with it."""
-    backbone = build(node("backbone/tiny"), SIZE)
-    method: SimCLR = build(node("method/simclr"), backbone)
-    regularizer = build(node("regularizer/msr", seed=0, every=1), backbone.channels, method.temperature)
+    backbone = build(node("backbone/tiny"), image_size=SIZE)
+    method: SimCLR = build(node("method/simclr"), backbone=backbone)
+    regularizer = build(
+        node("regularizer/msr", seed=0, every=1), channels=backbone.channels, method_temperature=method.temperature
+    )
     method.to(PLAN.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     regularizer.to(PLAN.device)
     images = [torch.randn(N, 3, SIZE, SIZE, device=PLAN.device) for _ in range(3)]

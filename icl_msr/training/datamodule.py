@@ -61,7 +61,9 @@ class EpochBatches:
     All ranks together see the batches that one rank would see; what does not fill a batch is left out.
     """
 
-    def __init__(self, length: int, batch_size: int, seed: int, rank: int = 0, world_size: int = 1) -> None:
+    def __init__(
+        self, length: int, batch_size: int, seed: int, rank: int = 0, world_size: int = 1, fixed: bool = False
+    ) -> None:
         if batch_size > length:
             raise UserError(
                 f"The batch size {batch_size} is larger than the {length} training images; set it to {length} or less."
@@ -73,6 +75,8 @@ class EpochBatches:
             )
         self.length, self.batch_size, self.seed = length, batch_size, seed
         self.rank, self.share = rank, batch_size // world_size
+        self.fixed = fixed
+        """Whether every epoch has the order of the first one, as `Trainer(overfit_batches=...)` asks for."""
         self.epoch = 0
         self.first = 0
         """The first batch of the epoch that is wanted: a resumed run leaves out those that it has seen."""
@@ -81,7 +85,7 @@ class EpochBatches:
         return self.length // self.batch_size
 
     def __iter__(self) -> Iterator[Batch]:
-        order = permutation(self.seed, self.epoch, self.length)
+        order = permutation(self.seed, 0 if self.fixed else self.epoch, self.length)
         for batch in range(self.first, len(self)):
             start = batch * self.batch_size + self.rank * self.share
             yield Batch(self.epoch, order[start : start + self.share])
@@ -150,7 +154,8 @@ class DataModule(pl.LightningDataModule):
         if isinstance(train, FileSplit):
             textures = self._textures if isinstance(self._textures, FileSplit) else None
             source = _Crops(train, textures, self.augmentation, self.seed, self.dataset.image_size)
-        batches = EpochBatches(len(train), self.batch_size, self.seed, trainer.global_rank, trainer.world_size)
+        fixed = bool(trainer.overfit_batches)  # type: ignore[attr-defined]
+        batches = EpochBatches(len(train), self.batch_size, self.seed, trainer.global_rank, trainer.world_size, fixed)
         workers = self.num_workers if isinstance(train, FileSplit) else 0
         loader = DataLoader(
             source,

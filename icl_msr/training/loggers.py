@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Protocol, runtime_checkable
 
 from pytorch_lightning.loggers import TensorBoardLogger
 from pytorch_lightning.loggers.logger import Logger
@@ -42,6 +42,17 @@ class About:
     """As composed."""
     resumed_at: int | None
     """Optimiser steps done when the run was continued; None for a fresh start."""
+
+
+@runtime_checkable
+class Dashboard(Protocol):
+    """A logger that also takes what a run ends with. Lightning's own loggers take the curves alone."""
+
+    def conclude(self, folder: Path) -> None:
+        """Take the results and the pictures of a finished run."""
+
+    def close(self, exit_code: int) -> None:
+        """Learn how the run ended."""
 
 
 class MetricsFile(Logger):

@@ -5,6 +5,7 @@ from typing import Any
 import pytorch_lightning as pl
 import torch
 import torch.nn.functional as F
+from pydantic import PositiveInt
 from torch import Tensor, nn
 
 from icl_msr.core.distributed import gather
@@ -13,6 +14,7 @@ from icl_msr.evaluation.features import extract
 from icl_msr.evaluation.knn import knn_predict
 from icl_msr.evaluation.linear import hold_out
 from icl_msr.training.module import Pretraining
+from icl_msr.training.progress import last_epoch
 
 
 class OnlineEvaluation(pl.Callback):
@@ -28,10 +30,10 @@ class OnlineEvaluation(pl.Callback):
         dataset: Dataset,
         channels: int,
         *,
-        every_n_epochs: int,
+        every_n_epochs: PositiveInt,
         seed: int,
-        bank: int = 4000,
-        queries: int = 1000,
+        bank: PositiveInt,
+        queries: PositiveInt,
     ):
         self.dataset, self.every_n_epochs = dataset, every_n_epochs
         train = dataset.train
@@ -79,13 +81,16 @@ class OnlineEvaluation(pl.Callback):
             self.optimizer.step()
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Both accuracies on the held-out images, measured by the first rank."""
-        last = trainer.current_epoch + 1 == trainer.max_epochs
-        if ((trainer.current_epoch + 1) % self.every_n_epochs and not last) or not len(self.held):
-            return
-        if not trainer.is_global_zero:
+        due = (trainer.current_epoch + 1) % self.every_n_epochs == 0 or last_epoch(trainer)
+        if not due or not len(self.held):
             return
         assert isinstance(pl_module, Pretraining)
+        # Measured by the first rank, and known to all: a callback that watches a value must decide alike on all ranks.
+        accuracies = self.accuracies(pl_module) if trainer.is_global_zero else {}
+        pl_module.log_dict(trainer.strategy.broadcast(accuracies))
+
+    def accuracies(self, pl_module: Pretraining) -> dict[str, float]:
+        """Return the accuracies of kNN and probe on the held-out images."""
         device = pl_module.device
         features = self._features(pl_module, torch.cat([self.bank, self.held]))
         bank, queries = features[: len(self.bank)], features[len(self.bank) :]
@@ -94,8 +99,7 @@ class OnlineEvaluation(pl.Callback):
         knn = knn_predict(bank, train_labels[self.bank.to(device)], queries, "dino", len(self.dataset.classes))
         with torch.no_grad():
             probe = self.probe(F.layer_norm(queries, queries.shape[1:])).argmax(1)
-        pl_module.log("online/knn", (knn == labels).float().mean(), rank_zero_only=True)
-        pl_module.log("online/probe", (probe == labels).float().mean(), rank_zero_only=True)
+        return {f"online/{name}": float((found == labels).float().mean()) for name, found in (("knn", knn), ("probe", probe))}
 
     def _features(self, module: Pretraining, index: Tensor) -> Tensor:
         data = self.dataset

@@ -1,10 +1,23 @@
 """Speed, and a line an epoch where no progress bar can be drawn."""
 
+import math
 import time
 from datetime import timedelta
 from typing import Any
 
 import pytorch_lightning as pl
+
+from icl_msr.training.optimization import steps_per_epoch
+
+
+def ends_now(trainer: pl.Trainer) -> bool:
+    """Return whether no further batch is trained on: a callback has stopped the run, or all its steps are done."""
+    return trainer.should_stop or trainer.global_step == trainer.max_steps
+
+
+def last_epoch(trainer: pl.Trainer) -> bool:
+    """Return whether the epoch that ends is the last one."""
+    return trainer.current_epoch + 1 == trainer.max_epochs or ends_now(trainer)
 
 
 class Throughput(pl.Callback):
@@ -51,7 +64,7 @@ class Throughput(pl.Callback):
 
 
 class EpochLines(pl.Callback):
-    """One line an epoch: loss, online accuracies, speed, time left."""
+    """Prints a line an epoch where no progress bar is drawn: loss, online accuracies, speed, time left."""
 
     def __init__(self, throughput: Throughput):
         self.throughput = throughput
@@ -63,10 +76,10 @@ class EpochLines(pl.Callback):
         self._began, self._first_epoch = time.perf_counter(), trainer.current_epoch
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Prints the line."""
-        if not trainer.is_global_zero:
+        if not trainer.is_global_zero or trainer.progress_bar_callback is not None:
             return
-        done, total = trainer.current_epoch + 1, trainer.max_epochs or 0
+        done = trainer.current_epoch + 1
+        total = math.ceil(trainer.estimated_stepping_batches / steps_per_epoch(trainer))
         seconds = (time.perf_counter() - self._began) / (done - self._first_epoch) * (total - done)
         shown = {name: float(value) for name, value in trainer.callback_metrics.items()}
         parts = [f"epoch {done:>{len(str(total))}}/{total}"]

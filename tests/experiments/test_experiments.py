@@ -58,14 +58,20 @@ def test_a_recipe_can_be_built(name: str) -> None:
     settings = recipe(name)
     assert settings.dataset["_target_"].endswith(".cifar10")
     assert settings.backbone["name"] == "resnet18"
-    method = build(settings.method, build(settings.backbone, 32), 10, [0.5] * 3, [0.25] * 3)
+    method = build(
+        settings.method,
+        backbone=build(settings.backbone, image_size=32),
+        classes=10,
+        mean=[0.5] * 3,
+        std=[0.25] * 3,
+    )
     fewest, most = method.takes
     assert fewest <= len(build(settings.augment).views) <= most
-    assert (build(settings.regularizer, method.channels, method.temperature) is not None) == (name in MSR)
+    assert (build(settings.regularizer, channels=method.channels, method_temperature=method.temperature) is not None) == (name in MSR)
     assert (build(settings.negatives) is not None) == (name == "moco_patch")
     epoch = 50_000 // settings.loader.batch_size
     optimization = build(settings.optimizer)
-    optimizer, _ = optimization.build(method, settings.loader.batch_size, epoch * settings.trainer.max_epochs, epoch)
+    optimizer, _ = optimization.build(method, settings.loader.batch_size, epoch * settings.trainer["max_epochs"], epoch)
     held = {parameter for group in optimizer.param_groups for parameter in group["params"]}
     assert held == {parameter for parameter in method.parameters() if parameter.requires_grad}
 
@@ -103,7 +109,7 @@ def test_the_small_image_recipe_is_inherited(name: str) -> None:
     settings = recipe(name)
     assert (settings.method["hidden_dim"], settings.method["embedding_dim"]) == (1024, 64)
     assert settings.method.get("temperature", 0.5) == (0.1 if name == "ressl" else 0.5)
-    assert settings.trainer.max_epochs == 1000
+    assert settings.trainer["max_epochs"] == 1000
     schedule = {"schedule": "drops", "warmup_steps": 500, "drop_at": [50, 25], "drop_factor": 0.2, "weight_decay": 1e-6}
     assert settings.optimizer == settings.optimizer | schedule
     weak = {"jitter_probability": 0.0, "gray": 0.0, "blur": 0.0, "solarize": 0.0}
@@ -115,7 +121,7 @@ def test_the_small_image_recipe_is_inherited(name: str) -> None:
 @pytest.mark.parametrize("name", ["moco", "moco_v3", "simsiam", "barlow_twins", "vicreg", "nnclr", "swav", "dino"])
 def test_solo_learns_schedule_is_inherited(name: str) -> None:
     settings = recipe(name)
-    assert settings.trainer.max_epochs == 1000
+    assert settings.trainer["max_epochs"] == 1000
     optimizer = settings.optimizer
     assert optimizer == optimizer | {"schedule": "cosine", "warmup_epochs": 10.0, "scale_lr": "linear"}
     plain = name in ("moco", "simsiam")
