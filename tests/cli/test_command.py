@@ -27,8 +27,9 @@ from PIL import Image
 from tiny import DATA, MODEL
 
 from icl_msr.cli import assemble, job
-from icl_msr.cli.command import main
+from icl_msr.cli.command import Job, main
 from icl_msr.cli.job import run
+from icl_msr.core.config import Settings
 from icl_msr.core.errors import UserError
 from icl_msr.training.module import Pretraining
 
@@ -42,7 +43,7 @@ class Answer(NamedTuple):
 Command = Callable[..., Answer]
 
 
-def execute(*words: str, job: Callable[[DictConfig], float] = run) -> Answer:
+def execute(*words: str, job: Job = run) -> Answer:
     """`python -m icl_msr.run` in this process, its loggers put back as they were."""
     handlers, level, out, err = logging.root.handlers[:], logging.root.level, StringIO(), StringIO()
     with redirect_stdout(out), redirect_stderr(err), patch.object(sys, "argv", ["icl_msr.run"]):
@@ -384,7 +385,7 @@ def test_what_was_trained_outlives_a_failure_after_it(command: Command, monkeypa
 def test_a_sweep_goes_on_after_a_mistake(command: Command) -> None:
     seen: list[int] = []
 
-    def job(config: DictConfig) -> float:
+    def job(settings: Settings, config: DictConfig) -> float:
         seen.append(config.seed)
         if config.seed == 0:
             raise UserError("seed=0 is bad luck; take another.")
@@ -397,7 +398,7 @@ def test_a_sweep_goes_on_after_a_mistake(command: Command) -> None:
 
 
 def test_a_fault_of_the_program_is_not_hidden(command: Command) -> None:
-    def job(config: DictConfig) -> float:
+    def job(settings: Settings, config: DictConfig) -> float:
         raise ValueError("a bug")
 
     with pytest.raises(ValueError, match="a bug"):
@@ -407,7 +408,7 @@ def test_a_fault_of_the_program_is_not_hidden(command: Command) -> None:
 def test_timm_models_have_a_short_name(command: Command) -> None:
     found: list[DictConfig] = []
 
-    def job(config: DictConfig) -> float:
+    def job(settings: Settings, config: DictConfig) -> float:
         found.append(config)
         return 0.0
 

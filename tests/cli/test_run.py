@@ -21,7 +21,7 @@ from icl_msr.cli.assemble import assemble, build_as, derive
 from icl_msr.cli.command import main
 from icl_msr.cli.conclude import metric
 from icl_msr.cli.job import run
-from icl_msr.core.config import check, fingerprint
+from icl_msr.core.config import Settings, check, fingerprint
 from icl_msr.core.errors import UserError
 from icl_msr.evaluation.suite import Results
 from icl_msr.models.backbones import tiny
@@ -49,8 +49,8 @@ def execute(folder: Path, *words: str, code: int = 0) -> Finished:
     """The program in this process, its loggers put back as they were; `code` is the exit code that it should have."""
     values: list[float] = []
 
-    def job(config: DictConfig) -> float:
-        values.append(run(config))
+    def job(settings: Settings, config: DictConfig) -> float:
+        values.append(run(settings, config))
         return values[-1]
 
     handlers, level = logging.root.handlers[:], logging.root.level

@@ -21,7 +21,7 @@ from test_loggers import sent
 from tiny import DATA, MODEL
 
 from icl_msr.cli import processes, sweeps
-from icl_msr.cli.command import main
+from icl_msr.cli.command import Job, main
 from icl_msr.cli.job import run
 from icl_msr.cli.processes import clean_environment
 from icl_msr.cli.sweeps import checked_job, job_type, sweep_folder
@@ -80,7 +80,7 @@ def command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.Captu
     monkeypatch.chdir(tmp_path)
     handlers, level = logging.root.handlers[:], logging.root.level
 
-    def call(*words: str, job: Callable[[DictConfig], float] = run) -> Answer:
+    def call(*words: str, job: Job = run) -> Answer:
         try:
             code = main(job, ["-m", *words])
         except SystemExit as end:
