@@ -255,9 +255,9 @@ def stepper(backbone_name: str, batch: int, precision: str, layout: str, size: i
     torch.manual_seed(0)
     backbone = build(settings.backbone, image_size=size)
     method = build(settings.method, backbone=backbone, classes=10, mean=(0.5,) * 3, std=(0.25,) * 3).to(plan.device)
-    regularizer = build(
-        settings.regularizer, channels=backbone.channels, method_temperature=method.temperature
-    ).to(plan.device)
+    regularizer = build(settings.regularizer, channels=backbone.channels, method_temperature=method.temperature).to(
+        plan.device
+    )
     images = [torch.randn(batch, 3, size, size, device=plan.device) for _ in range(3)]
     if plan.channels_last:
         method.to(memory_format=torch.channels_last)

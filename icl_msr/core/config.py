@@ -273,8 +273,8 @@ def _parameters(target: Callable[..., Any]) -> dict[str, Parameter]:
     except ValueError:  # a builtin that does not say what it takes
         return {"**": Parameter("_", Parameter.VAR_KEYWORD)}
     named = (Parameter.POSITIONAL_OR_KEYWORD, Parameter.KEYWORD_ONLY)
-    found = {p.name: p for p in signature.parameters.values() if p.kind in named}
-    return found | {"**": p for p in signature.parameters.values() if p.kind is p.VAR_KEYWORD}
+    names = ((p, "**" if p.kind is p.VAR_KEYWORD else p.name) for p in signature.parameters.values())
+    return {name: p for p, name in names if name == "**" or p.kind in named}
 
 
 def _schema(

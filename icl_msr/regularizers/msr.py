@@ -129,9 +129,7 @@ class MetaSemanticRegularizer(nn.Module):
         node: Any = OmegaConf.to_container(OmegaConf.load(config_dir() / "regularizer" / "msr.yaml"))
         node |= {"seed": seed, **keys}
         check_node("regularizer", node, GIVEN["regularizer"])
-        regularizer: MetaSemanticRegularizer = build(
-            node, channels=channels, method_temperature=method_temperature
-        )
+        regularizer: MetaSemanticRegularizer = build(node, channels=channels, method_temperature=method_temperature)
         return regularizer
 
     # ------------------------------------------------------------------------------------------ the loss for theta

@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 from pydantic import PositiveFloat, PositiveInt
 from pytorch_lightning.callbacks import Checkpoint
+from typing_extensions import override
 
 from icl_msr.core.distributed import world_size
 from icl_msr.core.errors import PREEMPTED
@@ -39,19 +40,23 @@ class Checkpoints(Checkpoint):
         self._stop = False
         self._ended = False
 
+    @override
     def state_dict(self) -> dict[str, Any]:
-        """Whether a callback had stopped the run, such as early stopping: it then ends again at once."""
+        # Whether a callback had stopped the run, such as early stopping: it then ends again at once.
         return {"ended": self._ended}
 
+    @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._ended = state_dict["ended"]
 
+    @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Takes the signals over: Lightning's own handler calls a collective wherever the program happens to be."""
+        # Takes the signals over: Lightning's own handler calls a collective wherever the program happens to be.
         trainer.should_stop |= self._ended
         self._saved_at = time.monotonic()
         self._handlers = {number: signal.signal(number, self._note) for number in SIGNALS}
 
+    @override
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
@@ -62,22 +67,25 @@ class Checkpoints(Checkpoint):
             minutes = (time.monotonic() - self._saved_at) / 60
             self._save(trainer, due=self.every_n_minutes is not None and minutes >= self.every_n_minutes)
 
+    @override
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._save(trainer, due=(trainer.current_epoch + 1) % self.every_n_epochs == 0 or last_epoch(trainer))
 
+    @override
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        """Only now has Lightning logged what belongs to the last step."""
+        # Only now has Lightning logged what belongs to the last step.
         self._leave_if_told(trainer)
 
+    @override
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Signals mean again what they meant before."""
+        # Signals mean again what they meant before.
         self._give_signals_back()
         self._leave_if_told(trainer)
 
+    @override
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        """See `on_train_end`."""
         self._give_signals_back()
 
     def _note(self, number: int, frame: FrameType | None) -> None:

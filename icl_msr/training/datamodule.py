@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from torch.utils.data import Dataset as TorchDataset
 from torchvision.transforms.v2 import functional as F
+from typing_extensions import override
 
 from icl_msr.augment import Augmentation
 from icl_msr.core.errors import UserError
@@ -131,19 +132,21 @@ class DataModule(pl.LightningDataModule):
             self._first_view = replace(augmentation, views=augmentation.views[:1])
         self._labels = dataset.train.labels
 
+    @override
     def train_dataloader(self) -> "_TrainLoader":
-        """The loader of this rank."""
+        # The loader of this rank.
         self._training = self._loader()
         return self._training
 
+    @override
     def teardown(self, stage: str) -> None:
-        """Let the workers go. Left to the garbage collector, each of them would be waited for."""
+        # Let the workers go. Left to the garbage collector, each of them would be waited for.
         if self._training is not None:
             self._training.close()
             self._training = None
 
+    @override
     def on_exception(self, exception: BaseException) -> None:
-        """See `teardown`."""
         self.teardown("fit")
 
     def _loader(self) -> "_TrainLoader":
@@ -176,8 +179,9 @@ class DataModule(pl.LightningDataModule):
                 raise batch
             yield self.views(move_data_to_device(batch, device))
 
+    @override
     def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
-        """A `Batch` on the device to its `Views`; anything else stays as it is."""
+        # A `Batch` on the device to its `Views`; anything else stays as it is.
         return self.views(batch) if isinstance(batch, Batch) else batch
 
     @torch.no_grad()

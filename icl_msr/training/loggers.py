@@ -17,6 +17,7 @@ from typing import Any, Literal, Protocol, runtime_checkable
 from pytorch_lightning.loggers import TensorBoardLogger
 from pytorch_lightning.loggers.logger import Logger
 from pytorch_lightning.utilities import rank_zero_only
+from typing_extensions import override
 
 from icl_msr.core.errors import UserError
 from icl_msr.core.ranks import is_first
@@ -70,23 +71,26 @@ class MetricsFile(Logger):
             done = about.resumed_at or 0
             self._write([row for row in self._rows() if row["step"] and int(row["step"]) < done])
 
+    @override
     @property
     def name(self) -> str:
-        """See Lightning."""
         return ""
 
+    @override
     @property
     def version(self) -> str:
-        """See Lightning."""
         return ""
 
+    @override
     @rank_zero_only
     def log_hyperparams(self, *_: Any, **__: Any) -> None:
-        """They stand in `config.yaml`."""
+        # They stand in `config.yaml`.
+        pass
 
+    @override
     @rank_zero_only
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
-        """One row."""
+        # One row.
         row = {**metrics, "step": step}
         if row.keys() - set(self.columns):
             self.columns = ["epoch", "step", *sorted({*self.columns, *row} - {"epoch", "step"})]
@@ -162,24 +166,28 @@ class WeightsAndBiases(Logger):
             with self._forgiving():
                 self._begin(wanted)
 
+    @override
     @property
     def name(self) -> str:
-        """See Lightning."""
         return self.project
 
+    @override
     @property
     def version(self) -> str | None:
-        """The run's id."""
+        # The run's id.
         return None if self.run is None else str(self.run.id)
 
+    @override
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
-        """One point of every curve."""
+        # One point of every curve.
         if self._listens():
             with self._forgiving():
                 self.run.log({**metrics, "trainer/global_step": step})
 
+    @override
     def log_hyperparams(self, *_: Any, **__: Any) -> None:
-        """The config was sent at the start."""
+        # The config was sent at the start.
+        pass
 
     def conclude(self, folder: Path) -> None:
         """Summary, pictures, tables and artifacts of a finished run."""

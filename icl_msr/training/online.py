@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from pydantic import PositiveInt
 from torch import Tensor, nn
+from typing_extensions import override
 
 from icl_msr.core.distributed import gather
 from icl_msr.data.dataset import Dataset
@@ -48,25 +49,26 @@ class OnlineEvaluation(pl.Callback):
         nn.init.zeros_(self.probe.bias)
         self.optimizer = torch.optim.Adam(self.probe.parameters(), lr=3e-3)
 
+    @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """To the training device."""
         device = trainer.strategy.root_device
         self.probe.to(device)
         self.fits = self.fits.to(device)
 
+    @override
     def state_dict(self) -> dict[str, Any]:
-        """The probe and its Adam, for the checkpoint."""
         return {"probe": self.probe.state_dict(), "optimizer": self.optimizer.state_dict()}
 
+    @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """See `state_dict`."""
         self.probe.load_state_dict(state_dict["probe"])
         self.optimizer.load_state_dict(state_dict["optimizer"])
 
+    @override
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """One step of the probe."""
+        # One step of the probe.
         assert isinstance(pl_module, Pretraining)
         assert pl_module.batch is not None
         views = pl_module.batch.views
@@ -80,6 +82,7 @@ class OnlineEvaluation(pl.Callback):
             loss.backward()  # type: ignore[no-untyped-call]
             self.optimizer.step()
 
+    @override
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         due = (trainer.current_epoch + 1) % self.every_n_epochs == 0 or last_epoch(trainer)
         if not due or not len(self.held):
@@ -99,7 +102,7 @@ class OnlineEvaluation(pl.Callback):
         knn = knn_predict(bank, train_labels[self.bank.to(device)], queries, "dino", len(self.dataset.classes))
         with torch.no_grad():
             probe = self.probe(F.layer_norm(queries, queries.shape[1:])).argmax(1)
-        return {f"online/{name}": float((found == labels).float().mean()) for name, found in (("knn", knn), ("probe", probe))}
+        return {"online/knn": _share(knn == labels), "online/probe": _share(probe == labels)}
 
     def _features(self, module: Pretraining, index: Tensor) -> Tensor:
         data = self.dataset
@@ -113,3 +116,7 @@ class OnlineEvaluation(pl.Callback):
             label="online features",
             index=index,
         ).to(module.device)
+
+
+def _share(hits: Tensor) -> float:
+    return float(hits.float().mean())

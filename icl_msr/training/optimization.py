@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Callable, Mapping
-
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -54,7 +53,7 @@ class Optimization:
         return optimizer, self.schedule(optimizer=optimizer, **keys)
 
     def learning_rate(self, step: int, global_batch: int, total_steps: int, steps_per_epoch: float) -> float | None:
-        """Return the learning rate of an optimiser step, from 0; None for a schedule that is no function of the step."""
+        """Return the learning rate of an optimiser step, from 0; None for a schedule that depends on the past."""
         _, schedule = self.build(_example(), global_batch, total_steps, steps_per_epoch)
         return rate_at(schedule, step)
 
@@ -76,7 +75,7 @@ def steps_per_epoch(trainer: "pl.Trainer") -> int:
 
 def rate_at(schedule: LRScheduler, step: int) -> float | None:
     """Return the learning rate of the first parameter group at an optimiser step; None if it depends on the past."""
-    return schedule.base_lrs[0] * schedule.lr_lambdas[0](step) if isinstance(schedule, LambdaLR) else None
+    return float(schedule.base_lrs[0] * schedule.lr_lambdas[0](step)) if isinstance(schedule, LambdaLR) else None
 
 
 def follow(schedule: LRScheduler) -> None:

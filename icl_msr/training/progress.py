@@ -6,6 +6,7 @@ from datetime import timedelta
 from typing import Any
 
 import pytorch_lightning as pl
+from typing_extensions import override
 
 from icl_msr.training.optimization import steps_per_epoch
 
@@ -31,13 +32,13 @@ class Throughput(pl.Callback):
         self._began = time.perf_counter()
         self._since: float | None = None
 
+    @override
     def state_dict(self) -> dict[str, float]:
-        """A continued run goes on counting."""
         elapsed = self.earlier + time.perf_counter() - self._began
         return {"seconds": self.seconds, "images": self.images, "elapsed": elapsed}
 
+    @override
     def load_state_dict(self, state_dict: dict[str, float]) -> None:
-        """See `state_dict`."""
         self.seconds, self.images = state_dict["seconds"], int(state_dict["images"])
         self.earlier = state_dict["elapsed"]
 
@@ -46,14 +47,15 @@ class Throughput(pl.Callback):
         """Images a second over the run so far."""
         return self.images / max(self.seconds, 1e-9)
 
+    @override
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """The clock starts."""
         self._since = time.perf_counter()
 
+    @override
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Counts; the first batch, which warms caches and allocators up, is left out."""
+        # Counts; the first batch, which warms caches and allocators up, is left out.
         now = time.perf_counter()
         if self._since is not None and trainer.global_step > 1:
             self.seconds += now - self._since
@@ -71,10 +73,11 @@ class EpochLines(pl.Callback):
         self._began = 0.0
         self._first_epoch = 0
 
+    @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """The clock starts."""
         self._began, self._first_epoch = time.perf_counter(), trainer.current_epoch
 
+    @override
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if not trainer.is_global_zero or trainer.progress_bar_callback is not None:
             return

@@ -252,7 +252,7 @@ IN_THE_WORLD = [
     ("method=simclr augment.views=[{},{},{}]", "augment.views lists 3 views", "SimCLR takes 2"),
     ("evaluation=shape evaluation.stimuli=stimuli evaluation.head=true", "evaluation.head=true", "encoder=timm:NAME"),
     ("metric=accuracy", "metric=accuracy will not be measured", "online/knn"),
-    ("metric=online/knn trainer.online_every_n_epochs=0", "metric=online/knn will not be measured", "auto"),
+    ("metric=online/knn ~callbacks.online", "metric=online/knn will not be measured", "auto"),
     # machines
     ("hardware.accelerator=gpu hardware.devices=99", "99 GPU", "hardware=cpu"),
     ("hardware=ddp hardware.accelerator=cpu loader.batch_size=9", "loader.batch_size=9", "2 devices", "8"),
@@ -359,7 +359,7 @@ def test_devices_in_a_sweep_need_processes(command: Command) -> None:
 
 def test_what_was_trained_outlives_a_failure_after_it(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
     """Once the disk is full, once the program is at fault; the same command goes on."""
-    words = [*SMALL, "trainer.max_epochs=1", "trainer.online_every_n_epochs=0", "hydra.run.dir=run"]
+    words = [*SMALL, "trainer.max_epochs=1", "~callbacks.online", "hydra.run.dir=run"]
     picture = Path("run/figures/views.png")
     picture.parent.mkdir(parents=True)
     picture.symlink_to("/dev/full")
