@@ -26,6 +26,7 @@ from support.inprocess import Answer, execute
 from support.tiny import DATA, MODEL
 
 from icl_msr.cli import assemble, job
+from icl_msr.core.config import Settings
 from icl_msr.core.errors import UserError
 from icl_msr.training.module import Pretraining
 
@@ -358,7 +359,7 @@ def test_what_was_trained_outlives_a_failure_after_it(command: Command, monkeypa
 def test_a_sweep_goes_on_after_a_mistake(command: Command) -> None:
     seen: list[int] = []
 
-    def job(config: DictConfig) -> float:
+    def job(settings: Settings, config: DictConfig) -> float:
         seen.append(config.seed)
         if config.seed == 0:
             raise UserError("seed=0 is bad luck; take another.")
@@ -371,7 +372,7 @@ def test_a_sweep_goes_on_after_a_mistake(command: Command) -> None:
 
 
 def test_a_fault_of_the_program_is_not_hidden(command: Command) -> None:
-    def job(config: DictConfig) -> float:
+    def job(settings: Settings, config: DictConfig) -> float:
         raise ValueError("a bug")
 
     with pytest.raises(ValueError, match="a bug"):
@@ -381,7 +382,7 @@ def test_a_fault_of_the_program_is_not_hidden(command: Command) -> None:
 def test_timm_models_have_a_short_name(command: Command) -> None:
     found: list[DictConfig] = []
 
-    def job(config: DictConfig) -> float:
+    def job(settings: Settings, config: DictConfig) -> float:
         found.append(config)
         return 0.0
 

@@ -21,7 +21,7 @@ from support.tiny import DATA, MODEL
 from support.uploads import sent
 
 from icl_msr.cli import processes, sweeps
-from icl_msr.cli.command import main
+from icl_msr.cli.command import Job, main
 from icl_msr.cli.job import run
 from icl_msr.cli.processes import clean_environment
 from icl_msr.cli.sweeps import checked_job, job_type, sweep_folder
@@ -79,7 +79,7 @@ def command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.Captu
     monkeypatch.setattr(sys, "argv", ["icl_msr.run"])
     monkeypatch.chdir(tmp_path)
 
-    def call(*words: str, job: Callable[[DictConfig], float] = run) -> Answer:
+    def call(*words: str, job: Job = run) -> Answer:
         try:
             code = main(job, ["-m", *words])
         except SystemExit as end:

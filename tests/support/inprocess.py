@@ -3,7 +3,7 @@
 import json
 import logging
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from io import StringIO
@@ -13,8 +13,9 @@ from unittest.mock import patch
 
 from omegaconf import DictConfig
 
-from icl_msr.cli.command import main
+from icl_msr.cli.command import Job, main
 from icl_msr.cli.job import run
+from icl_msr.core.config import Settings
 from support.tiny import DATA, MODEL
 
 WORDS = [*DATA, *MODEL, "negatives=patch", "evaluation=light", "logger=csv"]
@@ -42,7 +43,7 @@ def loggers_put_back() -> Iterator[None]:
         logging.root.setLevel(level)
 
 
-def execute(*words: str, job: Callable[[DictConfig], float] = run) -> Answer:
+def execute(*words: str, job: Job = run) -> Answer:
     """Run `python -m icl_msr.run <words>` in this process."""
     as_typed = patch.object(sys, "argv", ["icl_msr.run"])
     with redirect_stdout(StringIO()) as out, redirect_stderr(StringIO()) as err, loggers_put_back(), as_typed:
@@ -71,8 +72,8 @@ def finish(folder: Path, *words: str, code: int = 0) -> Finished:
     """Train for two epochs of three batches below `folder`; `code` is the exit code that the run should have."""
     values: list[float] = []
 
-    def job(config: DictConfig) -> float:
-        values.append(run(config))
+    def job(settings: Settings, config: DictConfig) -> float:
+        values.append(run(settings, config))
         return values[-1]
 
     folders = [f"hydra.run.dir={folder}/run", f"hydra.sweep.dir={folder}/sweep"]
