@@ -12,7 +12,7 @@ from hydra.core.global_hydra import GlobalHydra
 from hydra.plugins.launcher import Launcher
 from omegaconf import DictConfig, OmegaConf
 from pydantic import Field, PositiveFloat, PositiveInt
-from tiny import composed
+from support.tiny import composed
 
 from icl_msr.cli.sweeps import ProcessLauncher
 from icl_msr.core.config import (

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 import torch
+from support.tiny import composed
 from timm.optim import Lars
-from tiny import composed
 from torch import nn
 from torch.optim import SGD, Adam, AdamW, Optimizer
 from torch.optim.lr_scheduler import ConstantLR, CosineAnnealingLR, LinearLR, LRScheduler, MultiStepLR, SequentialLR
