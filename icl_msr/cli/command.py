@@ -27,7 +27,7 @@ from yaml import MarkedYAMLError, YAMLError
 
 from icl_msr.cli.processes import hold_leash, in_folder, told
 from icl_msr.cli.sweeps import ProcessLauncher, known_to_hydra, register_resolvers
-from icl_msr.core.config import Settings, check, config_dir, no_keys, suggestion, unfilled
+from icl_msr.core.config import OWNED, Settings, check, config_dir, no_keys, suggestion, unfilled
 from icl_msr.core.errors import UserError
 from icl_msr.core.folder import RunFolder
 from icl_msr.core.storage import disk_is_full
@@ -257,9 +257,11 @@ def _flat(node: DictConfig | ListConfig, prefix: str) -> list[str]:
 
 
 def _rewrite(word: str) -> list[str]:
-    """`backbone=timm:NAME` is short for two overrides."""
-    match = re.fullmatch(r"backbone=timm:(\S+)", word)
-    return ["backbone=timm", f"backbone.name={match[1]}"] if match else [word]
+    """`backbone=timm:NAME` is short for two overrides; arguments of the trainer need no plus, and may have one."""
+    if match := re.fullmatch(r"backbone=timm:(\S+)", word):
+        return ["backbone=timm", f"backbone.name={match[1]}"]
+    match = re.match(r"\+?trainer\.(\w+)=", word)
+    return [f"++{word.lstrip('+')}"] if match and (word[0] == "+" or match[1] in OWNED["trainer"]) else [word]
 
 
 class Footprint(Callback):

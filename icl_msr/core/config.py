@@ -136,10 +136,10 @@ def check(config: DictConfig) -> Settings:
         raise UserError(unfilled(error)) from None
     assert isinstance(plain, dict)
     settings = _validated(Settings, {str(key): value for key, value in plain.items()}, "")
+    for group, owned in OWNED.items():
+        for name in owned.keys() & getattr(settings, group).keys():
+            raise UserError(f"{group}.{name} cannot be set, the program decides it: {owned[name]}.")
     for group, key, node in settings.nodes():
-        for name, instead in OWNED.get(group, {}).items():
-            if name in node:
-                raise UserError(f"{key}.{name} cannot be set, the program decides it: {instead}.")
         check_node(key, node, GIVEN.get(group, ()))
         if group == "optimizer":
             check_node("bias_and_norm", {**settings.bias_and_norm, **_HALF, "_target_": node["_target_"]})

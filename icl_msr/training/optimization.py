@@ -69,7 +69,9 @@ def _example() -> nn.Module:
 
 
 def steps_per_epoch(trainer: "pl.Trainer") -> int:
-    """Return the optimiser steps of an epoch."""
+    """Return the optimiser steps of an epoch; how many batches there are is known once the loader is made."""
+    if trainer.num_training_batches == math.inf:
+        trainer.fit_loop.setup_data()
     return math.ceil(trainer.num_training_batches / trainer.accumulate_grad_batches)
 
 
