@@ -1,21 +1,19 @@
 """Mistakes on the command line: exit code 2, one sentence that names the key and a way out, and nothing written.
 
-`python tests/test_command.py` prints the table: every wrong command line and its sentence.
+`PYTHONPATH=tests python tests/cli/test_command.py` prints the table: every wrong command line and its sentence.
 """
 
 import fcntl
-import logging
 import os
 import shutil
 import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
-from contextlib import chdir, nullcontext, redirect_stderr, redirect_stdout
-from io import StringIO
+from contextlib import chdir, nullcontext
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, NamedTuple
+from typing import Any
 from unittest.mock import patch
 
 import numpy as np
@@ -24,39 +22,15 @@ import pytorch_lightning as pl
 import torch
 from omegaconf import DictConfig
 from PIL import Image
-from tiny import DATA, MODEL
+from support.inprocess import Answer, execute
+from support.tiny import DATA, MODEL
 
 from icl_msr.cli import assemble, job
-from icl_msr.cli.command import Job, main
-from icl_msr.cli.job import run
 from icl_msr.core.config import Settings
 from icl_msr.core.errors import UserError
 from icl_msr.training.module import Pretraining
 
-
-class Answer(NamedTuple):
-    code: int
-    out: str
-    err: str
-
-
 Command = Callable[..., Answer]
-
-
-def execute(*words: str, job: Job = run) -> Answer:
-    """`python -m icl_msr.run` in this process, its loggers put back as they were."""
-    handlers, level, out, err = logging.root.handlers[:], logging.root.level, StringIO(), StringIO()
-    with redirect_stdout(out), redirect_stderr(err), patch.object(sys, "argv", ["icl_msr.run"]):
-        try:
-            code = main(job, words)
-        except SystemExit as end:
-            code = int(end.code or 0)
-        finally:
-            for handler in [h for h in logging.root.handlers if h not in handlers]:
-                handler.close()
-            logging.root.handlers[:] = handlers
-            logging.root.setLevel(level)
-    return Answer(code, out.getvalue(), err.getvalue())
 
 
 @pytest.fixture

@@ -1,7 +1,6 @@
 """Components of a user's own package: by `_target_` and Hydra's search path, without a fork."""
 
 import json
-import logging
 import os
 import subprocess
 import sys
@@ -12,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from omegaconf import DictConfig
+from support.inprocess import loggers_put_back
 
 from icl_msr.cli.command import main
 from icl_msr.core.config import Settings
@@ -104,14 +104,10 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def command(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., int]]:
     """`python -m icl_msr.run` in this process, with a job of the test's own."""
-    handlers, level = logging.root.handlers[:], logging.root.level
     monkeypatch.setattr(sys, "argv", ["icl_msr.run"])
     monkeypatch.syspath_prepend(home)
-    yield lambda job, *words: main(job, [*words, f"hydra.run.dir={tmp_path}/run"])
-    for handler in [h for h in logging.root.handlers if h not in handlers]:
-        handler.close()
-    logging.root.handlers[:] = handlers
-    logging.root.setLevel(level)
+    with loggers_put_back():
+        yield lambda job, *words: main(job, [*words, f"hydra.run.dir={tmp_path}/run"])
     for name in [name for name in sys.modules if name.startswith("mypkg")]:
         del sys.modules[name]
 

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from programs import Programs, until
-from tiny import DATA, dataset, trained
+from support.programs import Programs, until
+from support.tiny import DATA, dataset, trained
 
 from icl_msr import textures
 from icl_msr.cli import quilting
