@@ -20,7 +20,7 @@ from hydra.experimental.callback import Callback
 from hydra.types import HydraContext, RunMode, TaskFunction
 from omegaconf import DictConfig, OmegaConf, open_dict
 
-from icl_msr.cli.footprint import new_folder
+from icl_msr.cli.footprint import Footprint, new_folder
 from icl_msr.cli.processes import Child, clean_environment, in_folder, passed_on
 from icl_msr.core.compose import known_to_hydra
 from icl_msr.core.config import check
@@ -237,6 +237,7 @@ def _varying(overrides: Sequence[str]) -> list[str]:
 def _refuse(sentence: str) -> NoReturn:
     """From a callback, where Hydra makes a warning of an exception."""
     print(sentence, file=sys.stderr)
+    Footprint.erase()
     sys.exit(2)
 
 
