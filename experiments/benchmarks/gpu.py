@@ -1,6 +1,6 @@
 """What the package does on a GPU: whether it is right there, and how fast. The most important rows come first.
 
-python experiments/benchmarks/gpu.py --out FOLDER [--budget SECONDS] [--only WORD ...] [--dry-run]
+python experiments/benchmarks/gpu.py --out FOLDER [--budget SECONDS] [--only NAME ...] [--dry-run]
 
 * Correctness: random numbers and views of CPU and GPU; one step of every method with MSR and patch negatives against
   the same in float64; a step that may not wait for the GPU; training that goes on from a checkpoint.
@@ -27,6 +27,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -351,8 +352,8 @@ def against_cpu(bench: Bench, name: str) -> Result:
     found: Result = {"name": name, "passed": True}
     for what, reference, on_cpu, on_device in zip(("loss", "theta", "phi"), exact, here, there, strict=True):
         errors = relative(on_device, reference), relative(on_cpu, reference)
-        # Where the CPU itself is far from float64, the step is ill-conditioned, and as far is as good.
-        found["passed"] = found["passed"] and errors[0] < max(1e-3, 10 * errors[1])
+        # Where the CPU itself is some way from float64, the step is ill-conditioned, and as far is as good.
+        found["passed"] = found["passed"] and errors[0] < max(1e-3, min(10 * errors[1], 0.1))
         found[f"{what}: device"], found[f"{what}: CPU"] = (f"{error:.1e}" for error in errors)
     return found
 
@@ -1006,7 +1007,7 @@ def main(words: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])  # type: ignore[union-attr]
     parser.add_argument("--out", type=Path, required=True, help="folder of gpu.json and gpu.md")
     parser.add_argument("--budget", type=float, default=570.0, help="seconds, from the start of this process")
-    parser.add_argument("--only", nargs="+", default=[], help="words, one of which a row's name must have")
+    parser.add_argument("--only", nargs="+", default=["*"], help="names of rows, or patterns as of files")
     parser.add_argument("--dry-run", action="store_true", help="tiny sizes, on a CPU as well")
     options = parser.parse_args(words)
     if not options.dry_run and not torch.cuda.is_available():
@@ -1014,7 +1015,7 @@ def main(words: Sequence[str] | None = None) -> int:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     bench = Bench(device, DRY if options.dry_run else REAL, options.dry_run)
     report = Report(options.out, machine(device, options.dry_run))
-    chosen = [r for r in rows(bench.scale) if not options.only or any(word in r.name for word in options.only)]
+    chosen = [r for r in rows(bench.scale) if any(fnmatch(r.name, pattern) for pattern in options.only)]
 
     def out_of_time(*_: Any) -> None:
         raise OutOfTimeError
