@@ -103,6 +103,11 @@ def make_optimization(settings: Settings) -> Optimization:
     optimization = Optimization(optimizer, schedule, settings.bias_and_norm)
     try:
         optimization.effective_lr(1)
+    except KeyError:
+        raise UserError(
+            f"schedule._target_={settings.schedule['_target_']} follows a metric, and schedules follow the optimiser's "
+            "steps here; choose another."
+        ) from None
     except (TypeError, ValueError) as error:
         raise UserError(f"The optimizer or its schedule cannot be built: {_one_line(error)}.") from None
     return optimization

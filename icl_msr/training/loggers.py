@@ -287,9 +287,12 @@ class WeightsAndBiases(Logger):
         if self.artifacts:
             files = {"checkpoint": ("checkpoints/last.ckpt",), "encoder": ("encoder.safetensors", "encoder.json")}
             for kind, names in files.items():
+                there = [folder / name for name in names if (folder / name).exists()]  # a run may keep no checkpoint
+                if not there:
+                    continue
                 artifact = wandb.Artifact(f"{kind}-{run.id}", type="model" if kind == "checkpoint" else kind)
-                for name in names:
-                    kept = self._keep(folder / name)
+                for file in there:
+                    kept = self._keep(file)
                     artifact.add_file(str(kept), name=kept.name, policy="immutable")
                 run.log_artifact(artifact)
 

@@ -48,7 +48,8 @@ class Optimization:
         for parameter in module.parameters():
             if parameter.requires_grad:
                 (weights if parameter.ndim > 1 or not self.bias_and_norm else vectors).append(parameter)
-        optimizer = self.optimizer(params=[{"params": weights}, {"params": vectors, **self.bias_and_norm}])
+        groups = [{"params": weights}, {"params": vectors, **self.bias_and_norm}]
+        optimizer = self.optimizer(params=[group for group in groups if group["params"]])
         keys = {"total_steps": total_steps, "steps_per_epoch": steps_per_epoch, "global_batch": global_batch}
         return optimizer, self.schedule(optimizer=optimizer, **keys)
 
@@ -59,7 +60,7 @@ class Optimization:
 
     def effective_lr(self, global_batch: int) -> float:
         """Return the learning rate that the schedule starts from: after warm-up, and scaled where it scales."""
-        optimizer, _ = self.build(_example(), global_batch, 2, 1)
+        optimizer, _ = self.build(_example(), global_batch, 1000, 100)
         return float(optimizer.param_groups[0]["initial_lr"])
 
 

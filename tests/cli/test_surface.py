@@ -173,6 +173,10 @@ def test_steps_without_epochs(tmp_path: Path) -> None:
             "callbacks.online._target_=pytorch_lightning.Trainer",
             "callbacks.online.every_n_epochs is not a key of Trainer",
         ),
+        (
+            "~schedule +schedule={_target_:torch.optim.lr_scheduler.ReduceLROnPlateau}",
+            "schedule._target_=torch.optim.lr_scheduler.ReduceLROnPlateau follows a metric",
+        ),
         ("optimizer.lr=-1", "The optimizer or its schedule cannot be built: Invalid learning rate: -1."),
         (
             "trainer.deterministic=maybe",
@@ -181,7 +185,8 @@ def test_steps_without_epochs(tmp_path: Path) -> None:
     ],
 )
 def test_what_torch_and_lightning_refuse_is_one_sentence(word: str, sentence: str, tmp_path: Path) -> None:
-    answer = execute(*WORDS, *LEAN, word, f"hydra.run.dir={tmp_path}/run")
+    words = [given for given in (*WORDS, *LEAN) if not (given.startswith("schedule.") and "schedule" in word)]
+    answer = execute(*words, *word.split(), f"hydra.run.dir={tmp_path}/run")
     assert (answer.code, answer.out) == (2, "")
     (line,) = answer.err.splitlines()
     assert line.startswith(sentence)
