@@ -288,11 +288,9 @@ def _schema(
         optional = not whole or name in given or parameter.default is not parameter.empty
         if name in given and name not in keys:
             continue
-        annotation = parameter.annotation
-        if not _plain(annotation) or any(_nested("", keys.get(name))):
-            annotation = Any
-        elif parameter.default is None:
-            annotation = annotation | None
+        annotation = Any if any(_nested("", keys.get(name))) else _held(parameter.annotation)
+        if parameter.default is None:
+            annotation = Union[annotation, None]  # noqa: UP007  Any has no |
         fields[name] = (annotation, None if optional else ...)
     config = ConfigDict(**{**_STRICT, "extra": "allow" if any_name else "forbid"})
     with warnings.catch_warnings():
@@ -300,18 +298,23 @@ def _schema(
         return create_model(getattr(target, "__name__", str(target)), __config__=config, **fields)
 
 
-def _plain(annotation: Any) -> bool:
-    """Whether an annotation speaks of what a YAML file can hold, so that values can be held against it."""
+def _held(annotation: Any) -> Any:
+    """What a value of a YAML file can be held against: the annotation as far as it speaks of such values, or Any."""
     if annotation in (int, float, str, bool, None, NoneType, list, dict):
-        return True
+        return annotation
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        return True
+        return annotation
     origin, arguments = get_origin(annotation), get_args(annotation)
+    if origin in (Union, UnionType):
+        members = [_held(member) for member in arguments if getattr(member, "__name__", "") != "Tensor"]
+        return Any if Any in members else Union[tuple(members)]  # noqa: UP007  as many as there are
     if origin is Annotated:
-        return _plain(arguments[0])
-    if origin in (list, dict, Union, UnionType):
-        return all(argument is Any or _plain(argument) for argument in arguments)
-    return origin is Literal
+        known = _held(arguments[0]) is not Any
+    elif origin in (list, dict):
+        known = all(argument is Any or _held(argument) is not Any for argument in arguments)
+    else:
+        known = origin is Literal
+    return annotation if known else Any
 
 
 def _validated(schema: type[Schema], values: Mapping[str, Any], prefix: str) -> Schema:

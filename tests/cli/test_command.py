@@ -88,7 +88,7 @@ BEFORE_ANYTHING_IS_BUILT = [
     ("method.temperature=-1", "method.temperature=-1", "greater than 0"),
     ("trainer.max_epochs=abc", "trainer.max_epochs", '"abc"', "a whole number"),
     ("trainer.gradient_clip_val=abc", "trainer.gradient_clip_val", "a number or null"),
-    ("trainer=3", "trainer=3", "a mapping"),
+    ("trainer=3", "trainer=3 does not exist", "choose one of default"),
     ("regularizer.weights=foo", "regularizer.weights", "meta, uniform_only, random, random_net, ones or joint"),
     ("regularizer.width=12", "regularizer.width=12", "a multiple of 8"),
     ("loader.batch_size=1", "loader.batch_size=1", "at least 2"),

@@ -217,6 +217,7 @@ STOP = "pytorch_lightning.callbacks.EarlyStopping"
             ["optimizer=sgd", "+optimizer.momentun=0.9"],
             "optimizer.momentun is not a key of SGD; did you mean momentum?",
         ),
+        (["optimizer.lr=fast"], 'optimizer.lr="fast" is not allowed; it should be a number.'),
         (["+optimizer.eps=small"], 'optimizer.eps="small" is not allowed; it should be a number.'),
         (["+bias_and_norm.weight_decya=0"], "bias_and_norm.weight_decya is not a key of Adam; did you mean weight_dec"),
         (["++trainer.max_epoch=3"], "trainer.max_epoch is not a key of Trainer; did you mean max_epochs"),
