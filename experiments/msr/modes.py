@@ -2,18 +2,21 @@
 
 python experiments/msr/modes.py agreement [key=value ...]     over a whole run, against exact, at the same states
 python experiments/msr/modes.py signal [key=value ...]        over a whole run, how much of it other views repeat
-python experiments/msr/modes.py speed BACKBONE BATCH           time and memory of a step, in one run, alternating
+python experiments/msr/modes.py speed [BACKBONE=resnet18] [BATCH=64] [PRECISION=auto] [LAYOUT=cl] [ROUNDS=5]
+                                                              time and memory of a step, in one run, alternating
 
-The first two take the words of `python -m icl_msr.run`. All print a table and write it as CSV beside this file.
+The first two take the words of `python -m icl_msr.run`. All print a table and write it as CSV into the folder `--to`,
+beside this file unless told otherwise. `--tiny` takes the smallest sizes, to see that everything runs.
 """
 
+import argparse
 import copy
 import csv
+import math
 import statistics
 import subprocess
 import sys
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -24,6 +27,7 @@ from hydra import compose, initialize_config_dir
 from rich.console import Console
 from rich.table import Table
 
+from experiments.benchmarks.timing import alternate
 from icl_msr.cli.assemble import assemble
 from icl_msr.core.config import build, check, config_dir
 from icl_msr.core.views import Views
@@ -34,8 +38,6 @@ from icl_msr.regularizers.strata import uniformity
 from icl_msr.training.datamodule import Batch, DataModule
 from icl_msr.training.hardware import Hardware, Plan
 from icl_msr.training.module import Pretraining
-
-HERE = Path(__file__).parent
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "exact": {"mode": "exact"},
@@ -50,6 +52,10 @@ VARIANTS: dict[str, dict[str, Any]] = {
 }
 STEPS = (0.0003, 0.001, 0.003, 0.01, 0.03)
 """Relative virtual steps r at which the approximations are judged; the run itself takes its own."""
+
+TINY = "dataset.train=16 dataset.test=16 dataset.balanced=16 dataset.cache=null loader.batch_size=16 method=simclr"
+TINY += " optimizer.warmup_steps=0 trainer.max_epochs=1 trainer.limit_train_batches=1 evaluation=none metric=loss"
+TINY += " hardware.precision=32-true regularizer=msr"
 
 
 def variant(regularizer: MetaSemanticRegularizer, **keys: Any) -> MetaSemanticRegularizer:
@@ -97,10 +103,10 @@ class Agreement(pl.Callback):
                     replay(method, batch.views, batch.targets, batch.step, at).loss for at in (theta, virtual)
                 )
             for name, gradient in found.items():
-                cosine = float(gradient @ exact) / (norm([gradient]) * norm([exact]))
-                ratio = norm([gradient]) / norm([exact])
+                size, whole = float(norm([gradient])), float(norm([exact]))
+                cosine, ratio = float(gradient @ exact) / (size * whole), size / whole
                 row = {"step": trainer.global_step, "r": r, "variant": name, "cosine": cosine, "norm_ratio": ratio}
-                self.rows.append({**row, "norm": norm([gradient]), "outer_change": float(after - before)})
+                self.rows.append({**row, "norm": size, "outer_change": float(after - before)})
 
 
 class Signal(pl.Callback):
@@ -140,7 +146,7 @@ class Signal(pl.Callback):
                     whole.append(torch.cat([g.flatten() for g in other.meta_gradient(*arguments)]))
                     each.append(by_strata(other, arguments, apart))
                 row = {"step": trainer.global_step, "r": r, "phi": agreement_of(torch.stack(whole)[:, None])}
-                row |= {"image": agreement_of(torch.stack(each)), "ratio": norm([whole[0]]) / uniform}
+                row |= {"image": agreement_of(torch.stack(each)), "ratio": float(norm([whole[0]]) / uniform)}
                 self.rows.append(row)
 
 
@@ -183,10 +189,10 @@ def watched(words: list[str], make: Callable[[int, DataModule], Any]) -> tuple[A
     return watch, type(pieces.module.method).__name__.lower(), plan
 
 
-def signal(words: list[str]) -> None:
+def signal(words: list[str], to: Path) -> None:
     """How alive the meta signal is: beside uniformity's, and beside its own noise."""
     watch, method, plan = watched(words, Signal)
-    write(HERE / f"signal_{method}.csv", watch.rows)
+    write(to / f"signal_{method}.csv", watch.rows)
     table = Table(
         title=f"{' '.join(words)}, {plan}: 4 draws of the views at {len(watch.rows) // 6} steps; median (range)"
     )
@@ -202,10 +208,10 @@ def signal(words: list[str]) -> None:
     Console(width=130).print(table)
 
 
-def agreement(words: list[str]) -> None:
+def agreement(words: list[str], to: Path) -> None:
     """How close the cheaper modes are to the exact gradient."""
     watch, method, plan = watched(words, lambda every, _: Agreement(every))
-    write(HERE / f"agreement_{method}.csv", watch.rows)
+    write(to / f"agreement_{method}.csv", watch.rows)
     table = Table(title=f"{' '.join(words)}, {plan}: {len(watch.rows) // len(VARIANTS) // len(STEPS)} looks at a run")
     for column in (
         "r",
@@ -281,20 +287,16 @@ def stepper(backbone_name: str, batch: int, precision: str, layout: str, size: i
     return plan, step
 
 
-def speed(backbone: str, batch: int, precision: str, layout: str, rounds: int) -> None:
+def speed(to: Path, backbone: str, batch: int, precision: str, layout: str, rounds: int) -> None:
     """Times the steps of `SPEED`, means over a cycle of `every`; each one's memory is taken in a process of its own."""
     plan, step = stepper(backbone, batch, precision, layout)
-    seconds: dict[str, list[float]] = {name: [] for name in SPEED}
-    for round_ in range(rounds + 1):
-        for name, keys in SPEED.items():
-            cycle = (keys or {}).get("every") or 1
-            start = time.perf_counter()
-            for number in range(cycle):
-                step(keys, number)
-            if plan.accelerator == "gpu":
-                torch.cuda.synchronize()
-            if round_:  # the first warms up
-                seconds[name].append((time.perf_counter() - start) / cycle)
+    cycles = {name: int((keys or {}).get("every") or 1) for name, keys in SPEED.items()}
+
+    def cycle(name: str) -> Callable[[], object]:
+        return lambda: [step(SPEED[name], number) for number in range(cycles[name])]
+
+    taken = alternate({name: cycle(name) for name in SPEED}, rounds=rounds, limit=math.inf, device=plan.device)
+    seconds = {name: [value / cycles[name] for value in values] for name, values in taken.items()}
     memory = {}
     for name in SPEED:
         command = [sys.executable, __file__, "memory", backbone, str(batch), precision, layout, name]
@@ -317,20 +319,21 @@ def speed(backbone: str, batch: int, precision: str, layout: str, rounds: int) -
         )
         table.add_row(name, *cells)
     Console(width=120).print(table)
-    write(HERE / f"speed_{backbone}_{batch}_{plan.precision}_{layout}.csv", rows)
+    write(to / f"speed_{backbone}_{batch}_{plan.precision}_{layout}.csv", rows)
 
 
 def memory(backbone: str, batch: int, precision: str, layout: str, name: str) -> None:
     """Prints by how many MB two steps raise the peak of memory above the model, its data and the libraries."""
     plan, step = stepper(backbone, batch, precision, layout)
     if plan.accelerator == "gpu":
-        before, peak = torch.cuda.memory_allocated() / 1e6, lambda: torch.cuda.max_memory_allocated() / 1e6
+        before = torch.cuda.memory_allocated() / 1e6
     else:
         Path("/proc/self/clear_refs").write_text("5")  # the peak is forgotten
-        before, peak = resident("VmRSS"), lambda: resident("VmHWM")
+        before = resident("VmRSS")
     for _ in range(2):
         step(SPEED[name], 0)
-    print(peak() - before)
+    peak = torch.cuda.max_memory_allocated() / 1e6 if plan.accelerator == "gpu" else resident("VmHWM")
+    print(peak - before)
 
 
 def resident(field: str) -> float:
@@ -347,20 +350,25 @@ def write(path: Path, rows: list[dict[str, Any]]) -> None:
         writer.writerows({k: f"{v:.6g}" if isinstance(v, float) else v for k, v in row.items()} for row in rows)
 
 
-def main() -> None:
-    """See the module."""
-    what, *words = sys.argv[1:] or ["help"]
-    if what == "agreement":
-        agreement(words)
-    elif what == "signal":
-        signal(words)
-    elif what == "speed":
-        backbone, batch, precision, layout, rounds = [*words, *("resnet18", "64", "auto", "cl", "5")[len(words) :]]
-        speed(backbone, int(batch), precision, layout, int(rounds))
-    elif what == "memory":
-        memory(words[0], int(words[1]), *words[2:])
+def main(words: Sequence[str] | None = None) -> None:
+    """Measure, print and write."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=("agreement", "signal", "speed", "memory"))
+    parser.add_argument("words", nargs="*")
+    parser.add_argument("--to", type=Path, default=Path(__file__).parent)
+    parser.add_argument("--tiny", action="store_true")
+    options = parser.parse_intermixed_args(words)
+    if options.what == "memory":
+        backbone, batch, precision, layout, name = options.words
+        memory(backbone, int(batch), precision, layout, name)
+    elif options.what == "speed":
+        usual = ("tiny", "4", "32-true", "cl", "1") if options.tiny else ("resnet18", "64", "auto", "cl", "5")
+        given = tuple(map(str, options.words))
+        backbone, batch, precision, layout, rounds = given + usual[len(given) :]
+        speed(options.to, backbone, int(batch), precision, layout, int(rounds))
     else:
-        print(__doc__)
+        chosen = [*(TINY.split() if options.tiny else []), *options.words]
+        {"agreement": agreement, "signal": signal}[options.what](chosen, options.to)
 
 
 if __name__ == "__main__":
