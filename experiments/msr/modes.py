@@ -70,8 +70,8 @@ def variant(regularizer: MetaSemanticRegularizer, **keys: Any) -> MetaSemanticRe
 class Agreement(pl.Callback):
     """Every few steps, the meta gradient of all variants at the same state."""
 
-    def __init__(self, every: int):
-        self.every = every
+    def __init__(self, every: int, steps: Sequence[float]):
+        self.every, self.steps = every, steps
         self.rows: list[dict[str, Any]] = []
 
     def on_before_optimizer_step(self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Any) -> None:
@@ -82,7 +82,7 @@ class Agreement(pl.Callback):
             return
         method = pl_module.method
         inner = {name: p.grad for name, p in trainable(method).items() if p.grad is not None}
-        for r in STEPS:
+        for r in self.steps:
             found = {}
             for name, keys in VARIANTS.items():
                 keys = dict(keys)
@@ -115,8 +115,8 @@ class Signal(pl.Callback):
     What one draw of the views says and the next does not is noise, from which f_msr can learn nothing.
     """
 
-    def __init__(self, every: int, data: DataModule):
-        self.every, self.data = every, data
+    def __init__(self, every: int, steps: Sequence[float], data: DataModule):
+        self.every, self.steps, self.data = every, steps, data
         self.rows: list[dict[str, Any]] = []
 
     def on_before_optimizer_step(self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Any) -> None:
@@ -134,7 +134,7 @@ class Signal(pl.Callback):
             phi = list(regularizer.phi.values())
             spread = uniformity(regularizer.strata(batch.views.images), regularizer.u)
             uniform = norm(torch.autograd.grad(spread, phi, materialize_grads=True))
-            for r in (*STEPS, "lr"):
+            for r in (*self.steps, "lr"):
                 other = variant(regularizer, alpha="lr" if r == "lr" else "relative")
                 other.relative_step = 0.0 if r == "lr" else float(r)
                 whole, each = [], []
@@ -189,16 +189,15 @@ def watched(words: list[str], make: Callable[[int, DataModule], Any]) -> tuple[A
     return watch, type(pieces.module.method).__name__.lower(), plan
 
 
-def signal(words: list[str], to: Path) -> None:
+def signal(words: list[str], to: Path, steps: Sequence[float]) -> None:
     """How alive the meta signal is: beside uniformity's, and beside its own noise."""
-    watch, method, plan = watched(words, Signal)
+    watch, method, plan = watched(words, lambda every, data: Signal(every, steps, data))
     write(to / f"signal_{method}.csv", watch.rows)
-    table = Table(
-        title=f"{' '.join(words)}, {plan}: 4 draws of the views at {len(watch.rows) // 6} steps; median (range)"
-    )
+    looks = len(watch.rows) // (len(steps) + 1)
+    table = Table(title=f"{' '.join(words)}, {plan}: 4 draws of the views at {looks} steps; median (range)")
     for column in ("r", "|meta| / |uniformity|", "cosine of two draws: phi", "of an image's A"):
         table.add_column(column)
-    for r in (*STEPS, "lr"):
+    for r in (*steps, "lr"):
         rows = [row for row in watch.rows if row["r"] == r]
         cells = []
         for key in ("ratio", "phi", "image"):
@@ -208,11 +207,11 @@ def signal(words: list[str], to: Path) -> None:
     Console(width=130).print(table)
 
 
-def agreement(words: list[str], to: Path) -> None:
+def agreement(words: list[str], to: Path, steps: Sequence[float]) -> None:
     """How close the cheaper modes are to the exact gradient."""
-    watch, method, plan = watched(words, lambda every, _: Agreement(every))
+    watch, method, plan = watched(words, lambda every, _: Agreement(every, steps))
     write(to / f"agreement_{method}.csv", watch.rows)
-    table = Table(title=f"{' '.join(words)}, {plan}: {len(watch.rows) // len(VARIANTS) // len(STEPS)} looks at a run")
+    table = Table(title=f"{' '.join(words)}, {plan}: {len(watch.rows) // len(VARIANTS) // len(steps)} looks at a run")
     for column in (
         "r",
         "variant",
@@ -223,7 +222,7 @@ def agreement(words: list[str], to: Path) -> None:
         "L_ct(theta') - L_ct: median",
     ):
         table.add_column(column)
-    for r in STEPS:
+    for r in steps:
         for name in VARIANTS:
             rows = [row for row in watch.rows if row["r"] == r and row["variant"] == name]
             cosines = [row["cosine"] for row in rows]
@@ -368,7 +367,8 @@ def main(words: Sequence[str] | None = None) -> None:
         speed(options.to, backbone, int(batch), precision, layout, int(rounds))
     else:
         chosen = [*(TINY.split() if options.tiny else []), *options.words]
-        {"agreement": agreement, "signal": signal}[options.what](chosen, options.to)
+        measure = {"agreement": agreement, "signal": signal}[options.what]
+        measure(chosen, options.to, STEPS[:1] if options.tiny else STEPS)
 
 
 if __name__ == "__main__":
