@@ -135,8 +135,8 @@ class Signal(pl.Callback):
             spread = uniformity(regularizer.strata(batch.views.images), regularizer.u)
             uniform = norm(torch.autograd.grad(spread, phi, materialize_grads=True))
             for r in (*self.steps, "lr"):
-                other = variant(regularizer, alpha="lr" if r == "lr" else "relative")
-                other.relative_step = 0.0 if r == "lr" else float(r)
+                keys: dict[str, Any] = {"alpha": "lr"} if r == "lr" else {"alpha": "relative", "relative_step": r}
+                other = variant(regularizer, **keys)
                 whole, each = [], []
                 for views in draws:
                     targets = method.targets(views)
