@@ -95,6 +95,8 @@ def carry_out(
         atomic_write(folder.config, OmegaConf.to_yaml(config))
     console.print(f"[bold]{about.name}[/bold] on {plan}\n{in_words(pieces.derived)}\n{folder}")
 
+    for remark in pieces.dataset.remarks():
+        console.print(remark, style="yellow", markup=False)
     with closing(dashboard):
         throughput = Throughput(settings.loader.batch_size)
         loggers = [MetricsFile(folder.path, about), *([dashboard] if dashboard else [])]
