@@ -3,10 +3,18 @@
 The definitions are torchvision's, for float images: nothing is rounded to 8 bits in between.
 """
 
+from functools import lru_cache
+
 import torch
 from torch import Tensor
 
 BRIGHTNESS, CONTRAST, SATURATION, HUE = range(4)
+
+
+@lru_cache
+def channels(values: tuple[float, ...], device: torch.device) -> Tensor:
+    """Return a value for each channel as (C, 1, 1); kept, because the host waits for a GPU to take new numbers."""
+    return torch.tensor(values, device=device)[:, None, None]
 
 
 def luma(images: Tensor) -> Tensor:

@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
-from functools import lru_cache
 from typing import Annotated, Any, get_type_hints
 
 import torch
@@ -184,8 +183,8 @@ class Augmentation(Recipe):
             cropped: the images are cut out by `crop_parameters` and resized, but not flipped.
         """
         device = index.device
-        scale = 1 / _channels(tuple(std), device)
-        shift = -_channels(tuple(mean), device) * scale
+        scale = 1 / colour.channels(tuple(std), device)
+        shift = -colour.channels(tuple(mean), device) * scale
         views = []
         sources = [images] * len(self.recipes) if isinstance(images, Tensor) else images
         for view, (recipe, source) in enumerate(zip(self.recipes, sources, strict=True)):
@@ -201,9 +200,3 @@ class Augmentation(Recipe):
                 torch.addcmul(shift, drawn, scale, out=result[part])
             views.append(result)
         return views
-
-
-@lru_cache
-def _channels(values: tuple[float, ...], device: torch.device) -> Tensor:
-    """(C, 1, 1), kept because a new tensor of numbers from the host makes the host wait for a GPU."""
-    return torch.tensor(values, device=device)[:, None, None]

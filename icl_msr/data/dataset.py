@@ -6,9 +6,9 @@ from dataclasses import dataclass, field
 from typing import Protocol
 from unicodedata import normalize
 
-import torch
 from torch import Tensor
 
+from icl_msr.augment.colour import channels
 from icl_msr.core.errors import UserError
 
 
@@ -107,6 +107,5 @@ class Dataset:
 
 def normalise(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
     """Uint8 (N, 3, H, W) to float32 with the given channel means and standard deviations (of values in [0, 1])."""
-    shift = torch.tensor(mean, device=images.device).view(1, 3, 1, 1)
-    scale = torch.tensor(std, device=images.device).view(1, 3, 1, 1)
+    shift, scale = (channels(tuple(values), images.device) for values in (mean, std))
     return (images.float() / 255 - shift) / scale
