@@ -2,13 +2,20 @@
 
 import re
 import shlex
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf
 
+from icl_msr.core.compose import compose
+from icl_msr.core.config import PLURAL, config_dir, no_keys
+from icl_msr.core.errors import UserError
+
+_KEY = re.compile(r"(?P<sign>[+~]*)(?P<group>\w+)\.(?P<name>[^.=]+)(?P<rest>.*)", re.DOTALL)
 _HOME = re.compile(r"(?<=[=,\[\s\"'])~(?=/)")
 """A tilde that begins a path: a shell expands none after `key=`."""
 
@@ -26,6 +33,63 @@ def in_full(word: str) -> list[str]:
         word = key + _HOME.sub(str(Path("~").expanduser()).replace("\\", r"\\"), equals + value)
     named = re.fullmatch(r"backbone=timm:(\S+)", word)
     return ["backbone=timm", f"backbone.name={named[1]}"] if named else [word]
+
+
+def spelled_out(words: Sequence[str], search_path: Sequence[str] = ()) -> list[str]:
+    """Return overrides in which a key of a plural group names the choices that have it.
+
+    `evaluation=[default,corruptions] evaluation.images=5` gives `evaluation.corruptions.images=5`. A word that names a
+    choice, or a node that a plus adds, stays as it is. A key that no choice has goes to the last, which refuses it.
+
+    Raises:
+        UserError: a key, and no choice that could have it; or several choices of a group that takes one.
+        HydraException, OmegaConfBaseException, YAMLError, ValueError, OSError: the other words cannot be composed.
+    """
+    for word in words:
+        _require_one_choice(word)
+    keys = [word for word in words if (found := _KEY.match(word)) and found["group"] in PLURAL]
+    if not keys:
+        return list(words)
+    others = [word for word in words if word not in keys and ("=" in word or word[:1] == "~") and word[:1] != "-"]
+    config = compose([*search_path, *others])
+    added = {_key(word)[1:3] for word in keys if word[:1] == "+"}
+    return [part for word in words for part in (_for_those_with(word, config, added) if word in keys else [word])]
+
+
+def _for_those_with(word: str, config: DictConfig, added: Collection[tuple[str, str]]) -> list[str]:
+    sign, group, name, rest = _key(word)
+    chosen: dict[str, Any] = dict.fromkeys(config[group])
+    # `config[group][choice]` leaves out a key without a value, such as a folder that is still to be given.
+    having = [choice for choice in chosen if name in (OmegaConf.to_container(config[group])[choice] or {})]
+    named = name in chosen and (rest[:1] == "." or sign == "~")
+    if named or (not having and (group, name) in added):
+        if not chosen and rest[:2] not in ("={", "._"):
+            raise UserError(no_keys(group, f"{group}.{name}"))
+        return [word]
+    if not chosen:
+        raise UserError(no_keys(group, f"{group}.{name}"))
+    return [f"{sign}{group}.{choice}.{name}{rest}" for choice in having or [*chosen][-1:]]
+
+
+def _key(word: str) -> tuple[str, str, str, str]:
+    """Return the signs of a word, its group, the first name below, and what follows."""
+    found = _KEY.match(word)
+    assert found
+    return found["sign"], found["group"], found["name"], found["rest"]
+
+
+def _require_one_choice(word: str) -> None:
+    group, _, value = word.partition("=")
+    if value[:1] == "[" and group not in PLURAL and group.isidentifier() and (config_dir() / group).is_dir():
+        raise UserError(
+            f"{word} names several choices, and {group} takes one; write {group}=<name>, or -m {group}={value[1:-1]} for "
+            "a run with each."
+        )
+
+
+def in_short(word: str) -> str:
+    """Return what may have been typed for a word that `spelled_out` gave: without the choice that has the key."""
+    return re.sub(r"^([+~]*\w+)\.[^.=]+\.", r"\1.", word)
 
 
 def path_in(word: str) -> str:
