@@ -12,7 +12,7 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 
 from icl_msr.core.compose import compose
-from icl_msr.core.config import PLURAL, config_dir, no_keys
+from icl_msr.core.config import OWNED, PLURAL, config_dir, no_keys
 from icl_msr.core.errors import UserError
 
 _KEY = re.compile(r"(?P<sign>[+~]*)(?P<group>\w+)\.(?P<name>[^.=]+)(?P<rest>.*)", re.DOTALL)
@@ -27,12 +27,19 @@ def overrides(typed: Sequence[str]) -> list[str]:
 
 
 def in_full(word: str) -> list[str]:
-    """Return the overrides that a word is short for: two for `backbone=timm:NAME`, else one."""
+    """Return the overrides that a word is short for: two for `backbone=timm:NAME`, else one.
+
+    An argument of the trainer may have a plus, whether our YAML lists it or not.
+    """
     key, equals, value = word.partition("=")
     if equals:
         word = key + _HOME.sub(str(Path("~").expanduser()).replace("\\", r"\\"), equals + value)
     named = re.fullmatch(r"backbone=timm:(\S+)", word)
-    return ["backbone=timm", f"backbone.name={named[1]}"] if named else [word]
+    if named:
+        return ["backbone=timm", f"backbone.name={named[1]}"]
+    argument = re.match(r"\+?trainer\.(\w+)=", word)
+    added = argument and (word.startswith("+") or argument[1] in OWNED["trainer"])
+    return [f"++{word.lstrip('+')}" if added else word]
 
 
 def spelled_out(words: Sequence[str], search_path: Sequence[str] = ()) -> list[str]:
