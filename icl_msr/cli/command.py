@@ -67,6 +67,8 @@ def main(job: Job, arguments: Sequence[str] | None = None) -> int:
         sys.argv[1:] = typed  # for the ranks and the jobs of a sweep, which repeat the command
         codes.append(0)
         try:
+            if source != config_dir():
+                config = OmegaConf.create(RunFolder(source).with_new_keys(OmegaConf.to_container(config)))
             return job(check(config), config)
         except UserError as mistake:
             # Hydra would announce a mistake that leaves the job; and the other jobs of a sweep go on.
@@ -231,7 +233,11 @@ def _search_path(typed: Sequence[str]) -> list[str]:
 
 def _no_key(wrong: str, typed: Sequence[str]) -> str:
     """A key that is not in the config which the rest of the command line gives."""
-    choices = [word for word in typed if re.fullmatch(r"[a-z]+=[\w./-]+", word) and not word.startswith(f"{wrong}=")]
+    choices = [
+        word
+        for word in typed
+        if re.fullmatch(r"[a-z]+=([\w./-]+|\[[\w./, -]+\])", word) and not word.startswith(f"{wrong}=")
+    ]
     try:
         config = compose([*_search_path(typed), *choices])
     except Exception:  # the mistake is among the choices; it has its own sentence

@@ -38,10 +38,12 @@ def evaluate(settings: Settings, plan: Plan, pieces: Pieces, folder: RunFolder, 
     assert isinstance(backbone, Backbone)
     export_encoder(backbone, folder.path, {**image_facts(dataset), "choices": choices, "icl_msr": __version__})
     results = Results()
-    if pieces.evaluation is not None:
-        results = pieces.evaluation(
+    for evaluation in pieces.evaluations:
+        found = evaluation(
             backbone, dataset, device=plan.device, seed=settings.seed, untrained_encoder=pieces.untrained
         )
+        results.add(found)
+    if pieces.evaluations:
         results.save(folder.path)
     draw(folder.path / "figures", pieces.data, pieces.module.to(plan.device), results)
     return results
@@ -53,7 +55,8 @@ def looks(settings: Settings, plan: Plan, pieces: Pieces) -> Look | None:
     split = split_with_masks(dataset)
     if regularizer is None or split is None or not isinstance(backbone, Backbone):
         return None
-    if not isinstance(pieces.evaluation, Evaluation):  # none, or one without a bootstrap
+    evaluation = next((one for one in pieces.evaluations if isinstance(one, Evaluation)), None)
+    if evaluation is None:  # or none with a bootstrap
         return None
     found = measure(
         backbone,
@@ -63,9 +66,9 @@ def looks(settings: Settings, plan: Plan, pieces: Pieces) -> Look | None:
         std=dataset.std,
         device=plan.device,
         images=1000,
-        batch_size=pieces.evaluation.batch_size,
+        batch_size=evaluation.batch_size,
     )
-    return look(found, split, Bootstrap(pieces.evaluation.bootstrap, settings.seed))
+    return look(found, split, Bootstrap(evaluation.bootstrap, settings.seed))
 
 
 def draw(folder: Path, data: DataModule, module: Pretraining, results: Results) -> None:

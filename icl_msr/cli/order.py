@@ -73,8 +73,8 @@ def read(words: Sequence[str]) -> Order:
     config, choices, own_data = composed(subject, overrides)
     settings = check(config)
     if not settings.evaluation:
-        known = (path.stem for path in (config_dir() / "evaluation").glob("*.yaml") if path.stem != "none")
-        raise UserError(f"evaluation=none measures nothing; leave it out, or {suggestion('', known)}")
+        others = (path.stem for path in (config_dir() / "evaluation").glob("*.yaml") if path.stem != "none")
+        raise UserError(f"evaluation=none measures nothing; leave it out, or {suggestion('', others)}")
     stamp = datetime.now().astimezone()
     name = re.sub(r"[^\w.-]+", "-", subject.name)
     default = f"runs/{stamp:%Y-%m-%d}/{stamp:%H-%M-%S}-evaluate-{name}"

@@ -65,9 +65,8 @@ def spelled_out(words: Sequence[str], search_path: Sequence[str] = ()) -> list[s
 
 def _for_those_with(word: str, config: DictConfig, added: Collection[tuple[str, str]]) -> list[str]:
     sign, group, name, rest = _key(word)
-    chosen: dict[str, Any] = dict.fromkeys(config[group])
-    # `config[group][choice]` leaves out a key without a value, such as a folder that is still to be given.
-    having = [choice for choice in chosen if name in (OmegaConf.to_container(config[group])[choice] or {})]
+    chosen: Any = OmegaConf.to_container(config[group])  # "in" a DictConfig leaves out a key without a value
+    having = [choice for choice, node in chosen.items() if name in (node or {})]
     named = name in chosen and (rest[:1] == "." or sign == "~")
     if named or (not having and (group, name) in added):
         if not chosen and rest[:2] not in ("={", "._"):
@@ -75,6 +74,8 @@ def _for_those_with(word: str, config: DictConfig, added: Collection[tuple[str, 
         return [word]
     if not chosen:
         raise UserError(no_keys(group, f"{group}.{name}"))
+    if not having and rest[:1] == ".":  # a choice that is not there
+        return [word]
     return [f"{sign}{group}.{choice}.{name}{rest}" for choice in having or [*chosen][-1:]]
 
 
@@ -89,8 +90,8 @@ def _require_one_choice(word: str) -> None:
     group, _, value = word.partition("=")
     if value[:1] == "[" and group not in PLURAL and group.isidentifier() and (config_dir() / group).is_dir():
         raise UserError(
-            f"{word} names several choices, and {group} takes one; write {group}=<name>, or -m {group}={value[1:-1]} for "
-            "a run with each."
+            f"{word} names several choices, and {group} takes one; write {group}=<name>, or "
+            f"-m {group}={value[1:-1]} for a run with each."
         )
 
 
@@ -115,6 +116,9 @@ def unreadable(word: str) -> str:
 
 def ambiguous(word: str) -> str:
     """Return the sentence about a word with several values in a command that is no sweep."""
+    group, _, value = word.partition("=")
+    if group in PLURAL:
+        return f"{word} has several values; write {group}=[{value}] for a run with all, or add -m for a run with each."
     return (
         f"{word} has several values; add -m to run them one after the other, or put quotes around a value with a "
         f"comma: {_quoted(word)}."

@@ -98,8 +98,10 @@ class RunFolder:
         choices: dict[str, str] = {}
         with suppress(OSError, ValueError):
             choices = self.facts().get("choices", {})
-        words = tuple(f"{group}=[{choice.replace('+', ',')}]" if group in PLURAL else f"{group}={choice}"
-                      for group, choice in choices.items())
+        words = tuple(
+            f"{group}=[{choice.replace('+', ',')}]" if group in PLURAL else f"{group}={choice}"
+            for group, choice in choices.items()
+        )
         today = {key: value for key, value in _today(words).items() if key in saved or key not in choices}
         return with_new_keys({str(key): value for key, value in saved.items()}, today)
 

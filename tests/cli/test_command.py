@@ -99,7 +99,7 @@ BEFORE_ANYTHING_IS_BUILT = [
     ("dataset.rho=2", "dataset.rho=2", "at most 1"),
     ("dataset.cache=3", "dataset.cache=3", "text or null"),
     ("hardware.channels_last=maybe", "hardware.channels_last", "true or false"),
-    ("evaluation.knn=[foo]", "evaluation.knn.0", '"foo"', "wmse, icl, instdisc or dino"),
+    ("evaluation.knn=[foo]", "evaluation.default.knn.0", '"foo"', "wmse, icl, instdisc or dino"),
     ("evaluation.learning_rates=[]", "evaluation.learning_rates=[]", "1 or more"),
     ("augment.scale=[0.5,0.2]", "augment.scale=[0.5, 0.2]", "must not be larger"),
     ("augment.scale=[0.5]", "augment.scale=[0.5]", "2 or more"),
