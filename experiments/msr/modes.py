@@ -54,7 +54,7 @@ STEPS = (0.0003, 0.001, 0.003, 0.01, 0.03)
 """Relative virtual steps r at which the approximations are judged; the run itself takes its own."""
 
 TINY = "dataset.train=16 dataset.test=16 dataset.balanced=16 dataset.cache=null loader.batch_size=16 method=simclr"
-TINY += " optimizer.warmup_steps=0 trainer.max_epochs=1 trainer.limit_train_batches=1 evaluation=none metric=loss"
+TINY += " schedule.warmup_steps=0 trainer.max_epochs=1 trainer.limit_train_batches=1 evaluation=none metric=loss"
 TINY += " hardware.precision=32-true regularizer=msr"
 
 
