@@ -233,11 +233,8 @@ def _search_path(typed: Sequence[str]) -> list[str]:
 
 def _no_key(wrong: str, typed: Sequence[str]) -> str:
     """A key that is not in the config which the rest of the command line gives."""
-    choices = [
-        word
-        for word in typed
-        if re.fullmatch(r"[a-z]+=([\w./-]+|\[[\w./, -]+\])", word) and not word.startswith(f"{wrong}=")
-    ]
+    choice = re.compile(r"[a-z]+=([\w./-]+|\[[\w./, -]+\])")
+    choices = [word for word in typed if choice.fullmatch(word) and not word.startswith(f"{wrong}=")]
     try:
         config = compose([*_search_path(typed), *choices])
     except Exception:  # the mistake is among the choices; it has its own sentence

@@ -93,7 +93,7 @@ class RunFolder:
             raise UserError(f"{self.config} is damaged; restore it from a copy, or begin a new run in another folder.")
         return {str(key): value for key, value in saved.items()}
 
-    def with_new_keys(self, saved: Mapping[Any, Any]) -> dict[str, Any]:
+    def with_new_keys(self, saved: Any) -> dict[str, Any]:
         """Return a saved config with the values that its choices have today for keys which were added since."""
         choices: dict[str, str] = {}
         with suppress(OSError, ValueError):
