@@ -114,6 +114,11 @@ BEFORE_ANYTHING_IS_BUILT = [
     ("dataset.root=/o'b", "cannot be read", """dataset.root='"/o'"'"'b"'"""),
     ("dataset.root=/a,b", "has several values", "add -m", """dataset.root='"/a,b"'"""),
     ("seed=0,1", "seed=0,1", "add -m"),
+    ("evaluation=light,default", "has several values", "evaluation=[light,default]", "add -m"),
+    ("evaluation=[light,mocco]", "evaluation=mocco does not exist", "choose one of"),
+    ("evaluation=[light,corruptions] evaluation.imags=3", "evaluation.corruptions.imags", "corruptions.images"),
+    ("-m evaluation=light,corruptions evaluation.images=0", "evaluation.corruptions.images=0", "at least 1"),
+    ("augment=[small,colour]", "augment=[small,colour]", "augment takes one"),
     ("--seed=3", "--seed=3", "seed=<value>"),
     ("--cfg foo", "--cfg", "'job'"),
     # several words
