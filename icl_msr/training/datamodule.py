@@ -1,8 +1,11 @@
 """From a data set to batches of `Views` on the training device."""
 
 import itertools
-from collections.abc import Iterator, Sequence
+import shutil
+import warnings
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 import pytorch_lightning as pl
@@ -23,6 +26,9 @@ from icl_msr.data.dataset import ArraySplit, Dataset, Split, normalise
 from icl_msr.data.files import FileSplit
 from icl_msr.negatives.cached import CachedNegatives
 
+SHARED_MEMORY = Path("/dev/shm")
+"""Where Linux keeps the tensors that processes share."""
+
 NEGATIVES = -2
 """The view number of the negatives' keys."""
 
@@ -41,6 +47,21 @@ class Batch(NamedTuple):
     """V tensors (N, 3, s, s) uint8."""
     textures: Tensor | None = None
     """(N, 3, s, s) uint8, the first view's crops of the cached textures, if there are."""
+
+    def as_arrays(self) -> "Batch":
+        """Return the pixels as numpy arrays: these go from a worker through a pipe, tensors through shared memory."""
+        return self._each(Tensor.numpy)
+
+    def as_tensors(self) -> "Batch":
+        """Undo `as_arrays`."""
+        return self._each(torch.as_tensor)
+
+    def _each(self, change: Callable[[Any], Any]) -> "Batch":
+        return self._replace(
+            images=None if self.images is None else change(self.images),
+            crops=None if self.crops is None else [change(view) for view in self.crops],
+            textures=None if self.textures is None else change(self.textures),
+        )
 
 
 class Negatives(Protocol):
@@ -160,10 +181,14 @@ class DataModule(pl.LightningDataModule):
         fixed = bool(trainer.overfit_batches)  # type: ignore[attr-defined]
         batches = EpochBatches(len(train), self.batch_size, self.seed, trainer.global_rank, trainer.world_size, fixed)
         workers = self.num_workers if isinstance(train, FileSplit) else 0
+        if isinstance(source, _Crops) and workers:
+            ranks_here = trainer.world_size // trainer.num_nodes
+            source.piped = _too_small_for(source.bytes_of(batches.share) * (2 * workers + 1) * ranks_here)
         loader = DataLoader(
             source,
             batch_size=None,
             sampler=batches,
+            collate_fn=_as_it_is,  # the default makes tensors of arrays, in the worker
             num_workers=workers,
             persistent_workers=workers > 0,
             pin_memory=trainer.strategy.root_device.type == "cuda",
@@ -177,7 +202,7 @@ class DataModule(pl.LightningDataModule):
         for batch in itertools.islice(loader.loader, batches):
             if isinstance(batch, UserError):
                 raise batch
-            yield self.views(move_data_to_device(batch, device))
+            yield self.views(move_data_to_device(batch.as_tensors(), device))
 
     @override
     def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
@@ -248,7 +273,7 @@ class _TrainLoader:
         for batch in self.loader:
             if isinstance(batch, UserError):
                 raise batch
-            yield batch
+            yield batch.as_tensors()
 
     def close(self) -> None:
         """Drop the DataLoader, which ends its workers."""
@@ -260,6 +285,24 @@ class _TrainLoader:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """See `state_dict`."""
+
+
+def _as_it_is(batch: Any) -> Any:
+    return batch
+
+
+def _too_small_for(needed: int) -> bool:
+    """Is less shared memory free than the batches of the workers take, in bytes? A worker would wait for ever."""
+    if not SHARED_MEMORY.is_dir():
+        return False
+    free = shutil.disk_usage(SHARED_MEMORY).free
+    if needed > free:
+        warnings.warn(
+            f"The workers need {needed / 1e6:,.0f} MB of shared memory, and {SHARED_MEMORY} has {free / 1e6:,.0f} MB "
+            "free: batches go through pipes, which is slower. In Docker, --shm-size gives more.",
+            stacklevel=2,
+        )
+    return needed > free
 
 
 class _Indices(TorchDataset[Batch]):
@@ -277,6 +320,13 @@ class _Crops(TorchDataset[Any]):
     ) -> None:
         self.split, self.textures, self.augmentation, self.seed = split, textures, augmentation, seed
         self.sizes = [recipe.size or size for recipe in augmentation.recipes]
+        self.piped = False
+        """Do batches go to the trainer through pipes? It takes two copies more than shared memory."""
+
+    def bytes_of(self, images: int) -> int:
+        """Return how much memory the pixels of so many images take."""
+        sides = [self.split.image_size, *self.sizes, *([self.sizes[0]] if self.textures is not None else [])]
+        return 3 * images * sum(side**2 for side in sides)
 
     def __getitem__(self, batch: Batch) -> Batch | UserError:
         """The batch with its pixels; an error goes back as a value, as a worker would wrap it in its traceback."""
@@ -295,11 +345,12 @@ class _Crops(TorchDataset[Any]):
                     textures += self._cut(decoded, part, batch.epoch, self.sizes[:1])[0]
         except UserError as error:
             return error
-        return batch._replace(
+        done = batch._replace(
             images=torch.stack(images),
             crops=[torch.stack(view) for view in crops],
             textures=torch.stack(textures) if textures else None,
         )
+        return done.as_arrays() if self.piped else done
 
     def _cut(self, decoded: list[Tensor], index: Tensor, epoch: int, sizes: Sequence[int]) -> list[list[Tensor]]:
         """The crops of the first views, of those sizes."""

@@ -50,7 +50,7 @@ def test_early_stopping_beside_a_monitor_of_the_learning_rate(tmp_path: Path) ->
     done = finish(tmp_path, *words)
     assert steps(done.folder) == list(range(6))
     logged = {name for row in rows(done.folder) for name, cell in row.items() if cell}
-    assert {"online/knn", "lr-Adam/pg1"} <= logged
+    assert {"online/knn", "lr-Adam"} <= logged
     checkpoint = saved(done)
     assert checkpoint["global_step"] == 6
     (stopping,) = (state for key, state in checkpoint["callbacks"].items() if key.startswith("EarlyStopping"))

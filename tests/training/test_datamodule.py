@@ -1,6 +1,8 @@
 """Batches of views: order, ranks, workers, resuming."""
 
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,6 +14,7 @@ from icl_msr.augment import Augmentation
 from icl_msr.core.errors import UserError
 from icl_msr.data.dataset import Dataset, normalise
 from icl_msr.data.files import FileSplit
+from icl_msr.training import datamodule
 from icl_msr.training.datamodule import Batch, DataModule, EpochBatches
 
 MEAN, STD = (0.4, 0.5, 0.6), (0.2, 0.25, 0.3)
@@ -195,6 +198,26 @@ def test_a_broken_image_stops_training_in_one_sentence(files, tmp_path, num_work
     with pytest.raises(UserError, match=r"cut\.png") as raised:
         fit(module(broken, num_workers=num_workers), tmp_path)
     assert "\n" not in str(raised.value)
+
+
+@pytest.mark.filterwarnings("error:The workers need")
+@pytest.mark.parametrize("free", [0, 2**40])
+def test_batches_go_through_pipes_where_shared_memory_is_too_small(files, tmp_path, monkeypatch, free):
+    """The same batches; where there is room nothing is said and nothing changes."""
+    whole = fit(module(files), tmp_path)
+    monkeypatch.setattr(datamodule.shutil, "disk_usage", lambda _: SimpleNamespace(free=free))
+    sent = []
+    monkeypatch.setattr(Batch, "as_tensors", lambda self, true=Batch.as_tensors: sent.append(self) or true(self))
+    with (
+        nullcontext()
+        if free
+        else pytest.warns(UserWarning, match=r"need 0 MB of shared memory.*through pipes.*shm-size")
+    ):
+        other = fit(module(files, num_workers=2), tmp_path)
+    assert {type(batch.images) for batch in sent} == {torch.Tensor if free else np.ndarray}
+    for (_, left), (_, right) in zip(whole, other, strict=True):
+        assert torch.equal(left.views[0], right.views[0])
+        assert torch.equal(left.images, right.images)
 
 
 @pytest.mark.parametrize("when", ["in the epoch", "at its last step", "at its end"])
