@@ -24,7 +24,7 @@ from yaml import MarkedYAMLError, YAMLError
 from icl_msr.cli.footprint import Footprint
 from icl_msr.cli.processes import hold_leash, in_folder, outlive_reader, told
 from icl_msr.cli.sweeps import ProcessLauncher, register_resolvers
-from icl_msr.cli.words import ambiguous, overrides, path_in, spelled_out, unreadable
+from icl_msr.cli.words import ambiguous, for_sweep, overrides, path_in, spelled_out, unreadable
 from icl_msr.core.compose import compose, hydra_for_itself
 from icl_msr.core.config import Settings, check, config_dir, no_keys, suggestion, unfilled
 from icl_msr.core.errors import UserError
@@ -89,8 +89,7 @@ def main(job: Job, arguments: Sequence[str] | None = None) -> int:
         _check_flags(typed)
         _check_search_path(typed)
         source, words = _source(typed)
-        if not _MULTIRUN & set(typed):  # else each job has choices of its own
-            words = spelled_out(words)
+        words = for_sweep(words) if _MULTIRUN & set(typed) else spelled_out(words)
         sys.argv[1:] = words
         hydra.main(version_base="1.3", config_path=str(source), config_name="config")(answered)()
     except UserError as mistake:

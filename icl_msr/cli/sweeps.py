@@ -238,7 +238,8 @@ def job_type(overrides: Sequence[str]) -> str | None:
 
 def _varying(overrides: Sequence[str]) -> list[str]:
     """What a sweep changes from job to job: the words that were not typed like this."""
-    return [word for word in overrides if not {word, in_short(word)} & set(sys.argv[1:])]
+    typed = {in_short(word) for word in sys.argv[1:]}
+    return [word for word in overrides if in_short(word) not in typed]
 
 
 def _refuse(sentence: str) -> NoReturn:

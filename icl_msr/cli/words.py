@@ -59,7 +59,7 @@ def spelled_out(words: Sequence[str], search_path: Sequence[str] = ()) -> list[s
         return list(words)
     others = [word for word in words if word not in keys and ("=" in word or word[:1] == "~") and word[:1] != "-"]
     config = compose([*search_path, *others])
-    added = {_key(word)[1:3] for word in keys if word[:1] == "+"}
+    added = {_key(word)[1:3] for word in keys if word[:1] == "+" and (word[:2] != "++" or _is_node(word))}
     return [part for word in words for part in (_for_those_with(word, config, added) if word in keys else [word])]
 
 
@@ -69,14 +69,31 @@ def _for_those_with(word: str, config: DictConfig, added: Collection[tuple[str, 
     having = [choice for choice, node in chosen.items() if name in (node or {})]
     named = name in chosen and (rest[:1] == "." or sign == "~")
     if named or (not having and (group, name) in added):
-        if not chosen and rest[:2] not in ("={", "._"):
+        if not chosen and not _is_node(word):
             raise UserError(no_keys(group, f"{group}.{name}"))
         return [word]
     if not chosen:
         raise UserError(no_keys(group, f"{group}.{name}"))
     if not having and rest[:1] == ".":  # a choice that is not there
         return [word]
+    sign = "" if not having and sign == "++" else sign
     return [f"{sign}{group}.{choice}.{name}{rest}" for choice in having or [*chosen][-1:]]
+
+
+def for_sweep(words: Sequence[str]) -> list[str]:
+    """Return the words of a sweep, whose jobs may have other choices: Hydra takes their keys before it knows the jobs.
+
+    Two pluses let it do that; `spelled_out` then gives each job the keys of its own choices.
+    """
+    return [
+        f"++{word}" if (found := _KEY.match(word)) and found["group"] in PLURAL and not found["sign"] else word
+        for word in words
+    ]
+
+
+def _is_node(word: str) -> bool:
+    """Return whether a word adds a whole node to a plural group, and not a key to its choices."""
+    return _key(word)[3][:2] in ("={", "._")
 
 
 def _key(word: str) -> tuple[str, str, str, str]:
@@ -96,8 +113,8 @@ def _require_one_choice(word: str) -> None:
 
 
 def in_short(word: str) -> str:
-    """Return what may have been typed for a word that `spelled_out` gave: without the choice that has the key."""
-    return re.sub(r"^([+~]*\w+)\.[^.=]+\.", r"\1.", word)
+    """Return a word without what `spelled_out` and `for_sweep` add: the choice that has the key, two pluses."""
+    return re.sub(rf"^(?:\+\+)?(\+?(?:{'|'.join(PLURAL)})\.)(?:[^.=]+\.)?", r"\1", word)
 
 
 def path_in(word: str) -> str:

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
-from icl_msr.cli.words import in_short, overrides, path_in, spelled_out
+from icl_msr.cli.words import for_sweep, in_short, overrides, path_in, spelled_out
 from icl_msr.core.errors import UserError
 
 BOTH = "evaluation=[light,corruptions]"
@@ -52,7 +52,15 @@ def test_what_no_choice_could_have_is_refused(line: str, sentence: str) -> None:
 def test_a_word_is_recognised_by_what_was_typed() -> None:
     assert in_short("evaluation.corruptions.images=5") == "evaluation.images=5"
     assert in_short("+evaluation.shape.same.car=[truck]") == "+evaluation.same.car=[truck]"
+    assert in_short("++evaluation.images=5") == in_short("++evaluation.corruptions.images=5") == "evaluation.images=5"
     assert in_short("seed=0.1.2") == "seed=0.1.2"
+
+
+def test_the_jobs_of_a_sweep_have_the_keys_of_their_own_choices() -> None:
+    words = for_sweep(["evaluation.images=5", "+evaluation.same.car=[truck]", "~callbacks.online", "seed=0"])
+    assert words == ["++evaluation.images=5", "+evaluation.same.car=[truck]", "~callbacks.online", "seed=0"]
+    assert spelled_out(["evaluation=corruptions", words[0]])[1:] == ["++evaluation.corruptions.images=5"]
+    assert spelled_out(["evaluation=light", words[0]])[1:] == ["evaluation.light.images=5"]  # where it is refused
 
 
 def test_short_forms_and_flags(monkeypatch: pytest.MonkeyPatch) -> None:
