@@ -31,8 +31,8 @@ from icl_msr.core.distributed import average, gather, rank
 from icl_msr.core.errors import UserError
 from icl_msr.core.views import Views
 from icl_msr.losses.contrastive import full_precision, unit
-from icl_msr.methods.base import Method, Pair, Step, Targets, frozen_statistics
-from icl_msr.models.batchnorm import GlobalBatchNorm
+from icl_msr.methods.base import Method, Pair, Step, Targets
+from icl_msr.models.batchnorm import GlobalBatchNorm, frozen_statistics
 from icl_msr.regularizers.bilevel import (
     Features,
     Gradients,

@@ -14,7 +14,8 @@ from icl_msr.core.distributed import average, gather, rank, world_size
 from icl_msr.core.randomness import keys
 from icl_msr.core.views import Views
 from icl_msr.losses.contrastive import CHUNK, own_rows, unit
-from icl_msr.methods.base import Method, Output, Pair, Step, Targets, frozen_statistics
+from icl_msr.methods.base import Method, Output, Pair, Step, Targets
+from icl_msr.models.batchnorm import frozen_statistics
 from icl_msr.regularizers import MetaSemanticRegularizer
 from icl_msr.regularizers.bilevel import ordinary_gradient
 from icl_msr.training.datamodule import DataModule
