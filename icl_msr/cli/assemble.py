@@ -20,7 +20,7 @@ from icl_msr.evaluation.suite import Evaluation
 from icl_msr.methods import Method
 from icl_msr.models.batchnorm import global_batch_norm
 from icl_msr.models.momentum import Queue
-from icl_msr.regularizers import MetaSemanticRegularizer
+from icl_msr.regularizers import Regularizer
 from icl_msr.training.checkpoint import AtomicCheckpoint
 from icl_msr.training.checkpoints import Checkpoints
 from icl_msr.training.datamodule import DataModule
@@ -57,11 +57,18 @@ def assemble(settings: Settings, plan: Plan) -> Pieces:
     method = build_as(Method, settings.method, backbone, *facts)  # type: ignore[type-abstract]
     require_meaning(settings, method, plan.world_size)
     untrained = copy.deepcopy(method.backbone)
-    regularizer: MetaSemanticRegularizer | None = build(settings.regularizer, method.channels, method.temperature)
+    regularizer: Regularizer | None = build(settings.regularizer, method.channels, method.temperature)
     if plan.world_size > 1:
         global_batch_norm(method)
     optimization = build_as(Optimization, settings.optimizer)
-    module = Pretraining(method, regularizer, optimization, seed=settings.seed, batch_size=settings.loader.batch_size)
+    module = Pretraining(
+        method,
+        regularizer,
+        optimization,
+        seed=settings.seed,
+        batch_size=settings.loader.batch_size,
+        config=settings.model_dump(),
+    )
     if plan.channels_last:
         module.to(memory_format=torch.channels_last)
     data = DataModule(

@@ -27,6 +27,7 @@ from icl_msr.evaluation.strata_maps import Look, look, measure, split_with_masks
 from icl_msr.evaluation.suite import Evaluation, Results
 from icl_msr.models.backbones import Backbone
 from icl_msr.models.exported import export_encoder
+from icl_msr.regularizers import MetaSemanticRegularizer
 from icl_msr.training.datamodule import DataModule
 from icl_msr.training.hardware import Plan
 from icl_msr.training.module import Pretraining
@@ -51,7 +52,7 @@ def looks(settings: Settings, plan: Plan, pieces: Pieces) -> Look | None:
     """What the strata look at; None without strata, evaluation, or a test split that knows where its objects are."""
     dataset, backbone, regularizer = pieces.dataset, pieces.module.method.backbone, pieces.module.regularizer
     split = split_with_masks(dataset)
-    if regularizer is None or split is None or not isinstance(backbone, Backbone):
+    if not isinstance(regularizer, MetaSemanticRegularizer) or split is None or not isinstance(backbone, Backbone):
         return None
     if not isinstance(pieces.evaluation, Evaluation):  # none, or one without a bootstrap
         return None
@@ -76,7 +77,7 @@ def draw(folder: Path, data: DataModule, module: Pretraining, results: Results) 
     captions = {"views.png": pictures.views_grid(views, dataset.mean, dataset.std, folder / "views.png")}
     if views.negatives is not None:
         captions["negatives.png"] = pictures.negatives_grid(views, dataset.mean, dataset.std, folder / "negatives.png")
-    if regularizer is not None and isinstance(method.backbone, Backbone):
+    if isinstance(regularizer, MetaSemanticRegularizer) and isinstance(method.backbone, Backbone):
         with torch.no_grad():
             strata = regularizer.strata(views.images)
         captions["strata.png"] = pictures.strata_grid(
