@@ -68,7 +68,7 @@ def step_and_regularizer() -> dict[str, float]:
         with torch.autocast(PLAN.device.type, torch.bfloat16, enabled="bf16" in PLAN.precision):
             targets = method.targets(views)
             output = method(views, targets, Step(0, 1))
-            loss = output.loss + (regularizer(views.images, output.pairs) if penalty else 0)
+            loss = output.loss + (regularizer(views, output, Step(0, 1)) if penalty else 0)
         optimizer.zero_grad()
         loss.backward()
         if meta:

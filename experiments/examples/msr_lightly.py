@@ -61,12 +61,12 @@ def main() -> list[dict[str, float]]:
 
         step, targets = Step(index, STEPS, noise=index), Targets()
         output = model(views, targets, step)
-        loss = output.loss + regularizer.lam * regularizer(x, output.pairs)
+        loss = output.loss + regularizer(views, output, step)
         optimizer.zero_grad()
         loss.backward()
         log = regularizer.meta_step(model, views, targets, step, ordinary_gradient(model), LR)
         optimizer.step()
-        printed.append({"step": index, "loss": float(loss.detach()), **log})
+        printed.append({"step": index} | {name: float(value) for name, value in {"loss": loss.detach(), **log}.items()})
         print("   ".join(f"{name} {value:.4g}" for name, value in printed[-1].items()))
     return printed
 

@@ -55,12 +55,14 @@ def main() -> list[dict[str, float]]:
         step, targets = Step(index, STEPS, noise=index), method.targets(views)
         torch.manual_seed(step.noise)  # the bi-level step repeats this pass, dropout included
         output = method(views, targets, step)
-        loss = output.loss + regularizer.lam * regularizer(images, output.pairs)
+        loss = output.loss + regularizer(views, output, step)
         optimizer.zero_grad()
         loss.backward()
         if regularizer.due(step):  # before theta moves, before gradients are clipped, after they are unscaled
             log = regularizer.meta_step(method, views, targets, step, ordinary_gradient(method), LR)
-            printed.append({"step": index, "loss": float(loss.detach()), **log})
+            printed.append(
+                {"step": index} | {name: float(value) for name, value in {"loss": loss.detach(), **log}.items()}
+            )
             print("   ".join(f"{name} {value:.4g}" for name, value in printed[-1].items()))
         optimizer.step()
     return printed

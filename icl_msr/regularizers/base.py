@@ -1,7 +1,7 @@
 """The contract of a regularizer: a second loss for any method, and what it may do beside it."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -38,14 +38,14 @@ class Regularizer(nn.Module, ABC):
     def forward(self, views: Views, output: Output, step: Step) -> Tensor:
         """Return () what is added to the method's loss, weight included. Numbers for the log go into `output.log`."""
 
-    def before_step(self, batch: Pass) -> Mapping[str, Tensor | float]:
+    def before_step(self, batch: Pass) -> dict[str, Tensor]:
         """Move parameters of its own just before a step of the method's optimiser; return numbers for the log.
 
         The method's gradient lies in `.grad`: complete, the same on all ranks, and not yet clipped.
         """
         return {}
 
-    def after_epoch(self, batches: Iterable[Pass]) -> Mapping[str, Tensor | float]:
+    def after_epoch(self, batches: Iterable[Pass]) -> dict[str, Tensor]:
         """Move parameters of its own after an epoch; return numbers for the log.
 
         `batches` are those of the epoch, in its order. They are loaded once more, if they are iterated over.

@@ -19,12 +19,12 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal
 
 import torch
 from omegaconf import OmegaConf
 from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 from typing_extensions import override
 
@@ -55,8 +55,6 @@ from icl_msr.regularizers.bilevel import (
     trainable,
 )
 from icl_msr.regularizers.strata import StrataNetwork, diversity, random_partition, uniform, uniformity
-
-Number = TypeVar("Number", bound=Tensor | float)
 
 
 class MetaSemanticRegularizer(Regularizer):
@@ -214,18 +212,18 @@ class MetaSemanticRegularizer(Regularizer):
         return self.optimizer is not None and self.schedule == "every" and step.index % self.every == 0
 
     @override
-    def before_step(self, batch: Pass) -> Mapping[str, Tensor | float]:
+    def before_step(self, batch: Pass) -> dict[str, Tensor]:
         return self._step(batch, ordinary_gradient(batch.method)) if self.due(batch.step) else {}
 
     @override
-    def after_epoch(self, batches: Iterable[Pass]) -> Mapping[str, Tensor | float]:
-        log: Mapping[str, Tensor | float] = {}
+    def after_epoch(self, batches: Iterable[Pass]) -> dict[str, Tensor]:
+        log: dict[str, Tensor] = {}
         if self.optimizer is not None and self.schedule == "per_epoch":
             for batch in batches:
                 log = self._step(batch, None)
         return log
 
-    def _step(self, batch: Pass, inner: Mapping[str, Tensor] | None) -> Mapping[str, Tensor | float]:
+    def _step(self, batch: Pass, inner: Mapping[str, Tensor] | None) -> dict[str, Tensor]:
         features = batch.output.features if batch.output is not None and batch.precision is None else None
         # A gradient in fp16 would need a scale of its own.
         precision = batch.precision if batch.precision is torch.bfloat16 else None
@@ -243,7 +241,7 @@ class MetaSemanticRegularizer(Regularizer):
         learning_rate: float,
         features: Features | None = None,
         precision: torch.dtype | None = None,
-    ) -> dict[str, float]:
+    ) -> dict[str, Tensor]:
         """Move phi by one step on a batch; nothing of the method moves.
 
         Args:
@@ -255,7 +253,7 @@ class MetaSemanticRegularizer(Regularizer):
             precision: of the ordinary step's autocast, if it has one; v is computed in it, all else in full precision.
 
         Returns:
-            Norms of both parts of phi's gradient, and alpha, for the log.
+            Norms of both parts of phi's gradient, and alpha, for the log: () on the device, so that nobody waits.
 
         Raises:
             UserError: the method's precision, or a layer of its heads, makes the meta gradient wrong.
@@ -263,7 +261,7 @@ class MetaSemanticRegularizer(Regularizer):
         assert self.network is not None
         assert self.optimizer is not None
         phi = list(self.phi.values())
-        log = {}
+        log: dict[str, Tensor] = {}
         if self.weights == "meta":
             require_exact(method)
         with meta_pass(method, views.images.device):
@@ -273,7 +271,7 @@ class MetaSemanticRegularizer(Regularizer):
             apart = strata if self.uniformity_trains == "all" else self.network.assign(seen.detach())
             spread = self.gamma * uniformity(apart, self.u)
             gradient = average(torch.autograd.grad(spread, phi, retain_graph=True, materialize_grads=True))
-            log["uniformity"] = float(average([spread.detach()])[0]) / self.gamma if self.gamma else 0.0
+            log["uniformity"] = average([spread.detach()])[0] / (self.gamma or 1)
             log["uniformity_grad_norm"] = norm(gradient)
             if self.weights != "uniform_only":
                 if self.weights == "joint":
@@ -293,12 +291,12 @@ class MetaSemanticRegularizer(Regularizer):
         self.optimizer.zero_grad(set_to_none=True)
         return log
 
-    def step_size(self, method: Method, inner: Mapping[str, Tensor], learning_rate: float) -> float:
+    def step_size(self, method: Method, inner: Mapping[str, Tensor], learning_rate: float) -> Tensor:
         """Return alpha of the virtual step: `lr`, or r |theta| / |g|, which means the same under any optimiser."""
-        if self.alpha == "lr":
-            return learning_rate
         theta = scoped(method, self.scope)
-        return self.relative_step * norm(theta.values()) / max(norm(inner[name] for name in theta), 1e-12)
+        if self.alpha == "lr":
+            return next(iter(theta.values())).new_full((), learning_rate, dtype=torch.float64)
+        return self.relative_step * norm(theta.values()) / norm(inner[name] for name in theta).clamp(min=1e-12)
 
     def inner_gradient(self, method: Method, views: Views, targets: Targets, step: Step) -> Gradients:
         """Return the gradient of L_to = L_ct + lambda L_msr, zero for what the method holds still at this step."""
@@ -315,7 +313,7 @@ class MetaSemanticRegularizer(Regularizer):
         targets: Targets,
         step: Step,
         inner: Mapping[str, Tensor],
-        alpha: float,
+        alpha: Tensor,
         features: Features | None = None,
         precision: torch.dtype | None = None,
     ) -> list[Tensor]:
@@ -360,7 +358,7 @@ class MetaSemanticRegularizer(Regularizer):
             self.optimizer.load_state_dict(state)
 
 
-def _named(numbers: Mapping[str, Number]) -> dict[str, Number]:
+def _named(numbers: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Give numbers the names that they have in the log."""
     return {f"msr/{name}": number for name, number in numbers.items()}
 

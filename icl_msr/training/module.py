@@ -83,7 +83,7 @@ class Pretraining(pl.LightningModule):
         for parameter in self.method.frozen(self.step()):
             parameter.grad = None
         if self.regularizer is not None and self.latest is not None:
-            self.log_dict(dict(self.regularizer.before_step(self.latest)), sync_dist=True)
+            self.log_dict(self.regularizer.before_step(self.latest), sync_dist=True)
 
     @override
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
@@ -110,7 +110,7 @@ class Pretraining(pl.LightningModule):
             output.log |= similarities(output.pairs, self.method.non_semantic(targets, output.pairs))
             if views.negatives is not None:
                 output.log |= views.negatives.log
-            self.log_dict(output.log, sync_dist=True)
+            self.log_dict(dict(output.log), sync_dist=True)
             self.log("lr", self.learning_rate())
         return loss
 
@@ -131,7 +131,7 @@ class Pretraining(pl.LightningModule):
     @override
     def on_train_epoch_end(self) -> None:
         if self.regularizer is not None:
-            self.log_dict(dict(self.regularizer.after_epoch(self._again())), sync_dist=True)
+            self.log_dict(self.regularizer.after_epoch(self._again()), sync_dist=True)
 
     def _again(self) -> Iterator[Pass]:
         """Yield the epoch's batches once more; no state of the method moves.
