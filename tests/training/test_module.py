@@ -1,11 +1,14 @@
 """The training loop: what moves, when, and that nothing else does."""
 
+import csv
 import itertools
+from pathlib import Path
 from typing import Any
 
 import pytest
 import pytorch_lightning as pl
 import torch
+from pytorch_lightning.loggers import CSVLogger
 from support.ranks import Ranks
 from support.tiny import AfterBatch, trained
 from torch import Tensor, nn
@@ -14,8 +17,9 @@ from torch.nn.functional import cosine_similarity
 from icl_msr.core.distributed import rank, world_size
 from icl_msr.core.views import Views
 from icl_msr.losses.contrastive import unit
-from icl_msr.methods import Method, MoCo, Step, Targets
+from icl_msr.methods import Method, MoCo, Output, SimCLR, Step, Targets
 from icl_msr.methods.base import Pair
+from icl_msr.negatives import PatchNegatives
 from icl_msr.regularizers import MetaSemanticRegularizer, Pass
 from icl_msr.regularizers.bilevel import meta_pass, norm
 from icl_msr.training import monitors
@@ -336,3 +340,49 @@ def test_mixed_precision_takes_steps() -> None:
     assert float(trainer.callback_metrics["loss"]) > 0
     assert all(call["method stays"] for call in meta.calls)
     assert {p.dtype for p in module.parameters()} == {torch.float32}
+
+
+# ---------------------------------------------------------------------------------------------- numbers for the log
+
+
+@pytest.fixture
+def talkative(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """A method and a generator of negatives with a number each. Returns who was asked for it, in order."""
+    asked: list[str] = []
+    plain = PatchNegatives.__call__
+
+    def of_method(self: SimCLR, output: Output, targets: Targets) -> dict[str, Tensor]:
+        asked.append("method")
+        assert not torch.is_grad_enabled()
+        return {"simclr/length": output.embeddings[0].norm(dim=1).mean()}
+
+    def of_generator(self: PatchNegatives, query: Tensor, keys: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        rows = plain(self, query, keys)
+        return rows, {"negatives/brightness": rows.mean()}
+
+    monkeypatch.setattr(SimCLR, "log", of_method)
+    monkeypatch.setattr(PatchNegatives, "__call__", of_generator)
+    return asked
+
+
+def test_numbers_of_a_method_and_of_a_generator_are_logged(talkative: list[str], tmp_path: Path) -> None:
+    """With no other file touched, they reach the loggers; the regularizer's repeated passes ask for none."""
+    logger = CSVLogger(tmp_path)
+    words = ("method=simclr", "negatives=patch", "regularizer.every=1", "regularizer.mode=exact")
+    module, _ = trained(*words, limit_train_batches=4, log_every_n_steps=2, logger=logger)
+    assert talkative == ["method", "method"]
+    logger.save()
+    with Path(logger.log_dir, "metrics.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [row["step"] for row in rows if row["simclr/length"]] == ["1", "3"]
+    assert module.latest is not None
+    views = module.latest.views
+    assert views.negatives is not None
+    assert float(rows[-1]["negatives/brightness"]) == pytest.approx(float(views.negatives.rows.mean()), rel=1e-5)
+
+
+def test_logging_changes_nothing(talkative: list[str]) -> None:
+    words = ("method=simclr", "negatives=patch", "regularizer.every=1")
+    often, never = (trained(*words, limit_train_batches=4, log_every_n_steps=n)[0] for n in (1, 0))
+    assert equal(state(often), state(never))
+    assert len(talkative) == 4
