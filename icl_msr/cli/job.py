@@ -19,7 +19,7 @@ from rich.console import Console
 
 from icl_msr.cli.assemble import Pieces, assemble, build_as, in_words, make_trainer
 from icl_msr.cli.conclude import describe, evaluate, looks, metric, peak_memory_mb
-from icl_msr.cli.processes import in_folder, require_processes, run_ranks
+from icl_msr.cli.processes import in_folder, require_processes, run_ranks, stoppable
 from icl_msr.core.config import Settings, build
 from icl_msr.core.errors import UserError
 from icl_msr.core.folder import RunFolder
@@ -42,9 +42,7 @@ def run(settings: Settings, config: DictConfig) -> float:
     """
     folder = RunFolder(Path(HydraConfig.get().runtime.output_dir))
     console = Console(highlight=False, soft_wrap=True, quiet=not is_first())
-    extended = folder.begun and more_epochs(settings, folder)
-    if folder.done and not extended:
-        console.print(f"{folder} is finished and stays as it is; continue it with a larger trainer.max_epochs.")
+    if finished(settings, folder, console):
         return folder.metric()
 
     plan = build_as(Hardware, settings.hardware).plan()
@@ -56,8 +54,24 @@ def run(settings: Settings, config: DictConfig) -> float:
         del pieces
         code = run_ranks(plan.world_size, [*sys.argv[1:], in_folder(folder.path)], folder.path)
         return folder.metric() if code == 0 else sys.exit(code)
-    with folder.locked() if is_first() else nullcontext():
+    with folder.locked() if is_first() else nullcontext(), stoppable(folder):
+        # Another command may have been faster. One of several ranks goes on, as the others wait for it.
+        if finished(settings, folder, console) and not is_rank():
+            return folder.metric()
         return carry_out(settings, config, plan, pieces, folder, console)
+
+
+def finished(settings: Settings, folder: RunFolder, console: Console) -> bool:
+    """Whether this very run lies in the folder and wants no more epochs; says so.
+
+    Raises:
+        UserError: another run lies there.
+    """
+    extended = folder.begun and more_epochs(settings, folder)
+    if not folder.done or extended:
+        return False
+    console.print(f"{folder} is finished and stays as it is; continue it with a larger trainer.max_epochs.")
+    return True
 
 
 def carry_out(
