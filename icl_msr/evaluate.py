@@ -233,7 +233,7 @@ def write(
         "hardware": str(plan),
         "finished": datetime.now(UTC).isoformat(timespec="seconds"),
     }
-    folder.write(folder.environment.name, about)
+    folder.write_facts(about)
     results.save(folder.path)
     summary = {
         "name": about["name"],

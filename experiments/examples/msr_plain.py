@@ -28,7 +28,8 @@ class Mine(Method):
 
     def loss(self, embeddings: Sequence[Tensor], targets: Targets, step: Step) -> Tensor:
         """Return L_ct: any loss of the two views."""
-        return nt_xent(*embeddings, temperature=0.5)
+        first, second = embeddings
+        return nt_xent(first, second, temperature=0.5)
 
 
 def main() -> list[dict[str, float]]:

@@ -91,10 +91,12 @@ def carry_out(
     dashboard = build(settings.logger, folder.path, about)
     if is_first():
         folder.results.unlink(missing_ok=True)  # of the run before it was given more epochs
-        folder.write(folder.environment.name, facts)
+        folder.write_facts(facts)
         atomic_write(folder.config, OmegaConf.to_yaml(config))
     console.print(f"[bold]{about.name}[/bold] on {plan}\n{in_words(pieces.derived)}\n{folder}")
 
+    for remark in pieces.dataset.remarks():
+        console.print(remark, style="yellow", markup=False)
     with closing(dashboard):
         throughput = Throughput(settings.loader.batch_size)
         loggers = [MetricsFile(folder.path, about), *([dashboard] if dashboard else [])]

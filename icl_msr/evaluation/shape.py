@@ -19,7 +19,7 @@ from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from icl_msr.core.errors import UserError
 from icl_msr.data.dataset import Dataset, Split
-from icl_msr.data.folders import FileSplit
+from icl_msr.data.files import FileSplit
 from icl_msr.evaluation.labels import require_labels
 from icl_msr.evaluation.metrics import Bootstrap
 from icl_msr.evaluation.sixteen import SIXTEEN, sixteen

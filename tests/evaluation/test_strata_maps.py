@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torchvision.io import write_png
 
 from icl_msr.data.dataset import ArraySplit, Dataset, Split
-from icl_msr.data.folders import FileSplit
+from icl_msr.data.files import FileSplit
 from icl_msr.evaluation.metrics import Bootstrap
 from icl_msr.evaluation.strata_maps import Found, look, masks_of, measure, on_object, split_with_masks, weighted_maps
 from icl_msr.models.backbones import Backbone
