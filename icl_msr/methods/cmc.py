@@ -31,7 +31,6 @@ class CMC(Method):
     def __init__(
         self,
         backbone: Backbone,
-        classes: int,
         mean: Sequence[float],
         std: Sequence[float],
         *,

@@ -28,7 +28,7 @@ from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 from typing_extensions import override
 
-from icl_msr.core.config import build, check_node, config_dir
+from icl_msr.core.config import GIVEN, build, check_node, config_dir
 from icl_msr.core.distributed import average, gather, rank
 from icl_msr.core.errors import UserError
 from icl_msr.core.views import Views
@@ -132,8 +132,8 @@ class MetaSemanticRegularizer(Regularizer):
         """
         node: Any = OmegaConf.to_container(OmegaConf.load(config_dir() / "regularizer" / "msr.yaml"))
         node |= {"seed": seed, **keys}
-        check_node("regularizer", node)
-        regularizer: MetaSemanticRegularizer = build(node, channels, method_temperature)
+        check_node("regularizer", node, GIVEN["regularizer"])
+        regularizer: MetaSemanticRegularizer = build(node, channels=channels, method_temperature=method_temperature)
         return regularizer
 
     # ------------------------------------------------------------------------------------------ the loss for theta

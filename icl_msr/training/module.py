@@ -21,7 +21,7 @@ from icl_msr.models.batchnorm import frozen_statistics
 from icl_msr.regularizers.base import Pass, Regularizer
 from icl_msr.training.datamodule import DataModule
 from icl_msr.training.monitors import collapse, similarities
-from icl_msr.training.optimization import Optimization
+from icl_msr.training.optimization import Optimization, follow, steps_per_epoch
 
 
 class Pretraining(pl.LightningModule):
@@ -66,17 +66,15 @@ class Pretraining(pl.LightningModule):
 
     @override
     def configure_optimizers(self) -> Any:
-        total, steps_per_epoch = self.length()
         global_batch = self.batch_size * self.trainer.accumulate_grad_batches
-        optimizer, schedule = self.optimization.build(self.method, global_batch, total, steps_per_epoch)
+        optimizer, schedule = self.optimization.build(self.method, global_batch, *self.length())
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     @override
     def on_train_start(self) -> None:
         # The learning rate is a function of the step, also where a resumed run has more epochs than before.
         schedule: Any = self.lr_schedulers()
-        for group, base in zip(schedule.optimizer.param_groups, schedule.base_lrs, strict=True):
-            group["lr"] = base * schedule.lr_lambdas[0](schedule.last_epoch)
+        follow(schedule)
 
     @override
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
@@ -159,24 +157,19 @@ class Pretraining(pl.LightningModule):
         """Return where training stands. The noise of a micro-batch depends on the seed and on its place alone."""
         place = torch.tensor([self.current_epoch << 32 | (batch_index * world_size() + rank())])
         noise = int(keys(self.seed, self.global_step, place, view=-2))
-        total, steps_per_epoch = self.length()
-        return Step(self.global_step, total, noise, total / steps_per_epoch, self.logs())
+        total, epoch = self.length()
+        return Step(self.global_step, total, noise, total / epoch, self.logs())
 
-    def length(self) -> tuple[int, float]:
-        """Return the number of optimiser steps of the whole training, and of an epoch.
+    def length(self) -> tuple[int, int]:
+        """Return the optimiser steps of the whole training and of an epoch.
 
         Raises:
             UserError: the training has no end.
         """
-        trainer = self.trainer
-        if trainer.train_dataloader is None:
-            trainer.fit_loop.setup_data()
-        total = trainer.estimated_stepping_batches
+        total = self.trainer.estimated_stepping_batches
         if not 0 <= total < math.inf:
             raise UserError("A schedule needs to know when training ends; give the Trainer max_epochs or max_steps.")
-        batches = trainer.num_training_batches  # infinite for a stream, all of which is one epoch
-        epoch = math.ceil(batches / trainer.accumulate_grad_batches) if batches < math.inf else total
-        return int(total), max(epoch, 1)
+        return int(total), steps_per_epoch(self.trainer)
 
     def learning_rate(self) -> float:
         """Return the learning rate of the method's next step."""
