@@ -32,7 +32,8 @@ from icl_msr.training.progress import EpochLines, Throughput
 
 Built = TypeVar("Built")
 
-LOGGED = ("loss", "loss/contrastive", "online/knn", "online/probe")
+ONLINE = ("online/knn", "online/probe")
+LOGGED = ("loss", "loss/contrastive", *ONLINE)
 """Logged values that a sweeper may maximise."""
 
 
@@ -73,8 +74,10 @@ def assemble(settings: Settings, plan: Plan) -> Pieces:
         **settings.loader.model_dump(),
     )
     evaluation: Evaluation | None = build(settings.evaluation)
-    logged = [name for name in LOGGED if settings.trainer.online_every_n_epochs or not name.startswith("online/")]
-    known = ["auto", *logged, *(evaluation.names(dataset) if evaluation else [])]
+    watched = settings.trainer.online_every_n_epochs and dataset.evaluated.classified
+    unlogged = () if watched and dataset.labelled is None else ("online/probe",) if watched else ONLINE
+    logged = [name for name in LOGGED if name not in unlogged]
+    known = ["auto", *logged, *(evaluation.names(dataset.evaluated) if evaluation else [])]
     if isinstance(evaluation, Evaluation):
         evaluation.require(method.backbone)
     if settings.metric not in known:
@@ -164,7 +167,7 @@ def make_trainer(
         ),
         throughput,
     ]
-    if t.online_every_n_epochs:
+    if t.online_every_n_epochs and pieces.dataset.evaluated.classified:
         channels = pieces.module.method.backbone.channels
         watch = OnlineEvaluation(
             pieces.dataset, int(channels), every_n_epochs=t.online_every_n_epochs, seed=settings.seed

@@ -19,8 +19,8 @@ class OnlineEvaluation(pl.Callback):
     """Logs `online/knn` (preset dino) and `online/probe` every few epochs.
 
     The probe is softmax regression from zero on detached features, trained with Adam on every batch beside the encoder,
-    the same on all ranks. The held-out images are pre-trained on without their labels; neither the probe nor the kNN
-    bank ever sees those.
+    the same on all ranks; there is none where the labels are those of another data set. The held-out images are
+    pre-trained on without their labels; neither the probe nor the kNN bank ever sees those.
     """
 
     def __init__(
@@ -33,7 +33,10 @@ class OnlineEvaluation(pl.Callback):
         bank: int = 4000,
         queries: int = 1000,
     ):
-        self.dataset, self.every_n_epochs = dataset, every_n_epochs
+        self.dataset, self.every_n_epochs = dataset.evaluated, every_n_epochs
+        self.probed = dataset.labelled is None
+        """Is the probe trained? It sees the features of training images, which must have the labels."""
+        dataset = dataset.evaluated
         train = dataset.train
         fit, self.held = hold_out(len(train), min(queries / len(train), 0.5), seed)
         self.fit = fit[train.labels.cpu()[fit] >= 0]
@@ -65,6 +68,8 @@ class OnlineEvaluation(pl.Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """One step of the probe."""
+        if not self.probed:
+            return
         assert isinstance(pl_module, Pretraining)
         assert pl_module.batch is not None
         views = pl_module.batch.views
@@ -95,7 +100,8 @@ class OnlineEvaluation(pl.Callback):
         with torch.no_grad():
             probe = self.probe(F.layer_norm(queries, queries.shape[1:])).argmax(1)
         pl_module.log("online/knn", (knn == labels).float().mean(), rank_zero_only=True)
-        pl_module.log("online/probe", (probe == labels).float().mean(), rank_zero_only=True)
+        if self.probed:
+            pl_module.log("online/probe", (probe == labels).float().mean(), rank_zero_only=True)
 
     def _features(self, module: Pretraining, index: Tensor) -> Tensor:
         data = self.dataset
