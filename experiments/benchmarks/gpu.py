@@ -47,6 +47,7 @@ from icl_msr.methods import Method, Step
 from icl_msr.regularizers import MetaSemanticRegularizer, ordinary_gradient
 from icl_msr.training.datamodule import Batch, DataModule
 from icl_msr.training.module import Pretraining
+from icl_msr.training.optimization import Optimization, cosine
 
 Result = dict[str, Any]
 Step_ = Callable[[], Any]
@@ -126,14 +127,16 @@ class Bench:
         """With the values of its YAML file, on the CPU, from seed 0."""
         torch.manual_seed(0)
         changes = {"whitening_size": 2 * 4, "embedding_dim": 4} if name == "wmse" and self.scale.compared < 128 else {}
-        encoder = build(node("backbone", backbone), size)
-        method: Method = build(node("method", name, **changes), encoder, 10, (0.5,) * 3, (0.25,) * 3)
+        encoder = build(node("backbone", backbone), image_size=size)
+        facts = {"classes": 10, "mean": (0.5,) * 3, "std": (0.25,) * 3}
+        method: Method = build(node("method", name, **changes), backbone=encoder, **facts)
         return method
 
     def regularizer(self, method: Method, **changes: Any) -> MetaSemanticRegularizer:
         """f_msr, on the CPU, from seed 0."""
         torch.manual_seed(1)
-        return build(node("regularizer", "msr", **changes), method.channels, method.temperature)  # type: ignore[no-any-return]
+        given = {"channels": method.channels, "method_temperature": method.temperature}
+        return build(node("regularizer", "msr", **changes), **given)  # type: ignore[no-any-return]
 
     def data(self, dataset: Dataset, batch: int, negatives: str = "none") -> DataModule:
         """Batches of views, as the program makes them."""
@@ -453,7 +456,8 @@ def module(bench: Bench, name: str, batch: int, msr: dict[str, Any] | None) -> P
     """What Lightning trains."""
     method = bench.method(name, bench.scale.backbone)
     regularizer = None if msr is None else bench.regularizer(method, **msr)
-    optimization = build(node("optimizer", "adam"))
+    optimizer = partial(torch.optim.Adam, lr=3e-3, weight_decay=1e-6)
+    optimization = Optimization(optimizer, partial(cosine, warmup_steps=100, warmup_epochs=0.0, scale_lr="none"))
     built = Pretraining(method, regularizer, optimization, seed=0, batch_size=batch)
     built.to(memory_format=torch.channels_last)
     return built
@@ -769,7 +773,7 @@ def lightly(bench: Bench, batch: int, own_pipeline: bool) -> Result:
     except ImportError as error:
         return {"name": name, "note": f"not measured: {error}"}
     torch.manual_seed(0)
-    encoder = build(node("backbone", bench.scale.backbone), 32)
+    encoder = build(node("backbone", bench.scale.backbone), image_size=32)
     model = LightlySimCLR(encoder, encoder.channels).to(bench.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     optimizer = torch.optim.SGD(model.parameters(), RATE, momentum=0.9, weight_decay=1e-4)
 

@@ -112,10 +112,17 @@ def describe(settings: Settings, plan: Plan, dataset: Dataset, folder: RunFolder
     if folder.begun and folder.environment.exists():
         begun = folder.facts()
         return {**begun, "continued": [*begun.get("continued", []), now]}
-    choices = {group: str(HydraConfig.get().runtime.choices[group]) for group in settings.groups()}
+    chosen = HydraConfig.get().runtime.choices  # a group of several choices, or of a node that was typed, is not in it
+    choices = {
+        group: str(chosen[group]) if group in chosen else _named(node) for group, node in settings.groups().items()
+    }
     name = "-".join(choices[group] for group in ("method", "regularizer", "negatives", "dataset", "backbone"))
     place = {"group": sweep_group(), "job_type": job_type(HydraConfig.get().overrides.task)}
     return {"name": name, **place, **now, "choices": choices, "images": image_facts(dataset)}
+
+
+def _named(node: Mapping[str, Any]) -> str:
+    return str(node["_target_"]).rpartition(".")[2] if "_target_" in node else "+".join(node)
 
 
 def peak_memory_mb(plan: Plan) -> float:

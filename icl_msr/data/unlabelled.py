@@ -100,15 +100,17 @@ def unlabelled_files(roots: Sequence[Path], *, follow_links: bool) -> tuple[list
     return list(once.values()), notes
 
 
-def labelled_set(labelled: str | Mapping[str, Any], image_size: int) -> Dataset:
-    """Build the data set that a choice of the group `dataset` or a mapping names, with images of this size.
+def labelled_set(labelled: str | Mapping[str, Any] | Dataset, image_size: int) -> Dataset:
+    """Return the data set, or build the one that a choice of the group `dataset` or a mapping names.
 
     Raises:
         UserError: there is no such choice, a key is wrong, or the set has no classes or another size.
     """
-    node = _choice(labelled, image_size) if isinstance(labelled, str) else dict(labelled)
-    check_node("dataset.labelled", node)
-    data = build(node)
+    data: Any = labelled
+    if not isinstance(labelled, Dataset):
+        node = _choice(labelled, image_size) if isinstance(labelled, str) else dict(labelled)
+        check_node("dataset.labelled", node)
+        data = build(node)
     if not isinstance(data, Dataset) or not data.classified:
         raise UserError("dataset.labelled names no data set of two or more classes; choose one that has labels.")
     if data.image_size != image_size:

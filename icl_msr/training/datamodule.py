@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from torch.utils.data import Dataset as TorchDataset
 from torchvision.transforms.v2 import functional as F
+from typing_extensions import override
 
 from icl_msr.augment import Augmentation
 from icl_msr.core.errors import UserError
@@ -82,7 +83,9 @@ class EpochBatches:
     All ranks together see the batches that one rank would see; what does not fill a batch is left out.
     """
 
-    def __init__(self, length: int, batch_size: int, seed: int, rank: int = 0, world_size: int = 1) -> None:
+    def __init__(
+        self, length: int, batch_size: int, seed: int, rank: int = 0, world_size: int = 1, fixed: bool = False
+    ) -> None:
         if batch_size > length:
             raise UserError(
                 f"The batch size {batch_size} is larger than the {length} training images; set it to {length} or less."
@@ -94,6 +97,8 @@ class EpochBatches:
             )
         self.length, self.batch_size, self.seed = length, batch_size, seed
         self.rank, self.share = rank, batch_size // world_size
+        self.fixed = fixed
+        """Whether every epoch has the order of the first one, as `Trainer(overfit_batches=...)` asks for."""
         self.epoch = 0
         self.first = 0
         """The first batch of the epoch that is wanted: a resumed run leaves out those that it has seen."""
@@ -102,7 +107,7 @@ class EpochBatches:
         return self.length // self.batch_size
 
     def __iter__(self) -> Iterator[Batch]:
-        order = permutation(self.seed, self.epoch, self.length)
+        order = permutation(self.seed, 0 if self.fixed else self.epoch, self.length)
         for batch in range(self.first, len(self)):
             start = batch * self.batch_size + self.rank * self.share
             yield Batch(self.epoch, order[start : start + self.share])
@@ -148,19 +153,21 @@ class DataModule(pl.LightningDataModule):
             self._first_view = replace(augmentation, views=augmentation.views[:1])
         self._labels = dataset.train.labels
 
+    @override
     def train_dataloader(self) -> "_TrainLoader":
-        """The loader of this rank."""
+        # The loader of this rank.
         self._training = self._loader()
         return self._training
 
+    @override
     def teardown(self, stage: str) -> None:
-        """Let the workers go. Left to the garbage collector, each of them would be waited for."""
+        # Let the workers go. Left to the garbage collector, each of them would be waited for.
         if self._training is not None:
             self._training.close()
             self._training = None
 
+    @override
     def on_exception(self, exception: BaseException) -> None:
-        """See `teardown`."""
         self.teardown("fit")
 
     def _loader(self) -> "_TrainLoader":
@@ -171,7 +178,8 @@ class DataModule(pl.LightningDataModule):
         if isinstance(train, FileSplit):
             textures = self._textures if isinstance(self._textures, FileSplit) else None
             source = _Crops(train, textures, self.augmentation, self.seed, self.dataset.image_size)
-        batches = EpochBatches(len(train), self.batch_size, self.seed, trainer.global_rank, trainer.world_size)
+        fixed = bool(trainer.overfit_batches)  # type: ignore[attr-defined]
+        batches = EpochBatches(len(train), self.batch_size, self.seed, trainer.global_rank, trainer.world_size, fixed)
         workers = self.num_workers if isinstance(train, FileSplit) else 0
         if isinstance(source, _Crops) and workers:
             ranks_here = trainer.world_size // trainer.num_nodes
@@ -196,8 +204,9 @@ class DataModule(pl.LightningDataModule):
                 raise batch
             yield self.views(move_data_to_device(batch.as_tensors(), device))
 
+    @override
     def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
-        """A `Batch` on the device to its `Views`; anything else stays as it is."""
+        # A `Batch` on the device to its `Views`; anything else stays as it is.
         return self.views(batch) if isinstance(batch, Batch) else batch
 
     @torch.no_grad()

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from support.inprocess import TRAINER, WORDS, Finished, finish
 from support.tiny import DATA, composed, pieces
 
-from icl_msr.cli.assemble import assemble, build_as, derive
+from icl_msr.cli.assemble import assemble, build_as, derive, make_optimization
 from icl_msr.cli.conclude import metric
 from icl_msr.core.config import check, fingerprint
 from icl_msr.core.errors import UserError
@@ -21,7 +21,6 @@ from icl_msr.evaluation.suite import Results
 from icl_msr.models.backbones import tiny
 from icl_msr.report import summarise
 from icl_msr.training.hardware import Hardware
-from icl_msr.training.optimization import Optimization
 
 
 @pytest.fixture(scope="module")
@@ -175,7 +174,7 @@ def test_other_backbones_run(backbone: str, method: str, tmp_path: Path) -> None
 
 
 def test_a_run_without_evaluation_or_regularizer(tmp_path: Path) -> None:
-    done = finish(tmp_path, "regularizer=none", "evaluation=none", "trainer.online_every_n_epochs=0")
+    done = finish(tmp_path, "regularizer=none", "evaluation=none", "~callbacks.online")
     assert np.isnan(done.values[0])
     assert done.json("results.json")["accuracies"] == []
     assert (done.folder / "report.html").exists()
@@ -187,8 +186,9 @@ def settings(*words: str) -> Any:
 
 def test_derived_numbers() -> None:
     words = ("loader.batch_size=10", "trainer.accumulate_grad_batches=4", "trainer.max_epochs=3", "optimizer=sgd")
+    words += ("schedule.scale_lr=linear",)
     chosen = settings(*words)
-    optimization = build_as(Optimization, chosen.optimizer)
+    optimization = make_optimization(chosen)
     numbers = {
         "training_images": 128,
         "global_batch": 40,
@@ -207,9 +207,9 @@ def test_derived_numbers() -> None:
 
 def test_a_group_must_give_what_it_is_for() -> None:
     with pytest.raises(
-        UserError, match=r"icl_msr\.training\.optimization\.Optimization gives Optimization, and a Results is needed"
+        UserError, match=r"icl_msr\.training\.hardware\.Hardware gives Hardware, and a Results is needed"
     ):
-        build_as(Results, settings().optimizer)
+        build_as(Results, settings().hardware)
 
 
 def accuracy(name: str, top1: float, encoder: str = "trained") -> Any:

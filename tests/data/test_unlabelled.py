@@ -155,7 +155,7 @@ def test_one_class_has_no_accuracy(tmp_path):
     [
         ("method=supervised", "method=supervised learns to tell classes apart, and the data set has no classes"),
         ("evaluation=finetune", "flat has no labels, and this evaluation fits classifiers to labels"),
-        ("evaluation=textures", "flat has no labels"),
+        ("evaluation=semi_supervised", "flat has no labels"),
         ("metric=online/knn", "metric=online/knn will not be measured"),
     ],
 )

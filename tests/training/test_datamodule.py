@@ -235,3 +235,22 @@ def test_a_resumed_run_sees_what_it_had_not_seen(files, resident, tmp_path, when
     assert [epoch for epoch, _ in rest] == [epoch for epoch, _ in whole][step:]
     for (_, left), (_, right) in zip(rest, whole[step:], strict=True):
         assert torch.equal(left.views[0], right.views[0])
+
+
+def test_few_batches_to_overfit_are_the_same_in_every_epoch(resident, tmp_path):
+    """Their views are new ones all the same."""
+    seen = fit(module(resident), tmp_path, max_epochs=3, overfit_batches=2)
+    indices = order(seen)
+    assert indices[:2] == indices[2:4] == indices[4:]
+    assert indices[:2] == order(fit(module(resident), tmp_path, max_epochs=1))[:2]
+    assert not torch.equal(seen[0][1].views[0], seen[2][1].views[0])
+
+
+def test_the_trainer_needs_no_arguments_for_it(resident, tmp_path):
+    """Every default of Lightning's, its logger and its checkpoints; continued from one in the middle of an epoch."""
+    whole = Recorder()
+    saver = pl.callbacks.ModelCheckpoint(every_n_train_steps=3, save_top_k=-1)
+    pl.Trainer(max_epochs=2, default_root_dir=tmp_path, callbacks=[saver]).fit(whole, module(resident))
+    rest, path = Recorder(), saver.dirpath + "/epoch=1-step=6.ckpt"
+    pl.Trainer(max_epochs=2, default_root_dir=tmp_path).fit(rest, module(resident), ckpt_path=path)
+    assert order(rest.seen) == order(whole.seen)[6:]
