@@ -41,7 +41,7 @@ def evaluate(settings: Settings, plan: Plan, pieces: Pieces, folder: RunFolder, 
     results = Results()
     if pieces.evaluation is not None:
         results = pieces.evaluation(
-            backbone, dataset, device=plan.device, seed=settings.seed, untrained_encoder=pieces.untrained
+            backbone, dataset.evaluated, device=plan.device, seed=settings.seed, untrained_encoder=pieces.untrained
         )
         results.save(folder.path)
     draw(folder.path / "figures", pieces.data, pieces.module.to(plan.device), results)
@@ -50,7 +50,7 @@ def evaluate(settings: Settings, plan: Plan, pieces: Pieces, folder: RunFolder, 
 
 def looks(settings: Settings, plan: Plan, pieces: Pieces) -> Look | None:
     """What the strata look at; None without strata, evaluation, or a test split that knows where its objects are."""
-    dataset, backbone, regularizer = pieces.dataset, pieces.module.method.backbone, pieces.module.regularizer
+    dataset, backbone, regularizer = pieces.dataset.evaluated, pieces.module.method.backbone, pieces.module.regularizer
     split = split_with_masks(dataset)
     if not isinstance(regularizer, MetaSemanticRegularizer) or split is None or not isinstance(backbone, Backbone):
         return None
@@ -85,7 +85,7 @@ def draw(folder: Path, data: DataModule, module: Pretraining, results: Results) 
         )
         captions["weights.png"] = pictures.weights_figure(strata, folder / "weights.png")
     if results.features:
-        captions |= pictures.feature_pictures(dataset, results.features["trained"], folder)
+        captions |= pictures.feature_pictures(dataset.evaluated, results.features["trained"], folder)
     atomic_write(folder / "captions.json", json.dumps(captions, indent=2))
 
 
