@@ -27,6 +27,7 @@ from icl_msr.evaluation.strata_maps import Look, look, measure, split_with_masks
 from icl_msr.evaluation.suite import Evaluation, Results
 from icl_msr.models.backbones import Backbone
 from icl_msr.models.exported import export_encoder
+from icl_msr.regularizers import MetaSemanticRegularizer
 from icl_msr.training.datamodule import DataModule
 from icl_msr.training.hardware import Plan
 from icl_msr.training.module import Pretraining
@@ -40,7 +41,7 @@ def evaluate(settings: Settings, plan: Plan, pieces: Pieces, folder: RunFolder, 
     results = Results()
     for evaluation in pieces.evaluations:
         found = evaluation(
-            backbone, dataset, device=plan.device, seed=settings.seed, untrained_encoder=pieces.untrained
+            backbone, dataset.evaluated, device=plan.device, seed=settings.seed, untrained_encoder=pieces.untrained
         )
         results.add(found)
     if pieces.evaluations:
@@ -51,9 +52,9 @@ def evaluate(settings: Settings, plan: Plan, pieces: Pieces, folder: RunFolder, 
 
 def looks(settings: Settings, plan: Plan, pieces: Pieces) -> Look | None:
     """What the strata look at; None without strata, evaluation, or a test split that knows where its objects are."""
-    dataset, backbone, regularizer = pieces.dataset, pieces.module.method.backbone, pieces.module.regularizer
+    dataset, backbone, regularizer = pieces.dataset.evaluated, pieces.module.method.backbone, pieces.module.regularizer
     split = split_with_masks(dataset)
-    if regularizer is None or split is None or not isinstance(backbone, Backbone):
+    if not isinstance(regularizer, MetaSemanticRegularizer) or split is None or not isinstance(backbone, Backbone):
         return None
     evaluation = next((one for one in pieces.evaluations if isinstance(one, Evaluation)), None)
     if evaluation is None:  # or none with a bootstrap
@@ -79,7 +80,7 @@ def draw(folder: Path, data: DataModule, module: Pretraining, results: Results) 
     captions = {"views.png": pictures.views_grid(views, dataset.mean, dataset.std, folder / "views.png")}
     if views.negatives is not None:
         captions["negatives.png"] = pictures.negatives_grid(views, dataset.mean, dataset.std, folder / "negatives.png")
-    if regularizer is not None and isinstance(method.backbone, Backbone):
+    if isinstance(regularizer, MetaSemanticRegularizer) and isinstance(method.backbone, Backbone):
         with torch.no_grad():
             strata = regularizer.strata(views.images)
         captions["strata.png"] = pictures.strata_grid(
@@ -87,7 +88,7 @@ def draw(folder: Path, data: DataModule, module: Pretraining, results: Results) 
         )
         captions["weights.png"] = pictures.weights_figure(strata, folder / "weights.png")
     if results.features:
-        captions |= pictures.feature_pictures(dataset, results.features["trained"], folder)
+        captions |= pictures.feature_pictures(dataset.evaluated, results.features["trained"], folder)
     atomic_write(folder / "captions.json", json.dumps(captions, indent=2))
 
 

@@ -95,7 +95,7 @@ def carry_out(
         atomic_write(folder.config, OmegaConf.to_yaml(config))
     console.print(f"[bold]{about.name}[/bold] on {plan}\n{in_words(pieces.derived)}\n{folder}")
 
-    for remark in pieces.dataset.remarks():
+    for remark in [*pieces.dataset.remarks(), *(pieces.dataset.labelled.remarks() if pieces.dataset.labelled else [])]:
         console.print(remark, style="yellow", markup=False)
     with closing(loggers):
         trainer.loggers = loggers
@@ -117,8 +117,8 @@ def carry_out(
             "choices": facts["choices"],
             "seed": settings.seed,
             "train_on": settings.dataset.get("train_on", "full"),
-            "classes": list(pieces.dataset.classes),
-            "chance": pieces.dataset.chance,
+            "classes": list(pieces.dataset.evaluated.classes),
+            "chance": pieces.dataset.evaluated.chance,
             "parameters": sum(p.numel() for p in pieces.module.method.backbone.parameters()),
             "derived": pieces.derived,
             "images_per_second": pieces.throughput.rate,
