@@ -20,7 +20,7 @@ from icl_msr.core.views import Views
 from icl_msr.data.dataset import ArraySplit, Dataset
 from icl_msr.losses.contrastive import _LogSumExp
 from icl_msr.methods import BYOL, Method, SimCLR, Step
-from icl_msr.regularizers import MetaSemanticRegularizer, ordinary_gradient
+from icl_msr.regularizers import MetaSemanticRegularizer, Pass
 from icl_msr.regularizers.bilevel import difference_tangent, trainable
 from icl_msr.training.datamodule import Batch, DataModule
 from icl_msr.training.module import Pretraining
@@ -161,7 +161,7 @@ def steps(method: Method, views: Views, regularizer: MetaSemanticRegularizer | N
     output = method(views, targets, step)
     loss = output.loss
     if regularizer is not None:
-        loss = loss + regularizer.lam * regularizer(views.images, output.pairs)
+        loss = loss + regularizer(views, output, step)
     assert loss.device.type == "cuda"
     for parameter in trainable(method).values():
         parameter.grad = torch.empty_like(parameter)
@@ -169,7 +169,8 @@ def steps(method: Method, views: Views, regularizer: MetaSemanticRegularizer | N
         assert regularizer is not None
         assert regularizer.optimizer is not None
         regularizer.optimizer.step = lambda: None  # type: ignore[method-assign, assignment]
-        log = regularizer.meta_step(method, views, targets, step, ordinary_gradient(method), 0.1)
+        log = regularizer.before_step(Pass(method, views, targets, step, 0.1, None, output))
+        assert log
         assert all(value.device.type == "cuda" for value in log.values())
     method.observe(targets, [embedding.detach() for embedding in output.embeddings])
     method.advance(step)

@@ -44,7 +44,7 @@ from icl_msr.core.randomness import integers, keys, permutation, uniforms
 from icl_msr.core.views import Views
 from icl_msr.data.dataset import ArraySplit, Dataset
 from icl_msr.methods import Method, Step
-from icl_msr.regularizers import MetaSemanticRegularizer, ordinary_gradient
+from icl_msr.regularizers import MetaSemanticRegularizer, Pass, ordinary_gradient
 from icl_msr.training.datamodule import Batch, DataModule
 from icl_msr.training.module import Pretraining
 from icl_msr.training.optimization import Optimization, cosine
@@ -212,11 +212,10 @@ class Training:
                 loss = loss + regularizer(views, output, step)
         mark("backward")
         loss.backward()
-        if regularizer is not None and regularizer.due(step):
+        if regularizer is not None:
             mark("phi's step")
-            precision, features = (torch.bfloat16, None) if self.mixed else (None, output.features)
-            inner = ordinary_gradient(method)
-            regularizer.meta_step(method, views, targets, step, inner, RATE, features, precision)
+            precision = torch.bfloat16 if self.mixed else None
+            regularizer.before_step(Pass(method, views, targets, step, RATE, precision, output))
         mark("theta's step")
         self.optimizer.step()
         self.optimizer.zero_grad()
@@ -343,9 +342,8 @@ def gradients(bench: Bench, name: str, device: torch.device, dtype: torch.dtype)
     regularizer.optimizer.register_step_pre_hook(
         lambda *_: phi.extend(p.grad.clone() for p in regularizer.phi.values() if p.grad is not None)
     )
-    inner = ordinary_gradient(method)
-    regularizer.meta_step(method, views, targets, step, inner, RATE, output.features)
-    return [[loss.detach()], list(inner.values()), phi]
+    regularizer.before_step(Pass(method, views, targets, step, RATE, None, output))
+    return [[loss.detach()], list(ordinary_gradient(method).values()), phi]
 
 
 def against_cpu(bench: Bench, name: str) -> Result:
@@ -847,7 +845,7 @@ def agreement(bench: Bench, method: str, batch: int) -> Result:
             hook = lambda *_: phi.extend(p.grad.flatten() for p in regularizer.phi.values() if p.grad is not None)  # noqa: E731
             regularizer.optimizer.register_step_pre_hook(hook)
             precision = torch.bfloat16 if mixed else None
-            regularizer.meta_step(built, of, targets, step, ordinary_gradient(built), RATE, None, precision)
+            regularizer.before_step(Pass(built, of, targets, step, RATE, precision, output))
         return torch.cat(phi).double()
 
     exact = signal("exact", torch.float64, False, False)
