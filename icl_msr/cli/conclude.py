@@ -122,7 +122,14 @@ def describe(settings: Settings, plan: Plan, dataset: Dataset, folder: RunFolder
     }
     name = "-".join(choices[group] for group in ("method", "regularizer", "negatives", "dataset", "backbone"))
     place = {"group": sweep_group(), "job_type": job_type(HydraConfig.get().overrides.task)}
-    return {"name": name, **place, **now, "choices": choices, "images": image_facts(dataset)}
+    return {
+        "name": name,
+        **place,
+        **now,
+        "choices": choices,
+        "images": image_facts(dataset),
+        "data": dataset.trained_on(),
+    }
 
 
 def _named(node: Mapping[str, Any]) -> str:

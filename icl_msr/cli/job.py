@@ -25,6 +25,7 @@ from icl_msr.core.errors import UserError
 from icl_msr.core.folder import RunFolder
 from icl_msr.core.ranks import is_first, is_rank
 from icl_msr.core.storage import atomic_write, disk_is_full
+from icl_msr.data.dataset import Dataset
 from icl_msr.models.checkpoint import read_checkpoint
 from icl_msr.report import gap_table, matrix_table, write_report
 from icl_msr.report.runs import Run, flatten, read_curves
@@ -191,6 +192,7 @@ def resume_point(settings: Settings, pieces: Pieces, folder: RunFolder, console:
     if not (folder.begun and folder.checkpoint.exists()):
         return None
     checkpoint = read_checkpoint(folder.checkpoint)
+    require_same_data(pieces.dataset, folder)
     if shapes(checkpoint["state_dict"]) != shapes(pieces.module.state_dict()):
         raise UserError(
             f"{folder.checkpoint} belongs to another config than {folder.config}; put the one back that it was "
@@ -215,6 +217,24 @@ def resume_point(settings: Settings, pieces: Pieces, folder: RunFolder, console:
                 f"this step is {new:.3g} instead of {old:.3g}."
             )
     return step
+
+
+def require_same_data(dataset: Dataset, folder: RunFolder) -> None:
+    """Hold the training images against those that the run was begun with.
+
+    Raises:
+        UserError: their number, their classes or their labels are others now.
+    """
+    before = folder.facts().get("data") if folder.environment.is_file() else None
+    now = dataset.trained_on()
+    if before in (None, now):
+        return
+    then, there = (f"{data['images']} training images of {len(data['classes'])} classes" for data in (before, now))
+    changed = f"with {then}, and there are {there} now" if then != there else f"with other labels of its {there}"
+    raise UserError(
+        f"The data of {folder} changed: the run was begun {changed}; put the images back as they were, or begin a new "
+        "run with another hydra.run.dir."
+    )
 
 
 def shapes(state: Mapping[str, Any]) -> dict[str, torch.Size]:
