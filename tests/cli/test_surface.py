@@ -14,6 +14,7 @@ from support.inprocess import TRAINER, WORDS, Finished, execute, finish
 from support.tiny import DATA, MODEL, pieces
 
 from icl_msr.cli.assemble import derive
+from icl_msr.cli.words import overrides
 from icl_msr.core.errors import UserError
 
 LEAN = ("regularizer=none", "method=simclr", "negatives=none", "evaluation=none")
@@ -214,3 +215,16 @@ def test_a_key_that_was_added_since_has_its_default(tmp_path: Path) -> None:
         whole["trainer"]["max_epochs"] = epochs
         assert OmegaConf.load(file) == whole
         assert saved(done)["global_step"] == 3 * epochs
+
+
+@pytest.mark.parametrize(
+    ("typed", "words"),
+    [
+        ("~callbacks.online -m seed=0,1", "-m ~callbacks.online seed=0,1"),
+        ("seed=1 --cfg job ~callbacks.online", "--cfg job seed=1 ~callbacks.online"),
+        ("trainer.profiler=simple +trainer.max_steps=3", "trainer.profiler=simple ++trainer.max_steps=3"),
+        ("trainer.devices=2 ++trainer.x=1 +seed=1", "++trainer.devices=2 ++trainer.x=1 +seed=1"),
+    ],
+)
+def test_words_as_hydra_reads_them(typed: str, words: str) -> None:
+    assert overrides(typed.split()) == words.split()
