@@ -23,7 +23,7 @@ from rich.console import Console
 from icl_msr import __version__
 from icl_msr.cli.order import Order, read
 from icl_msr.cli.processes import hold_leash, require_processes, run_ranks, told
-from icl_msr.core.config import build, config_dir, suggestion
+from icl_msr.core.config import build
 from icl_msr.core.errors import UserError
 from icl_msr.core.folder import RunFolder
 from icl_msr.core.ranks import is_first, is_rank
@@ -88,7 +88,7 @@ def carry_out(order: Order, words: Sequence[str]) -> int:
     Raises:
         UserError: the processes cannot be had; see `evaluate`.
     """
-    plan: Plan = build(order.settings[0].hardware).plan()
+    plan: Plan = build(order.settings.hardware).plan()
     require_processes(plan)
     if plan.world_size == 1:
         evaluate(order, words, plan)
@@ -118,15 +118,14 @@ def evaluate(order: Order, words: Sequence[str], plan: Plan) -> None:
     width = None if sys.stdout.isatty() else 160
     console = Console(highlight=False, soft_wrap=True, quiet=not is_first(), width=width)
     began = time.perf_counter()
-    subject, settings = order.subject, order.settings[0]
+    subject, settings = order.subject, order.settings
     require_writable(order.to)
-    evaluations = [build(part.evaluation) for part in order.settings]
-    if None in evaluations:
-        raise UserError(f"evaluation=none measures nothing; leave it out, or {_others()}")
+    evaluations = [build(node) for node in settings.evaluation.values()]
     extractor = FeatureCache(order.cache, HALF.get(plan.precision))
     dataset = build(settings.dataset)
     if not isinstance(dataset, Dataset):
         raise UserError(f"{settings.dataset['_target_']} gives {type(dataset).__name__}, and a Dataset is needed.")
+    dataset = dataset.evaluated
     for evaluation in evaluations:
         evaluation.names(dataset)
     encoder = subject.fitting(dataset.image_size, settings.seed)
@@ -196,13 +195,12 @@ def write(
     console: Console,
 ) -> Path:
     """The files of a run that an evaluation has, results.json before the report; and the tables on the terminal."""
-    subject, settings = order.subject, order.settings[0]
+    subject, settings = order.subject, order.settings
     folder = RunFolder(order.to)
     folder.path.mkdir(parents=True, exist_ok=True)
     choices = labels(order, dataset)
     trained = subject.recorded or {"encoder": subject.source}
-    evaluations = {name: part.evaluation for name, part in zip(order.evaluations, order.settings, strict=True)}
-    config = {**trained, "dataset": settings.dataset, "evaluation": evaluations}
+    config = {**trained, "dataset": settings.dataset, "evaluation": settings.evaluation}
     config |= {"checkpoint": subject.checkpoint} if subject.checkpoint else {}
     if subject.config is None:
         config["seed"] = settings.seed
@@ -279,10 +277,6 @@ def labels(order: Order, dataset: Dataset) -> dict[str, str]:
     if subject.config is not None and not order.own_data:
         choices["pretrained_on"] = choices.get("dataset", "")
     return {**choices, **order.choices, "dataset": measured_on}
-
-
-def _others() -> str:
-    return suggestion("", (path.stem for path in (config_dir() / "evaluation").glob("*.yaml") if path.stem != "none"))
 
 
 if __name__ == "__main__":

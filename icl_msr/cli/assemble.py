@@ -24,7 +24,7 @@ from icl_msr.evaluation.suite import Evaluation
 from icl_msr.methods import Method
 from icl_msr.models.batchnorm import global_batch_norm
 from icl_msr.models.momentum import Queue
-from icl_msr.regularizers import MetaSemanticRegularizer
+from icl_msr.regularizers import Regularizer
 from icl_msr.training.checkpoint import AtomicCheckpoint
 from icl_msr.training.datamodule import DataModule
 from icl_msr.training.hardware import Plan
@@ -48,7 +48,7 @@ class Pieces:
     untrained: torch.nn.Module
     module: Pretraining
     data: DataModule
-    evaluation: Evaluation | None
+    evaluations: list[Evaluation]
     throughput: Throughput
     derived: dict[str, float]
 
@@ -62,13 +62,20 @@ def assemble(settings: Settings, plan: Plan) -> Pieces:
     method = build_as(Method, settings.method, backbone=backbone, **facts)  # type: ignore[type-abstract]
     require_meaning(settings, method, plan.world_size)
     untrained = copy.deepcopy(method.backbone)
-    regularizer: MetaSemanticRegularizer | None = build(
+    regularizer: Regularizer | None = build(
         settings.regularizer, channels=method.channels, method_temperature=method.temperature
     )
     if plan.world_size > 1:
         global_batch_norm(method)
     optimization = make_optimization(settings)
-    module = Pretraining(method, regularizer, optimization, seed=settings.seed, batch_size=settings.loader.batch_size)
+    module = Pretraining(
+        method,
+        regularizer,
+        optimization,
+        seed=settings.seed,
+        batch_size=settings.loader.batch_size,
+        config=settings.model_dump(),
+    )
     if plan.channels_last:
         module.to(memory_format=torch.channels_last)
     data = DataModule(
@@ -79,17 +86,19 @@ def assemble(settings: Settings, plan: Plan) -> Pieces:
         channels_last=plan.channels_last,
         **settings.loader.model_dump(),
     )
-    evaluation: Evaluation | None = build(settings.evaluation)
+    evaluations = [build(node) for node in settings.evaluation.values()]
     online = any(resolve_name(node["_target_"]) is OnlineEvaluation for node in settings.callbacks.values())
-    logged = [name for name in LOGGED if online or not name.startswith("online/")]
-    known = ["auto", *logged, *(evaluation.names(dataset) if evaluation else [])]
-    if isinstance(evaluation, Evaluation):
-        evaluation.require(method.backbone)
+    watched = LOGGED if online and dataset.evaluated.classified else LOGGED[:2]
+    logged = [name for name in watched if dataset.labelled is None or name != "online/probe"]
+    known = ["auto", *logged, *(name for evaluation in evaluations for name in evaluation.names(dataset.evaluated))]
+    for evaluation in evaluations:
+        if isinstance(evaluation, Evaluation):
+            evaluation.require(method.backbone)
     if settings.metric not in known:
         raise UserError(f"metric={settings.metric} will not be measured; {suggestion(settings.metric, known)}")
     derived = derive(settings, optimization, len(dataset.train), plan.world_size)
     throughput = Throughput(settings.loader.batch_size)
-    return Pieces(dataset, untrained, module, data, evaluation, throughput, derived)
+    return Pieces(dataset, untrained, module, data, evaluations, throughput, derived)
 
 
 def make_optimization(settings: Settings) -> Optimization:

@@ -27,6 +27,7 @@ from icl_msr.evaluation.strata_maps import Look, look, measure, split_with_masks
 from icl_msr.evaluation.suite import Evaluation, Results
 from icl_msr.models.backbones import Backbone
 from icl_msr.models.exported import export_encoder
+from icl_msr.regularizers import MetaSemanticRegularizer
 from icl_msr.training.datamodule import DataModule
 from icl_msr.training.hardware import Plan
 from icl_msr.training.module import Pretraining
@@ -38,10 +39,12 @@ def evaluate(settings: Settings, plan: Plan, pieces: Pieces, folder: RunFolder, 
     assert isinstance(backbone, Backbone)
     export_encoder(backbone, folder.path, {**image_facts(dataset), "choices": choices, "icl_msr": __version__})
     results = Results()
-    if pieces.evaluation is not None:
-        results = pieces.evaluation(
-            backbone, dataset, device=plan.device, seed=settings.seed, untrained_encoder=pieces.untrained
+    for evaluation in pieces.evaluations:
+        found = evaluation(
+            backbone, dataset.evaluated, device=plan.device, seed=settings.seed, untrained_encoder=pieces.untrained
         )
+        results.add(found)
+    if pieces.evaluations:
         results.save(folder.path)
     draw(folder.path / "figures", pieces.data, pieces.module.to(plan.device), results)
     return results
@@ -49,11 +52,12 @@ def evaluate(settings: Settings, plan: Plan, pieces: Pieces, folder: RunFolder, 
 
 def looks(settings: Settings, plan: Plan, pieces: Pieces) -> Look | None:
     """What the strata look at; None without strata, evaluation, or a test split that knows where its objects are."""
-    dataset, backbone, regularizer = pieces.dataset, pieces.module.method.backbone, pieces.module.regularizer
+    dataset, backbone, regularizer = pieces.dataset.evaluated, pieces.module.method.backbone, pieces.module.regularizer
     split = split_with_masks(dataset)
-    if regularizer is None or split is None or not isinstance(backbone, Backbone):
+    if not isinstance(regularizer, MetaSemanticRegularizer) or split is None or not isinstance(backbone, Backbone):
         return None
-    if not isinstance(pieces.evaluation, Evaluation):  # none, or one without a bootstrap
+    evaluation = next((one for one in pieces.evaluations if isinstance(one, Evaluation)), None)
+    if evaluation is None:  # or none with a bootstrap
         return None
     found = measure(
         backbone,
@@ -63,9 +67,9 @@ def looks(settings: Settings, plan: Plan, pieces: Pieces) -> Look | None:
         std=dataset.std,
         device=plan.device,
         images=1000,
-        batch_size=pieces.evaluation.batch_size,
+        batch_size=evaluation.batch_size,
     )
-    return look(found, split, Bootstrap(pieces.evaluation.bootstrap, settings.seed))
+    return look(found, split, Bootstrap(evaluation.bootstrap, settings.seed))
 
 
 def draw(folder: Path, data: DataModule, module: Pretraining, results: Results) -> None:
@@ -76,7 +80,7 @@ def draw(folder: Path, data: DataModule, module: Pretraining, results: Results) 
     captions = {"views.png": pictures.views_grid(views, dataset.mean, dataset.std, folder / "views.png")}
     if views.negatives is not None:
         captions["negatives.png"] = pictures.negatives_grid(views, dataset.mean, dataset.std, folder / "negatives.png")
-    if regularizer is not None and isinstance(method.backbone, Backbone):
+    if isinstance(regularizer, MetaSemanticRegularizer) and isinstance(method.backbone, Backbone):
         with torch.no_grad():
             strata = regularizer.strata(views.images)
         captions["strata.png"] = pictures.strata_grid(
@@ -84,7 +88,7 @@ def draw(folder: Path, data: DataModule, module: Pretraining, results: Results) 
         )
         captions["weights.png"] = pictures.weights_figure(strata, folder / "weights.png")
     if results.features:
-        captions |= pictures.feature_pictures(dataset, results.features["trained"], folder)
+        captions |= pictures.feature_pictures(dataset.evaluated, results.features["trained"], folder)
     atomic_write(folder / "captions.json", json.dumps(captions, indent=2))
 
 

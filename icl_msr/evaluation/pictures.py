@@ -105,6 +105,9 @@ def neighbours_grid(
     rows = {split.replace("_", " "): test.load(chosen)}
     for rank in range(k):
         rows[f"nearest {rank + 1}"] = dataset.train.load(nearest[:, rank])
+    if not dataset.classified:
+        _grid(rows, path)
+        return f"Images of the test split {split} and their nearest training images."
     hits = dataset.train.labels[nearest] == test.labels[chosen][:, None]
     _grid(rows, path, marks={f"nearest {rank + 1}": hits[:, rank] for rank in range(k)})
     return f"Images of the test split {split} and their nearest training images; a green frame marks the same class."
@@ -125,8 +128,11 @@ def map_figure(dataset: Dataset, features: Tensor, split: str, path: Path, image
     share = scale.square() / scale.square().sum().clamp(min=1e-30)
     figure = Figure(figsize=(7.5, 4.6), dpi=110, layout="constrained")
     axes = figure.subplots()
-    several = len(dataset.classes) <= 20
-    for k, name in enumerate(dataset.classes):
+    classes = dataset.classes if dataset.classified else ()
+    several = 0 < len(classes) <= 20
+    if not classes:
+        axes.scatter(shown[:, 0], shown[:, 1], s=7, alpha=0.7, lw=0)
+    for k, name in enumerate(classes):
         of_class = shown[labels[chosen] == k]
         colour = matplotlib.colormaps["tab20"](k % 20)
         axes.scatter(
@@ -140,17 +146,17 @@ def map_figure(dataset: Dataset, features: Tensor, split: str, path: Path, image
     figure.savefig(path)
     return (
         f"Images of the test split {split} by the two principal components of their unit features and their share of "
-        "the variance, coloured by class: two dimensions of many."
+        f"the variance{', coloured by class' if classes else ''}: two dimensions of many."
     )
 
 
 def feature_pictures(dataset: Dataset, features: Mapping[str, Tensor], folder: Path) -> dict[str, str]:
     """Nearest neighbours and map of the most telling test split; returns the captions by file name."""
     split = "mixed_rand" if "mixed_rand" in dataset.tests else next(iter(dataset.tests))
-    return {
-        "neighbours.png": neighbours_grid(dataset, features, split, folder / "neighbours.png"),
-        "map.png": map_figure(dataset, features[split], split, folder / "map.png"),
-    }
+    captions = {"neighbours.png": neighbours_grid(dataset, features, split, folder / "neighbours.png")}
+    if min(features[split].shape) > 1:  # two components need two images
+        captions["map.png"] = map_figure(dataset, features[split], split, folder / "map.png")
+    return captions
 
 
 def pixels(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:

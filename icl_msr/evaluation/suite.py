@@ -248,6 +248,8 @@ class Evaluation:
         Raises:
             UserError: the data set lacks something for it.
         """
+        if not dataset.classified:
+            return []
         require_labels(dataset)
         return ["/".join(parts) for parts in itertools.product(self.classifiers, fitting_sets(dataset), dataset.tests)]
 
@@ -300,6 +302,8 @@ class Evaluation:
         results.features[look.encoder] = {name: values.cpu() for name, values in features.items()}
         first = next(iter(dataset.tests))
         results.health.append(health(look, first, dataset.tests[first], features[first]))
+        if not dataset.classified:
+            return
         tests = {name: features[name] for name in dataset.tests}
         for fitted_on, split in fitting.items():
             for row, scores in self.scores(look, fitted_on, features[fitted_on], split.labels, tests, results):

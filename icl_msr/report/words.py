@@ -72,6 +72,11 @@ def main_classifier(results: Results) -> str | None:
 def answer(results: Results) -> list[str]:
     """How much the encoder relies on the object and how much on the background: sentences, the main one first."""
     classifier = main_classifier(results)
+    if classifier is None and results.health:
+        return [
+            "This run had no labels of two or more classes, so nothing can be said about object and background; what "
+            "needs no label is below."
+        ]
     if classifier is None:
         return ["This run was not evaluated, so nothing can be said about object and background."]
     gaps = (find_gap(results, name, classifier, "train", "trained") for name in LOSSES)

@@ -129,7 +129,7 @@ def test_a_run_gives_the_numbers_of_its_own_evaluation(runs: Path, capsys: pytes
     assert {row["encoder"] for row in found[0]["accuracies"]} == {"trained", "untrained"}
 
     backbone, _ = load_encoder(runs / "exported")
-    evaluation = build(check(composed("evaluation=light")).evaluation)
+    evaluation = build(check(composed("evaluation=light")).evaluation["light"])
     own = evaluation(backbone, tiny_dataset(), device="cpu", seed=3).records()
     ours = [row for row in found[0]["accuracies"] if row["encoder"] == "trained"]
     assert ours == json.loads(json.dumps(own["accuracies"]))

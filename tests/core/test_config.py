@@ -36,10 +36,11 @@ MANDATORY = {
     "dataset=arrays": ["dataset.path=images.npz"],
     "dataset=coco": ["dataset.root=coco"],
     "dataset=imagefolder": ["dataset.root=images"],
+    "dataset=images": ["dataset.root=images"],
     "backbone=timm": ["backbone.name=resnet18"],
     "negatives=cached": ["negatives.folder=textures"],
-    "evaluation=shape": ["evaluation.stimuli=stimuli"],
-    "evaluation=similarity": ["evaluation.other=timm:resnet18"],
+    "evaluation=shape": ["evaluation.shape.stimuli=stimuli"],
+    "evaluation=similarity": ["evaluation.similarity.other=timm:resnet18"],
 }
 GROUPS = ["augment", "backbone", "callbacks", "dataset", "evaluation", "hardware", "logger", "method", "negatives"]
 GROUPS += ["optimizer", "schedule", "trainer"]
