@@ -1,7 +1,6 @@
 """Whatever Lightning, torch and Hydra have stands in a run by its own name, from the command line."""
 
 import csv
-import logging
 import math
 from pathlib import Path
 from typing import Any
@@ -93,8 +92,7 @@ def test_any_optimizer_of_torch(tmp_path: Path) -> None:
 
 def test_a_profiler_and_a_limit_of_time(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     words = ("trainer.profiler=simple", "+trainer.max_time=00:00:00:02", "trainer.max_epochs=1000")
-    with caplog.at_level(logging.INFO, "pytorch_lightning.profilers"):
-        done = finish(tmp_path, *LEAN, *words, "~callbacks.online")
+    done = finish(tmp_path, *LEAN, *words, "~callbacks.online")
     assert 1 <= len(steps(done.folder)) < 3000
     assert saved(done)["global_step"] == len(steps(done.folder))
     assert done.json("results.json")["derived"]["total_steps"] == 3000
