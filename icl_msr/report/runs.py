@@ -14,6 +14,7 @@ from omegaconf import OmegaConf
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from icl_msr.core.errors import UserError
+from icl_msr.core.folder import RunFolder
 
 
 class Accuracy(BaseModel):
@@ -136,9 +137,11 @@ class Run:
         """Read `results.json` of a run folder.
 
         Raises:
-            UserError: the file is missing, or is not a run's.
+            UserError: the file is missing, or is not a run's, or the folder is of another format.
         """
         file = path / "results.json"
+        if file.exists() and RunFolder(path).environment.exists():
+            RunFolder(path).require_format()
         try:
             return cls(path, Results.model_validate_json(file.read_bytes()))
         except FileNotFoundError:
