@@ -1,8 +1,8 @@
 from collections.abc import Iterator
 
 import pytest
-from ranks import Ranks
-from toys import METHODS, make_method
+from support.ranks import Ranks
+from support.toys import METHODS, make_method
 
 from icl_msr.methods import Method
 

@@ -66,7 +66,7 @@ def main() -> list[dict[str, float]]:
         loss.backward()
         log = regularizer.meta_step(model, views, targets, step, ordinary_gradient(model), LR)
         optimizer.step()
-        printed.append({"step": index, "loss": float(loss.detach()), **log})
+        printed.append({"step": index} | {name: float(value) for name, value in {"loss": loss.detach(), **log}.items()})
         print("   ".join(f"{name} {value:.4g}" for name, value in printed[-1].items()))
     return printed
 

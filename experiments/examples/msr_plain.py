@@ -60,7 +60,9 @@ def main() -> list[dict[str, float]]:
         loss.backward()
         if regularizer.due(step):  # before theta moves, before gradients are clipped, after they are unscaled
             log = regularizer.meta_step(method, views, targets, step, ordinary_gradient(method), LR)
-            printed.append({"step": index, "loss": float(loss.detach()), **log})
+            printed.append(
+                {"step": index} | {name: float(value) for name, value in {"loss": loss.detach(), **log}.items()}
+            )
             print("   ".join(f"{name} {value:.4g}" for name, value in printed[-1].items()))
         optimizer.step()
     return printed

@@ -27,18 +27,21 @@ from yaml import MarkedYAMLError, YAMLError
 
 from icl_msr.cli.processes import hold_leash, in_folder, told
 from icl_msr.cli.sweeps import ProcessLauncher, known_to_hydra, register_resolvers
-from icl_msr.core.config import config_dir, no_keys, suggestion, unfilled
+from icl_msr.core.config import Settings, check, config_dir, no_keys, suggestion, unfilled
 from icl_msr.core.errors import UserError
 from icl_msr.core.folder import RunFolder
 from icl_msr.core.storage import disk_is_full
+
+Job = Callable[[Settings, DictConfig], float]
+"""What a command does with its checked settings and the composed config; it gives the metric of a sweep."""
 
 _MULTIRUN = {"-m", "--multirun"}
 _CHOICE = r"((?:hydra/)?[^/]*)/(.*)"
 """A group and the rest of a file's name."""
 
 
-def main(job: Callable[[DictConfig], float], arguments: Sequence[str] | None = None) -> int:
-    """Composes the config from the command line and runs `job` in Hydra's output folder; returns the exit code."""
+def main(job: Job, arguments: Sequence[str] | None = None) -> int:
+    """Compose the config from the command line, check it, run `job` in Hydra's output folder; return the exit code."""
     hold_leash()
     typed = [rewritten for word in (sys.argv[1:] if arguments is None else arguments) for rewritten in _rewrite(word)]
     typed.sort(key=lambda word: word[:1] != "-" and "=" in word)  # Hydra cannot read a flag between overrides
@@ -65,7 +68,7 @@ def main(job: Callable[[DictConfig], float], arguments: Sequence[str] | None = N
         sys.argv[1:] = typed  # for the ranks and the jobs of a sweep, which repeat the command
         codes.append(0)
         try:
-            return job(config)
+            return job(check(config), config)
         except UserError as mistake:
             # Hydra would announce a mistake that leaves the job; and the other jobs of a sweep go on.
             codes[-1] = refuse(str(mistake))

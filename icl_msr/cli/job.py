@@ -20,7 +20,7 @@ from rich.console import Console
 from icl_msr.cli.assemble import Pieces, assemble, build_as, in_words, make_trainer
 from icl_msr.cli.conclude import describe, evaluate, looks, metric, peak_memory_mb
 from icl_msr.cli.processes import in_folder, require_processes, run_ranks
-from icl_msr.core.config import Settings, build, check
+from icl_msr.core.config import Settings, build
 from icl_msr.core.errors import UserError
 from icl_msr.core.folder import RunFolder
 from icl_msr.core.ranks import is_first, is_rank
@@ -35,12 +35,11 @@ from icl_msr.training.module import Pretraining
 from icl_msr.training.progress import Throughput
 
 
-def run(config: DictConfig) -> float:
+def run(settings: Settings, config: DictConfig) -> float:
     """One run, in Hydra's output folder; returns the metric that a sweeper maximises.
 
     A folder in which the same run was begun is continued, and one in which it was finished is left as it is.
     """
-    settings = check(config)
     folder = RunFolder(Path(HydraConfig.get().runtime.output_dir))
     console = Console(highlight=False, soft_wrap=True, quiet=not is_first())
     extended = folder.begun and more_epochs(settings, folder)

@@ -8,7 +8,6 @@ from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-import torchvision
 from pydantic import ConfigDict, validate_call
 from safetensors import SafetensorError
 from safetensors.torch import load_file
@@ -123,6 +122,8 @@ def resnet(image_size: int, *, name: str, stem: Literal["auto", "small", "standa
     Raises:
         UserError: torchvision has no ResNet of that name, or the weights do not fit.
     """
+    import torchvision  # here, because it takes as long as torch, and many a module needs no more than `Backbone`
+
     known = [n for n in torchvision.models.list_models() if n.startswith(("resnet", "resnext", "wide_resnet"))]
     if name not in known:
         raise UserError(f"backbone.name={name} is no torchvision ResNet; choose one of {', '.join(sorted(known))}.")
@@ -225,6 +226,8 @@ def with_weights(
     if weights is None:
         return backbone
     if weights == "torchvision" and torchvision_name:
+        import torchvision
+
         state = _download(lambda: torchvision.models.get_model(torchvision_name, weights="DEFAULT"), weights)
         state = {name: tensor for name, tensor in state.items() if not name.startswith("fc.")}
         if state["conv1.weight"].shape != backbone.net.get_parameter("conv1.weight").shape:

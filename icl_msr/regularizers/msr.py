@@ -214,7 +214,7 @@ class MetaSemanticRegularizer(nn.Module):
         learning_rate: float,
         features: Features | None = None,
         precision: torch.dtype | None = None,
-    ) -> dict[str, float]:
+    ) -> dict[str, Tensor]:
         """One step of phi on a batch; nothing of the method moves.
 
         Args:
@@ -226,7 +226,7 @@ class MetaSemanticRegularizer(nn.Module):
             precision: of the ordinary step's autocast, if it has one; v is computed in it, all else in full precision.
 
         Returns:
-            Norms of both parts of phi's gradient, and alpha, for the log.
+            Norms of both parts of phi's gradient, and alpha, for the log: () on the device, so that nobody waits.
 
         Raises:
             UserError: the method's precision, or a layer of its heads, makes the meta gradient wrong.
@@ -234,7 +234,7 @@ class MetaSemanticRegularizer(nn.Module):
         assert self.network is not None
         assert self.optimizer is not None
         phi = list(self.phi.values())
-        log = {}
+        log: dict[str, Tensor] = {}
         if self.weights == "meta":
             require_exact(method)
         with meta_pass(method, views.images.device):
@@ -244,7 +244,7 @@ class MetaSemanticRegularizer(nn.Module):
             apart = strata if self.uniformity_trains == "all" else self.network.assign(seen.detach())
             spread = self.gamma * uniformity(apart, self.u)
             gradient = average(torch.autograd.grad(spread, phi, retain_graph=True, materialize_grads=True))
-            log["uniformity"] = float(average([spread.detach()])[0]) / self.gamma if self.gamma else 0.0
+            log["uniformity"] = average([spread.detach()])[0] / (self.gamma or 1)
             log["uniformity_grad_norm"] = norm(gradient)
             if self.weights != "uniform_only":
                 if self.weights == "joint":
@@ -264,12 +264,12 @@ class MetaSemanticRegularizer(nn.Module):
         self.optimizer.zero_grad(set_to_none=True)
         return log
 
-    def step_size(self, method: Method, inner: Mapping[str, Tensor], learning_rate: float) -> float:
+    def step_size(self, method: Method, inner: Mapping[str, Tensor], learning_rate: float) -> Tensor:
         """alpha of the virtual step: `lr`, or r |theta| / |g|, which means the same under any optimiser."""
-        if self.alpha == "lr":
-            return learning_rate
         theta = scoped(method, self.scope)
-        return self.relative_step * norm(theta.values()) / max(norm(inner[name] for name in theta), 1e-12)
+        if self.alpha == "lr":
+            return next(iter(theta.values())).new_full((), learning_rate, dtype=torch.float64)
+        return self.relative_step * norm(theta.values()) / norm(inner[name] for name in theta).clamp(min=1e-12)
 
     def inner_gradient(self, method: Method, views: Views, targets: Targets, step: Step) -> Gradients:
         """Gradient of L_to = L_ct + lambda L_msr by theta, zero for what the method holds still at this step."""
@@ -286,7 +286,7 @@ class MetaSemanticRegularizer(nn.Module):
         targets: Targets,
         step: Step,
         inner: Mapping[str, Tensor],
-        alpha: float,
+        alpha: Tensor,
         features: Features | None = None,
         precision: torch.dtype | None = None,
     ) -> list[Tensor]:

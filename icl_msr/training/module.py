@@ -127,7 +127,7 @@ class Pretraining(pl.LightningModule):
         if regularizer is None or regularizer.optimizer is None or regularizer.schedule != "per_epoch":
             return
         data: DataModule = self.trainer.datamodule  # type: ignore[attr-defined]
-        log: dict[str, float] = {}
+        log: dict[str, Tensor] = {}
         epoch = data.epoch(self.current_epoch, self.device, int(self.trainer.num_training_batches))
         for index, views in enumerate(epoch):
             step = self.step(index)

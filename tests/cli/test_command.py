@@ -1,21 +1,19 @@
 """Mistakes on the command line: exit code 2, one sentence that names the key and a way out, and nothing written.
 
-`python tests/test_command.py` prints the table: every wrong command line and its sentence.
+`PYTHONPATH=tests python tests/cli/test_command.py` prints the table: every wrong command line and its sentence.
 """
 
 import fcntl
-import logging
 import os
 import shutil
 import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
-from contextlib import chdir, nullcontext, redirect_stderr, redirect_stdout
-from io import StringIO
+from contextlib import chdir, nullcontext
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, NamedTuple
+from typing import Any
 from unittest.mock import patch
 
 import numpy as np
@@ -24,38 +22,15 @@ import pytorch_lightning as pl
 import torch
 from omegaconf import DictConfig
 from PIL import Image
-from tiny import DATA, MODEL
+from support.inprocess import Answer, execute
+from support.tiny import DATA, MODEL
 
 from icl_msr.cli import assemble, job
-from icl_msr.cli.command import main
-from icl_msr.cli.job import run
+from icl_msr.core.config import Settings
 from icl_msr.core.errors import UserError
 from icl_msr.training.module import Pretraining
 
-
-class Answer(NamedTuple):
-    code: int
-    out: str
-    err: str
-
-
 Command = Callable[..., Answer]
-
-
-def execute(*words: str, job: Callable[[DictConfig], float] = run) -> Answer:
-    """`python -m icl_msr.run` in this process, its loggers put back as they were."""
-    handlers, level, out, err = logging.root.handlers[:], logging.root.level, StringIO(), StringIO()
-    with redirect_stdout(out), redirect_stderr(err), patch.object(sys, "argv", ["icl_msr.run"]):
-        try:
-            code = main(job, words)
-        except SystemExit as end:
-            code = int(end.code or 0)
-        finally:
-            for handler in [h for h in logging.root.handlers if h not in handlers]:
-                handler.close()
-            logging.root.handlers[:] = handlers
-            logging.root.setLevel(level)
-    return Answer(code, out.getvalue(), err.getvalue())
 
 
 @pytest.fixture
@@ -384,7 +359,7 @@ def test_what_was_trained_outlives_a_failure_after_it(command: Command, monkeypa
 def test_a_sweep_goes_on_after_a_mistake(command: Command) -> None:
     seen: list[int] = []
 
-    def job(config: DictConfig) -> float:
+    def job(settings: Settings, config: DictConfig) -> float:
         seen.append(config.seed)
         if config.seed == 0:
             raise UserError("seed=0 is bad luck; take another.")
@@ -397,7 +372,7 @@ def test_a_sweep_goes_on_after_a_mistake(command: Command) -> None:
 
 
 def test_a_fault_of_the_program_is_not_hidden(command: Command) -> None:
-    def job(config: DictConfig) -> float:
+    def job(settings: Settings, config: DictConfig) -> float:
         raise ValueError("a bug")
 
     with pytest.raises(ValueError, match="a bug"):
@@ -407,7 +382,7 @@ def test_a_fault_of_the_program_is_not_hidden(command: Command) -> None:
 def test_timm_models_have_a_short_name(command: Command) -> None:
     found: list[DictConfig] = []
 
-    def job(config: DictConfig) -> float:
+    def job(settings: Settings, config: DictConfig) -> float:
         found.append(config)
         return 0.0
 

@@ -16,8 +16,8 @@ import torchvision
 from omegaconf import OmegaConf
 from PIL import Image, ImageOps
 from safetensors.torch import load_file, save_file
-from tiny import DATA, MODEL, composed, trained
-from tiny import dataset as tiny_dataset
+from support.tiny import DATA, MODEL, composed, trained
+from support.tiny import dataset as tiny_dataset
 
 from icl_msr import __version__
 from icl_msr.cli.order import find

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from omegaconf import OmegaConf
-from tiny import DATA, MODEL, composed, trained
+from support.tiny import DATA, MODEL, composed, trained
 
 from icl_msr import __version__
 from icl_msr.core.errors import UserError

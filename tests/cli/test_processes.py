@@ -15,8 +15,8 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from programs import Programs, same, slurm_batch, steps, until
-from tiny import DATA, MODEL, pieces
+from support.programs import Programs, same, slurm_batch, steps, until
+from support.tiny import DATA, MODEL, pieces
 
 from icl_msr.cli import processes
 from icl_msr.cli.command import main

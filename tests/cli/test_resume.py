@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import DATA, MODEL
+from support.tiny import DATA, MODEL
 
 KILLS = 20
 COMMAND = [

@@ -1,12 +1,7 @@
 """One whole run and one sweep: what they leave, and that it can be used."""
 
 import json
-import logging
 import re
-import sys
-from contextlib import redirect_stderr, redirect_stdout
-from dataclasses import dataclass
-from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +10,11 @@ import pytest
 import torch
 from omegaconf import DictConfig, OmegaConf
 from safetensors.torch import load_file
-from tiny import DATA, MODEL, composed, pieces
+from support.inprocess import TRAINER, WORDS, Finished, finish
+from support.tiny import DATA, composed, pieces
 
 from icl_msr.cli.assemble import assemble, build_as, derive
-from icl_msr.cli.command import main
 from icl_msr.cli.conclude import metric
-from icl_msr.cli.job import run
 from icl_msr.core.config import check, fingerprint
 from icl_msr.core.errors import UserError
 from icl_msr.evaluation.suite import Results
@@ -29,52 +23,15 @@ from icl_msr.report import summarise
 from icl_msr.training.hardware import Hardware
 from icl_msr.training.optimization import Optimization
 
-WORDS = [*DATA, *MODEL, "negatives=patch", "evaluation=light", "logger=csv"]
-TRAINER = ["trainer.max_epochs=2", "trainer.limit_train_batches=3", "trainer.log_every_n_steps=1"]
-
-
-@dataclass
-class Finished:
-    folder: Path
-    values: list[float]
-    printed: str
-    complaints: str
-
-    def json(self, name: str) -> dict[str, Any]:
-        content: dict[str, Any] = json.loads((self.folder / name).read_text())
-        return content
-
-
-def execute(folder: Path, *words: str, code: int = 0) -> Finished:
-    """The program in this process, its loggers put back as they were; `code` is the exit code that it should have."""
-    values: list[float] = []
-
-    def job(config: DictConfig) -> float:
-        values.append(run(config))
-        return values[-1]
-
-    handlers, level = logging.root.handlers[:], logging.root.level
-    folders = [f"hydra.run.dir={folder}/run", f"hydra.sweep.dir={folder}/sweep"]
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", ["icl_msr.run"])
-        with redirect_stdout(StringIO()) as out, redirect_stderr(StringIO()) as err:
-            ended = main(job, [*WORDS, *TRAINER, *folders, *words])
-    for handler in [h for h in logging.root.handlers if h not in handlers]:
-        handler.close()
-    logging.root.handlers[:] = handlers
-    logging.root.setLevel(level)
-    assert ended == code, err.getvalue()
-    return Finished(folder / ("sweep" if "-m" in words else "run"), values, out.getvalue(), err.getvalue())
-
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Finished:
-    return execute(tmp_path_factory.mktemp("one"))
+    return finish(tmp_path_factory.mktemp("one"))
 
 
 @pytest.fixture(scope="module")
 def sweep(tmp_path_factory: pytest.TempPathFactory) -> Finished:
-    return execute(tmp_path_factory.mktemp("many"), "-m", "seed=0,1")
+    return finish(tmp_path_factory.mktemp("many"), "-m", "seed=0,1")
 
 
 def test_the_folder_is_complete(finished: Finished) -> None:
@@ -213,12 +170,12 @@ def test_a_sweep_makes_one_table(sweep: Finished) -> None:
 @pytest.mark.parametrize("backbone", ["resnet18", "timm:test_vit"])
 @pytest.mark.parametrize("method", ["simclr", "byol"])
 def test_other_backbones_run(backbone: str, method: str, tmp_path: Path) -> None:
-    done = execute(tmp_path, f"method={method}", "seed=1", f"backbone={backbone}")
+    done = finish(tmp_path, f"method={method}", "seed=1", f"backbone={backbone}")
     assert done.values[0] >= 0
 
 
 def test_a_run_without_evaluation_or_regularizer(tmp_path: Path) -> None:
-    done = execute(tmp_path, "regularizer=none", "evaluation=none", "trainer.online_every_n_epochs=0")
+    done = finish(tmp_path, "regularizer=none", "evaluation=none", "trainer.online_every_n_epochs=0")
     assert np.isnan(done.values[0])
     assert done.json("results.json")["accuracies"] == []
     assert (done.folder / "report.html").exists()
@@ -298,7 +255,7 @@ def test_a_run_may_end_with_a_comparison_of_encoders_alone(
     finished: Finished, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Strata are looked at by a bootstrap, which this evaluation has not."""
-    monkeypatch.setitem(globals(), "WORDS", [word for word in WORDS if word != "evaluation=light"])
-    found = execute(tmp_path, "evaluation=similarity", f"evaluation.other={finished.folder}")
+    monkeypatch.setattr("support.inprocess.WORDS", [word for word in WORDS if word != "evaluation=light"])
+    found = finish(tmp_path, "evaluation=similarity", f"evaluation.other={finished.folder}")
     results = json.loads((found.folder / "results.json").read_text())
     assert [row["encoder"] for row in results["similarity"]] == ["trained", "untrained"]

@@ -11,7 +11,7 @@ from hydra.core.global_hydra import GlobalHydra
 from hydra.plugins.launcher import Launcher
 from omegaconf import DictConfig, OmegaConf
 from pydantic import Field, PositiveFloat, PositiveInt
-from tiny import composed
+from support.tiny import composed
 
 from icl_msr.cli.sweeps import ProcessLauncher
 from icl_msr.core.config import build, check, config_dir, fingerprint, suggestion

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from programs import Programs
-from tiny import composed
+from support.programs import Programs
+from support.tiny import composed
 from torch import Tensor
 
 from icl_msr.core.config import check

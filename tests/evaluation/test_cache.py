@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
-from ranks import Ranks
+from support.ranks import Ranks
 from torch import Tensor
 
 from icl_msr.core.distributed import rank

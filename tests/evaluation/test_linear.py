@@ -4,7 +4,7 @@ from typing import Any
 import pytest
 import torch
 from sklearn.linear_model import LogisticRegression
-from tiny import composed
+from support.tiny import composed
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 

@@ -3,8 +3,8 @@
 from functools import cache
 
 import pytest
-from tiny import composed
-from toys import METHODS
+from support.tiny import composed
+from support.toys import METHODS
 
 from icl_msr.core.config import Settings, build, check, config_dir
 

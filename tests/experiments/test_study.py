@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 from scipy.stats import ttest_rel
-from tiny import DATA, MODEL
+from support.tiny import DATA, MODEL
 
 FILE = Path(__file__).parents[2] / "experiments" / "study.py"
 GRID = """

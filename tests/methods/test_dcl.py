@@ -1,9 +1,9 @@
 """What is special to DCL: the weights of DCLW are a statistic of the batch, of all ranks together."""
 
 import torch
-from ranks import Ranks
+from support.ranks import Ranks
+from support.toys import make_method, make_views
 from torch import Tensor
-from toys import make_method, make_views
 
 from icl_msr.core.distributed import rank, world_size
 from icl_msr.losses.contrastive import decoupled, von_mises_fisher_weights

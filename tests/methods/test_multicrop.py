@@ -5,11 +5,11 @@ from dataclasses import replace
 
 import pytest
 import torch
-from ranks import Ranks
-from test_distributed import TOLERANCE, error, flat, my_views
+from support.exactness import TOLERANCE, error, flat, my_views
+from support.ranks import Ranks
+from support.toys import make_method, make_regularizer, make_views
 from torch import Tensor
 from torch.func import functional_call
-from toys import make_method, make_regularizer, make_views
 
 from icl_msr.core.distributed import average, world_size
 from icl_msr.core.views import Views

@@ -2,8 +2,8 @@
 
 import torch
 import torch.nn.functional as F
+from support.toys import make_method, make_views
 from torch import Tensor
-from toys import make_method, make_views
 
 from icl_msr.core.views import NonSemantic
 from icl_msr.losses.contrastive import unit

@@ -3,7 +3,7 @@
 import pytest
 import pytorch_lightning as pl
 import torch
-from tiny import pieces
+from support.tiny import pieces
 
 from icl_msr.methods import RandomEncoder
 from icl_msr.models.backbones import tiny

@@ -2,7 +2,7 @@
 
 import torch
 from lightly.loss import NegativeCosineSimilarity
-from toys import make_method, make_regularizer, make_views
+from support.toys import make_method, make_regularizer, make_views
 
 from icl_msr.methods import Step
 from icl_msr.methods.simsiam import StopGradient

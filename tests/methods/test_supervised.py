@@ -3,10 +3,10 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from ranks import Ranks
-from tiny import composed
+from support.ranks import Ranks
+from support.tiny import composed
+from support.toys import make_method, make_views
 from torch import Tensor
-from toys import make_method, make_views
 
 from icl_msr.cli.assemble import require_meaning
 from icl_msr.core.config import check

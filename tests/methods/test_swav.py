@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from tiny import AfterBatch, trained
-from toys import make_method, make_views
+from support.tiny import AfterBatch, trained
+from support.toys import make_method, make_views
 
 from icl_msr.losses.clustering import cosines, swapped_prediction
 from icl_msr.losses.contrastive import unit

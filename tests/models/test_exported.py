@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny import dataset, trained
+from support.tiny import dataset, trained
 
 from icl_msr.core.errors import UserError
 from icl_msr.core.storage import atomic_write

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from toys import make_regularizer, make_views, method_config, smooth
+from support.toys import make_regularizer, make_views, method_config, smooth
 
 from icl_msr.core.config import build
 from icl_msr.methods import Step

@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 import torch
+from support.toys import METHODS, make_method, make_regularizer, make_views, skip_refused
 from torch import Tensor
 from torch.func import functional_call
-from toys import METHODS, make_method, make_regularizer, make_views, skip_refused
 
 from icl_msr.core.errors import UserError
 from icl_msr.core.views import Views

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 from scipy.stats import ttest_rel
-from test_report import Page, write_run
+from support.written import Page, write_run
 
 from icl_msr.core.errors import UserError
 from icl_msr.report.__main__ import main

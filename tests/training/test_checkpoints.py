@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 import pytest
 import pytorch_lightning as pl
 import torch
-from tiny import dataset, trained
+from support.tiny import dataset, trained
 
 from icl_msr.core.errors import PREEMPTED
 from icl_msr.training.checkpoints import Checkpoints

@@ -3,14 +3,12 @@
 import csv
 import json
 import os
-import struct
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Iterator, Mapping
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from types import SimpleNamespace
@@ -23,10 +21,10 @@ import wandb
 from matplotlib.image import imread
 from omegaconf import OmegaConf
 from pytorch_lightning.utilities import rank_zero_only
+from support.inprocess import TRAINER, WORDS, Finished, finish
+from support.uploads import Sent, sent
+from support.written import write_run
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from test_report import write_run
-from test_run import TRAINER, WORDS, Finished, execute
-from wandb.proto.wandb_internal_pb2 import Record
 
 from icl_msr.cli import job as program
 from icl_msr.cli.job import closing
@@ -40,82 +38,6 @@ FRESH = About(name="a-run", group=None, job_type=None, config={"seed": 0}, resum
 
 def about(**changes: Any) -> About:
     return About(**{**vars(FRESH), **changes})
-
-
-@dataclass
-class Sent:
-    """One .wandb file: all that W&B's server would be sent."""
-
-    folder: Path
-    run: Any = None
-    config: dict[str, Any] = field(default_factory=dict)
-    history: list[dict[str, Any]] = field(default_factory=list)
-    summary: dict[str, Any] = field(default_factory=dict)
-    definitions: list[Any] = field(default_factory=list)
-    artifacts: dict[str, Any] = field(default_factory=dict)
-    exit_code: int | None = None
-
-
-def records(file: Path) -> Iterator[Any]:
-    """LevelDB's log format: blocks of 32 KiB, in them pieces of records (CRC, length, kind), each a protobuf."""
-    data = file.read_bytes()
-    assert data[:4] == b":W&B"
-    at, record = 7, b""
-    while at + 7 <= len(data):
-        if (left := -at % 32768) and left < 7:
-            at += left
-            continue
-        _, length, kind = struct.unpack_from("<IHB", data, at)
-        if at + 7 + length > len(data):
-            return  # still being written
-        record += data[at + 7 : at + 7 + length]
-        at += 7 + length
-        if kind in (1, 4):  # a whole record, or the last piece of one
-            yield Record.FromString(record)
-            record = b""
-
-
-def collect(items: Any, into: dict[str, Any]) -> dict[str, Any]:
-    """W&B's items, whose key is a name or a path, as nested dicts."""
-    for item in items:
-        *path, name = list(item.nested_key) or [item.key]
-        node = into
-        for part in path:
-            node = node.setdefault(part, {})
-        node[name] = json.loads(item.value_json)
-    return into
-
-
-def read(file: Path) -> Sent:
-    """One .wandb file."""
-    one = Sent(file.parent)
-    for record in records(file):
-        match record.WhichOneof("record_type"):
-            case "run":
-                one.run = record.run
-                collect(record.run.config.update, one.config)
-            case "history":
-                one.history.append(collect(record.history.item, {}))
-            case "summary":
-                collect(record.summary.update, one.summary)
-            case "metric":
-                one.definitions.append(record.metric)
-            case "artifact":
-                one.artifacts[record.artifact.type] = record.artifact
-            case "exit":
-                one.exit_code = record.exit.exit_code
-    return one
-
-
-def sent(folder: Path) -> list[Sent]:
-    """What waits for an upload in a run's folder, the oldest first. W&B writes the end a little later than it says."""
-    deadline = time.monotonic() + 60
-    while True:
-        files = sorted((folder / "wandb").glob("*run-*/*.wandb"), key=lambda file: file.stat().st_mtime_ns)
-        found = [read(file) for file in files]
-        if found[-1].exit_code is not None or time.monotonic() > deadline:
-            return found
-        time.sleep(0.05)
 
 
 def table(file: Path) -> list[dict[str, str]]:
@@ -162,13 +84,13 @@ def story(tmp_path_factory: pytest.TempPathFactory) -> Story:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(program, "evaluate", strict)
-        sweep = execute(folder, "-m", "logger=wandb", "trainer.max_epochs=1", "regularizer.lam=1.0,0.5", code=2)
+        sweep = finish(folder, "-m", "logger=wandb", "trainer.max_epochs=1", "regularizer.lam=1.0,0.5", code=2)
     job = sweep.folder / "0"
     (first,) = sent(job)
     (refused,) = sent(sweep.folder / "1")
     before = [(job / "wandb_id").read_text()]
     kept = {"rows": table(job / "metrics.csv"), "results": json.loads((job / "results.json").read_text())}
-    execute(folder, "logger=wandb", "regularizer.lam=1.0", f"hydra.run.dir={job}")  # two epochs
+    finish(folder, "logger=wandb", "regularizer.lam=1.0", f"hydra.run.dir={job}")  # two epochs
     _, continued = sent(job)
     return Story(
         sweep,
@@ -336,7 +258,7 @@ def test_training_goes_on_where_wandb_cannot_write(tmp_path: Path) -> None:
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "wandb").write_text("a file, where W&B needs a folder")
     few = ("regularizer=none", "evaluation=none", "trainer.max_epochs=1", "trainer.online_every_n_epochs=0")
-    done = execute(tmp_path, *few, "logger=wandb", "metric=loss")
+    done = finish(tmp_path, *few, "logger=wandb", "metric=loss")
     (line,) = done.complaints.splitlines()
     assert line.startswith("W&B cannot write (")
     assert line.endswith("; the run goes on without it.")
@@ -581,7 +503,7 @@ def scalars(found: EventAccumulator, name: str) -> list[tuple[int, float]]:
 
 def test_tensorboard_shows_curves_final_numbers_and_pictures(tmp_path: Path, story: Story) -> None:
     few = ("regularizer=none", "evaluation=none", "trainer.max_epochs=1")
-    done = execute(tmp_path, *few, "logger=tensorboard")
+    done = finish(tmp_path, *few, "logger=tensorboard")
     found = events(done.folder / "tensorboard")
     for name in ("loss", "lr", "online/knn"):
         rows = [row for row in table(done.folder / "metrics.csv") if row[name]]

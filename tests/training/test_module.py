@@ -6,8 +6,8 @@ from typing import Any
 import pytest
 import pytorch_lightning as pl
 import torch
-from ranks import Ranks
-from tiny import AfterBatch, trained
+from support.ranks import Ranks
+from support.tiny import AfterBatch, trained
 from torch import Tensor, nn
 from torch.nn.functional import cosine_similarity
 

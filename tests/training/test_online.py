@@ -7,7 +7,7 @@ import pytest
 import pytorch_lightning as pl
 import torch
 import torch.nn.functional as F
-from tiny import AfterBatch, dataset, trained
+from support.tiny import AfterBatch, dataset, trained
 
 from icl_msr.data.dataset import ArraySplit, Dataset
 from icl_msr.evaluation.features import extract

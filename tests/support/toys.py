@@ -6,7 +6,6 @@ from typing import Any
 import pytest
 import torch
 from omegaconf import OmegaConf
-from tiny import composed
 from torch import nn
 
 from icl_msr.core.config import build, config_dir
@@ -14,6 +13,7 @@ from icl_msr.core.views import NonSemantic, Views
 from icl_msr.methods import Method
 from icl_msr.models.backbones import Backbone
 from icl_msr.regularizers import MetaSemanticRegularizer
+from support.tiny import composed
 
 METHODS = sorted(file.stem for file in (config_dir() / "method").glob("*.yaml"))
 
