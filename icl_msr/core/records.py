@@ -195,7 +195,7 @@ ACCURACY = Layout(
     title="Accuracy, %",
     rows=("fitted_on", "classifier", "encoder"),
     columns=("split",),
-    labels={"fitted_on": "fitted on"},
+    labels={"fitted_on": "fitted on", "own": "data of its own"},
     about="Per cent, with 95 % intervals over images. Fitted on the training set, a classifier may use the background "
     "as far as it agrees with the class there; fitted on a balanced split it cannot, and shows what of the object is "
     "in the features.",
@@ -267,9 +267,14 @@ class Records:
         there = dict.fromkeys(record.kind for record in self.measurements)
         return [kind for kind in dict.fromkeys([*self.layouts, *there]) if kind in there]
 
+    def findings(self) -> list[Measurement]:
+        """The records that say what was found: no counts, and no kind that a page hides until it is asked for."""
+        hidden = {layout.kind for layout in self.layouts.values() if layout.folded}
+        return [r for r in self.measurements if r.value is not None and r.unit != "count" and r.kind not in hidden]
+
     def numbers(self) -> dict[str, float]:
-        """The numbers of the trained encoder by the name that a user types: what a sweeper and a dashboard know."""
-        return {r.name: r.value for r in self.measurements if r.encoder == TRAINED and r.value is not None}
+        """The findings on the trained encoder by the name that a user types: what a sweeper and a dashboard know."""
+        return {r.name: r.value for r in self.findings() if r.encoder == TRAINED and r.value is not None}
 
     def rows(self) -> dict[str, list[dict[str, Any]]]:
         """Flat rows by kind."""
@@ -308,7 +313,7 @@ class Outcome:
 
     seed: int
     name: str = "run"
-    choices: dict[str, str | None] = field(default_factory=dict)
+    choices: Mapping[str, str | None] = field(default_factory=dict)
     evaluation_seed: int | None = None
     encoder: str = ""
     """Where the encoder came from, if not from this run."""

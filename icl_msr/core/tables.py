@@ -105,7 +105,7 @@ class Table:
         return table
 
     def html(self) -> str:
-        """Write the table for a page; `name` is its id."""
+        """Write the table for a page; `name` is its class."""
         kinds = [' class="text"' if column.words else "" for column in self.columns]
         heads = [
             f"<th{kind}>{escape(column.head)}{_small(column.detail)}</th>"
@@ -117,7 +117,7 @@ class Table:
             lines.append(('<tr class="faint">' if line.faint else "<tr>") + cells + "</tr>")
         body = "\n".join(lines)
         return (
-            f'<div class="box"><table id="{escape(self.name)}">\n<thead><tr>{"".join(heads)}</tr></thead>\n'
+            f'<div class="box"><table class="{escape(self.name)}">\n<thead><tr>{"".join(heads)}</tr></thead>\n'
             f"<tbody>\n{body}\n</tbody>\n</table></div>"
         )
 

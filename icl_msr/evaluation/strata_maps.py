@@ -10,7 +10,7 @@ N images, S strata, c channels; a map is the last feature map, h x w, its channe
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -135,6 +135,25 @@ def measure(
     return Found(*(torch.cat(column) for column in zip(*found, strict=True)))
 
 
+def look_at_strata(
+    backbone: Backbone,
+    strata: Callable[[Tensor], Tensor],
+    dataset: Dataset,
+    *,
+    device: torch.device | str,
+    batch_size: int,
+    bootstrap: Bootstrap,
+    images: int = 1000,
+) -> Records:
+    """Measure where the strata look on the first test split that knows where its objects are; nothing without one."""
+    split = split_with_masks(dataset)
+    if split is None:
+        return Records()
+    known: Any = {"mean": dataset.mean, "std": dataset.std, "device": device, "images": images}
+    found = measure(backbone, strata, dataset.tests[split], batch_size=batch_size, **known)
+    return strata_records(found, split, bootstrap)
+
+
 def strata_records(found: Found, split: str, bootstrap: Bootstrap) -> Records:
     """Average over images, and say whether the strata differ; a stratum whose map is zero is left out."""
     records, n, area = Records(), len(found.area), float(found.area.mean())
@@ -174,6 +193,6 @@ def _difference(shares: Tensor, split: str, bootstrap: Bootstrap) -> list[Measur
     more, less = int(chosen_by.argmax()), int(chosen_by.argmin())
     interval = bootstrap.mean(measured_on[:, more] - measured_on[:, less])
     points = {key: 100 * part for key, part in interval._asdict().items()}
-    factors = {"more": more + 1, "less": less + 1}
-    record = partial(Measurement, kind=APART, metric="difference", split=split, n=len(measured_on), unit="points")
-    return [record(factors=factors, **points)]
+    record = partial(Measurement, kind=APART, split=split, n=len(measured_on))
+    which = [record(metric=name, value=t + 1, unit="count") for name, t in (("more", more), ("less", less))]
+    return [record(metric="difference", unit="points", **points), *which]

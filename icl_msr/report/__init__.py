@@ -12,7 +12,13 @@ from icl_msr.report.runs import Run
 from icl_msr.report.summary import Summary, summarise
 from icl_msr.report.tables import tables
 
-__all__ = ["Summary", "print_summary", "send", "summarise", "tables", "write_report", "write_summary"]
+__all__ = ["Summary", "has_page", "print_summary", "send", "summarise", "tables", "write_report", "write_summary"]
+
+
+def has_page(run: Path) -> bool:
+    """Whether the whole `report.html` of a run lies in its folder."""
+    file = run / "report.html"
+    return file.is_file() and file.read_bytes().rstrip().endswith(b"</html>")
 
 
 def write_report(run: Path) -> Path:

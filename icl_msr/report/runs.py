@@ -73,16 +73,8 @@ class Run:
 
     @cached_property
     def numbers(self) -> dict[Measurement, float]:
-        """All that was measured by the record without its number, as people read it, and what training added to it.
-
-        Counts, and kinds that a page hides until they are asked for, say how something was measured and are left out.
-        """
-        layouts = self.outcome.records.layouts
-        found = {
-            record.identity: record.shown
-            for record in self.outcome.records.measurements
-            if record.unit != "count" and not (record.kind in layouts and layouts[record.kind].folded)
-        }
+        """The findings by the record without its number, as people read them, and what training added to each."""
+        found = {record.identity: record.shown for record in self.outcome.records.findings()}
         known = {record: value for record, value in found.items() if value is not None and math.isfinite(value)}
         untrained = {replace(record, encoder=TRAINED): known[record] for record in known if record.encoder == UNTRAINED}
         gains = {

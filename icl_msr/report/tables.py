@@ -11,7 +11,7 @@ from icl_msr.report.runs import Curve
 
 SHOWN = 20
 """Classes in a table, the best and the worst where there are more."""
-NARROW = 4
+NARROW = 5
 """Columns of numbers with which a terminal still has room for intervals."""
 SERIES = 4
 """Series in a plot; where there are more, the main classifiers are drawn."""

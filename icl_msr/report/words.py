@@ -187,7 +187,7 @@ CLEARLY = 0.1
 
 def strata(records: Records) -> list[str]:
     """Whether a stratum looks at the background only, and whether strata differ: sentences; none where not measured."""
-    area, apart = records.find("strata_area"), records.find("strata_apart")
+    area, apart = records.find("strata_area"), records.find("strata_apart", metric="difference")
     if area is None or area.value is None:
         return []
     excess = [record for record in records.where("strata", metric="excess") if isinstance(record.told("stratum"), int)]
@@ -209,7 +209,7 @@ def strata(records: Records) -> list[str]:
     by = f"{points(apart.value)} points (95 % interval {interval(apart)})"
     if (apart.low or 0) <= clearly:
         return [first, f"All strata look at about the same place: the two that differ most are {by} apart."]
-    more, less = apart.told("more"), apart.told("less")
+    more, less = (int(records.where("strata_apart", metric=m)[0].value or 0) for m in ("more", "less"))
     return [first, f"They differ: stratum {more} has more of it on the object than stratum {less}: {by}."]
 
 
