@@ -20,10 +20,10 @@ demo: env ## Pre-train MoCo + MSR on the embedded data set, print the table and 
 	$(BIN)/python -m icl_msr.run
 
 test: env ## Run the tests (minutes)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
 test-all: env ## Run all tests, the slow ones too
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m ''
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -m ''
 
 check: env ## Lint, check formatting, types and the direction of imports
 	$(BIN)/ruff check

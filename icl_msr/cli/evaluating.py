@@ -161,7 +161,7 @@ def write(
         **provenance(plan),
         "finished": datetime.now(UTC).isoformat(timespec="seconds"),
     }
-    folder.write(folder.environment.name, about)
+    folder.write_facts(about)
     results.save(folder.path)
     atomic_write(folder.config, OmegaConf.to_yaml(OmegaConf.create(_config(order, trained))))
     outcome = Outcome(

@@ -19,7 +19,7 @@ from rich.console import Console
 
 from icl_msr.cli.assemble import Pieces, assemble, build_as, in_words, make_trainer
 from icl_msr.cli.conclude import conclude, describe, evaluate, peak_memory_mb, scene_of
-from icl_msr.cli.processes import in_folder, require_processes, run_ranks
+from icl_msr.cli.processes import in_folder, require_processes, run_ranks, stoppable
 from icl_msr.core.config import Settings, build
 from icl_msr.core.errors import UserError
 from icl_msr.core.folder import RunFolder
@@ -42,11 +42,7 @@ def run(settings: Settings, config: DictConfig) -> float:
     """
     folder = RunFolder(Path(HydraConfig.get().runtime.output_dir))
     console = Console(highlight=False, soft_wrap=True, quiet=not is_first())
-    extended = folder.begun and more_epochs(settings, folder)
-    if folder.done and not extended:
-        console.print(f"{folder} is finished and stays as it is; continue it with a larger trainer.max_epochs.")
-        if is_first() and not has_page(folder.path):
-            console.print(f"report   {write_report(folder.path)}")
+    if finished(settings, folder, console):
         return folder.metric()
 
     plan = build_as(Hardware, settings.hardware).plan()
@@ -58,8 +54,26 @@ def run(settings: Settings, config: DictConfig) -> float:
         del pieces
         code = run_ranks(plan.world_size, [*sys.argv[1:], in_folder(folder.path)], folder.path)
         return folder.metric() if code == 0 else sys.exit(code)
-    with folder.locked() if is_first() else nullcontext():
+    with folder.locked() if is_first() else nullcontext(), stoppable(folder):
+        # Another command may have been faster. One of several ranks goes on, as the others wait for it.
+        if finished(settings, folder, console) and not is_rank():
+            return folder.metric()
         return carry_out(settings, config, plan, pieces, folder, console)
+
+
+def finished(settings: Settings, folder: RunFolder, console: Console) -> bool:
+    """Whether this very run lies in the folder and wants no more epochs; says so.
+
+    Raises:
+        UserError: another run lies there.
+    """
+    extended = folder.begun and more_epochs(settings, folder)
+    if not folder.done or extended:
+        return False
+    console.print(f"{folder} is finished and stays as it is; continue it with a larger trainer.max_epochs.")
+    if is_first() and not has_page(folder.path):  # it could not be made, or was cut
+        console.print(f"report   {write_report(folder.path)}")
+    return True
 
 
 def carry_out(
@@ -83,6 +97,8 @@ def carry_out(
         atomic_write(folder.config, OmegaConf.to_yaml(config))
     console.print(f"[bold]{about.name}[/bold] on {plan}\n{in_words(pieces.derived)}\n{folder}")
 
+    for remark in pieces.dataset.remarks():
+        console.print(remark, style="yellow", markup=False)
     with closing(dashboard):
         throughput = Throughput(settings.loader.batch_size)
         loggers = [MetricsFile(folder.path, about), *([dashboard] if dashboard else [])]

@@ -7,8 +7,6 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from hydra import compose, initialize_config_dir
-from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
@@ -16,6 +14,7 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from icl_msr.cli.command import sentence
+from icl_msr.core.compose import compose
 from icl_msr.core.config import Settings, check, config_dir, suggestion
 from icl_msr.core.errors import UserError
 from icl_msr.evaluation.subject import SOURCES, Subject, find
@@ -100,13 +99,13 @@ def configs(subject: Subject, overrides: Sequence[str]) -> tuple[list[DictConfig
     if subject.config is not None:
         common.insert(0, f"seed={subject.config['seed']}")
     try:
-        nodes = {name: _compose([*common, f"evaluation={name}"]).evaluation for name in names}
+        nodes = {name: compose([*common, f"evaluation={name}"]).evaluation for name in names}
         composed = []
         for name in names:
             # A key is for those evaluations that have it; one that none has is refused by the last.
             has = {word: [other for other in names if _has(nodes[other], word)] or names[-1:] for word in keys}
             fitting = [word for word in keys if name in has[word]]
-            config = _compose([*common, f"evaluation={name}", *fitting])
+            config = compose([*common, f"evaluation={name}", *fitting])
             if own_data:
                 assert subject.config is not None
                 config.dataset = _with_new_keys(subject.config["dataset"], (subject.choices or {}).get("dataset"))
@@ -124,7 +123,7 @@ def _with_new_keys(saved: Any, choice: str | None) -> DictConfig:
     """The data set of a run, with the values of today's YAML file for keys that there were not when it was trained."""
     node: DictConfig = OmegaConf.create(saved)
     if choice and (config_dir() / "dataset" / f"{choice}.yaml").exists():
-        today = _compose([f"dataset={choice}"]).dataset
+        today = compose([f"dataset={choice}"]).dataset
         if today.get("_target_") == node.get("_target_"):
             return OmegaConf.merge(today, node)  # type: ignore[return-value]
     return node
@@ -132,9 +131,3 @@ def _with_new_keys(saved: Any, choice: str | None) -> DictConfig:
 
 def _has(node: DictConfig, word: str) -> bool:
     return word.partition("=")[0].split(".")[1] in node.keys()  # noqa: SIM118  "in node" leaves out what is still ???
-
-
-def _compose(overrides: Sequence[str]) -> DictConfig:
-    GlobalHydra.instance().clear()
-    with initialize_config_dir(str(config_dir()), version_base="1.3"):
-        return compose("config", overrides=list(overrides))

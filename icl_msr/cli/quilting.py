@@ -24,7 +24,7 @@ from icl_msr.core.folder import RunFolder
 from icl_msr.core.randomness import keys
 from icl_msr.core.storage import atomic_write
 from icl_msr.data.dataset import Dataset
-from icl_msr.data.folders import FileSplit
+from icl_msr.data.files import FileSplit
 from icl_msr.data.sources import cores, progress_bar
 from icl_msr.negatives import TextureNegatives
 from icl_msr.negatives.cached import texture_names

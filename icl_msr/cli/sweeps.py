@@ -6,9 +6,8 @@ import json
 import os
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from pathlib import Path
@@ -21,7 +20,9 @@ from hydra.experimental.callback import Callback
 from hydra.types import HydraContext, RunMode, TaskFunction
 from omegaconf import DictConfig, OmegaConf, open_dict
 
+from icl_msr.cli.footprint import Footprint, new_folder
 from icl_msr.cli.processes import Child, clean_environment, in_folder, passed_on
+from icl_msr.core.compose import known_to_hydra
 from icl_msr.core.config import check
 from icl_msr.core.errors import PREEMPTED, UserError
 from icl_msr.core.folder import RunFolder
@@ -157,18 +158,6 @@ def checked_job(context: HydraContext, sweep: DictConfig, overrides: Sequence[st
     return config
 
 
-@contextmanager
-def known_to_hydra(config: DictConfig) -> Iterator[None]:
-    """`${hydra:...}` refers to this config meanwhile."""
-    hydra = HydraConfig.instance()
-    before = hydra.cfg
-    hydra.set_config(config)
-    try:
-        yield
-    finally:
-        hydra.cfg = before
-
-
 class SweepRecord(Callback):
     """Writes `sweep.json`: which command this is, and whether all of it is done."""
 
@@ -214,11 +203,12 @@ def sweep_folder(root: str) -> str:
                     return str(record.parent)
             finally:
                 os.close(folder)
-    return f"{root}/{datetime.now():%Y-%m-%d_%H-%M-%S}"
+    return new_folder(f"{root}/{datetime.now():%Y-%m-%d_%H-%M-%S}")
 
 
 def register_resolvers() -> None:
-    """`${sweep_folder:<root>}`, the same for all jobs of a sweep."""
+    """Let a YAML say `${sweep_folder:<root>}` and `${new_folder:<path>}`, the same for all jobs of a sweep."""
+    OmegaConf.register_new_resolver("new_folder", new_folder, replace=True, use_cache=True)
     OmegaConf.register_new_resolver("sweep_folder", sweep_folder, replace=True, use_cache=True)
 
 
@@ -247,6 +237,7 @@ def _varying(overrides: Sequence[str]) -> list[str]:
 def _refuse(sentence: str) -> NoReturn:
     """From a callback, where Hydra makes a warning of an exception."""
     print(sentence, file=sys.stderr)
+    Footprint.erase()
     sys.exit(2)
 
 

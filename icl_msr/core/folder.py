@@ -49,6 +49,13 @@ class RunFolder:
         """How to go on with what lies here."""
         return f"continue with resume={self}" if self.checkpoint.exists() else "repeat the command"
 
+    def farewell(self, cause: str, steps: int | None = None) -> str:
+        """Return what a run says that was stopped after so many steps, or before or after all of them."""
+        if not self.checkpoint.exists():
+            return f"Stopped by {cause} before anything was trained; the same command begins again."
+        after = "" if steps is None else f" after {steps} steps"
+        return f"Stopped by {cause}{after}; all is saved. Continue with: python -m icl_msr.run resume={self}"
+
     def saved_config(self, *, resolve: bool = True) -> dict[str, Any]:
         """The config of the run that lies here, interpolations filled in, or as they are.
 

@@ -13,7 +13,7 @@ from pydantic import Field, FiniteFloat, NonNegativeFloat, NonNegativeInt, Posit
 from icl_msr.core.config import suggestion
 from icl_msr.core.errors import UserError
 from icl_msr.data.dataset import Dataset
-from icl_msr.data.folders import FileSplit, of_files
+from icl_msr.data.files import FileSplit, of_files
 from icl_msr.data.sources import TrainOn
 
 

@@ -28,7 +28,7 @@ from icl_msr.core.errors import UserError
 from icl_msr.core.randomness import permutation
 from icl_msr.core.records import Classifier
 from icl_msr.data.dataset import Dataset, Split
-from icl_msr.data.folders import FileSplit
+from icl_msr.data.files import FileSplit
 from icl_msr.data.sources import cores
 from icl_msr.evaluation.features import evaluating, extract, progress
 from icl_msr.evaluation.labels import LABELS, Part, balanced_part, listed_part, names, percent, require_labels

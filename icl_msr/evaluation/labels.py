@@ -11,7 +11,7 @@ from icl_msr.core.errors import UserError
 from icl_msr.core.randomness import permutation
 from icl_msr.core.records import Layout, Measurement
 from icl_msr.data.dataset import ArraySplit, Dataset, Split
-from icl_msr.data.folders import FileSplit
+from icl_msr.data.files import FileSplit
 
 _PART = -3
 """The `epoch` of the hash that picks images; training epochs count from 0."""

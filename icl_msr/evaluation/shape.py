@@ -21,7 +21,7 @@ from torchvision.datasets.folder import IMG_EXTENSIONS
 from icl_msr.core.errors import UserError
 from icl_msr.core.records import ACCURACY, GAP, TRAINED, Chart, Classifier, Layout, Measurement
 from icl_msr.data.dataset import Dataset, Split
-from icl_msr.data.folders import FileSplit
+from icl_msr.data.files import FileSplit
 from icl_msr.evaluation.labels import require_labels
 from icl_msr.evaluation.sixteen import SIXTEEN, sixteen
 from icl_msr.evaluation.suite import Evaluation, Fit, Results, Task, accuracy, gap

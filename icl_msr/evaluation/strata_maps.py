@@ -17,7 +17,7 @@ from torch import Tensor
 
 from icl_msr.core.records import Chart, Layout, Measurement, Records
 from icl_msr.data.dataset import ArraySplit, Dataset, Split, normalise
-from icl_msr.data.folders import FileSplit
+from icl_msr.data.files import FileSplit
 from icl_msr.data.sources import fit
 from icl_msr.evaluation.features import evaluating
 from icl_msr.evaluation.metrics import Bootstrap

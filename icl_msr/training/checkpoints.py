@@ -14,6 +14,7 @@ from pytorch_lightning.callbacks import Checkpoint
 
 from icl_msr.core.distributed import world_size
 from icl_msr.core.errors import PREEMPTED
+from icl_msr.core.folder import RunFolder
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
@@ -96,10 +97,5 @@ class Checkpoints(Checkpoint):
             return
         if trainer.is_global_zero:
             cause = self.signal.name if self.signal else "a signal to another rank"
-            print(
-                f"Stopped by {cause} after {trainer.global_step} steps; all is saved. "
-                f"Continue with: python -m icl_msr.run resume={self.file.parents[1]}",
-                file=sys.stderr,
-                flush=True,
-            )
+            print(RunFolder(self.file.parents[1]).farewell(cause, trainer.global_step), file=sys.stderr, flush=True)
         sys.exit(PREEMPTED if trainer.is_global_zero else 0)

@@ -19,7 +19,7 @@ from icl_msr.core.errors import UserError
 from icl_msr.core.randomness import keys, permutation
 from icl_msr.core.views import AlphaMode, AlphaSchedule, NonSemantic, Views
 from icl_msr.data.dataset import ArraySplit, Dataset, Split, normalise
-from icl_msr.data.folders import FileSplit
+from icl_msr.data.files import FileSplit
 from icl_msr.negatives.cached import CachedNegatives
 
 NEGATIVES = -2

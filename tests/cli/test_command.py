@@ -98,6 +98,10 @@ BEFORE_ANYTHING_IS_BUILT = [
     # words
     ("a b", "a b", "key=value"),
     ("method.temperature=[1", "method.temperature=[1", "key=value"),
+    ("method.temperature=a=b", "cannot be read", """method.temperature='"a=b"'"""),
+    ("dataset.root=/a(1)", "cannot be read", """dataset.root='"/a(1)"'"""),
+    ("dataset.root=/o'b", "cannot be read", """dataset.root='"/o'"'"'b"'"""),
+    ("dataset.root=/a,b", "has several values", "add -m", """dataset.root='"/a,b"'"""),
     ("seed=0,1", "seed=0,1", "add -m"),
     ("--seed=3", "--seed=3", "seed=<value>"),
     ("--cfg foo", "--cfg", "'job'"),
@@ -219,6 +223,12 @@ IN_THE_WORLD = [
     ("dataset=imagefolder dataset.root=nowhere", "There is no folder nowhere", "dataset.root"),
     ("dataset=imagefolder dataset.root=hollow", "hollow/c has no images", "remove it"),
     ("dataset=imagefolder dataset.root=cut", "cut/a/0.png cannot be read as an image", "Truncated", "replace"),
+    ("dataset=imagefolder dataset.root=~/photos", "There is no folder /proc/me/photos"),
+    ("dataset=arrays dataset.path=[~/a.npz,'~/b.npz']", "There is no file /proc/me/a.npz"),
+    ("backbone.weights=~/a.safetensors", "backbone.weights=/proc/me/a.safetensors"),
+    ("hydra.run.dir=~/run seed=5", "/proc/me cannot be written"),
+    ("resume=~/run", "resume=/proc/me/run is no run"),
+    ("resume='~/run'", "resume=/proc/me/run is no run"),
     # models and batches
     ("loader.batch_size=100", "loader.batch_size=100", "64 or less"),
     ("loader.batch_size=16 method.queue_size=12", "method.queue_size=12", "one batch", "16 or more"),
@@ -305,6 +315,7 @@ def test_mistakes_about_the_world_are_answered_too(
 ) -> None:
     monkeypatch.setattr(pl.Trainer, "fit", lambda *_, **__: pytest.fail("training began"))
     monkeypatch.chdir(world)
+    monkeypatch.setenv("HOME", "/proc/me")
 
     def content() -> dict[Path, int | None]:
         return {path: path.stat().st_mtime_ns if path.is_file() else None for path in world.rglob("*")}

@@ -240,8 +240,10 @@ def record(root: Path, name: str, command: list[str], finished: bool) -> str:
 def test_a_sweep_finds_its_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     root, mine = tmp_path / "sweeps", ["-m", "seed=0,1"]
     monkeypatch.setattr(sys, "argv", ["icl_msr.run", *mine])
-    assert Path(sweep_folder(str(root))).parent == root
-    assert not root.exists()
+    new = Path(sweep_folder(str(root)))
+    assert new.parent == root
+    assert list(new.iterdir()) == []
+    assert sweep_folder(str(root)) != str(new)  # also within the same second
     record(root, "2026-01-01_00-00-00", mine, finished=True)
     record(root, "2026-01-03_00-00-00", ["-m", "seed=0,1,2"], finished=False)
     assert sweep_folder(str(root)) > f"{root}/2026-01-04"

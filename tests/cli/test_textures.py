@@ -17,7 +17,7 @@ from icl_msr.cli import quilting
 from icl_msr.core.errors import UserError
 from icl_msr.core.randomness import keys
 from icl_msr.data.dataset import Dataset
-from icl_msr.data.folders import FileSplit
+from icl_msr.data.files import FileSplit
 from icl_msr.data.sources import read_image
 from icl_msr.negatives import TextureNegatives
 from icl_msr.training.datamodule import NEGATIVES

@@ -3,7 +3,7 @@
 `PYTHONPATH=tests python tests/core/test_distributed.py` prints the table.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -38,13 +38,6 @@ REGULARIZERS: dict[str, dict[str, Any]] = {
 QUICK = ("none", "meta", "difference")
 """The other kinds are slow tests."""
 IMAGES = 8
-
-
-@pytest.fixture(scope="module", params=[2, pytest.param(4, marks=pytest.mark.slow)])
-def ranks(request: pytest.FixtureRequest) -> Iterator[Ranks]:
-    pool = Ranks(request.param)
-    yield pool
-    pool.close()
 
 
 # ---------------------------------------------------------------------------------------------- one optimiser step

@@ -16,7 +16,8 @@ from icl_msr.core.config import check
 from icl_msr.core.errors import UserError
 from icl_msr.data.coco import coco, single_targets
 from icl_msr.data.dataset import ArraySplit, Dataset
-from icl_msr.data.folders import FileSplit, imagefolder
+from icl_msr.data.files import FileSplit
+from icl_msr.data.folders import imagefolder
 
 CATEGORIES = {18: "dog", 1: "person", 17: "wine glass"}
 """In the order of the file, which is not that of the numbers."""
@@ -247,7 +248,7 @@ def test_wrong_keys_are_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any], words: str
 ) -> None:
     monkeypatch.chdir(make(tmp_path))
-    monkeypatch.setattr("icl_msr.data.folders.read_image", lambda *_: pytest.fail("an image was read"))
+    monkeypatch.setattr("icl_msr.data.files.read_image", lambda *_: pytest.fail("an image was read"))
     with pytest.raises(UserError, match=words):
         coco(**{"root": ".", **keys(), "classes": 3, **changes})
 

@@ -18,7 +18,7 @@ from torch.nn.functional import cross_entropy
 from icl_msr.core.errors import UserError
 from icl_msr.core.randomness import permutation
 from icl_msr.data.dataset import ArraySplit, Dataset
-from icl_msr.data.folders import FileSplit
+from icl_msr.data.files import FileSplit
 from icl_msr.evaluation.finetune import FineTuning, augmented, fine_tune
 from icl_msr.evaluation.suite import Evaluation, Results
 from icl_msr.models.backbones import tiny

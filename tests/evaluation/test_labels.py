@@ -9,7 +9,7 @@ from torch import Tensor
 
 from icl_msr.core.errors import UserError
 from icl_msr.data.dataset import ArraySplit, Dataset
-from icl_msr.data.folders import FileSplit
+from icl_msr.data.files import FileSplit
 from icl_msr.evaluation.labels import Part, balanced_part, listed_part, names, percent, require_labels
 
 

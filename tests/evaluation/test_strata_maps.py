@@ -11,7 +11,7 @@ from torchvision.io import write_png
 
 from icl_msr.core.records import Records
 from icl_msr.data.dataset import ArraySplit, Dataset, Split
-from icl_msr.data.folders import FileSplit
+from icl_msr.data.files import FileSplit
 from icl_msr.evaluation.metrics import Bootstrap
 from icl_msr.evaluation.strata_maps import (
     Found,

@@ -1,4 +1,4 @@
-"""A pool of gloo processes that lives as long as a test file and cannot hang it."""
+"""A pool of gloo processes that cannot hang a test."""
 
 import pickle
 import time

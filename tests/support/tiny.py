@@ -1,5 +1,6 @@
 """A run so small that a test can afford it, composed and built as the program does."""
 
+import copy
 from collections.abc import Callable
 from functools import cache
 from typing import Any
@@ -20,7 +21,12 @@ MODEL = ["loader.batch_size=8", "method.hidden_dim=16", "method.embedding_dim=8"
 
 
 def composed(*words: str) -> DictConfig:
-    """The config that a command line gives."""
+    """Return the config that a command line gives; to change at will."""
+    return copy.deepcopy(_composed(words))
+
+
+@cache
+def _composed(words: tuple[str, ...]) -> DictConfig:
     GlobalHydra.instance().clear()
     with initialize_config_dir(str(config_dir()), version_base="1.3"):
         return compose("config", overrides=list(words))

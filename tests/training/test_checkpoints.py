@@ -89,6 +89,12 @@ def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     return words, fit(words, tmp_path_factory.mktemp("whole") / "last.ckpt")
 
 
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """What MoCo with MSR gives when nothing interrupts it."""
+    return fit(MSR, tmp_path_factory.mktemp("whole") / "last.ckpt")
+
+
 def the_same_training(whole: dict[str, Any], continued: dict[str, Any]) -> None:
     for part in ("state_dict", "optimizer_states", "lr_schedulers", "callbacks", "global_step", "epoch"):
         same(whole[part], continued[part], part)
@@ -116,8 +122,7 @@ class Break(pl.Callback):
             raise RuntimeError("out of memory")
 
 
-def test_checkpoints_by_the_clock(tmp_path: Path) -> None:
-    whole = fit(MSR, tmp_path / "whole.ckpt")
+def test_checkpoints_by_the_clock(whole: dict[str, Any], tmp_path: Path) -> None:
     for minutes, batches in ((None, 5), (1e-9, 8)):
         file = tmp_path / str(batches) / "checkpoints" / "last.ckpt"
         with pytest.raises(RuntimeError, match="out of memory"):

@@ -11,7 +11,7 @@ from PIL import Image
 from icl_msr.augment import Augmentation
 from icl_msr.core.errors import UserError
 from icl_msr.data.dataset import Dataset, normalise
-from icl_msr.data.folders import FileSplit
+from icl_msr.data.files import FileSplit
 from icl_msr.training.datamodule import Batch, DataModule, EpochBatches
 
 MEAN, STD = (0.4, 0.5, 0.6), (0.2, 0.25, 0.3)
