@@ -556,13 +556,13 @@ def test_two_seeds_that_start_together_are_never_mixed(programs: Programs, tmp_p
     (seed,) = re.findall(r"same holds a run with seed=(\d), and \d was asked for", line)
     config = (tmp_path / "same" / "config.yaml").read_text()
     assert f"seed: {seed}\n" in config
-    assert Run.load(tmp_path / "same").results.seed == int(seed)
+    assert Outcome.load(tmp_path / "same").seed == int(seed)
     assert "Continuing" not in both.out
 
     apart = programs.start(*short, module="race", PYTHONPATH=f"{tmp_path}:{CHECKOUT}")
     assert apart.wait() == 0, apart.err
     folders = list((tmp_path / "runs").glob("*/*"))
-    assert sorted(Run.load(folder).results.seed for folder in folders) == [0, 1]
+    assert sorted(Outcome.load(folder).seed for folder in folders) == [0, 1]
 
 
 @pytest.mark.slow
