@@ -35,8 +35,8 @@ format: env ## Format the code
 	$(BIN)/ruff check --fix
 	$(BIN)/ruff format
 
-bench: env ## Measure the speed of the hot paths, as ratios
-	$(BIN)/python experiments/benchmarks/speed.py
+bench: env ## Measure the speed of the hot paths, as ratios (three minutes at most)
+	$(BIN)/python -m experiments.benchmarks.speed
 
 report: env ## One table over all runs in runs/ (RUNS=folder chooses others)
 	$(BIN)/python -m icl_msr.report $(or $(RUNS),runs)

@@ -1,6 +1,11 @@
-"""Writes README's table of methods from the code: python experiments/methods_table.py"""
+"""Write README's table of methods from the code.
 
+python experiments/methods_table.py [--check]
+"""
+
+import argparse
 import importlib
+from collections.abc import Sequence
 from pathlib import Path
 
 from hydra import compose, initialize_config_dir
@@ -51,5 +56,18 @@ def written(readme: str) -> str:
     return f"{before}{BEGIN}\n{table()}\n{END}{rest.partition(END)[2]}"
 
 
+def main(words: Sequence[str] | None = None) -> None:
+    """Write the table, or say that README has another one."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--check", action="store_true", help="write nothing; exit with 1 where README has another table"
+    )
+    readme = README.read_text()
+    if not parser.parse_args(words).check:
+        README.write_text(written(readme))
+    elif readme != written(readme):
+        raise SystemExit("The table of methods in README is out of date; type python experiments/methods_table.py")
+
+
 if __name__ == "__main__":
-    README.write_text(written(README.read_text()))
+    main()

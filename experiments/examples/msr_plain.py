@@ -34,7 +34,8 @@ class Mine(Method):
 
     def loss(self, embeddings: Sequence[Tensor], targets: Targets, step: Step) -> Tensor:
         """L_ct: any loss of the two views."""
-        return nt_xent(*embeddings, temperature=0.5)
+        first, second = embeddings
+        return nt_xent(first, second, temperature=0.5)
 
     def pairs(self, features: Sequence[Tensor], embeddings: Sequence[Tensor], targets: Targets) -> list[Pair]:
         """Each view is the anchor once, the other one the key that the strata reweight."""

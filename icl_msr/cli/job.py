@@ -93,7 +93,7 @@ def carry_out(
     dashboard = build(settings.logger, folder.path, about)
     if is_first():
         folder.results.unlink(missing_ok=True)  # of the run before it was given more epochs
-        folder.write(folder.environment.name, facts)
+        folder.write_facts(facts)
         atomic_write(folder.config, OmegaConf.to_yaml(config))
     console.print(f"[bold]{about.name}[/bold] on {plan}\n{in_words(pieces.derived)}\n{folder}")
 

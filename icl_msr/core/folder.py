@@ -17,6 +17,9 @@ from yaml import YAMLError
 from icl_msr.core.errors import UserError
 from icl_msr.core.storage import atomic_write
 
+FORMAT = 2
+"""The format of a run folder, said in its environment.json. It grows when what lies there is read in another way."""
+
 PATIENCE = 10.0
 """Seconds to wait for the processes of a run that was killed to let its folder go."""
 
@@ -56,12 +59,28 @@ class RunFolder:
         after = "" if steps is None else f" after {steps} steps"
         return f"Stopped by {cause}{after}; all is saved. Continue with: python -m icl_msr.run resume={self}"
 
-    def saved_config(self, *, resolve: bool = True) -> dict[str, Any]:
-        """The config of the run that lies here, interpolations filled in, or as they are.
+    def require_format(self) -> None:
+        """Refuse a folder that another version of the program has written in another format.
 
         Raises:
-            UserError: it is damaged.
+            UserError: its format is another one, or is not said.
         """
+        facts: Any = {}
+        with suppress(OSError, ValueError):
+            facts = self.facts()
+        found, writer = (facts.get(key) for key in ("format", "icl_msr")) if isinstance(facts, dict) else (None, None)
+        if found != FORMAT:
+            said = "does not say its format" if found is None else f"has format {found}"
+            by = f"icl-msr {writer}, which wrote it" if writer else "the version of icl-msr that wrote it"
+            raise UserError(f"{self} {said}, and this version reads format {FORMAT}; use {by}, or repeat the run.")
+
+    def saved_config(self, *, resolve: bool = True) -> dict[str, Any]:
+        """Return the config of the run that lies here, interpolations filled in, or as they are.
+
+        Raises:
+            UserError: the folder is of another format, or the file is damaged.
+        """
+        self.require_format()
         saved: Any = None
         with suppress(OSError, ValueError, YAMLError, OmegaConfBaseException):
             saved = OmegaConf.to_container(OmegaConf.load(self.config), resolve=resolve)
@@ -69,8 +88,12 @@ class RunFolder:
             raise UserError(f"{self.config} is damaged; restore it from a copy, or begin a new run in another folder.")
         return {str(key): value for key, value in saved.items()}
 
+    def write_facts(self, facts: Mapping[str, Any]) -> None:
+        """Write `environment.json`: where the run comes from, and the format of its folder."""
+        self.write(self.environment.name, {"format": FORMAT, **facts})
+
     def facts(self) -> dict[str, Any]:
-        """`environment.json`."""
+        """Return `environment.json`."""
         facts: dict[str, Any] = json.loads(self.environment.read_text())
         return facts
 

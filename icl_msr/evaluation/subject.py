@@ -100,6 +100,8 @@ def find(source: str, value: str, weights: str | None) -> Subject:
         run.checkpoint = file
     elif not run.path.is_dir():
         raise UserError(f"There is no run {run}; give the folder of a run.")
+    if run.begun:
+        run.require_format()
     if not run.checkpoint.exists() and run.done:
         backbone, about = load_encoder(run.path)
     else:
@@ -128,6 +130,7 @@ def rebuild(run: RunFolder, encoder: str) -> tuple[Backbone, dict[str, Any]]:
     """
     if not run.begun:
         raise UserError(f"{run} is no run: it holds no config.yaml; give the folder of a run that has begun to train.")
+    run.require_format()
     saved = read_checkpoint(run.checkpoint)["state_dict"]
     prefix = ENCODERS[encoder]
     state = {name.removeprefix(prefix): value for name, value in saved.items() if name.startswith(prefix)}

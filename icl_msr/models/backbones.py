@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from icl_msr.core.errors import UserError
+from icl_msr.core.folder import RunFolder
 
 
 class Origin(NamedTuple):
@@ -255,8 +256,10 @@ def read_weights(weights: str) -> dict[str, Tensor]:
     """The tensors of a .safetensors file, or of a run folder's encoder.
 
     Raises:
-        UserError: there are none.
+        UserError: there are none, or the run folder is of another format.
     """
+    if RunFolder(Path(weights)).begun:
+        RunFolder(Path(weights)).require_format()
     path = Path(weights) / "encoder.safetensors" if Path(weights).is_dir() else Path(weights)
     if not path.is_file():
         raise UserError(

@@ -4,6 +4,7 @@
 """
 
 import fcntl
+import json
 import os
 import shutil
 import subprocess
@@ -28,6 +29,7 @@ from support.tiny import DATA, MODEL
 from icl_msr.cli import assemble, job
 from icl_msr.core.config import Settings
 from icl_msr.core.errors import UserError
+from icl_msr.core.folder import FORMAT
 from icl_msr.training.module import Pretraining
 
 Command = Callable[..., Answer]
@@ -199,6 +201,8 @@ def make_runs() -> None:
         "list": "- 1",
         "nothing": "",
         "loose": config.replace("seed: 0", "seed: ${nothing}", 1),
+        "old": None,
+        "future": None,
     }
     for name, content in contents.items():
         shutil.copytree("run", name)
@@ -208,6 +212,9 @@ def make_runs() -> None:
         elif content is not None:
             Path(name, "config.yaml").write_bytes(content.encode() if isinstance(content, str) else content)
     os.truncate("cut-short/checkpoints/last.ckpt", 1000)
+    facts = json.loads(Path("run/environment.json").read_text())
+    Path("future/environment.json").write_text(json.dumps({**facts, "format": FORMAT + 1, "icl_msr": "9.1.0"}))
+    Path("old/environment.json").write_text(json.dumps({**facts, "format": None, "icl_msr": "0.1.0"}))
     fcntl.flock(os.open("locked", os.O_RDONLY), fcntl.LOCK_EX)  # until this process ends
 
 
@@ -260,6 +267,11 @@ IN_THE_WORLD = [
     ("resume=other-program", f"other-program/{CHECKPOINT} is no checkpoint of icl_msr"),
     ("resume=other-network", f"other-network/{CHECKPOINT} belongs to another config"),
     ("resume=weights-only", f"weights-only/{CHECKPOINT} holds no state of the optimiser", "backbone.weights"),
+    ("resume=old", "old does not say its format", "reads format 2", "use icl-msr 0.1.0"),
+    ("resume=future", "future has format 3", "reads format 2", "use icl-msr 9.1.0"),
+    ("hydra.run.dir=future", "future has format 3", "reads format 2"),
+    ("backbone.weights=future", "future has format 3", "reads format 2"),
+    ("evaluation=similarity evaluation.other=old", "old does not say its format"),
     ("resume=locked", "locked is being written by another process"),
     *((f"resume={name}", name, *DAMAGED) for name in ("no-yaml", "binary", "latin", "list", "nothing", "loose")),
 ]

@@ -23,6 +23,7 @@ from support.tiny import dataset as tiny_dataset
 from icl_msr import __version__
 from icl_msr.cli.order import find
 from icl_msr.core.config import build, check
+from icl_msr.core.folder import RunFolder
 from icl_msr.core.imagenet import IMAGENET_MEAN, IMAGENET_STD
 from icl_msr.core.records import Measurement, Outcome
 from icl_msr.evaluate import main
@@ -49,7 +50,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     images = {"image_size": data.image_size, "mean": data.mean, "std": data.std, "dataset": data.name}
     choices = {"method": "moco", "regularizer": "none", "dataset": "confounded", "evaluation": "default"}
     about = {"name": "moco-none", "images": images, "choices": choices, "icl_msr": __version__}
-    (folder / "environment.json").write_text(json.dumps(about))
+    RunFolder(folder).write_facts(about)
     export_encoder(module.method.backbone, folder.parent / "exported", {**images, "choices": choices})
     return folder.parent
 

@@ -12,7 +12,7 @@ from icl_msr.core.records import Outcome
 from icl_msr.evaluate import main
 from icl_msr.report.__main__ import main as report
 
-MODULE = '''
+MODULE = """
 from pydantic import PositiveInt
 
 from icl_msr.core.records import Chart, Layout, Measurement
@@ -45,7 +45,7 @@ class Glare:
                 known = {"metric": "moved", "encoder": name, "n": 8, "factors": {"lamp": lamp}}
                 results.records.add(GLARE, Measurement(kind="glare", value=lamp / 8, **known))
         return results
-'''
+"""
 YAML = "_target_: glare_of_a_test.Glare\nlamps: 2\n"
 
 

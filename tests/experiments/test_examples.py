@@ -1,32 +1,19 @@
 """The examples run, and train what they say."""
 
+import importlib
 import math
 import subprocess
 import sys
-from importlib.util import module_from_spec, spec_from_file_location
-from pathlib import Path
-from types import ModuleType
 
 import pytest
 
 from icl_msr.core.errors import UserError
 from icl_msr.regularizers import MetaSemanticRegularizer
 
-EXAMPLES = Path(__file__).parents[2] / "experiments" / "examples"
-
-
-def load(name: str) -> ModuleType:
-    spec = spec_from_file_location(name, EXAMPLES / f"{name}.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
 
 @pytest.mark.parametrize("name", ["msr_plain", "msr_lightly"])
 def test_msr_in_a_loop_of_ones_own(name: str, capsys: pytest.CaptureFixture[str]) -> None:
-    rows = load(name).main()
+    rows = importlib.import_module(f"experiments.examples.{name}").main()
     assert len(rows) == 3
     for row in rows:
         assert all(map(math.isfinite, row.values()))
@@ -35,6 +22,15 @@ def test_msr_in_a_loop_of_ones_own(name: str, capsys: pytest.CaptureFixture[str]
     assert rows[-1]["loss"] < rows[0]["loss"]
     assert rows[-1]["uniformity"] < rows[0]["uniformity"]
     assert capsys.readouterr().out.count("meta_grad_norm") == 3
+
+
+def test_negatives_in_a_loop_of_ones_own(capfd: pytest.CaptureFixture[str]) -> None:
+    importlib.import_module("experiments.examples.negatives").main()
+    out, err = capfd.readouterr()
+    assert err == ""
+    losses = {line.split()[0]: float(line.split()[-1]) for line in out.splitlines()}
+    assert losses.keys() == {"patch", "texture", "phase"}
+    assert len(set(losses.values())) == 3
 
 
 def test_the_regularizer_needs_no_lightning() -> None:

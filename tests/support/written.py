@@ -12,6 +12,7 @@ import matplotlib.image
 import numpy as np
 from omegaconf import OmegaConf
 
+from icl_msr.core.folder import FORMAT
 from icl_msr.core.records import ACCURACY, GAP, Classifier, Layout, Measurement, Outcome, Records
 
 SPLITS = ("original", "mixed_same", "mixed_rand", "only_fg", "only_bg")
@@ -129,6 +130,7 @@ def write_run(folder: Path, method: str = "moco", regularizer: str = "msr", seed
     (folder / "environment.json").write_text(
         json.dumps(
             {
+                "format": FORMAT,
                 "command": f"python -m icl_msr.run method={method} regularizer={regularizer} seed={seed}",
                 "commit": "95ada6b0c1",
                 "config_hash": "5f1d20aa",
