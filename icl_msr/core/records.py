@@ -246,7 +246,7 @@ class Records:
 
     def join(self, other: "Records") -> None:
         """Put what another evaluation of the same encoders found behind what is here; a record that is here stays."""
-        self.layouts = other.layouts | self.layouts
+        self.layouts = self.layouts | other.layouts | self.layouts
         self.measurements = list(dict.fromkeys([*self.measurements, *other.measurements]))
         self.by_class += [record for record in other.by_class if record not in self.by_class]
 

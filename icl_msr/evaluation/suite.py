@@ -104,9 +104,9 @@ class Results:
     def join(self, other: "Results") -> None:
         """Put what another evaluation of the same encoders found behind what is here; what is here stays."""
         self.records.join(other.records)
-        self.lists = other.lists | self.lists
-        self.predictions = other.predictions | self.predictions
-        self.features = other.features | self.features
+        self.lists = self.lists | other.lists | self.lists
+        self.predictions = self.predictions | other.predictions | self.predictions
+        self.features = self.features | other.features | self.features
 
 
 class Extractor(Protocol):
