@@ -5,6 +5,7 @@ import io
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
+from textwrap import wrap
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -21,8 +22,12 @@ class Column:
     head: str
     detail: str = ""
     """Said beneath the head, smaller."""
+    hint: str = ""
+    """Said there too, on a page, which has room for it."""
     words: bool = False
     """Whether the cells are words, which stand on the left; numbers stand on the right."""
+    prose: bool = False
+    """Whether these are so many words that lines break."""
 
 
 @dataclass(frozen=True)
@@ -94,10 +99,11 @@ class Table:
         title = Text(f"\n{self.title}" if self.title else "", "italic")
         table = RichTable(title=title, title_justify="left", box=None, padding=(0, 2 if roomy else 1, 0, 0))
         for column in self.columns:
-            head = Text(column.head.replace("_", "\n"))
+            words = column.head.replace("_", "\n").splitlines()
+            head = Text("\n".join(words if column.words else (line for word in words for line in wrap(word, 12))))
             if column.detail:
                 head += Text("\n" + column.detail.replace(", ", "\n"), "dim not bold")
-            fixed = not roomy and not column.words
+            fixed = not (roomy or column.prose)
             table.add_column(head, justify="left" if column.words else "right", overflow="fold", no_wrap=fixed)
         for line in self.lines:
             cells = [Text(cell.line, "bold" if cell.strong else "") for cell in line.cells]
@@ -108,13 +114,16 @@ class Table:
         """Write the table for a page; `name` is its class."""
         kinds = [' class="text"' if column.words else "" for column in self.columns]
         heads = [
-            f"<th{kind}>{escape(column.head)}{_small(column.detail)}</th>"
+            f"<th{kind}>{escape(column.head)}{_small(column.detail or column.hint)}</th>"
             for kind, column in zip(kinds, self.columns, strict=True)
         ]
-        lines = []
+        lines, before = [], ""
         for line in self.lines:
-            cells = "".join(_html(cell, column) for cell, column in zip(line.cells, self.columns, strict=True))
-            lines.append(('<tr class="faint">' if line.faint else "<tr>") + cells + "</tr>")
+            again, before = line.cells[0].text == before, line.cells[0].text
+            cells = [_html(cell, column) for cell, column in zip(line.cells, self.columns, strict=True)]
+            if again:
+                cells[0] = f'<td class="text again">{escape(before)}</td>'
+            lines.append(('<tr class="faint">' if line.faint else "<tr>") + "".join(cells) + "</tr>")
         body = "\n".join(lines)
         return (
             f'<div class="box"><table class="{escape(self.name)}">\n<thead><tr>{"".join(heads)}</tr></thead>\n'

@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from icl_msr.core.records import ACCURACY, TRAINED, UNTRAINED, ByClass, Layout, Measurement, Outcome
+from icl_msr.core.records import ACCURACY, GAP, TRAINED, UNTRAINED, ByClass, Layout, Measurement, Outcome
 from icl_msr.core.tables import Cell, Column, Line, Table
 from icl_msr.report import plots, words
 from icl_msr.report.plots import Dot, Plot, Series
@@ -20,7 +20,8 @@ SERIES = 4
 def tables(outcome: Outcome) -> list[Table]:
     """Make a table of every kind of record that has a layout, and those of the classes."""
     records = outcome.records
-    found = [lay_out(layout, records.where(kind), outcome.chance) for kind, layout in records.layouts.items()]
+    first = sorted(records.layouts, key=lambda kind: kind not in (ACCURACY.kind, GAP.kind))
+    found = [lay_out(records.layouts[kind], records.where(kind), outcome.chance) for kind in first]
     return [table for table in found if table.lines] + class_tables(records.by_class, outcome.classes)
 
 
@@ -34,7 +35,11 @@ def lay_out(layout: Layout, records: Sequence[Measurement], chance: float | None
     words_of = [Column(layout.labels.get(by, by), words=True) for by in layout.rows]
     counts = [Column(layout.count)] if layout.count else []
     heads = [_head(layout, column) for column in columns]
-    notes = [Column(layout.notes, words=True)] if layout.notes and any(record.note for record in records) else []
+    notes = (
+        [Column(layout.notes, words=True, prose=True)]
+        if layout.notes and any(record.note for record in records)
+        else []
+    )
     low = chance or 0.0
     high = max([record.value or 0.0 for record in records] + [low + 0.01])
     body = []
@@ -49,8 +54,8 @@ def lay_out(layout: Layout, records: Sequence[Measurement], chance: float | None
             heat = None if cell is None or not layout.heat else ((cell.value or 0.0) - low) / (high - low)
             line.append(_number(cell, heat, margin=not layout.heat and len(columns) <= NARROW))
         if notes:
-            said = "; ".join(dict.fromkeys(record.note for record in found.values() if record.note))
-            line.append(Cell(said, said))
+            note = "; ".join(dict.fromkeys(record.note for record in found.values() if record.note))
+            line.append(Cell(note, note))
         body.append(Line(line, faint="encoder" in layout.rows and first.encoder == UNTRAINED))
     every = [*words_of, *counts, *heads, *notes]
     return Table(layout.kind, layout.title, every, body, about=layout.about, folded=layout.folded)
@@ -84,8 +89,8 @@ def _word(layout: Layout, value: Any) -> Cell:
 
 def _head(layout: Layout, column: Sequence[Any]) -> Column:
     first, *rest = (value for value in column if value is not None)
-    details = [_label(layout, value) for value in rest] or [layout.details.get(str(first), "")]
-    return Column(_label(layout, first), ", ".join(details))
+    detail = ", ".join(_label(layout, value) for value in rest)
+    return Column(_label(layout, first), detail, layout.details.get(str(first), ""))
 
 
 def _number(record: Measurement | None, heat: float | None, *, margin: bool) -> Cell:

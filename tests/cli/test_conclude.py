@@ -13,7 +13,7 @@ from icl_msr.evaluation import pictures
 from icl_msr.training import loggers
 from icl_msr.training.module import Pretraining
 
-SMALL = [*DATA, *MODEL, "regularizer=none", "method=simclr", "method.embedding_dim=8", "logger=csv", "evaluation=none"]
+SMALL = [*DATA, *MODEL, "trainer.limit_train_batches=1", "evaluation=none", "logger=csv", "hardware=cpu"]
 Command = Callable[..., Answer]
 
 

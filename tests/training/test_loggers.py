@@ -173,7 +173,7 @@ def test_pictures_are_logged(story: Story) -> None:
 @pytest.mark.parametrize("name", ["accuracy", "gap", "strata"])
 def test_final_tables_are_logged(name: str, story: Story) -> None:
     rows = story.results["records"][name]
-    logged = next(row[name] for row in story.first.history if name in row)
+    logged = next(row[f"records/{name}"] for row in story.first.history if f"records/{name}" in row)
     assert logged["_type"] == "table-file"
     content = json.loads((story.first.folder / "files" / logged["path"]).read_text())
     assert content["columns"] == list(dict.fromkeys(key for row in rows for key in row))
