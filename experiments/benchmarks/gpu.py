@@ -28,6 +28,8 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from fnmatch import fnmatch
+from functools import partial
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +47,7 @@ from icl_msr.methods import Method, Step
 from icl_msr.regularizers import MetaSemanticRegularizer, ordinary_gradient
 from icl_msr.training.datamodule import Batch, DataModule
 from icl_msr.training.module import Pretraining
+from icl_msr.training.optimization import Optimization, cosine
 
 Result = dict[str, Any]
 Step_ = Callable[[], Any]
@@ -124,14 +127,16 @@ class Bench:
         """With the values of its YAML file, on the CPU, from seed 0."""
         torch.manual_seed(0)
         changes = {"whitening_size": 2 * 4, "embedding_dim": 4} if name == "wmse" and self.scale.compared < 128 else {}
-        encoder = build(node("backbone", backbone), size)
-        method: Method = build(node("method", name, **changes), encoder, 10, (0.5,) * 3, (0.25,) * 3)
+        encoder = build(node("backbone", backbone), image_size=size)
+        facts = {"classes": 10, "mean": (0.5,) * 3, "std": (0.25,) * 3}
+        method: Method = build(node("method", name, **changes), backbone=encoder, **facts)
         return method
 
     def regularizer(self, method: Method, **changes: Any) -> MetaSemanticRegularizer:
         """f_msr, on the CPU, from seed 0."""
         torch.manual_seed(1)
-        return build(node("regularizer", "msr", **changes), method.channels, method.temperature)  # type: ignore[no-any-return]
+        given = {"channels": method.channels, "method_temperature": method.temperature}
+        return build(node("regularizer", "msr", **changes), **given)  # type: ignore[no-any-return]
 
     def data(self, dataset: Dataset, batch: int, negatives: str = "none") -> DataModule:
         """Batches of views, as the program makes them."""
@@ -219,7 +224,8 @@ class Training:
         method.advance(step)
         self.count += 1
         mark("end")
-        return loss.detach()
+        detached: Tensor = loss.detach()
+        return detached
 
     def state(self) -> dict[str, Any]:
         """All that a checkpoint needs."""
@@ -277,7 +283,8 @@ def settings(*, tf32: bool, deterministic: bool = False, benchmark: bool = False
 
 def draws(bench: Bench) -> Result:
     """Random numbers, crops, views and negatives of CPU and device."""
-    index, found = torch.arange(bench.scale.drawn), {}
+    index = torch.arange(bench.scale.drawn)
+    found: Result = {}
     there = index.to(bench.device)
     same = True
     for seed, epoch, view in ((0, 0, 0), (2**40 + 7, 3, 1), (5, 999, -2)):
@@ -291,7 +298,7 @@ def draws(bench: Bench) -> Result:
 
     some = index[:256]
     images = bench.small.train.load(some.to(bench.device) % len(bench.small.train))
-    look = {"seed": 0, "epoch": 0, "size": 32, "mean": (0.5,) * 3, "std": (0.25,) * 3}
+    look: dict[str, Any] = {"seed": 0, "epoch": 0, "size": 32, "mean": (0.5,) * 3, "std": (0.25,) * 3}
     with settings(tf32=False):
         views = [augmentation(i.to(d), some.to(d), **look)[0] for i, d in ((images, "cpu"), (images, bench.device))]
     found["largest difference of a view (standard deviations)"] = float((views[0] - views[1].cpu()).abs().max())
@@ -318,7 +325,10 @@ def gradients(bench: Bench, name: str, device: torch.device, dtype: torch.dtype)
     regularizer = bench.regularizer(method, mode="exact", every=1, gamma=0.0).to(device, dtype)
     views = bench.data(dataset, bench.scale.compared, "patch").views(Batch(0, torch.arange(bench.scale.compared)))
     assert views.negatives is not None
-    moved = lambda t: t.to(device, dtype)  # noqa: E731
+
+    def moved(tensor: Tensor) -> Tensor:
+        return tensor.to(device, dtype)
+
     negatives = replace(views.negatives, rows=moved(views.negatives.rows))
     index, labels = views.index.to(device), views.labels.to(device)
     views = Views(moved(views.images), [moved(view) for view in views.views], index, labels, negatives)
@@ -327,11 +337,11 @@ def gradients(bench: Bench, name: str, device: torch.device, dtype: torch.dtype)
     torch.manual_seed(step.noise)
     output = method(views, targets, step)
     loss = output.loss + regularizer.lam * regularizer(views.images, output.pairs)
-    loss.backward()
+    torch.autograd.backward(loss)
     phi: list[Tensor] = []
     assert regularizer.optimizer is not None
     regularizer.optimizer.register_step_pre_hook(
-        lambda *_: phi.extend(p.grad.clone() for p in regularizer.phi.values())
+        lambda *_: phi.extend(p.grad.clone() for p in regularizer.phi.values() if p.grad is not None)
     )
     inner = ordinary_gradient(method)
     regularizer.meta_step(method, views, targets, step, inner, RATE, output.features)
@@ -446,9 +456,11 @@ def module(bench: Bench, name: str, batch: int, msr: dict[str, Any] | None) -> P
     """What Lightning trains."""
     method = bench.method(name, bench.scale.backbone)
     regularizer = None if msr is None else bench.regularizer(method, **msr)
-    optimization = build(node("optimizer", "adam"))
+    optimizer = partial(torch.optim.Adam, lr=3e-3, weight_decay=1e-6)
+    optimization = Optimization(optimizer, partial(cosine, warmup_steps=100, warmup_epochs=0.0, scale_lr="none"))
     built = Pretraining(method, regularizer, optimization, seed=0, batch_size=batch)
-    return built.to(memory_format=torch.channels_last)  # type: ignore[call-overload,no-any-return]
+    built.to(memory_format=torch.channels_last)
+    return built
 
 
 def resume_in_lightning(bench: Bench, name: str) -> Result:
@@ -538,7 +550,7 @@ def stages(bench: Bench, training: Training) -> Result:
 
         def mark(stage: str, marks: list[tuple[str, Any]] = marks) -> None:
             if bench.gpu:
-                event = torch.cuda.Event(enable_timing=True)
+                event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
                 event.record()
                 marks.append((stage, event))
             else:
@@ -656,7 +668,7 @@ def compiled(bench: Bench, method: str, batch: int, what: str) -> Result:
         if name in ("backbone", "momentum_encoder.backbone"):
             part.compile(**options)
     if what == "backbone and views":
-        training.data.augmentation = torch.compile(training.data.augmentation, **options)
+        training.data.augmentation = torch.compile(training.data.augmentation, **options)  # type: ignore[assignment]
     began = time.perf_counter()
     training.step()
     bench.wait()
@@ -692,8 +704,8 @@ def optimisers(bench: Bench) -> Result:
     steps: dict[str, Step_] = {}
     for kind in (torch.optim.SGD, torch.optim.Adam):
         for how in ("foreach", "fused"):
-            more: dict[str, Any] = {"momentum": 0.9} if kind is torch.optim.SGD else {}
-            steps[f"{kind.__name__}, {how}"] = kind(parameters, 1e-6, **more, **{how: True}).step
+            more: dict[str, Any] = {how: True, "momentum": 0.9} if kind is torch.optim.SGD else {how: True}
+            steps[f"{kind.__name__}, {how}"] = kind(parameters, 1e-6, **more).step
     return {"name": "optimiser alone, ms", **{name: round(1e3 * s, 3) for name, s in measure(bench, steps).items()}}
 
 
@@ -757,11 +769,11 @@ def lightly(bench: Bench, batch: int, own_pipeline: bool) -> Result:
     """SimCLR of lightly with the same network, precision, layout and optimiser."""
     name = f"lightly, SimCLR, batch {batch}, {'its own pipeline' if own_pipeline else 'our views, its step'}"
     try:
-        from lightly.transforms import SimCLRTransform
+        from lightly.transforms.simclr_transform import SimCLRTransform
     except ImportError as error:
         return {"name": name, "note": f"not measured: {error}"}
     torch.manual_seed(0)
-    encoder = build(node("backbone", bench.scale.backbone), 32)
+    encoder = build(node("backbone", bench.scale.backbone), image_size=32)
     model = LightlySimCLR(encoder, encoder.channels).to(bench.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     optimizer = torch.optim.SGD(model.parameters(), RATE, momentum=0.9, weight_decay=1e-4)
 
@@ -832,7 +844,7 @@ def agreement(bench: Bench, method: str, batch: int) -> Result:
             loss.backward()
             phi: list[Tensor] = []
             assert regularizer.optimizer is not None
-            hook = lambda *_: phi.extend(p.grad.flatten() for p in regularizer.phi.values())  # noqa: E731
+            hook = lambda *_: phi.extend(p.grad.flatten() for p in regularizer.phi.values() if p.grad is not None)  # noqa: E731
             regularizer.optimizer.register_step_pre_hook(hook)
             precision = torch.bfloat16 if mixed else None
             regularizer.meta_step(built, of, targets, step, ordinary_gradient(built), RATE, None, precision)
@@ -880,9 +892,9 @@ def rows(scale: Scale) -> list[Row]:
     ]
     right, fast = "Correctness", "Speed"
     listed = [Row(right, "random numbers and views", 10, draws)]
-    listed += [Row(right, f"no wait, {name}", 6, lambda b, n=name: no_wait(b, n)) for name in FIRST]
-    listed += [Row(right, f"against the CPU, {name}", 6, lambda b, n=name: against_cpu(b, n)) for name in FIRST]
-    listed += [Row(right, f"resume, {name}", 6, lambda b, n=name: resume(b, n)) for name in ("simclr", "moco")]
+    listed += [Row(right, f"no wait, {name}", 6, partial(no_wait, name=name)) for name in FIRST]
+    listed += [Row(right, f"against the CPU, {name}", 6, partial(against_cpu, name=name)) for name in FIRST]
+    listed += [Row(right, f"resume, {name}", 6, partial(resume, name=name)) for name in ("simclr", "moco")]
     listed += [
         Row("Ceilings", "ceilings", 3, ceilings),
         Row(fast, "simclr plain", 5, lambda b: plain(b, "simclr", one)),
@@ -906,14 +918,15 @@ def rows(scale: Scale) -> list[Row]:
         Row(fast, "lightly, its own", 30, lambda b: lightly(b, one, True)),
     ]
     listed += [
-        Row(fast, f"simclr {name}", 12, lambda b, n=name, keys=keys: beside(b, "simclr", one, n, msr=keys))
+        Row(fast, f"simclr {name}", 12, partial(beside, method="simclr", batch=one, name=name, msr=keys))
         for name, keys in modes
     ]
     listed += [Row("Agreement", "agreement", 20, lambda b: agreement(b, "simclr", min(one, 128)))]
-    listed += [Row(right, f"against the CPU, {name}", 5, lambda b, n=name: against_cpu(b, n)) for name in others]
-    listed += [Row(right, f"no wait, {name}", 4, lambda b, n=name: no_wait(b, n)) for name in others]
+    listed += [Row(right, f"against the CPU, {name}", 5, partial(against_cpu, name=name)) for name in others]
+    listed += [Row(right, f"no wait, {name}", 4, partial(no_wait, name=name)) for name in others]
     listed += [
-        Row(right, f"no wait, {kind}", 5, lambda b, k=kind: no_wait(b, "simclr", k)) for kind in ("texture", "phase")
+        Row(right, f"no wait, {kind}", 5, partial(no_wait, name="simclr", negatives=kind))
+        for kind in ("texture", "phase")
     ]
     listed += [
         Row(right, "resume in Lightning", 10, lambda b: resume_in_lightning(b, "moco")),
@@ -994,8 +1007,12 @@ def machine(device: torch.device, dry: bool) -> Result:
     """What the figures hold for."""
     found: Result = {"device": torch.cuda.get_device_name() if device.type == "cuda" else platform.processor() or "CPU"}
     if device.type == "cuda":
-        found |= {"CUDA": torch.version.cuda, "cuDNN": torch.backends.cudnn.version()}
-    found |= {"torch": torch.__version__, "Lightning": pl.__version__, "Python": platform.python_version()}
+        found |= {"CUDA": torch.version.cuda, "cuDNN": torch.backends.cudnn.version()}  # type: ignore[no-untyped-call]
+    found |= {
+        "torch": torch.__version__,
+        "Lightning": version("pytorch-lightning"),
+        "Python": platform.python_version(),
+    }
     if dry:
         found["note"] = "a dry run: the figures say nothing"
     return found
@@ -1004,7 +1021,7 @@ def machine(device: torch.device, dry: bool) -> Result:
 def main(words: Sequence[str] | None = None) -> int:
     """Run all rows for which there is time; 1 if one of them failed."""
     began = time.monotonic()
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])  # type: ignore[union-attr]
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--out", type=Path, required=True, help="folder of gpu.json and gpu.md")
     parser.add_argument("--budget", type=float, default=570.0, help="seconds, from the start of this process")
     parser.add_argument("--only", nargs="+", default=["*"], help="names of rows, or patterns as of files")

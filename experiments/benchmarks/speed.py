@@ -53,8 +53,11 @@ class Bench:
 def steps(bench: Bench) -> Work:
     """A plain step, and steps with MSR: without its meta step, and with it."""
     plan, layout = bench.plan, torch.channels_last if bench.plan.channels_last else torch.contiguous_format
-    method: Method = build(bench.settings.method, build(bench.settings.backbone, bench.size), 10, MEAN, STD)
-    regularizer: MetaSemanticRegularizer = build(bench.settings.regularizer, method.channels, method.temperature)
+    backbone = build(bench.settings.backbone, image_size=bench.size)
+    method: Method = build(bench.settings.method, backbone=backbone, classes=10, mean=MEAN, std=STD)
+    regularizer: MetaSemanticRegularizer = build(
+        bench.settings.regularizer, channels=method.channels, method_temperature=method.temperature
+    )
     method.to(plan.device, memory_format=layout)  # type: ignore[call-overload]
     regularizer.to(plan.device)
     images = [torch.randn(bench.images, 3, bench.size, bench.size, device=plan.device) for _ in range(3)]

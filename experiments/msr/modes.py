@@ -54,7 +54,7 @@ STEPS = (0.0003, 0.001, 0.003, 0.01, 0.03)
 """Relative virtual steps r at which the approximations are judged; the run itself takes its own."""
 
 TINY = "dataset.train=16 dataset.test=16 dataset.balanced=16 dataset.cache=null loader.batch_size=16 method=simclr"
-TINY += " optimizer.warmup_steps=0 trainer.max_epochs=1 trainer.limit_train_batches=1 evaluation=none metric=loss"
+TINY += " schedule.warmup_steps=0 trainer.max_epochs=1 trainer.limit_train_batches=1 evaluation=none metric=loss"
 TINY += " hardware.precision=32-true regularizer=msr"
 
 
@@ -177,7 +177,7 @@ def watched(words: list[str], make: Callable[[int, DataModule], Any]) -> tuple[A
         accelerator=plan.accelerator,
         devices=1,
         precision=plan.precision,
-        max_epochs=settings.trainer.max_epochs,
+        max_epochs=settings.trainer["max_epochs"],
         callbacks=[watch],
         logger=False,
         enable_checkpointing=False,
@@ -258,9 +258,11 @@ def stepper(backbone_name: str, batch: int, precision: str, layout: str, size: i
     with initialize_config_dir(str(config_dir()), version_base="1.3"):
         settings = check(compose("config", overrides=words))
     torch.manual_seed(0)
-    backbone = build(settings.backbone, size)
-    method = build(settings.method, backbone, 10, (0.5,) * 3, (0.25,) * 3).to(plan.device)
-    regularizer = build(settings.regularizer, backbone.channels, method.temperature).to(plan.device)
+    backbone = build(settings.backbone, image_size=size)
+    method = build(settings.method, backbone=backbone, classes=10, mean=(0.5,) * 3, std=(0.25,) * 3).to(plan.device)
+    regularizer = build(settings.regularizer, channels=backbone.channels, method_temperature=method.temperature).to(
+        plan.device
+    )
     images = [torch.randn(batch, 3, size, size, device=plan.device) for _ in range(3)]
     if plan.channels_last:
         method.to(memory_format=torch.channels_last)

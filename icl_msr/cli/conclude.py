@@ -3,7 +3,7 @@
 import platform
 import resource
 import subprocess
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from importlib.metadata import version
@@ -33,6 +33,7 @@ from icl_msr.report import tables, write_report
 from icl_msr.report.runs import Run
 from icl_msr.report.words import answer, faint_meta_signal
 from icl_msr.training.hardware import Plan
+from icl_msr.training.loggers import Dashboard
 
 
 def describe(settings: Settings, plan: Plan, dataset: Dataset, folder: RunFolder) -> dict[str, Any]:
@@ -46,10 +47,17 @@ def describe(settings: Settings, plan: Plan, dataset: Dataset, folder: RunFolder
     if folder.begun and folder.environment.exists():
         begun = folder.facts()
         return {**begun, "continued": [*begun.get("continued", []), now]}
-    choices = {group: str(HydraConfig.get().runtime.choices[group]) for group in settings.groups()}
+    chosen = HydraConfig.get().runtime.choices  # a group of several choices, or of a node that was typed, is not in it
+    choices = {
+        group: str(chosen[group]) if group in chosen else _named(node) for group, node in settings.groups().items()
+    }
     name = "-".join(choices[group] for group in ("method", "regularizer", "negatives", "dataset", "backbone"))
     place = {"group": sweep_group(), "job_type": job_type(HydraConfig.get().overrides.task)}
     return {"name": name, **place, **now, "choices": choices, "images": image_facts(dataset)}
+
+
+def _named(node: Mapping[str, Any]) -> str:
+    return str(node["_target_"]).rpartition(".")[2] if "_target_" in node else "+".join(node)
 
 
 def evaluate(settings: Settings, plan: Plan, pieces: Pieces, folder: RunFolder, choices: Mapping[str, str]) -> Results:
@@ -88,19 +96,21 @@ def scene_of(pieces: Pieces, plan: Plan, results: Results) -> Scene:
     )
 
 
-def conclude(folder: RunFolder, outcome: Outcome, scene: Scene | None, dashboard: Any, console: Console) -> None:
+def conclude(
+    folder: RunFolder, outcome: Outcome, scene: Scene, dashboards: Sequence[Dashboard], console: Console
+) -> None:
     """Write `results.json`, then draw, report and print; what cannot be drawn costs itself alone and is named.
 
     Raises:
         UserError: the disk is full.
     """
     folder.write(folder.results.name, outcome.to_json())
-    missing = [] if scene is None else draw(scene, folder.path / "figures")
+    missing = draw(scene, folder.path / "figures")
     report = folder.path / "report.html"
     with sparing("report.html", missing):
         write_report(folder.path)
-    if dashboard is not None:
-        with sparing("the dashboard", missing):
+    for dashboard in dashboards:
+        with sparing(type(dashboard).__name__, missing):
             dashboard.conclude(folder.path)
     with sparing("the tables", missing):
         run = Run.load(folder.path)

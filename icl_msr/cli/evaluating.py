@@ -177,7 +177,7 @@ def write(
         wall_time_s=seconds,
         records=results.records,
     )
-    conclude(folder, outcome, Scene(dataset, results.features.get(TRAINED, {})), None, console)
+    conclude(folder, outcome, Scene(dataset, results.features.get(TRAINED, {})), [], console)
 
 
 def _config(order: Order, trained: Mapping[str, Any]) -> dict[str, Any]:

@@ -4,7 +4,7 @@ import math
 import shutil
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from tempfile import TemporaryFile
@@ -17,10 +17,10 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
-from icl_msr.cli.assemble import Pieces, assemble, build_as, in_words, make_trainer
+from icl_msr.cli.assemble import Pieces, assemble, build_as, in_words, make_loggers, make_trainer
 from icl_msr.cli.conclude import conclude, describe, evaluate, peak_memory_mb, scene_of
 from icl_msr.cli.processes import in_folder, require_processes, run_ranks, stoppable
-from icl_msr.core.config import Settings, build
+from icl_msr.core.config import Settings
 from icl_msr.core.errors import UserError
 from icl_msr.core.folder import RunFolder
 from icl_msr.core.ranks import is_first, is_rank
@@ -30,9 +30,8 @@ from icl_msr.models.checkpoint import read_checkpoint
 from icl_msr.report import has_page, write_report
 from icl_msr.report.runs import flatten, read_curves
 from icl_msr.training.hardware import Hardware, Plan
-from icl_msr.training.loggers import About, MetricsFile
+from icl_msr.training.loggers import About, Dashboard
 from icl_msr.training.module import Pretraining
-from icl_msr.training.progress import Throughput
 
 
 def run(settings: Settings, config: DictConfig) -> float:
@@ -82,6 +81,7 @@ def carry_out(
     """Trains with the other ranks, if any; the first one then evaluates and reports."""
     began = time.perf_counter()
     resumed_at = resume_point(settings, pieces, folder, console)
+    trainer = make_trainer(settings, plan, folder, pieces)
     facts = describe(settings, plan, pieces.dataset, folder)
     about = About(
         name=facts["name"],
@@ -90,7 +90,7 @@ def carry_out(
         config=settings.model_dump(),
         resumed_at=resumed_at,
     )
-    dashboard = build(settings.logger, folder.path, about)
+    loggers = make_loggers(settings, folder, about)
     if is_first():
         folder.results.unlink(missing_ok=True)  # of the run before it was given more epochs
         folder.write_facts(facts)
@@ -99,10 +99,8 @@ def carry_out(
 
     for remark in pieces.dataset.remarks():
         console.print(remark, style="yellow", markup=False)
-    with closing(dashboard):
-        throughput = Throughput(settings.loader.batch_size)
-        loggers = [MetricsFile(folder.path, about), *([dashboard] if dashboard else [])]
-        trainer = make_trainer(settings, plan, folder, pieces, throughput, loggers)
+    with closing(loggers):
+        trainer.loggers = loggers
         trainer.fit(
             pieces.module,
             pieces.data,
@@ -123,15 +121,16 @@ def carry_out(
             chance=pieces.dataset.chance,
             parameters=sum(p.numel() for p in pieces.module.method.backbone.parameters()),
             derived=pieces.derived,
-            images_per_second=throughput.rate,
+            images_per_second=pieces.throughput.rate,
             peak_memory_mb=peak_memory_mb(plan),
-            wall_time_s=throughput.earlier + time.perf_counter() - began,
+            wall_time_s=pieces.throughput.earlier + time.perf_counter() - began,
             final={name: curve.values[-1] for name, curve in read_curves(folder.path / "metrics.csv").items()},
             records=results.records,
         )
         name, value = chosen_metric(settings.metric, outcome)
         outcome.metric = {"name": name, "value": value if math.isfinite(value) else None}
-        conclude(folder, outcome, scene_of(pieces, plan, results), dashboard, console)
+        dashboards = [logger for logger in loggers if isinstance(logger, Dashboard)]
+        conclude(folder, outcome, scene_of(pieces, plan, results), dashboards, console)
     return value
 
 
@@ -144,13 +143,13 @@ def more_epochs(settings: Settings, folder: RunFolder) -> bool:
     saved, now = flatten(folder.saved_config()), flatten(settings.model_dump())
     epochs = "trainer.max_epochs"
     for key in dict.fromkeys([*now, *saved]):
-        if saved.get(key) != now.get(key) and (key != epochs or now[key] < saved.get(key, 0)):
+        if saved.get(key) != now.get(key) and (key != epochs or (now[key] or 0) < (saved.get(key) or 0)):
             raise UserError(
                 f"{folder} holds a run with {key}={saved.get(key)}, and {now.get(key)} was asked for; a run is "
                 f"continued as it was begun, only {epochs} may grow: choose another hydra.run.dir, or "
                 f"type resume={folder}."
             )
-    return bool(now[epochs] > saved[epochs])
+    return bool((now[epochs] or 0) > (saved[epochs] or 0))
 
 
 def require_room(module: Pretraining, folder: Path) -> None:
@@ -192,15 +191,17 @@ def resume_point(settings: Settings, pieces: Pieces, folder: RunFolder, console:
         )
     step = int(checkpoint["global_step"])
     console.print(f"Continuing {folder} from step {step}.")
-    before, now = folder.saved_config()["trainer"]["max_epochs"], settings.trainer.max_epochs
-    if now > before:
-        rate, steps = pieces.module.optimization.factor, pieces.derived["steps_per_epoch"]
-        lr = pieces.derived["effective_learning_rate"]
-        old, new = (lr * rate(step, int(steps * epochs), steps) for epochs in (before, now))
-        console.print(
-            f"{before} epochs become {now}: the schedule ({settings.optimizer.get('schedule')}) ends at epoch {now} "
-            f"now, so the learning rate at this step is {new:.3g} instead of {old:.3g}."
-        )
+    before, now = folder.saved_config()["trainer"]["max_epochs"], settings.trainer["max_epochs"]
+    if before and now and now > before:
+        steps, batch = int(pieces.derived["steps_per_epoch"]), int(pieces.derived["global_batch"])
+        rate = pieces.module.optimization.learning_rate
+        old, new = (rate(step, batch, steps * epochs, steps) for epochs in (before, now))
+        if old is not None and new is not None:
+            name = settings.schedule["_target_"].rpartition(".")[2]
+            console.print(
+                f"{before} epochs become {now}: the schedule ({name}) ends at epoch {now} now, so the learning rate at "
+                f"this step is {new:.3g} instead of {old:.3g}."
+            )
     return step
 
 
@@ -210,8 +211,8 @@ def shapes(state: Mapping[str, Any]) -> dict[str, torch.Size]:
 
 
 @contextmanager
-def closing(dashboard: Any) -> Iterator[None]:
-    """The dashboard learns how the run ended, however it ended."""
+def closing(loggers: Sequence[Any]) -> Iterator[None]:
+    """Tell the dashboards how the run ended, however it ended."""
     code = 1
     try:
         yield
@@ -223,5 +224,6 @@ def closing(dashboard: Any) -> Iterator[None]:
         code = int(stop.code or 0)
         raise
     finally:
-        if dashboard is not None:
-            dashboard.close(code)
+        for logger in loggers:
+            if isinstance(logger, Dashboard):
+                logger.close(code)

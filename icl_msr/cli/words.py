@@ -9,6 +9,8 @@ from pathlib import Path
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 
+from icl_msr.core.config import OWNED
+
 _HOME = re.compile(r"(?<=[=,\[\s\"'])~(?=/)")
 """A tilde that begins a path: a shell expands none after `key=`."""
 
@@ -20,12 +22,19 @@ def overrides(typed: Sequence[str]) -> list[str]:
 
 
 def in_full(word: str) -> list[str]:
-    """Return the overrides that a word is short for: two for `backbone=timm:NAME`, else one."""
+    """Return the overrides that a word is short for: two for `backbone=timm:NAME`, else one.
+
+    An argument of the trainer may have a plus, whether our YAML lists it or not.
+    """
     key, equals, value = word.partition("=")
     if equals:
         word = key + _HOME.sub(str(Path("~").expanduser()).replace("\\", r"\\"), equals + value)
     named = re.fullmatch(r"backbone=timm:(\S+)", word)
-    return ["backbone=timm", f"backbone.name={named[1]}"] if named else [word]
+    if named:
+        return ["backbone=timm", f"backbone.name={named[1]}"]
+    argument = re.match(r"\+?trainer\.(\w+)=", word)
+    added = argument and (word.startswith("+") or argument[1] in OWNED["trainer"])
+    return [f"++{word.lstrip('+')}" if added else word]
 
 
 def path_in(word: str) -> str:

@@ -55,7 +55,9 @@ class Listing:
             for entry in self._entries(here):
                 if entry.is_dir():
                     real = os.path.realpath(entry.path)
-                    if real not in above:  # a link to a folder above it
+                    if any(os.path.join(other, "").startswith(os.path.join(real, "")) for other in above):
+                        self._passed[entry.path] = "links to a folder above"
+                    else:
                         waiting.append((entry.path, (*above, real)))
                 elif self._is_image(entry):
                     found.append(entry.path)

@@ -145,9 +145,10 @@ def rebuild(run: RunFolder, encoder: str) -> tuple[Backbone, dict[str, Any]]:
         config, images = run.saved_config(), facts["images"]
         node: Mapping[str, Any] = config["backbone"]
         untrained = {**node, "weights": None} if "weights" in node else node
-        plain = build(untrained, images["image_size"])
+        plain = build(untrained, image_size=images["image_size"])
         # The method may make its own encoder of it; how many classes there are matters to no encoder.
-        method: Method = build(config["method"], plain, 2, images["mean"], images["std"])
+        facts_of_data = {"classes": 2, "mean": images["mean"], "std": images["std"]}
+        method: Method = build(config["method"], backbone=plain, **facts_of_data)
         backbone = method.backbone
         backbone.load_state_dict(state)
     except Exception as error:

@@ -23,7 +23,7 @@ class Step:
     noise: int = 0
     """Seed of all randomness inside a method (dropout, stochastic depth, random features) for this micro-batch, so that
     it can be replayed."""
-    epochs: int = 1
+    epochs: float = 1
     """What `total` is in epochs."""
 
     @property

@@ -26,7 +26,7 @@ from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from icl_msr.core.config import build, check_node, config_dir
+from icl_msr.core.config import GIVEN, build, check_node, config_dir
 from icl_msr.core.distributed import average, gather, rank
 from icl_msr.core.errors import UserError
 from icl_msr.core.views import Views
@@ -128,8 +128,8 @@ class MetaSemanticRegularizer(nn.Module):
         """
         node: Any = OmegaConf.to_container(OmegaConf.load(config_dir() / "regularizer" / "msr.yaml"))
         node |= {"seed": seed, **keys}
-        check_node("regularizer", node)
-        regularizer: MetaSemanticRegularizer = build(node, channels, method_temperature)
+        check_node("regularizer", node, GIVEN["regularizer"])
+        regularizer: MetaSemanticRegularizer = build(node, channels=channels, method_temperature=method_temperature)
         return regularizer
 
     # ------------------------------------------------------------------------------------------ the loss for theta

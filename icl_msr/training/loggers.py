@@ -12,11 +12,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Protocol, runtime_checkable
 
 from pytorch_lightning.loggers import TensorBoardLogger
 from pytorch_lightning.loggers.logger import Logger
 from pytorch_lightning.utilities import rank_zero_only
+from typing_extensions import override
 
 from icl_msr.core.errors import UserError
 from icl_msr.core.ranks import is_first
@@ -46,6 +47,17 @@ class About:
     """Optimiser steps done when the run was continued; None for a fresh start."""
 
 
+@runtime_checkable
+class Dashboard(Protocol):
+    """A logger that also takes what a run ends with. Lightning's own loggers take the curves alone."""
+
+    def conclude(self, folder: Path) -> None:
+        """Take the results and the pictures of a finished run."""
+
+    def close(self, exit_code: int) -> None:
+        """Learn how the run ended."""
+
+
 class MetricsFile(Logger):
     """`metrics.csv`: a row whenever something is logged, on the disk at once.
 
@@ -61,23 +73,26 @@ class MetricsFile(Logger):
             done = about.resumed_at or 0
             self._write([row for row in self._rows() if row["step"] and int(row["step"]) < done])
 
+    @override
     @property
     def name(self) -> str:
-        """See Lightning."""
         return ""
 
+    @override
     @property
     def version(self) -> str:
-        """See Lightning."""
         return ""
 
+    @override
     @rank_zero_only
     def log_hyperparams(self, *_: Any, **__: Any) -> None:
-        """They stand in `config.yaml`."""
+        # They stand in `config.yaml`.
+        pass
 
+    @override
     @rank_zero_only
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
-        """One row."""
+        # One row.
         row = {**metrics, "step": step}
         if row.keys() - set(self.columns):
             self.columns = ["epoch", "step", *sorted({*self.columns, *row} - {"epoch", "step"})]
@@ -140,24 +155,28 @@ class WeightsAndBiases(Logger):
             with self._forgiving():
                 self._begin(wanted)
 
+    @override
     @property
     def name(self) -> str:
-        """See Lightning."""
         return self.project
 
+    @override
     @property
     def version(self) -> str | None:
-        """The run's id."""
+        # The run's id.
         return None if self.run is None else str(self.run.id)
 
+    @override
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
-        """One point of every curve."""
+        # One point of every curve.
         if self._listens():
             with self._forgiving():
                 self.run.log({**metrics, "trainer/global_step": step})
 
+    @override
     def log_hyperparams(self, *_: Any, **__: Any) -> None:
-        """The config was sent at the start."""
+        # The config was sent at the start.
+        pass
 
     def conclude(self, folder: Path) -> None:
         """Summary, pictures, tables and artifacts of a finished run."""
@@ -251,9 +270,12 @@ class WeightsAndBiases(Logger):
         if self.artifacts:
             files = {"checkpoint": ("checkpoints/last.ckpt",), "encoder": ("encoder.safetensors", "encoder.json")}
             for kind, names in files.items():
+                there = [folder / name for name in names if (folder / name).exists()]  # a run may keep no checkpoint
+                if not there:
+                    continue
                 artifact = wandb.Artifact(f"{kind}-{run.id}", type="model" if kind == "checkpoint" else kind)
-                for name in names:
-                    kept = self._keep(folder / name)
+                for file in there:
+                    kept = self._keep(file)
                     artifact.add_file(str(kept), name=kept.name, policy="immutable")
                 run.log_artifact(artifact)
 

@@ -18,7 +18,7 @@ from icl_msr.methods.base import Method, Output, Pair, Step, Targets, frozen_sta
 from icl_msr.regularizers import MetaSemanticRegularizer
 from icl_msr.regularizers.bilevel import ordinary_gradient
 from icl_msr.training.datamodule import DataModule
-from icl_msr.training.optimization import Optimization
+from icl_msr.training.optimization import Optimization, follow, steps_per_epoch
 
 
 @dataclass
@@ -67,15 +67,13 @@ class Pretraining(pl.LightningModule):
         trainer = self.trainer
         total = int(trainer.estimated_stepping_batches)
         global_batch = self.batch_size * trainer.accumulate_grad_batches
-        assert trainer.max_epochs is not None
-        optimizer, schedule = self.optimization.build(self.method, global_batch, total, total / trainer.max_epochs)
+        optimizer, schedule = self.optimization.build(self.method, global_batch, total, steps_per_epoch(trainer))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def on_train_start(self) -> None:
         """The learning rate is a function of the step, also where a resumed run has more epochs than before."""
         schedule: Any = self.lr_schedulers()
-        for group, rate in zip(schedule.optimizer.param_groups, schedule.base_lrs, strict=True):
-            group["lr"] = rate * schedule.lr_lambdas[0](schedule.last_epoch)
+        follow(schedule)
 
     def training_step(self, views: Views, batch_index: int) -> Tensor:
         """L_to = L_ct + lambda L_msr with f_msr held fixed."""
@@ -142,7 +140,8 @@ class Pretraining(pl.LightningModule):
         """Where training stands; the noise of a micro-batch depends on the seed and on its place alone."""
         place = torch.tensor([self.current_epoch << 32 | (batch_index * world_size() + rank())])
         noise = int(keys(self.seed, self.global_step, place, view=-2))
-        return Step(self.global_step, int(self.trainer.estimated_stepping_batches), noise, self.trainer.max_epochs or 1)
+        total = int(self.trainer.estimated_stepping_batches)
+        return Step(self.global_step, total, noise, total / steps_per_epoch(self.trainer))
 
     def learning_rate(self) -> float:
         """The learning rate that theta's next step uses."""

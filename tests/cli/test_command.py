@@ -71,7 +71,16 @@ BEFORE_ANYTHING_IS_BUILT = [
     ("+method.foo=1", "method.foo", "of MoCo", "temperature"),
     ("+foo=1", "foo", "choose one of augment"),
     ("+seed=1", "seed", "leave the plus out"),
-    ("++trainer.max_epoch=3", "trainer.max_epoch", "did you mean max_epochs?"),
+    ("++trainer.max_epoch=3", "trainer.max_epoch", "of Trainer; did you mean max_epochs"),
+    ("+trainer.max_epoch=3", "trainer.max_epoch", "of Trainer; did you mean max_epochs"),
+    ("trainer.devices=2", "trainer.devices", "type hardware.devices=<number>"),
+    ("+trainer.logger=true", "trainer.logger", "type logger=[wandb,tensorboard]"),
+    (
+        "optimizer._target_=torch.optim.SGD +optimizer.momentun=0.9",
+        "optimizer.momentun",
+        "of SGD; did you mean momentum?",
+    ),
+    ("+callbacks.lr={_target_:pytorch_lightning.callbacks.LearningRateMonitor,x:1}", "callbacks.lr.x", "log_momentum"),
     ("method.temperature=${foo}", "method.temperature", "'foo' not found", "${seed}"),
     ("seed=${oc.env:NOT_THERE}", "seed cannot be filled in", "'NOT_THERE' not found"),
     ("hydra.run.dir=${foo}", "hydra.run.dir", "'foo' not found"),
@@ -81,7 +90,7 @@ BEFORE_ANYTHING_IS_BUILT = [
     ("method.temperature=-1", "method.temperature=-1", "greater than 0"),
     ("trainer.max_epochs=abc", "trainer.max_epochs", '"abc"', "a whole number"),
     ("trainer.gradient_clip_val=abc", "trainer.gradient_clip_val", "a number or null"),
-    ("trainer=3", "trainer=3", "a mapping"),
+    ("trainer=3", "trainer=3 does not exist", "choose one of default"),
     ("regularizer.weights=foo", "regularizer.weights", "meta, uniform_only, random, random_net, ones or joint"),
     ("regularizer.width=12", "regularizer.width=12", "a multiple of 8"),
     ("loader.batch_size=1", "loader.batch_size=1", "at least 2"),
@@ -243,7 +252,7 @@ IN_THE_WORLD = [
     ("method=simclr augment.views=[{},{},{}]", "augment.views lists 3 views", "SimCLR takes 2"),
     ("evaluation=shape evaluation.stimuli=stimuli evaluation.head=true", "evaluation.head=true", "encoder=timm:NAME"),
     ("metric=accuracy", "metric=accuracy will not be measured", "online/knn"),
-    ("metric=online/knn trainer.online_every_n_epochs=0", "metric=online/knn will not be measured", "auto"),
+    ("metric=online/knn ~callbacks.online", "metric=online/knn will not be measured", "auto"),
     # machines
     ("hardware.accelerator=gpu hardware.devices=99", "99 GPU", "hardware=cpu"),
     ("hardware=ddp hardware.accelerator=cpu loader.batch_size=9", "loader.batch_size=9", "2 devices", "8"),
@@ -356,7 +365,7 @@ def test_devices_in_a_sweep_need_processes(command: Command) -> None:
 
 def test_what_was_trained_outlives_a_failure_after_it(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
     """Once the disk is full, once the program is at fault; the same command goes on."""
-    words = [*SMALL, "trainer.max_epochs=1", "trainer.online_every_n_epochs=0", "hydra.run.dir=run"]
+    words = [*SMALL, "trainer.max_epochs=1", "~callbacks.online", "hydra.run.dir=run"]
     Path("run").mkdir()
     Path("run/.results.json.tmp").symlink_to("/dev/full")
     code, _, err = command(*words)

@@ -26,7 +26,7 @@ def command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Command:
 
 def test_a_disk_that_is_full_at_the_pictures(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
     """The results are whole by then, and the same command makes the page that is missing."""
-    words = [*SMALL, "trainer.max_epochs=1", "trainer.online_every_n_epochs=0", "hydra.run.dir=run"]
+    words = [*SMALL, "trainer.max_epochs=1", "~callbacks.online", "hydra.run.dir=run"]
     picture = Path("run/figures/views.png")
     picture.parent.mkdir(parents=True)
     picture.symlink_to("/dev/full")
@@ -52,7 +52,7 @@ def test_a_disk_that_is_full_at_the_pictures(command: Command, monkeypatch: pyte
 def test_pictures_pages_and_dashboards_that_fail_cost_themselves_alone(
     command: Command, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    words = [*SMALL, "trainer.max_epochs=1", "trainer.online_every_n_epochs=0", "evaluation=light"]
+    words = [*SMALL, "trainer.max_epochs=1", "~callbacks.online", "evaluation=light"]
 
     def fails(*_: object, **__: object) -> None:
         raise ValueError("the pencil broke.\nTwice.")
@@ -70,6 +70,6 @@ def test_pictures_pages_and_dashboards_that_fail_cost_themselves_alone(
     monkeypatch.setattr(loggers.TensorBoard, "conclude", fails)
     code, out, err = command(*words, "hydra.run.dir=two", "logger=tensorboard")
     assert (code, err) == (0, "")
-    said = "report.html (the pencil broke); the dashboard (the pencil broke) could not be made."
+    said = "report.html (the pencil broke); TensorBoard (the pencil broke) could not be made."
     assert said in " ".join(out.split())
     assert Outcome.load(Path("two")).records.where("accuracy")

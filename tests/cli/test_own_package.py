@@ -209,6 +209,6 @@ def test_own_components_with_ours(python: Callable[..., Any], home: Path) -> Non
     """Our method and regularizer on the user's backbone and data, in a sweep with processes of its own."""
     words = (SEARCH, "dataset=mine", "backbone=mine", "loader.batch_size=8", "method.hidden_dim=16")
     jobs = ("-m", "method=simclr,moco", "hydra/launcher=process", f"hydra.sweep.dir={home}/sweep")
-    done = python("icl_msr.run", *words, *SHORT, *jobs, "method.embedding_dim=8", "optimizer.warmup_steps=0")
+    done = python("icl_msr.run", *words, *SHORT, *jobs, "method.embedding_dim=8", "schedule.warmup_steps=0")
     assert done.returncode == 0, done.stderr
     assert len(list((home / "sweep").glob("*/results.json"))) == 2

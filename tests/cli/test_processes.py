@@ -303,10 +303,16 @@ def test_the_leash(fake: Path) -> None:
 
 # ----------------------------------------------------------------------------------------------- the real program
 
-TRAINING = [*DATA, *MODEL, "trainer.log_every_n_steps=1", "logger=csv", "trainer.online_every_n_epochs=0"]
+TRAINING = [*DATA, *MODEL, "trainer.log_every_n_steps=1", "logger=csv", "~callbacks.online"]
 MOCO = ["method=moco", "method.queue_size=20", "regularizer=msr", "regularizer.every=2", "negatives=patch"]
 # Adam would turn the rounding of a gradient that is nearly zero into a whole step.
-GENTLE = ["loader.batch_size=16", "optimizer=sgd", "optimizer.lr=0.003", "regularizer.lr=1e-4"]
+GENTLE = [
+    "loader.batch_size=16",
+    "optimizer=sgd",
+    "optimizer.lr=0.003",
+    "schedule.scale_lr=linear",
+    "regularizer.lr=1e-4",
+]
 SHORT = [*TRAINING, *MOCO, *GENTLE, "evaluation=light", "trainer.max_epochs=2"]
 LONG = [*TRAINING, "method=simclr", "regularizer=none", "evaluation=none", "trainer.max_epochs=1000"]
 ONE = ["hardware=cpu", "hardware.precision=32-true"]

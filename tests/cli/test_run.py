@@ -14,7 +14,7 @@ from support.inprocess import TRAINER, WORDS, Finished, finish
 from support.tiny import DATA, composed, pieces
 from support.written import accuracy, outcome
 
-from icl_msr.cli.assemble import assemble, build_as, derive
+from icl_msr.cli.assemble import assemble, build_as, derive, make_optimization
 from icl_msr.core.config import check, fingerprint
 from icl_msr.core.errors import UserError
 from icl_msr.core.records import Outcome, chosen_metric
@@ -22,7 +22,6 @@ from icl_msr.evaluation.suite import Results
 from icl_msr.models.backbones import tiny
 from icl_msr.report import summarise
 from icl_msr.training.hardware import Hardware
-from icl_msr.training.optimization import Optimization
 
 
 @pytest.fixture(scope="module")
@@ -172,7 +171,7 @@ def test_other_backbones_run(backbone: str, method: str, tmp_path: Path) -> None
 
 
 def test_a_run_without_evaluation_or_regularizer(tmp_path: Path) -> None:
-    done = finish(tmp_path, "regularizer=none", "evaluation=none", "trainer.online_every_n_epochs=0")
+    done = finish(tmp_path, "regularizer=none", "evaluation=none", "~callbacks.online")
     assert np.isnan(done.values[0])
     assert done.json("results.json")["records"] == {}
     assert (done.folder / "report.html").exists()
@@ -184,8 +183,9 @@ def settings(*words: str) -> Any:
 
 def test_derived_numbers() -> None:
     words = ("loader.batch_size=10", "trainer.accumulate_grad_batches=4", "trainer.max_epochs=3", "optimizer=sgd")
+    words += ("schedule.scale_lr=linear",)
     chosen = settings(*words)
-    optimization = build_as(Optimization, chosen.optimizer)
+    optimization = make_optimization(chosen)
     numbers = {
         "training_images": 128,
         "global_batch": 40,
@@ -204,9 +204,9 @@ def test_derived_numbers() -> None:
 
 def test_a_group_must_give_what_it_is_for() -> None:
     with pytest.raises(
-        UserError, match=r"icl_msr\.training\.optimization\.Optimization gives Optimization, and a Results is needed"
+        UserError, match=r"icl_msr\.training\.hardware\.Hardware gives Hardware, and a Results is needed"
     ):
-        build_as(Results, settings().optimizer)
+        build_as(Results, settings().hardware)
 
 
 def test_the_metric_of_a_sweep() -> None:

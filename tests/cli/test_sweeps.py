@@ -302,7 +302,7 @@ def test_what_a_run_is_called(monkeypatch: pytest.MonkeyPatch) -> None:
 
 # ----------------------------------------------------------------------------------------------------- the real program
 
-TRAINING = [*DATA, *MODEL, "trainer.log_every_n_steps=1", "trainer.online_every_n_epochs=1", "evaluation=none"]
+TRAINING = [*DATA, *MODEL, "trainer.log_every_n_steps=1", "callbacks.online.every_n_epochs=1", "evaluation=none"]
 SIMPLE = [*TRAINING, "method=simclr", "regularizer=none", "logger=csv"]
 
 

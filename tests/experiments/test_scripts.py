@@ -43,7 +43,7 @@ def nothing_is_left() -> Iterator[None]:
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a run."""
-    words = ("regularizer=none", "evaluation=none", "trainer.online_every_n_epochs=0", "trainer.max_epochs=1")
+    words = ("regularizer=none", "evaluation=none", "~callbacks.online", "trainer.max_epochs=1")
     return finish(tmp_path_factory.mktemp("finished"), *words).folder
 
 

@@ -155,7 +155,7 @@ def test_a_run_is_saved_and_continued_as_plain_data(method: str, tmp_path: Path)
             callbacks=[
                 Checkpoints(file, every_n_epochs=1, every_n_minutes=None),
                 throughput,
-                OnlineEvaluation(dataset(), 128, every_n_epochs=1, seed=0),
+                OnlineEvaluation(dataset(), 128, every_n_epochs=1, seed=0, bank=4000, queries=1000),
                 EpochLines(throughput),
             ],
             plugins=[AtomicCheckpoint()],

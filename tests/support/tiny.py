@@ -11,13 +11,14 @@ from hydra.core.global_hydra import GlobalHydra
 from omegaconf import DictConfig
 from pytorch_lightning.callbacks import Checkpoint
 
+from icl_msr.cli.assemble import make_optimization
 from icl_msr.core.config import Settings, build, check, config_dir
 from icl_msr.data.dataset import Dataset
 from icl_msr.training.datamodule import DataModule
 from icl_msr.training.module import Pretraining
 
 DATA = ["dataset.train=64", "dataset.test=16", "dataset.balanced=16", "dataset.cache=null"]
-MODEL = ["loader.batch_size=8", "method.hidden_dim=16", "method.embedding_dim=8", "optimizer.warmup_steps=0"]
+MODEL = ["loader.batch_size=8", "method.hidden_dim=16", "method.embedding_dim=8", "schedule.warmup_steps=0"]
 
 
 def composed(*words: str) -> DictConfig:
@@ -44,12 +45,12 @@ def pieces(*words: str, data: Dataset | None = None) -> tuple[Settings, Pretrain
     settings = check(composed(*DATA, *MODEL, *words))
     pl.seed_everything(settings.seed, verbose=False)
     data = data or dataset()
-    backbone = build(settings.backbone, data.image_size)
-    method = build(settings.method, backbone, len(data.classes), data.mean, data.std)
+    backbone = build(settings.backbone, image_size=data.image_size)
+    method = build(settings.method, backbone=backbone, classes=len(data.classes), mean=data.mean, std=data.std)
     module = Pretraining(
         method,
-        build(settings.regularizer, method.channels, method.temperature),
-        build(settings.optimizer),
+        build(settings.regularizer, channels=method.channels, method_temperature=method.temperature),
+        make_optimization(settings),
         seed=settings.seed,
         batch_size=settings.loader.batch_size,
     )
@@ -68,8 +69,8 @@ def trained(
         accelerator="cpu",
         max_epochs=keys.pop("max_epochs", 1),
         limit_train_batches=keys.pop("limit_train_batches", 2),
-        accumulate_grad_batches=settings.trainer.accumulate_grad_batches,
-        gradient_clip_val=settings.trainer.gradient_clip_val,
+        accumulate_grad_batches=settings.trainer["accumulate_grad_batches"],
+        gradient_clip_val=settings.trainer["gradient_clip_val"],
         log_every_n_steps=keys.pop("log_every_n_steps", 1),
         callbacks=callbacks,
         logger=False,

@@ -29,6 +29,7 @@ CASES = {
     ),
 }
 EPOCHS, BATCHES = 3, 5
+WATCH: dict[str, Any] = {"every_n_epochs": 1, "seed": 0, "bank": 4000, "queries": 1000}
 
 
 class Interrupt(pl.Callback):
@@ -47,7 +48,7 @@ def fit(
 ) -> dict[str, Any]:
     """The checkpoint at the end of a training."""
     checkpoints = Checkpoints(file, every_n_epochs=1, every_n_minutes=every_n_minutes)
-    watch = OnlineEvaluation(dataset(), 64 if "backbone=timm" in words else 128, every_n_epochs=1, seed=0)
+    watch = OnlineEvaluation(dataset(), 64 if "backbone=timm" in words else 128, **WATCH)
     trained(
         *words,
         callbacks=[checkpoints, Throughput(8), watch, *more],
@@ -133,7 +134,7 @@ def test_checkpoints_by_the_clock(whole: dict[str, Any], tmp_path: Path) -> None
 
 def test_more_epochs(tmp_path: Path) -> None:
     """With a constant learning rate, two epochs and one more are three."""
-    words = (*MSR, "optimizer.schedule=constant")
+    words = (*MSR, "schedule=constant", "schedule.warmup_steps=0")
     whole = fit(words, tmp_path / "whole.ckpt")
     fit(words, tmp_path / "last.ckpt", epochs=2)
     continued = fit(words, tmp_path / "last.ckpt")
@@ -149,7 +150,7 @@ def test_more_epochs_stretch_the_schedule(tmp_path: Path) -> None:
         def on_train_batch_start(self, trainer: pl.Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
             self.seen.append(pl_module.learning_rate())
 
-    words = ("method=simclr", "regularizer=none", "optimizer.lr=1.0", "optimizer.name=sgd")
+    words = ("method=simclr", "regularizer=none", "optimizer=sgd", "optimizer.lr=1.0")
     fit(words, tmp_path / "last.ckpt", epochs=1)
     fit(words, tmp_path / "last.ckpt", Rates(), epochs=2)
     assert Rates.seen == pytest.approx([(1 + math.cos(math.pi * step / 10)) / 2 for step in range(5, 10)])

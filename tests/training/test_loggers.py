@@ -234,7 +234,7 @@ def wandb_logger(folder: Path, facts: About = FRESH, **changes: Any) -> WeightsA
 )
 def test_the_dashboard_learns_how_the_run_ended(error: BaseException | None, code: int, tmp_path: Path) -> None:
     logger = wandb_logger(tmp_path)
-    with pytest.raises(type(error)) if error else nullcontext(), closing(logger):
+    with pytest.raises(type(error)) if error else nullcontext(), closing([logger]):
         if error is not None:
             raise error
     (only,) = sent(tmp_path)
@@ -257,7 +257,7 @@ def test_only_the_first_rank_writes(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 def test_training_goes_on_where_wandb_cannot_write(tmp_path: Path) -> None:
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "wandb").write_text("a file, where W&B needs a folder")
-    few = ("regularizer=none", "evaluation=none", "trainer.max_epochs=1", "trainer.online_every_n_epochs=0")
+    few = ("regularizer=none", "evaluation=none", "trainer.max_epochs=1", "~callbacks.online")
     done = finish(tmp_path, *few, "logger=wandb", "metric=loss")
     (line,) = done.complaints.splitlines()
     assert line.startswith("W&B cannot write (")
@@ -436,7 +436,7 @@ def test_wandb_is_imported_only_when_it_is_used(tmp_path: Path) -> None:
         "assert main(run, sys.argv[1:]) == 0\n"
         "assert 'wandb' not in sys.modules\n"
     )
-    few = ["regularizer=none", "evaluation=none", "trainer.max_epochs=1", "trainer.online_every_n_epochs=0"]
+    few = ["regularizer=none", "evaluation=none", "trainer.max_epochs=1", "~callbacks.online"]
     line = [
         sys.executable,
         "-c",

@@ -300,7 +300,7 @@ def test_the_per_epoch_schedule_moves_the_strata_alone(start: AfterBatch) -> Non
 
 def test_the_learning_rate_follows_the_optimizer_steps() -> None:
     look = AfterBatch(lambda module: module.learning_rate())
-    words = ("optimizer.lr=1.0", "optimizer.scale_lr=linear", "optimizer.name=sgd", "optimizer.warmup_steps=2")
+    words = ("optimizer=sgd", "optimizer.lr=1.0", "schedule.scale_lr=linear", "schedule.warmup_steps=2")
     more = ("method=simclr", "regularizer=none", "trainer.accumulate_grad_batches=2")
     trained(*words, *more, callbacks=[look], limit_train_batches=4, max_epochs=2)
     effective = 16 / 256
