@@ -75,7 +75,7 @@ def send(summary: Summary, folder: Path, project: str) -> None:
         run = begin(mode="offline")
     for table in (flat_summary(summary), flat_differences(summary)):
         if table.lines:
-            run.log({table.name: wandb.Table(columns=list(table.heads), data=table.data)})
+            run.log({table.name: wandb.Table(columns=list(table.heads), data=table.data, allow_mixed_types=True)})
     run.finish(exit_code=0)
 
 

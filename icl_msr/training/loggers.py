@@ -266,7 +266,9 @@ class WeightsAndBiases(Logger):
         run.log({name: wandb.Image(str(file), caption=caption) for name, (file, caption) in figures(folder).items()})
         for kind, rows in outcome.records.rows().items():
             table = Table.of(kind, rows)
-            run.log({f"records/{kind}": wandb.Table(columns=list(table.heads), data=table.data)})
+            run.log(
+                {f"records/{kind}": wandb.Table(columns=list(table.heads), data=table.data, allow_mixed_types=True)}
+            )
         if self.artifacts:
             files = {"checkpoint": ("checkpoints/last.ckpt",), "encoder": ("encoder.safetensors", "encoder.json")}
             for kind, names in files.items():
