@@ -81,8 +81,9 @@ def assemble(settings: Settings, plan: Plan) -> Pieces:
     )
     evaluation: Evaluation | None = build(settings.evaluation)
     online = any(resolve_name(node["_target_"]) is OnlineEvaluation for node in settings.callbacks.values())
-    logged = [name for name in LOGGED if online or not name.startswith("online/")]
-    known = ["auto", *logged, *(evaluation.names(dataset) if evaluation else [])]
+    watched = LOGGED if online and dataset.evaluated.classified else LOGGED[:2]
+    logged = [name for name in watched if dataset.labelled is None or name != "online/probe"]
+    known = ["auto", *logged, *(evaluation.names(dataset.evaluated) if evaluation else [])]
     if isinstance(evaluation, Evaluation):
         evaluation.require(method.backbone)
     if settings.metric not in known:

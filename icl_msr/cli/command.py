@@ -26,7 +26,7 @@ from icl_msr.cli.processes import hold_leash, in_folder, outlive_reader, told
 from icl_msr.cli.sweeps import ProcessLauncher, register_resolvers
 from icl_msr.cli.words import ambiguous, overrides, path_in, unreadable
 from icl_msr.core.compose import compose, hydra_for_itself
-from icl_msr.core.config import Settings, check, config_dir, no_keys, suggestion, unfilled
+from icl_msr.core.config import Settings, check, config_dir, no_keys, suggestion, unfilled, with_new_keys
 from icl_msr.core.errors import UserError
 from icl_msr.core.folder import RunFolder
 from icl_msr.core.storage import disk_is_full
@@ -67,6 +67,8 @@ def main(job: Job, arguments: Sequence[str] | None = None) -> int:
         sys.argv[1:] = typed  # for the ranks and the jobs of a sweep, which repeat the command
         codes.append(0)
         try:
+            if source != config_dir():
+                config = _with_todays_keys(config, RunFolder(source))
             return job(check(config), config)
         except UserError as mistake:
             # Hydra would announce a mistake that leaves the job; and the other jobs of a sweep go on.
@@ -126,6 +128,18 @@ def _source(typed: Sequence[str]) -> tuple[Path, Sequence[str]]:
                 "or begin a new run."
             )
     return folder.resolve(), [*epochs, in_folder(folder), "hydra.output_subdir=null", "hydra/job_logging=none"]
+
+
+def _with_todays_keys(config: DictConfig, run: RunFolder) -> DictConfig:
+    """The config of a run that is continued, in which a key that was added since has its default."""
+    known = {group: str(choice).split("+") for group, choice in run.facts()["choices"].items()}
+    words = [
+        f"{group}=[{','.join(names)}]" if len(names) > 1 else f"{group}={names[0]}"
+        for group, names in known.items()
+        if all((config_dir() / group / f"{name}.yaml").exists() for name in names)
+    ]
+    saved, today = (OmegaConf.to_container(part) for part in (config, compose(words)))
+    return OmegaConf.create(with_new_keys(saved, today))  # type: ignore[arg-type]
 
 
 def _check_flags(typed: Sequence[str]) -> None:

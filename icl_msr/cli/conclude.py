@@ -5,6 +5,7 @@ import resource
 import subprocess
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -68,14 +69,14 @@ def evaluate(settings: Settings, plan: Plan, pieces: Pieces, folder: RunFolder, 
     results = Results()
     if pieces.evaluation is not None:
         results = pieces.evaluation(
-            backbone, dataset, device=plan.device, seed=settings.seed, untrained_encoder=pieces.untrained
+            backbone, dataset.evaluated, device=plan.device, seed=settings.seed, untrained_encoder=pieces.untrained
         )
         results.save(folder.path)
     if pieces.module.regularizer is not None and isinstance(pieces.evaluation, Evaluation):
         found = look_at_strata(
             pieces.module.to(plan.device).method.backbone,
             pieces.module.regularizer.strata,
-            dataset,
+            dataset.evaluated,
             device=plan.device,
             batch_size=pieces.evaluation.batch_size,
             bootstrap=Bootstrap(pieces.evaluation.bootstrap, settings.seed),
@@ -88,7 +89,7 @@ def scene_of(pieces: Pieces, plan: Plan, results: Results) -> Scene:
     """What the pictures of a run are drawn of."""
     module = pieces.module.to(plan.device)
     return Scene(
-        dataset=pieces.dataset,
+        dataset=replace(pieces.dataset.evaluated, mean=pieces.dataset.mean, std=pieces.dataset.std),
         features=results.features.get(TRAINED, {}),
         batch=lambda: next(pieces.data.epoch(0, module.device)),
         backbone=module.method.backbone if isinstance(module.method.backbone, Backbone) else None,

@@ -78,6 +78,7 @@ def evaluate(order: Order, words: Sequence[str], plan: Plan) -> None:
     dataset = build(settings.dataset)
     if not isinstance(dataset, Dataset):
         raise UserError(f"{settings.dataset['_target_']} gives {type(dataset).__name__}, and a Dataset is needed.")
+    dataset = dataset.evaluated
     for evaluation in evaluations:
         evaluation.names(dataset)
     encoder = subject.fitting(dataset.image_size, settings.seed)

@@ -20,7 +20,7 @@ from rich.console import Console
 from icl_msr.cli.assemble import Pieces, assemble, build_as, in_words, make_loggers, make_trainer
 from icl_msr.cli.conclude import conclude, describe, evaluate, peak_memory_mb, scene_of
 from icl_msr.cli.processes import in_folder, require_processes, run_ranks, stoppable
-from icl_msr.core.config import Settings
+from icl_msr.core.config import Settings, with_new_keys
 from icl_msr.core.errors import UserError
 from icl_msr.core.folder import RunFolder
 from icl_msr.core.ranks import is_first, is_rank
@@ -97,7 +97,7 @@ def carry_out(
         atomic_write(folder.config, OmegaConf.to_yaml(config))
     console.print(f"[bold]{about.name}[/bold] on {plan}\n{in_words(pieces.derived)}\n{folder}")
 
-    for remark in pieces.dataset.remarks():
+    for remark in [*pieces.dataset.remarks(), *(pieces.dataset.labelled.remarks() if pieces.dataset.labelled else [])]:
         console.print(remark, style="yellow", markup=False)
     with closing(loggers):
         trainer.loggers = loggers
@@ -117,8 +117,8 @@ def carry_out(
             choices=facts["choices"],
             seed=settings.seed,
             train_on=settings.dataset.get("train_on", "full"),
-            classes=list(pieces.dataset.classes),
-            chance=pieces.dataset.chance,
+            classes=list(pieces.dataset.evaluated.classes),
+            chance=pieces.dataset.evaluated.chance,
             parameters=sum(p.numel() for p in pieces.module.method.backbone.parameters()),
             derived=pieces.derived,
             images_per_second=pieces.throughput.rate,
@@ -140,7 +140,8 @@ def more_epochs(settings: Settings, folder: RunFolder) -> bool:
     Raises:
         UserError: another run lies there.
     """
-    saved, now = flatten(folder.saved_config()), flatten(settings.model_dump())
+    now = settings.model_dump()
+    saved, now = flatten(with_new_keys(folder.saved_config(), now)), flatten(now)
     epochs = "trainer.max_epochs"
     for key in dict.fromkeys([*now, *saved]):
         if saved.get(key) != now.get(key) and (key != epochs or (now[key] or 0) < (saved.get(key) or 0)):

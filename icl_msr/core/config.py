@@ -89,13 +89,13 @@ class Settings(BaseModel):
     loader: Loader
     method: Node
     regularizer: Node
-    negatives: Node
-    augment: Node
     optimizer: Node
     bias_and_norm: dict[str, Any]
     schedule: Node
-    backbone: Node
     hardware: Node
+    negatives: Node
+    augment: Node
+    backbone: Node
     dataset: Node
     evaluation: Node
     trainer: Node
@@ -142,7 +142,8 @@ def check(config: DictConfig) -> Settings:
     for group, key, node in settings.nodes():
         check_node(key, node, GIVEN.get(group, ()))
         if group == "optimizer":
-            check_node("bias_and_norm", {**settings.bias_and_norm, **_HALF, "_target_": node["_target_"]})
+            part = {**settings.bias_and_norm, "_target_": node["_target_"], "_partial_": True}
+            check_node("bias_and_norm", part, GIVEN["optimizer"])
     return settings
 
 
@@ -245,7 +246,6 @@ def check_node(key: str, node: Any, given: Collection[str] = ()) -> None:
 
 _HYDRAS = ("_target_", "_partial_", "_args_")
 """Keys that say how a target is called; the others are its arguments."""
-_HALF = {"_partial_": True}
 
 
 def _built(value: Any) -> Any:

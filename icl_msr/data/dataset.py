@@ -69,6 +69,8 @@ class Dataset:
     """The coarse class of each class, where the data set has such."""
     notes: tuple[str, ...] = ()
     """What its user should know before anything is trained, a sentence each; see `remarks`."""
+    labelled: "Dataset | None" = None
+    """What evaluation and the online monitors use instead, where the images of this one have no labels."""
 
     def __post_init__(self) -> None:
         """Refuse labels that no class stands for."""
@@ -100,9 +102,19 @@ class Dataset:
         return found
 
     @property
+    def evaluated(self) -> "Dataset":
+        """What evaluation and the online monitors use."""
+        return self.labelled or self
+
+    @property
+    def classified(self) -> bool:
+        """Do its labels tell images apart? They do not where there are none, or one class."""
+        return len(self.classes) > 1
+
+    @property
     def chance(self) -> float:
         """Accuracy of guessing, in [0, 1]."""
-        return 1.0 / len(self.classes)
+        return 1.0 / max(1, len(self.classes))
 
 
 def normalise(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:

@@ -78,6 +78,11 @@ def require_labels(dataset: Dataset) -> None:
         UserError: there are fewer.
     """
     labelled = int((dataset.train.labels >= 0).sum())
+    if not dataset.classified:
+        raise UserError(
+            f"{dataset.name} has {'one class' if dataset.classes else 'no labels'}, and this evaluation fits "
+            "classifiers to labels; choose another dataset, dataset.labelled of dataset=images, or evaluation=default."
+        )
     if labelled < 2:
         has = f"has {labelled or 'no'} training image{'' if labelled == 1 else 's'} with a label"
         raise UserError(

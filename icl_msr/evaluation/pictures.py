@@ -111,6 +111,9 @@ def neighbours_grid(
     rows = {split.replace("_", " "): test.load(chosen)}
     for rank in range(k):
         rows[f"nearest {rank + 1}"] = dataset.train.load(nearest[:, rank])
+    if not dataset.classified:
+        _grid(rows, path)
+        return f"Images of the test split {split} and their nearest training images."
     hits = dataset.train.labels[nearest] == test.labels[chosen][:, None]
     _grid(rows, path, marks={f"nearest {rank + 1}": hits[:, rank] for rank in range(k)})
     return f"Images of the test split {split} and their nearest training images; a green frame marks the same class."
@@ -131,8 +134,11 @@ def map_figure(dataset: Dataset, features: Tensor, split: str, path: Path, image
     share = scale.square() / scale.square().sum().clamp(min=1e-30)
     figure = Figure(figsize=(7.5, 4.6), dpi=110, layout="constrained")
     axes = figure.subplots()
-    several = len(dataset.classes) <= 20
-    for k, name in enumerate(dataset.classes):
+    classes = dataset.classes if dataset.classified else ()
+    several = 0 < len(classes) <= 20
+    if not classes:
+        axes.scatter(shown[:, 0], shown[:, 1], s=7, alpha=0.7, lw=0)
+    for k, name in enumerate(classes):
         of_class = shown[labels[chosen] == k]
         colour = matplotlib.colormaps["tab20"](k % 20)
         axes.scatter(
@@ -146,7 +152,7 @@ def map_figure(dataset: Dataset, features: Tensor, split: str, path: Path, image
     figure.savefig(path)
     return (
         f"Images of the test split {split} by the two principal components of their unit features and their share of "
-        "the variance, coloured by class: two dimensions of many."
+        f"the variance{', coloured by class' if classes else ''}: two dimensions of many."
     )
 
 
@@ -209,7 +215,9 @@ def _neighbours(scene: Scene, path: Path) -> str | None:
 
 def _map(scene: Scene, path: Path) -> str | None:
     features = scene.features.get(scene.split)
-    return None if features is None else map_figure(scene.dataset, features, scene.split, path)
+    if features is None or min(features.shape) < 2:  # two components need two images
+        return None
+    return map_figure(scene.dataset, features, scene.split, path)
 
 
 PICTURES: dict[str, Callable[[Scene, Path], str | None]] = {

@@ -184,6 +184,8 @@ class Evaluation:
         Raises:
             UserError: the data set lacks something for it.
         """
+        if not dataset.classified:
+            return []
         require_labels(dataset)
         fits = itertools.product(self.classifiers, fitting_sets(dataset), dataset.tests)
         return ["/".join(map(str, parts)) for parts in fits]
@@ -238,6 +240,8 @@ class Evaluation:
         results.features[task.encoder] = {name: values.cpu() for name, values in features.items()}
         first = next(iter(dataset.tests))
         results.records.add(HEALTH, *health(task, first, dataset.tests[first], features[first]))
+        if not dataset.classified:
+            return
         tests = {name: features[name] for name in dataset.tests}
         for fitted_on, split in fitting.items():
             for fit, scores in self.scores(task, fitted_on, features[fitted_on], split.labels, tests, results):

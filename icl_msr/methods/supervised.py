@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from icl_msr.core.distributed import all_reduce_sum, world_size
+from icl_msr.core.errors import UserError
 from icl_msr.core.views import Views
 from icl_msr.losses.contrastive import full_precision
 from icl_msr.methods.base import Method, Pair, Step, Targets
@@ -26,6 +27,11 @@ class Supervised(Method):
 
     def __init__(self, backbone: Backbone, classes: int):
         super().__init__()
+        if classes < 2:
+            raise UserError(
+                f"method=supervised learns to tell classes apart, and the data set has {classes or 'no'} "
+                f"class{'' if classes == 1 else 'es'}; choose another dataset, or a method that needs no labels."
+            )
         self.backbone = backbone
         self.classifier = nn.Linear(backbone.channels, classes)
 

@@ -73,6 +73,11 @@ def answer(outcome: Outcome) -> list[str]:
     """How much the encoder relies on the object and how much on the background: sentences, the main one first."""
     records = outcome.records
     classifier = main_classifier(records)
+    if classifier is None and records.where("health"):
+        return [
+            "This run had no labels of two or more classes, so nothing can be said about object and background; what "
+            "needs no label is below."
+        ]
     if classifier is None:
         return ["This run was not evaluated, so nothing can be said about object and background."]
     linear = classifier.family == "linear"

@@ -22,8 +22,8 @@ class OnlineEvaluation(pl.Callback):
     """Logs `online/knn` (preset dino) and `online/probe` every few epochs.
 
     The probe is softmax regression from zero on detached features, trained with Adam on every batch beside the encoder,
-    the same on all ranks. The held-out images are pre-trained on without their labels; neither the probe nor the kNN
-    bank ever sees those.
+    the same on all ranks; there is none where the labels are those of another data set. The held-out images are
+    pre-trained on without their labels; neither the probe nor the kNN bank ever sees those.
     """
 
     def __init__(
@@ -36,11 +36,14 @@ class OnlineEvaluation(pl.Callback):
         bank: PositiveInt,
         queries: PositiveInt,
     ):
-        self.dataset, self.every_n_epochs = dataset, every_n_epochs
+        self.dataset, self.every_n_epochs = dataset.evaluated, every_n_epochs
+        self.probed = dataset.labelled is None
+        """Is the probe trained? It sees the features of training images, which must have the labels."""
+        dataset = dataset.evaluated
         train = dataset.train
         fit, self.held = hold_out(len(train), min(queries / len(train), 0.5), seed)
         self.fit = fit[train.labels.cpu()[fit] >= 0]
-        self.held = self.held[train.labels.cpu()[self.held] >= 0]
+        self.held = self.held[train.labels.cpu()[self.held] >= 0] if dataset.classified else self.held[:0]
         self.bank = self.fit[torch.linspace(0, len(self.fit) - 1, min(bank, len(self.fit))).long()]
         self.fits = torch.zeros(len(train), dtype=torch.bool)
         self.fits[self.fit] = True
@@ -68,7 +71,8 @@ class OnlineEvaluation(pl.Callback):
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        # One step of the probe.
+        if not self.probed:
+            return
         assert isinstance(pl_module, Pretraining)
         assert pl_module.batch is not None
         views = pl_module.batch.views
@@ -102,7 +106,8 @@ class OnlineEvaluation(pl.Callback):
         knn = knn_predict(bank, train_labels[self.bank.to(device)], queries, "dino", len(self.dataset.classes))
         with torch.no_grad():
             probe = self.probe(F.layer_norm(queries, queries.shape[1:])).argmax(1)
-        return {"online/knn": _share(knn == labels), "online/probe": _share(probe == labels)}
+        found = {"online/knn": _share(knn == labels), "online/probe": _share(probe == labels)}
+        return found if self.probed else {"online/knn": found["online/knn"]}
 
     def _features(self, module: Pretraining, index: Tensor) -> Tensor:
         data = self.dataset

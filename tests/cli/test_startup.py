@@ -40,7 +40,9 @@ def test_help_and_wrong_names_need_no_torch(line: str, code: int, tmp_path: Path
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("word", ["+method.foo=1", "method.temperature=-1"])
-def test_a_wrong_key_of_a_method_needs_torch_alone(word: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "word", ["+method.foo=1", "method.temperature=-1", "+regularizer.foo=1", "+optimizer.foo=1", "+schedule.foo=1"]
+)
+def test_a_wrong_key_of_what_learns_needs_torch_alone(word: str, tmp_path: Path) -> None:
     found = imported(tmp_path, "icl_msr.run", word, code=2)
     assert found & HEAVY <= {"torch"}

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import pytorch_lightning as pl
 import torch
+from omegaconf import OmegaConf
 from support.inprocess import TRAINER, WORDS, Finished, execute, finish
 from support.tiny import DATA, MODEL, pieces
 
@@ -191,3 +192,25 @@ def test_what_torch_and_lightning_refuse_is_one_sentence(word: str, sentence: st
     (line,) = answer.err.splitlines()
     assert line.startswith(sentence)
     assert not list(tmp_path.iterdir())
+
+
+def test_a_key_that_was_added_since_has_its_default(tmp_path: Path) -> None:
+    """By `resume=` and by the same command; what was taken away stays away."""
+    words = (*LEAN, "metric=loss", "optimizer=sgd", "~callbacks.online")
+    done = finish(tmp_path, *words, "trainer.max_epochs=1")
+    file = done.folder / "config.yaml"
+    whole = OmegaConf.load(file)
+    older = whole.copy()
+    del older["bias_and_norm"], older["schedule"]["scale_lr"], older["trainer"]["profiler"]
+    del older["callbacks"]["checkpoints"]["every_n_minutes"], older["loader"]["num_workers"]
+    for epochs, again in ((2, [f"resume={done.folder}"]), (3, None)):
+        older["trainer"]["max_epochs"] = epochs - 1
+        file.write_text(OmegaConf.to_yaml(older))
+        more = f"trainer.max_epochs={epochs}"
+        answer = (
+            execute(*again, more) if again else execute(*WORDS, *TRAINER, *words, more, f"hydra.run.dir={done.folder}")
+        )
+        assert answer.code == 0, answer.err
+        whole["trainer"]["max_epochs"] = epochs
+        assert OmegaConf.load(file) == whole
+        assert saved(done)["global_step"] == 3 * epochs

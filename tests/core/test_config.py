@@ -36,6 +36,7 @@ MANDATORY = {
     "dataset=arrays": ["dataset.path=images.npz"],
     "dataset=coco": ["dataset.root=coco"],
     "dataset=imagefolder": ["dataset.root=images"],
+    "dataset=images": ["dataset.root=images"],
     "backbone=timm": ["backbone.name=resnet18"],
     "negatives=cached": ["negatives.folder=textures"],
     "evaluation=shape": ["evaluation.stimuli=stimuli"],
