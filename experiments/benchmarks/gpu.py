@@ -209,7 +209,7 @@ class Training:
             loss = output.loss
             if regularizer is not None:
                 mark("L_msr")
-                loss = loss + regularizer.lam * regularizer(views.images, output.pairs)
+                loss = loss + regularizer(views, output, step)
         mark("backward")
         loss.backward()
         if regularizer is not None and regularizer.due(step):
@@ -336,7 +336,7 @@ def gradients(bench: Bench, name: str, device: torch.device, dtype: torch.dtype)
     targets = method.targets(views)
     torch.manual_seed(step.noise)
     output = method(views, targets, step)
-    loss = output.loss + regularizer.lam * regularizer(views.images, output.pairs)
+    loss = output.loss + regularizer(views, output, step)
     torch.autograd.backward(loss)
     phi: list[Tensor] = []
     assert regularizer.optimizer is not None
@@ -839,7 +839,7 @@ def agreement(bench: Bench, method: str, batch: int) -> Result:
             targets = built.targets(of)
             torch.manual_seed(step.noise)
             output = built(of, targets, step)
-            loss = output.loss + regularizer.lam * regularizer(of.images, output.pairs)
+            loss = output.loss + regularizer(of, output, step)
         with settings(tf32=tf32):
             loss.backward()
             phi: list[Tensor] = []

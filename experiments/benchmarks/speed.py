@@ -69,7 +69,7 @@ def steps(bench: Bench) -> Work:
         with torch.autocast(plan.device.type, torch.bfloat16, enabled="bf16" in plan.precision):
             targets = method.targets(views)
             output = method(views, targets, now)
-            loss = output.loss + (regularizer.lam * regularizer(views.images, output.pairs) if penalty else 0)
+            loss = output.loss + (regularizer(views, output, now) if penalty else 0)
         optimizer.zero_grad()
         loss.backward()
         if meta:

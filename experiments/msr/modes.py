@@ -77,8 +77,8 @@ class Agreement(pl.Callback):
     def on_before_optimizer_step(self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Any) -> None:
         """See the class."""
         assert isinstance(pl_module, Pretraining)
-        batch, regularizer = pl_module.batch, pl_module.regularizer
-        if trainer.global_step % self.every or batch is None or regularizer is None:
+        batch, regularizer = pl_module.latest, pl_module.regularizer
+        if trainer.global_step % self.every or batch is None or not isinstance(regularizer, MetaSemanticRegularizer):
             return
         method = pl_module.method
         inner = {name: p.grad for name, p in trainable(method).items() if p.grad is not None}
@@ -122,8 +122,8 @@ class Signal(pl.Callback):
     def on_before_optimizer_step(self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Any) -> None:
         """See the class."""
         assert isinstance(pl_module, Pretraining)
-        batch, regularizer, method = pl_module.batch, pl_module.regularizer, pl_module.method
-        if trainer.global_step % self.every or batch is None or regularizer is None:
+        batch, regularizer, method = pl_module.latest, pl_module.regularizer, pl_module.method
+        if trainer.global_step % self.every or batch is None or not isinstance(regularizer, MetaSemanticRegularizer):
             return
         index = batch.views.index
         with torch.no_grad():
@@ -275,7 +275,7 @@ def stepper(backbone_name: str, batch: int, precision: str, layout: str, size: i
         with torch.autocast(plan.device.type, torch.bfloat16, enabled="bf16" in plan.precision):
             targets = method.targets(views)
             output = method(views, targets, Step(0, 1))
-            loss = output.loss + (0 if other is None else other(views.images, output.pairs))
+            loss = output.loss + (0 if other is None else other(views, output, Step(0, 1)))
         optimizer.zero_grad()
         loss.backward()
         if other is not None and other.every and number % other.every == 0:

@@ -24,7 +24,7 @@ from icl_msr.evaluation.suite import Evaluation
 from icl_msr.methods import Method
 from icl_msr.models.batchnorm import global_batch_norm
 from icl_msr.models.momentum import Queue
-from icl_msr.regularizers import MetaSemanticRegularizer
+from icl_msr.regularizers import Regularizer
 from icl_msr.training.checkpoint import AtomicCheckpoint
 from icl_msr.training.datamodule import DataModule
 from icl_msr.training.hardware import Plan
@@ -62,13 +62,20 @@ def assemble(settings: Settings, plan: Plan) -> Pieces:
     method = build_as(Method, settings.method, backbone=backbone, **facts)  # type: ignore[type-abstract]
     require_meaning(settings, method, plan.world_size)
     untrained = copy.deepcopy(method.backbone)
-    regularizer: MetaSemanticRegularizer | None = build(
+    regularizer: Regularizer | None = build(
         settings.regularizer, channels=method.channels, method_temperature=method.temperature
     )
     if plan.world_size > 1:
         global_batch_norm(method)
     optimization = make_optimization(settings)
-    module = Pretraining(method, regularizer, optimization, seed=settings.seed, batch_size=settings.loader.batch_size)
+    module = Pretraining(
+        method,
+        regularizer,
+        optimization,
+        seed=settings.seed,
+        batch_size=settings.loader.batch_size,
+        config=settings.model_dump(),
+    )
     if plan.channels_last:
         module.to(memory_format=torch.channels_last)
     data = DataModule(

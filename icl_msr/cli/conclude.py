@@ -30,6 +30,7 @@ from icl_msr.evaluation.strata_maps import look_at_strata
 from icl_msr.evaluation.suite import Evaluation, Results
 from icl_msr.models.backbones import Backbone
 from icl_msr.models.exported import export_encoder
+from icl_msr.regularizers import MetaSemanticRegularizer
 from icl_msr.report import tables, write_report
 from icl_msr.report.runs import Run
 from icl_msr.report.words import answer, faint_meta_signal
@@ -72,10 +73,11 @@ def evaluate(settings: Settings, plan: Plan, pieces: Pieces, folder: RunFolder, 
             backbone, dataset.evaluated, device=plan.device, seed=settings.seed, untrained_encoder=pieces.untrained
         )
         results.save(folder.path)
-    if pieces.module.regularizer is not None and isinstance(pieces.evaluation, Evaluation):
+    regularizer = pieces.module.regularizer
+    if isinstance(regularizer, MetaSemanticRegularizer) and isinstance(pieces.evaluation, Evaluation):
         found = look_at_strata(
             pieces.module.to(plan.device).method.backbone,
-            pieces.module.regularizer.strata,
+            regularizer.strata,
             dataset.evaluated,
             device=plan.device,
             batch_size=pieces.evaluation.batch_size,
@@ -93,7 +95,7 @@ def scene_of(pieces: Pieces, plan: Plan, results: Results) -> Scene:
         features=results.features.get(TRAINED, {}),
         batch=lambda: next(pieces.data.epoch(0, module.device)),
         backbone=module.method.backbone if isinstance(module.method.backbone, Backbone) else None,
-        strata=None if module.regularizer is None else module.regularizer.strata,
+        strata=module.regularizer.strata if isinstance(module.regularizer, MetaSemanticRegularizer) else None,
     )
 
 

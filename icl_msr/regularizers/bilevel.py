@@ -21,7 +21,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from icl_msr.core.distributed import average
 from icl_msr.core.views import Views
-from icl_msr.methods.base import Method, Output, Pair, Step, Targets, frozen_statistics
+from icl_msr.methods.base import Method, Output, Pair, Step, Targets
+from icl_msr.models.batchnorm import frozen_statistics
 
 Gradients = dict[str, Tensor]
 Features = Sequence[Tensor]

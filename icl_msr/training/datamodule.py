@@ -72,8 +72,8 @@ class Negatives(Protocol):
     alpha_mode: AlphaMode
     alpha_schedule: AlphaSchedule
 
-    def __call__(self, query: Tensor, keys: Tensor) -> Tensor:
-        """Query (N, C, H, W), keys int64 (N,); returns (N, m, C, H, W)."""
+    def __call__(self, query: Tensor, keys: Tensor) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
+        """Query (N, C, H, W), keys int64 (N,); returns (N, m, C, H, W), and numbers () for the log if there are any."""
         ...
 
 
@@ -215,16 +215,17 @@ class DataModule(pl.LightningDataModule):
         data, index = self.dataset, batch.positions
         images = self._images("train", data.train, index) if batch.images is None else batch.images
         views = self._augmented(self.augmentation, images if batch.crops is None else batch.crops, batch)
-        negatives, of = None, self.negatives
+        negatives, of, log = None, self.negatives, dict[str, Tensor]()
         if of is not None:
             if isinstance(of, CachedNegatives):
                 textures = batch.textures
                 source = self._images("textures", self._textures, index) if textures is None else [textures]
                 rows = self._augmented(self._first_view, source, batch)[0][:, None]
             else:
-                rows = of(views[0], keys(self.seed, batch.epoch, index, NEGATIVES))
+                made = of(views[0], keys(self.seed, batch.epoch, index, NEGATIVES))
+                rows, log = made if isinstance(made, tuple) else (made, log)
             rows = self._laid_out(rows.flatten(0, 1)).view_as(rows)
-            negatives = NonSemantic(rows, of.alpha, of.repulsion, of.alpha_mode, of.alpha_schedule)
+            negatives = NonSemantic(rows, of.alpha, of.repulsion, of.alpha_mode, of.alpha_schedule, log)
         whole = normalise(images, data.mean, data.std)
         self._labels = self._labels.to(index.device)
         return Views(

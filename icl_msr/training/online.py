@@ -74,9 +74,10 @@ class OnlineEvaluation(pl.Callback):
         if not self.probed:
             return
         assert isinstance(pl_module, Pretraining)
-        assert pl_module.batch is not None
-        views = pl_module.batch.views
-        features = gather(pl_module.batch.output.features[0].detach().float())
+        assert pl_module.latest is not None
+        assert pl_module.latest.output is not None
+        views = pl_module.latest.views
+        features = gather(pl_module.latest.output.features[0].detach().float())
         labels = gather(views.labels.masked_fill(~self.fits[views.index], -1))
         features = F.layer_norm(features, features.shape[1:])
         with torch.enable_grad():

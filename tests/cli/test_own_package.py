@@ -33,9 +33,8 @@ class Attraction(Method):
     """Two views attract each other, and nothing repels."""
 
     def __init__(self, backbone, classes, *, width: PositiveInt, strength: PositiveFloat):
-        super().__init__()
-        self.backbone, self.strength = backbone, strength
-        self.projector = mlp(backbone.channels, width)
+        super().__init__(backbone, mlp(backbone.channels, width))
+        self.strength = strength
 
     def project(self, features):
         return [self.projector(view) for view in features]

@@ -112,8 +112,8 @@ def test_training_reads_what_was_written(tmp_path: Path) -> None:
     words = ("method=moco", "regularizer=none", "negatives=cached", f"negatives.folder={tmp_path}")
     module, trainer = trained(*words)
     assert trainer.global_step == 2
-    assert module.batch is not None
-    assert module.batch.targets.negatives is not None
+    assert module.latest is not None
+    assert module.latest.targets.negatives is not None
 
 
 # Real processes

@@ -18,8 +18,8 @@ from icl_msr.core.distributed import all_reduce_sum, average, gather, rank, worl
 from icl_msr.core.errors import UserError
 from icl_msr.core.views import Views
 from icl_msr.methods import Method, Step
-from icl_msr.methods.base import Targets, frozen_statistics
-from icl_msr.models.batchnorm import GlobalBatchNorm, global_batch_norm
+from icl_msr.methods.base import Targets
+from icl_msr.models.batchnorm import GlobalBatchNorm, frozen_statistics, global_batch_norm
 from icl_msr.regularizers import MetaSemanticRegularizer
 from icl_msr.regularizers.bilevel import trainable
 
@@ -54,7 +54,7 @@ class Training(nn.Module):
         output = self.method(views, targets, STEP)
         loss: Tensor = output.loss
         if self.regularizer is not None:
-            loss = loss + self.regularizer.lam * self.regularizer(views.images, output.pairs)
+            loss = loss + self.regularizer(views, output, STEP)
         return loss
 
 

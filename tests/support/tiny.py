@@ -73,7 +73,7 @@ def trained(
         gradient_clip_val=settings.trainer["gradient_clip_val"],
         log_every_n_steps=keys.pop("log_every_n_steps", 1),
         callbacks=callbacks,
-        logger=False,
+        logger=keys.pop("logger", False),
         enable_checkpointing=any(isinstance(callback, Checkpoint) for callback in callbacks or []),
         enable_progress_bar=False,
         enable_model_summary=False,
