@@ -48,7 +48,7 @@ class Pieces:
     untrained: torch.nn.Module
     module: Pretraining
     data: DataModule
-    evaluation: Evaluation | None
+    evaluations: list[Evaluation]
     throughput: Throughput
     derived: dict[str, float]
 
@@ -86,18 +86,19 @@ def assemble(settings: Settings, plan: Plan) -> Pieces:
         channels_last=plan.channels_last,
         **settings.loader.model_dump(),
     )
-    evaluation: Evaluation | None = build(settings.evaluation)
+    evaluations = [build(node) for node in settings.evaluation.values()]
     online = any(resolve_name(node["_target_"]) is OnlineEvaluation for node in settings.callbacks.values())
     watched = LOGGED if online and dataset.evaluated.classified else LOGGED[:2]
     logged = [name for name in watched if dataset.labelled is None or name != "online/probe"]
-    known = ["auto", *logged, *(evaluation.names(dataset.evaluated) if evaluation else [])]
-    if isinstance(evaluation, Evaluation):
-        evaluation.require(method.backbone)
+    known = ["auto", *logged, *(name for evaluation in evaluations for name in evaluation.names(dataset.evaluated))]
+    for evaluation in evaluations:
+        if isinstance(evaluation, Evaluation):
+            evaluation.require(method.backbone)
     if settings.metric not in known:
         raise UserError(f"metric={settings.metric} will not be measured; {suggestion(settings.metric, known)}")
     derived = derive(settings, optimization, len(dataset.train), plan.world_size)
     throughput = Throughput(settings.loader.batch_size)
-    return Pieces(dataset, untrained, module, data, evaluation, throughput, derived)
+    return Pieces(dataset, untrained, module, data, evaluations, throughput, derived)
 
 
 def make_optimization(settings: Settings) -> Optimization:

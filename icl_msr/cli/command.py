@@ -24,9 +24,9 @@ from yaml import MarkedYAMLError, YAMLError
 from icl_msr.cli.footprint import Footprint
 from icl_msr.cli.processes import hold_leash, in_folder, outlive_reader, told
 from icl_msr.cli.sweeps import ProcessLauncher, register_resolvers
-from icl_msr.cli.words import ambiguous, overrides, path_in, unreadable
+from icl_msr.cli.words import ambiguous, for_sweep, overrides, path_in, spelled_out, unreadable
 from icl_msr.core.compose import compose, hydra_for_itself
-from icl_msr.core.config import Settings, check, config_dir, no_keys, suggestion, unfilled, with_new_keys
+from icl_msr.core.config import Settings, check, config_dir, no_keys, suggestion, unfilled
 from icl_msr.core.errors import UserError
 from icl_msr.core.folder import RunFolder
 from icl_msr.core.storage import disk_is_full
@@ -68,7 +68,7 @@ def main(job: Job, arguments: Sequence[str] | None = None) -> int:
         codes.append(0)
         try:
             if source != config_dir():
-                config = _with_todays_keys(config, RunFolder(source))
+                config = OmegaConf.create(RunFolder(source).with_new_keys(OmegaConf.to_container(config)))
             return job(check(config), config)
         except UserError as mistake:
             # Hydra would announce a mistake that leaves the job; and the other jobs of a sweep go on.
@@ -89,6 +89,7 @@ def main(job: Job, arguments: Sequence[str] | None = None) -> int:
         _check_flags(typed)
         _check_search_path(typed)
         source, words = _source(typed)
+        words = for_sweep(words) if _MULTIRUN & set(typed) else spelled_out(words)
         sys.argv[1:] = words
         hydra.main(version_base="1.3", config_path=str(source), config_name="config")(answered)()
     except UserError as mistake:
@@ -128,18 +129,6 @@ def _source(typed: Sequence[str]) -> tuple[Path, Sequence[str]]:
                 "or begin a new run."
             )
     return folder.resolve(), [*epochs, in_folder(folder), "hydra.output_subdir=null", "hydra/job_logging=none"]
-
-
-def _with_todays_keys(config: DictConfig, run: RunFolder) -> DictConfig:
-    """The config of a run that is continued, in which a key that was added since has its default."""
-    known = {group: str(choice).split("+") for group, choice in run.facts()["choices"].items()}
-    words = [
-        f"{group}=[{','.join(names)}]" if len(names) > 1 else f"{group}={names[0]}"
-        for group, names in known.items()
-        if all((config_dir() / group / f"{name}.yaml").exists() for name in names)
-    ]
-    saved, today = (OmegaConf.to_container(part) for part in (config, compose(words)))
-    return OmegaConf.create(with_new_keys(saved, today))  # type: ignore[arg-type]
 
 
 def _check_flags(typed: Sequence[str]) -> None:
@@ -243,7 +232,8 @@ def _search_path(typed: Sequence[str]) -> list[str]:
 
 def _no_key(wrong: str, typed: Sequence[str]) -> str:
     """A key that is not in the config which the rest of the command line gives."""
-    choices = [word for word in typed if re.fullmatch(r"[a-z]+=[\w./-]+", word) and not word.startswith(f"{wrong}=")]
+    choice = re.compile(r"[a-z]+=([\w./-]+|\[[\w./, -]+\])")
+    choices = [word for word in typed if choice.fullmatch(word) and not word.startswith(f"{wrong}=")]
     try:
         config = compose([*_search_path(typed), *choices])
     except Exception:  # the mistake is among the choices; it has its own sentence

@@ -68,22 +68,25 @@ def evaluate(settings: Settings, plan: Plan, pieces: Pieces, folder: RunFolder, 
     assert isinstance(backbone, Backbone)
     export_encoder(backbone, folder.path, {**image_facts(dataset), "choices": choices, "icl_msr": __version__})
     results = Results()
-    if pieces.evaluation is not None:
-        results = pieces.evaluation(
+    for evaluation in pieces.evaluations:
+        found = evaluation(
             backbone, dataset.evaluated, device=plan.device, seed=settings.seed, untrained_encoder=pieces.untrained
         )
+        results.join(found)
+    if pieces.evaluations:
         results.save(folder.path)
     regularizer = pieces.module.regularizer
-    if isinstance(regularizer, MetaSemanticRegularizer) and isinstance(pieces.evaluation, Evaluation):
-        found = look_at_strata(
+    usual = next((one for one in pieces.evaluations if isinstance(one, Evaluation)), None)  # it has a bootstrap
+    if isinstance(regularizer, MetaSemanticRegularizer) and usual is not None:
+        strata = look_at_strata(
             pieces.module.to(plan.device).method.backbone,
             regularizer.strata,
             dataset.evaluated,
             device=plan.device,
-            batch_size=pieces.evaluation.batch_size,
-            bootstrap=Bootstrap(pieces.evaluation.bootstrap, settings.seed),
+            batch_size=usual.batch_size,
+            bootstrap=Bootstrap(usual.bootstrap, settings.seed),
         )
-        results.records.join(found)
+        results.records.join(strata)
     return results
 
 

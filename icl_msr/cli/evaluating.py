@@ -16,7 +16,7 @@ from rich.console import Console
 from icl_msr.cli.conclude import conclude, image_facts, provenance
 from icl_msr.cli.order import Order
 from icl_msr.cli.processes import require_processes, run_ranks
-from icl_msr.core.config import build, config_dir, suggestion
+from icl_msr.core.config import build
 from icl_msr.core.errors import UserError
 from icl_msr.core.folder import RunFolder
 from icl_msr.core.ranks import is_first, is_rank
@@ -39,7 +39,7 @@ def carry_out(order: Order, words: Sequence[str]) -> int:
     Raises:
         UserError: the processes cannot be had; see `evaluate`.
     """
-    plan: Plan = build(order.settings[0].hardware).plan()
+    plan: Plan = build(order.settings.hardware).plan()
     require_processes(plan)
     if plan.world_size == 1:
         evaluate(order, words, plan)
@@ -69,11 +69,9 @@ def evaluate(order: Order, words: Sequence[str], plan: Plan) -> None:
     width = None if sys.stdout.isatty() else 160
     console = Console(highlight=False, soft_wrap=True, quiet=not is_first(), width=width)
     began = time.perf_counter()
-    subject, settings = order.subject, order.settings[0]
+    subject, settings = order.subject, order.settings
     require_writable(order.to)
-    evaluations = [build(part.evaluation) for part in order.settings]
-    if None in evaluations:
-        raise UserError(f"evaluation=none measures nothing; leave it out, or {_others()}")
+    evaluations = [build(node) for node in settings.evaluation.values()]
     extractor = FeatureCache(order.cache, HALF.get(plan.precision))
     dataset = build(settings.dataset)
     if not isinstance(dataset, Dataset):
@@ -148,7 +146,7 @@ def write(
     console: Console,
 ) -> None:
     """Write the files of a run that an evaluation has, and end as a run does."""
-    subject, settings = order.subject, order.settings[0]
+    subject, settings = order.subject, order.settings
     folder = RunFolder(order.to)
     folder.path.mkdir(parents=True, exist_ok=True)
     choices = labels(order, dataset)
@@ -183,9 +181,8 @@ def write(
 
 def _config(order: Order, trained: Mapping[str, Any]) -> dict[str, Any]:
     """The config of the run that trained the encoder, with the data set and the evaluations of this command."""
-    subject, settings = order.subject, order.settings[0]
-    evaluations = {name: part.evaluation for name, part in zip(order.evaluations, order.settings, strict=True)}
-    config = {**trained, "dataset": settings.dataset, "evaluation": evaluations}
+    subject, settings = order.subject, order.settings
+    config = {**trained, "dataset": settings.dataset, "evaluation": settings.evaluation}
     config |= {"checkpoint": subject.checkpoint} if subject.checkpoint else {}
     if subject.config is None:
         config["seed"] = settings.seed
@@ -206,7 +203,3 @@ def labels(order: Order, dataset: Dataset) -> dict[str, str]:
     if subject.config is not None and not order.own_data:
         choices["pretrained_on"] = choices.get("dataset", "")
     return {**choices, **order.choices, "dataset": measured_on}
-
-
-def _others() -> str:
-    return suggestion("", (path.stem for path in (config_dir() / "evaluation").glob("*.yaml") if path.stem != "none"))

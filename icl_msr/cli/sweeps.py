@@ -22,6 +22,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 
 from icl_msr.cli.footprint import Footprint, new_folder
 from icl_msr.cli.processes import Child, clean_environment, in_folder, passed_on
+from icl_msr.cli.words import in_short, spelled_out
 from icl_msr.core.compose import known_to_hydra
 from icl_msr.core.config import check
 from icl_msr.core.errors import PREEMPTED, UserError
@@ -150,12 +151,18 @@ def checked_job(context: HydraContext, sweep: DictConfig, overrides: Sequence[st
     Raises:
         UserError: a key or value is wrong.
     """
-    config = context.config_loader.load_sweep_config(sweep, list(overrides))
+    config = context.config_loader.load_sweep_config(sweep, job_words(sweep, overrides))
     with open_dict(config):
         config.hydra.job.id = config.hydra.job.num = number
     with known_to_hydra(config):
         check(OmegaConf.masked_copy(config, [str(key) for key in config if key != "hydra"]))
     return config
+
+
+def job_words(sweep: DictConfig, overrides: Sequence[str]) -> list[str]:
+    """Return the overrides of a job with the keys of its own choices; see `words.spelled_out`."""
+    hydras: list[str] = list(sweep.hydra.overrides.hydra)
+    return spelled_out(overrides, [word for word in hydras if word.startswith("hydra.searchpath=")])
 
 
 class SweepRecord(Callback):
@@ -231,7 +238,8 @@ def job_type(overrides: Sequence[str]) -> str | None:
 
 def _varying(overrides: Sequence[str]) -> list[str]:
     """What a sweep changes from job to job: the words that were not typed like this."""
-    return [word for word in overrides if word not in sys.argv[1:]]
+    typed = {in_short(word) for word in sys.argv[1:]}
+    return [word for word in overrides if in_short(word) not in typed]
 
 
 def _refuse(sentence: str) -> NoReturn:

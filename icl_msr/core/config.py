@@ -33,7 +33,7 @@ Schema = TypeVar("Schema", bound=BaseModel)
 Node = dict[str, Any]
 _STRICT = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, protected_namespaces=())
 
-PLURAL = ("callbacks", "logger")
+PLURAL = ("callbacks", "logger", "evaluation")
 """Groups of which a run takes several choices: a mapping from names to nodes."""
 
 GIVEN: dict[str, tuple[str, ...]] = {
@@ -97,7 +97,7 @@ class Settings(BaseModel):
     augment: Node
     backbone: Node
     dataset: Node
-    evaluation: Node
+    evaluation: dict[str, Any]
     trainer: Node
     callbacks: dict[str, Any]
     logger: dict[str, Any]

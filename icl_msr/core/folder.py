@@ -7,6 +7,7 @@ import os
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,8 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
+from icl_msr.core.compose import compose
+from icl_msr.core.config import PLURAL, with_new_keys
 from icl_msr.core.errors import UserError
 from icl_msr.core.storage import atomic_write
 
@@ -83,10 +86,24 @@ class RunFolder:
         self.require_format()
         saved: Any = None
         with suppress(OSError, ValueError, YAMLError, OmegaConfBaseException):
-            saved = OmegaConf.to_container(OmegaConf.load(self.config), resolve=resolve)
-        if not saved or not isinstance(saved, dict):
+            written = OmegaConf.to_container(OmegaConf.load(self.config))
+            if isinstance(written, dict) and written:
+                saved = OmegaConf.to_container(OmegaConf.create(self.with_new_keys(written)), resolve=resolve)
+        if not isinstance(saved, dict):
             raise UserError(f"{self.config} is damaged; restore it from a copy, or begin a new run in another folder.")
         return {str(key): value for key, value in saved.items()}
+
+    def with_new_keys(self, saved: Any) -> dict[str, Any]:
+        """Return a saved config with the values that its choices have today for keys which were added since."""
+        choices: dict[str, str] = {}
+        with suppress(OSError, ValueError):
+            choices = self.facts().get("choices", {})
+        words = tuple(
+            f"{group}=[{choice.replace('+', ',')}]" if group in PLURAL else f"{group}={choice}"
+            for group, choice in choices.items()
+        )
+        today = {key: value for key, value in _today(words).items() if key in saved or key not in choices}
+        return with_new_keys({str(key): value for key, value in saved.items()}, today)
 
     def write_facts(self, facts: Mapping[str, Any]) -> None:
         """Write `environment.json`: where the run comes from, and the format of its folder."""
@@ -132,3 +149,18 @@ class RunFolder:
             yield
         finally:
             os.close(folder)
+
+
+@cache
+def _today(words: tuple[str, ...]) -> dict[str, Any]:
+    """Return what choices give today; without those that are not there any more, or in another's package."""
+    known = [word for word in words if _composed([word])]
+    return {str(key): value for key, value in (_composed(known) or {}).items()}
+
+
+def _composed(words: list[str]) -> dict[Any, Any] | None:
+    try:
+        composed = OmegaConf.to_container(compose(words))
+    except Exception:
+        return None
+    return composed if isinstance(composed, dict) else None

@@ -1,6 +1,7 @@
 """The two self-contained pages: of one run, and of many."""
 
 import base64
+import itertools
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -177,6 +178,9 @@ def _curve_plots(curves: dict[str, Curve]) -> list[Plot]:
         ("Learning rate", chosen("lr"), False, "", True),
         ("Images per second", chosen("images_per_second"), False, "", True),
     ]
+    shown = {name for _, found, *_ in panels for name in found} | {name for name, _ in alone}
+    for group, names in itertools.groupby(sorted(curves.keys() - shown), lambda name: name.partition("/")[0]):
+        panels.append((f"Other numbers: {group}", chosen(*names), False, "", False))
     return [plots.lines(title, found, log, note, zero) for title, found, log, note, zero in panels if found]
 
 

@@ -135,7 +135,7 @@ def test_a_run_gives_the_numbers_of_its_own_evaluation(runs: Path, capsys: pytes
     assert {record.encoder for record in records("a", "accuracy")} == {"trained", "untrained"}
 
     backbone, _ = load_encoder(runs / "exported")
-    evaluation = build(check(composed("evaluation=light")).evaluation)
+    evaluation = build(check(composed("evaluation=light")).evaluation["light"])
     own = evaluation(backbone, tiny_dataset(), device="cpu", seed=3).records
     assert records("a", "accuracy", encoder="trained") == own.where("accuracy")
 

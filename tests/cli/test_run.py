@@ -250,3 +250,15 @@ def test_a_run_may_end_with_a_comparison_of_encoders_alone(
     found = finish(tmp_path, "evaluation=similarity", f"evaluation.other={finished.folder}")
     results = json.loads((found.folder / "results.json").read_text())
     assert {row["encoder"] for row in results["records"]["similarity"]} == {"trained", "untrained"}
+
+
+def test_two_evaluations_of_one_run(finished: Finished, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Their results stand beside each other, and a key goes to the one that has it."""
+    monkeypatch.setattr("support.inprocess.WORDS", [word for word in WORDS if word != "evaluation=light"])
+    own = ("evaluation=[light,similarity]", f"evaluation.other={finished.folder}", "evaluation.untrained=false")
+    found = finish(tmp_path, "regularizer=none", "trainer.max_epochs=1", *own)
+    assert found.json("results.json")["choices"]["evaluation"] == "light+similarity"
+    records = Outcome.load(found.folder).records
+    assert {record.encoder for record in records.where("similarity")} == {"trained"}
+    assert {record.encoder for record in records.where("accuracy")} == {"trained"}
+    assert {str(record.classifier) for record in records.where("accuracy")} == {"knn-dino"}

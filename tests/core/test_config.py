@@ -37,10 +37,14 @@ MANDATORY = {
     "dataset=coco": ["dataset.root=coco"],
     "dataset=imagefolder": ["dataset.root=images"],
     "dataset=images": ["dataset.root=images"],
+    "dataset=imagenet9": ["dataset.root=images"],
+    "dataset=tiny_imagenet": ["dataset.root=images"],
+    "dataset=oxford_pets": ["dataset.root=images"],
+    "dataset=huggingface": ["dataset.name=images"],
     "backbone=timm": ["backbone.name=resnet18"],
     "negatives=cached": ["negatives.folder=textures"],
-    "evaluation=shape": ["evaluation.stimuli=stimuli"],
-    "evaluation=similarity": ["evaluation.other=timm:resnet18"],
+    "evaluation=shape": ["evaluation.shape.stimuli=stimuli"],
+    "evaluation=similarity": ["evaluation.similarity.other=timm:resnet18"],
 }
 GROUPS = ["augment", "backbone", "callbacks", "dataset", "evaluation", "hardware", "logger", "method", "negatives"]
 GROUPS += ["optimizer", "schedule", "trainer"]

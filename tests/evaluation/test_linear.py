@@ -124,7 +124,7 @@ def test_moco_is_their_loop(blobs: Blobs) -> None:
     ],
 )
 def test_the_papers_settings(name: str, values: dict[str, Any]) -> None:
-    node = check(composed(f"evaluation={name}")).evaluation
+    node = check(composed(f"evaluation={name}")).evaluation[name]
     assert {key: node[key] for key in values} == values
     evaluation = build(node)
     assert str(evaluation.classifiers[-1]) == f"linear-{values['probe']}"

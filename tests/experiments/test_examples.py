@@ -4,8 +4,12 @@ import importlib
 import math
 import subprocess
 import sys
+from pathlib import Path
+from typing import Any
 
 import pytest
+import pytorch_lightning as pl
+import torch
 
 from icl_msr.core.errors import UserError
 from icl_msr.regularizers import MetaSemanticRegularizer
@@ -47,3 +51,29 @@ def test_defaults_are_those_of_the_config_and_keys_are_checked() -> None:
         MetaSemanticRegularizer.with_defaults(16, None, seed=0, **{"lambda": 1.0})
     with pytest.raises(UserError, match=r"regularizer\.weights=\"metta\" is not allowed"):
         MetaSemanticRegularizer.with_defaults(16, None, seed=0, weights="metta")
+
+
+class Broken(pl.Callback):
+    """Ends the training in the middle of an epoch, between two checkpoints."""
+
+    def on_train_batch_start(self, trainer: pl.Trainer, *_: Any) -> None:
+        if trainer.global_step == 5:
+            raise RuntimeError("broken")
+
+
+def test_a_trainer_of_ones_own_resumes(tmp_path: Path) -> None:
+    """From Lightning's own checkpoint, to the same weights, queue, strata and moments."""
+    main = importlib.import_module("experiments.examples.plain_trainer").main
+    whole = main(tmp_path / "whole")
+    with pytest.raises(RuntimeError, match="broken"):
+        main(tmp_path / "broken", [Broken()])
+    assert torch.load(tmp_path / "broken" / "last.ckpt", weights_only=True)["global_step"] == 3
+    resumed = main(tmp_path / "broken")
+    assert resumed.trainer.global_step == whole.trainer.global_step == 16
+    expected, found = whole.state_dict(), resumed.state_dict()
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        if isinstance(value, torch.Tensor):
+            assert torch.equal(found[name], value), name
+    checkpoint = torch.load(tmp_path / "whole" / "last.ckpt", weights_only=True)
+    assert checkpoint["hyper_parameters"] == {"seed": 0, "batch_size": 16, "config": None}

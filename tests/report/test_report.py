@@ -391,6 +391,12 @@ def test_similarities_have_a_plot(tmp_path: Path) -> None:
     assert set(names) <= set(re.findall(r">(\w+)</text>", base64.b64decode(plot.light.split(",")[1]).decode()))
 
 
+def test_any_number_that_is_logged_has_a_curve(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run")
+    (run / "metrics.csv").write_text("step,loss,mine/first,mine/second\n0,1,2,3\n1,1,2,3\n2,1,2,3\n")
+    assert [plot.title for plot in _curve_plots(Run.load(run).curves)] == ["Loss and its parts", "Other numbers: mine"]
+
+
 def test_the_strata_have_curves(tmp_path: Path) -> None:
     run = write_run(tmp_path / "run")
     logged = {"entropy": 0.97, "overlap": 0.9, "variation": 0.01, "loss_1": 4.0, "loss_2": 4.1}
