@@ -46,7 +46,7 @@ class Glare:
                 results.records.add(GLARE, Measurement(kind="glare", value=lamp / 8, **known))
         return results
 """
-YAML = "_target_: glare_of_a_test.Glare\nlamps: 2\n"
+YAML = "# @package evaluation.glare\n_target_: glare_of_a_test.Glare\nlamps: 2\n"
 
 
 @pytest.fixture
