@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from icl_msr.core.errors import UserError
+from icl_msr.core.folder import RunFolder
 from icl_msr.core.records import TRAINED, UNTRAINED, Measurement, Outcome
 
 GAIN = "gain"
@@ -43,8 +44,11 @@ class Run:
         """Read `results.json` of a run folder.
 
         Raises:
-            UserError: the file is missing, or is not a run's.
+            UserError: the file is missing, or is not a run's, or the folder is of another format.
         """
+        folder = RunFolder(path)
+        if folder.done and folder.environment.exists():
+            folder.require_format()
         return cls(path, Outcome.load(path))
 
     @cached_property

@@ -17,6 +17,7 @@ import pytest
 from support.written import SPLITS, Page, accuracy, gap, outcome, save, top1, write_box_run, write_run
 
 from icl_msr.core.errors import UserError
+from icl_msr.core.folder import FORMAT
 from icl_msr.core.records import Measurement, Outcome, Records
 from icl_msr.evaluation.strata_maps import STRATA
 from icl_msr.report import summarise, words, write_report, write_summary
@@ -193,7 +194,7 @@ def test_keys_that_nobody_typed_tell_runs_apart_only_where_nothing_else_does(tmp
     labels = [tuple(c.labels.items()) for c in summarise([tmp_path]).configurations]
     assert (("method", "moco"), ("augment.gray", "0.2")) in labels
     file = tmp_path / "cmc" / "environment.json"
-    file.write_text(json.dumps({"command": "python -m icl_msr.run method=cmc +augment.gray=0.0"}))
+    file.write_text(json.dumps({"format": FORMAT, "command": "python -m icl_msr.run method=cmc +augment.gray=0.0"}))
     shutil.rmtree(tmp_path / "again")
     labels = [tuple(c.labels) for c in summarise([tmp_path]).configurations]
     assert labels == [("method", "augment.gray")] * 2
