@@ -116,8 +116,8 @@ def test_a_run_without_labels_reports_what_needs_none(flat, tmp_path):
     assert answer.code == 0, answer.err
     assert "flat has no labels" in answer.out
     results = json.loads((folder / "results.json").read_text())
-    assert results["accuracies"] == []
-    assert {row["split"] for row in results["health"]} == {"held_out"}
+    assert "accuracy" not in results["records"]
+    assert {row["split"] for row in results["records"]["health"]} == {"held_out"}
     assert not any(name.startswith("online/") for name in results["final"])
     page = (folder / "report.html").read_text()
     assert "This run had no labels of two or more classes" in page
@@ -134,7 +134,9 @@ def test_a_run_is_measured_on_the_labelled_set(flat, labelled, tmp_path):
     answer = inprocess.execute(*words)
     assert answer.code == 0, answer.err
     results = json.loads((folder / "results.json").read_text())
-    assert {(row["fitted_on"], row["split"], row["n"]) for row in results["accuracies"]} == {("train", "test", 6)}
+    assert {(row["fitted_on"], row["split"], row["n"]) for row in results["records"]["accuracy"]} == {
+        ("train", "test", 6)
+    }
     assert "online/knn" in results["final"]
     assert "online/probe" not in results["final"]
     assert results["classes"] == ["cat", "dog"]
@@ -148,7 +150,7 @@ def test_one_class_has_no_accuracy(tmp_path):
     answer = inprocess.execute(*[*WORDS, *words])
     assert answer.code == 0, answer.err
     assert "one has one class, all" in answer.out
-    assert json.loads((folder / "results.json").read_text())["accuracies"] == []
+    assert "accuracy" not in json.loads((folder / "results.json").read_text())["records"]
 
 
 @pytest.mark.parametrize(
