@@ -30,7 +30,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from icl_msr.report.differences import paired
 from icl_msr.report.runs import Run
-from icl_msr.report.summary import measurements
+from icl_msr.report.summary_tables import told
 
 CURVES: tuple[str, ...] = (
     "loss",
@@ -129,12 +129,8 @@ def call(module: str, *words: str) -> None:
 
 
 def numbers(run: Run) -> dict[str, float]:
-    """`classifier/fitted on/quantity` to per cent or points."""
-    found = {}
-    for metric, value in measurements(run.results).items():
-        name = "/".join((metric.classifier, metric.fitted_on, metric.quantity))
-        found[name + ("" if metric.encoder == "trained" else f" ({metric.encoder})")] = round(value, 3)
-    return found
+    """Every number by the name that a user types, in per cent or points."""
+    return {told(record): round(value, 3) for record, value in run.numbers.items()}
 
 
 def records(folder: Path) -> list[dict[str, Any]]:

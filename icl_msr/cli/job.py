@@ -18,17 +18,18 @@ from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
 from icl_msr.cli.assemble import Pieces, assemble, build_as, in_words, make_loggers, make_trainer
-from icl_msr.cli.conclude import describe, evaluate, looks, metric, peak_memory_mb
+from icl_msr.cli.conclude import conclude, describe, evaluate, peak_memory_mb, scene_of
 from icl_msr.cli.processes import in_folder, require_processes, run_ranks, stoppable
 from icl_msr.core.config import Settings
 from icl_msr.core.errors import UserError
 from icl_msr.core.folder import RunFolder
 from icl_msr.core.ranks import is_first, is_rank
+from icl_msr.core.records import Outcome, chosen_metric
 from icl_msr.core.storage import atomic_write, disk_is_full
+from icl_msr.data.dataset import Dataset
 from icl_msr.models.checkpoint import read_checkpoint
-from icl_msr.report import gap_table, matrix_table, write_report
-from icl_msr.report.runs import Run, flatten, read_curves
-from icl_msr.report.words import answer, faint_meta_signal
+from icl_msr.report import has_page, write_report
+from icl_msr.report.runs import flatten, read_curves
 from icl_msr.training.hardware import Hardware, Plan
 from icl_msr.training.loggers import About, Dashboard
 from icl_msr.training.module import Pretraining
@@ -70,6 +71,8 @@ def finished(settings: Settings, folder: RunFolder, console: Console) -> bool:
     if not folder.done or extended:
         return False
     console.print(f"{folder} is finished and stays as it is; continue it with a larger trainer.max_epochs.")
+    if is_first() and not has_page(folder.path):  # it could not be made, or was cut
+        console.print(f"report   {write_report(folder.path)}")
     return True
 
 
@@ -110,39 +113,25 @@ def carry_out(
         if not trainer.is_global_zero:
             return math.nan
         results = evaluate(settings, plan, pieces, folder, facts["choices"])
-        final = {name: curve.values[-1] for name, curve in read_curves(folder.path / "metrics.csv").items()}
-        name, value = metric(settings.metric, final, results)
-        summary = {
-            "name": about.name,
-            "choices": facts["choices"],
-            "seed": settings.seed,
-            "train_on": settings.dataset.get("train_on", "full"),
-            "classes": list(pieces.dataset.evaluated.classes),
-            "chance": pieces.dataset.evaluated.chance,
-            "parameters": sum(p.numel() for p in pieces.module.method.backbone.parameters()),
-            "derived": pieces.derived,
-            "images_per_second": pieces.throughput.rate,
-            "peak_memory_mb": peak_memory_mb(plan),
-            "wall_time_s": pieces.throughput.earlier + time.perf_counter() - began,
-            "metric": {"name": name, "value": value if math.isfinite(value) else None},
-            "final": final,
-            **results.records(),
-            "strata": looks(settings, plan, pieces),
-        }
-        folder.write(folder.results.name, summary)
-        report = write_report(folder.path)
-        for logger in loggers:
-            if isinstance(logger, Dashboard):
-                logger.conclude(folder.path)
-    finished = Run.load(folder.path)
-    saved = finished.results
-    if results.accuracies:
-        for part in (matrix_table(saved), gap_table(saved), " ".join(answer(saved))):
-            if part is not None:
-                console.print(part)
-    if warning := faint_meta_signal(finished.curves, settings.regularizer):
-        console.print(warning, style="yellow")
-    console.print(f"results  {folder.results}\nreport   {report}")
+        outcome = Outcome(
+            name=about.name,
+            choices=facts["choices"],
+            seed=settings.seed,
+            train_on=settings.dataset.get("train_on", "full"),
+            classes=list(pieces.dataset.evaluated.classes),
+            chance=pieces.dataset.evaluated.chance,
+            parameters=sum(p.numel() for p in pieces.module.method.backbone.parameters()),
+            derived=pieces.derived,
+            images_per_second=pieces.throughput.rate,
+            peak_memory_mb=peak_memory_mb(plan),
+            wall_time_s=pieces.throughput.earlier + time.perf_counter() - began,
+            final={name: curve.values[-1] for name, curve in read_curves(folder.path / "metrics.csv").items()},
+            records=results.records,
+        )
+        name, value = chosen_metric(settings.metric, outcome)
+        outcome.metric = {"name": name, "value": value if math.isfinite(value) else None}
+        dashboards = [logger for logger in loggers if isinstance(logger, Dashboard)]
+        conclude(folder, outcome, scene_of(pieces, plan, results), dashboards, console)
     return value
 
 
@@ -191,6 +180,7 @@ def resume_point(settings: Settings, pieces: Pieces, folder: RunFolder, console:
     if not (folder.begun and folder.checkpoint.exists()):
         return None
     checkpoint = read_checkpoint(folder.checkpoint)
+    require_same_data(pieces.dataset, folder)
     if shapes(checkpoint["state_dict"]) != shapes(pieces.module.state_dict()):
         raise UserError(
             f"{folder.checkpoint} belongs to another config than {folder.config}; put the one back that it was "
@@ -215,6 +205,24 @@ def resume_point(settings: Settings, pieces: Pieces, folder: RunFolder, console:
                 f"this step is {new:.3g} instead of {old:.3g}."
             )
     return step
+
+
+def require_same_data(dataset: Dataset, folder: RunFolder) -> None:
+    """Hold the training images against those that the run was begun with.
+
+    Raises:
+        UserError: their number, their classes or their labels are others now.
+    """
+    before = folder.facts().get("data") if folder.environment.is_file() else None
+    now = dataset.trained_on()
+    if before in (None, now):
+        return
+    then, there = (f"{data['images']} training images of {len(data['classes'])} classes" for data in (before, now))
+    changed = f"with {then}, and there are {there} now" if then != there else f"with other labels of its {there}"
+    raise UserError(
+        f"The data of {folder} changed: the run was begun {changed}; put the images back as they were, or begin a new "
+        "run with another hydra.run.dir."
+    )
 
 
 def shapes(state: Mapping[str, Any]) -> dict[str, torch.Size]:

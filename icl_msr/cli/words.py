@@ -23,7 +23,8 @@ _HOME = re.compile(r"(?<=[=,\[\s\"'])~(?=/)")
 def overrides(typed: Sequence[str]) -> list[str]:
     """Return Hydra's words for the user's: short forms in full, `~/` as the home folder, flags before keys."""
     words = [part for word in typed for part in in_full(word)]
-    return sorted(words, key=lambda word: word[:1] != "-" and "=" in word)  # Hydra reads no flag between overrides
+    # Hydra reads no flag between overrides. A word without an equals sign is a flag's value, or takes a key away.
+    return sorted(words, key=lambda word: word[:1] == "~" or (word[:1] != "-" and "=" in word))
 
 
 def in_full(word: str) -> list[str]:

@@ -1,9 +1,10 @@
 """What a data set is to the rest of the package: splits of labelled images, some with the object's mask."""
 
+import hashlib
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
 from unicodedata import normalize
 
 from torch import Tensor
@@ -100,6 +101,11 @@ class Dataset:
             if times > 1:
                 found.append(f"{times} classes of {self.name} are called {name} but for their spelling.")
         return found
+
+    def trained_on(self) -> dict[str, Any]:
+        """Return what must stay as it is for a run to go on: the number of training images, classes and labels."""
+        labels = hashlib.sha256(self.train.labels.cpu().numpy().tobytes()).hexdigest()
+        return {"images": len(self.train), "classes": list(self.classes), "labels": labels[:16]}
 
     @property
     def evaluated(self) -> "Dataset":

@@ -19,6 +19,7 @@ from icl_msr.data.files import FileSplit, of_files
 from icl_msr.data.listing import SUFFIXES, Listing
 from icl_msr.data.objects import BoxesOf, Objects
 from icl_msr.data.sources import MaskValues, TrainOn
+from icl_msr.data.unlabelled import unlabelled_files
 
 SPELLINGS: Mapping[str, tuple[str, ...]] = {
     "train": ("train", "training", "trainset", "train_set", "training_set"),
@@ -47,6 +48,8 @@ def imagefolder(
     boxes_of: BoxesOf = "refuse",
     mask_values: MaskValues = None,
     follow_links: bool = False,
+    corrupted: str | None = None,
+    extra: str | list[str] | None = None,
 ) -> Dataset:
     """Any folder of images with one folder per class, `<root>/<train>/<class>/*.jpg` and so on.
 
@@ -75,6 +78,8 @@ def imagefolder(
         boxes_of: what several boxes of one image mean: refuse, largest or union.
         mask_values: which values of a mask are the object: a list, trimap (1) or voc (1 to 254); null is all but 0.
         follow_links: also read what links to places outside `root` lead to.
+        corrupted: the folder of ImageNet-C, `<corruption>/<severity>/<class>`: each is a test split, such as `fog_3`.
+        extra: images without labels, of any depth, to train on too: a folder, a text file of paths, or a list of these.
 
     With boxes or masks each test set is shown as `full`, `fg`, `crop` (as large as `fg`, from anywhere), `only_fg` (the
     rest black), `only_bg` (the object black). `boxes` and `masks` are paths in `root`, or absolute.
@@ -89,10 +94,10 @@ def imagefolder(
             "or dataset.train_on=full."
         )
     listing = Listing(base, follow_links=follow_links)
-    read_elsewhere = [
-        *([objects.masks] if objects.masks else []),
-        *(base / Path(p).expanduser() for p in shifted.values()),
-    ]
+    roots = [] if extra is None else [base / Path(part).expanduser() for part in _list(extra)]
+    elsewhere = [*shifted.values(), *([corrupted] if corrupted else [])]
+    read_elsewhere = [*roots, *(base / Path(path).expanduser() for path in elsewhere)]
+    read_elsewhere += [objects.masks] if objects.masks else []
     layout = _layout(listing, train, tests, read_elsewhere)
     trained = _class_folders(listing, layout.train, objects.masks)
     names = chosen_classes(listed_classes(classes, base), list(trained), layout.train)
@@ -112,7 +117,16 @@ def imagefolder(
         at = objects.of(spelled, found.files, [names[k] for k in found.labels.tolist()], found.places)
         return FileSplit(found.files, found.labels, image_size, *at, mask_values=mask_values)
 
-    splits = files_of(train_set), {name: files_of(found) for name, found in test_sets.items()}
+    shifted = shifted if corrupted is None else {**shifted, **_corrupted(listing, base / Path(corrupted).expanduser())}
+    whole = files_of(train_set)
+    more: list[str] = []
+    if extra is not None:
+        if train_on == "fg":
+            raise UserError("dataset.extra has no boxes or masks, which dataset.train_on=fg needs; drop one of them.")
+        files, more = unlabelled_files(roots, follow_links=follow_links)
+        labels_of = torch.cat([train_set.labels, torch.full((len(files),), -1)])
+        whole = FileSplit([*train_set.files, *files], labels_of, image_size)
+    splits = whole, {name: files_of(found) for name, found in test_sets.items()}
     others = {
         name: FileSplit(*_shifted_images(listing, name, base / Path(other).expanduser(), names, renamed), image_size)
         for name, other in shifted.items()
@@ -120,6 +134,7 @@ def imagefolder(
     left_out = len(trained) - len(names)
     notes = [
         *layout.notes,
+        *more,
         f"{left_out} class folders of {layout.train} are not in dataset.classes and are left out." if left_out else "",
         listing.sentence,
         objects.sentence,
@@ -227,7 +242,7 @@ def _unread(base: Path, folders: Sequence[Path]) -> list[str]:
         return []
     return [
         f"{_some([path.name for path in folders])} in {base} {'is' if len(folders) == 1 else 'are'} not read; "
-        "dataset.tests names folders to test on."
+        "dataset.tests and dataset.extra name what is read."
     ]
 
 
@@ -346,6 +361,28 @@ def _shifted_images(
     return files, torch.tensor(labels)
 
 
+def _corrupted(listing: Listing, folder: Path) -> dict[str, str]:
+    """The folders of ImageNet-C by the names of the splits; its corruptions may lie in folders of four kinds."""
+    if not folder.is_dir():
+        raise UserError(f"There is no folder {folder}; set dataset.corrupted to ImageNet-C, or to null.")
+    found: dict[str, str] = {}
+    listing = Listing(folder, follow_links=listing.follow_links)
+    for path in listing.folders(folder):
+        inner = listing.folders(path)
+        corruptions = [path] if any(inside.name.isdecimal() for inside in inner) else inner
+        for corruption in corruptions:
+            for severity in listing.folders(corruption):
+                name = f"{corruption.name}_{severity.name}"
+                if name in found:
+                    raise UserError(f"{folder} has the corruption {name} twice; take one of them away.")
+                found[name] = str(severity.resolve())
+    if not all(name.rpartition("_")[2].isdecimal() for name in found) or not found:
+        raise UserError(
+            f"{folder} has no <corruption>/<severity>/<class> folders; set dataset.corrupted to ImageNet-C."
+        )
+    return found
+
+
 def _held_out(labels: Tensor, part: float, folder: Path, classes: Sequence[str]) -> Tensor:
     """Bool (N,): the same `part` of every class, at least one image of it, on every call."""
     chosen = torch.zeros(len(labels), dtype=torch.bool)
@@ -359,6 +396,10 @@ def _held_out(labels: Tensor, part: float, folder: Path, classes: Sequence[str])
             )
         chosen[members[permutation(0, 0, len(members))[:count]]] = True
     return chosen
+
+
+def _list(value: str | list[str]) -> list[str]:
+    return [value] if isinstance(value, str) else value
 
 
 def _relative(path: Path, base: Path) -> str:

@@ -129,8 +129,8 @@ def _choice(name: str, image_size: int) -> dict[str, Any]:
         raise UserError(f"dataset.labelled={name} is no choice of dataset; {suggestion(name, known)}") from None
     if missing := sorted(key.removeprefix("dataset.") for key in OmegaConf.missing_keys(node)):
         raise UserError(
-            f"dataset.labelled={name} needs the key {missing[0]}; name the set with its keys: "
-            f"dataset.labelled='{{_target_: {node._target_}, {missing[0]}: ...}}'."
+            f"dataset.labelled={name} needs the key {missing[0]}; type +dataset@dataset.labelled={name} "
+            f"dataset.labelled.{missing[0]}=<value> instead."
         )
     plain = OmegaConf.to_container(node, resolve=True)
     assert isinstance(plain, dict)

@@ -1,7 +1,10 @@
 """Pictures for the report: views, negatives, strata, their weights, nearest neighbours and a map of the features."""
 
+import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 
 import matplotlib
@@ -11,6 +14,9 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from torch import Tensor
 
+from icl_msr.core.errors import reason
+from icl_msr.core.figures import plain
+from icl_msr.core.storage import atomic_write, disk_is_full
 from icl_msr.core.views import Views
 from icl_msr.data.dataset import Dataset
 from icl_msr.evaluation.features import evaluating
@@ -136,7 +142,7 @@ def map_figure(dataset: Dataset, features: Tensor, split: str, path: Path, image
         of_class = shown[labels[chosen] == k]
         colour = matplotlib.colormaps["tab20"](k % 20)
         axes.scatter(
-            of_class[:, 0], of_class[:, 1], s=7, color=colour, alpha=0.7, lw=0, label=name if several else None
+            of_class[:, 0], of_class[:, 1], s=7, color=colour, alpha=0.7, lw=0, label=plain(name) if several else None
         )
     axes.set(xlabel=f"first component, {100 * share[0]:.0f} %", ylabel=f"second, {100 * share[1]:.0f} %")
     axes.set(xticks=[], yticks=[])
@@ -150,13 +156,99 @@ def map_figure(dataset: Dataset, features: Tensor, split: str, path: Path, image
     )
 
 
-def feature_pictures(dataset: Dataset, features: Mapping[str, Tensor], folder: Path) -> dict[str, str]:
-    """Nearest neighbours and map of the most telling test split; returns the captions by file name."""
-    split = "mixed_rand" if "mixed_rand" in dataset.tests else next(iter(dataset.tests))
-    captions = {"neighbours.png": neighbours_grid(dataset, features, split, folder / "neighbours.png")}
-    if min(features[split].shape) > 1:  # two components need two images
-        captions["map.png"] = map_figure(dataset, features[split], split, folder / "map.png")
-    return captions
+@dataclass(frozen=True)
+class Scene:
+    """What pictures are drawn of; there is no picture of what is missing."""
+
+    dataset: Dataset
+    features: Mapping[str, Tensor] = field(default_factory=dict)
+    """float32 (N, c) of the trained encoder by split, `train` among them."""
+    batch: Callable[[], Views] | None = None
+    """Makes a batch of training views, on the device of the backbone."""
+    backbone: Backbone | None = None
+    strata: Callable[[Tensor], Tensor] | None = None
+    """A(X), (N, S, c), of normalised images."""
+
+    @cached_property
+    def views(self) -> Views | None:
+        """The batch."""
+        return None if self.batch is None else self.batch()
+
+    @cached_property
+    @torch.no_grad()
+    def weights(self) -> Tensor | None:
+        """A(X) of the images of the batch."""
+        return None if self.strata is None or self.views is None else self.strata(self.views.images)
+
+    @property
+    def split(self) -> str:
+        """The most telling test split."""
+        tests = self.dataset.tests
+        return "mixed_rand" if "mixed_rand" in tests else next(iter(tests))
+
+
+def _views(scene: Scene, path: Path) -> str | None:
+    data = scene.dataset
+    return None if scene.views is None else views_grid(scene.views, data.mean, data.std, path)
+
+
+def _negatives(scene: Scene, path: Path) -> str | None:
+    views, data = scene.views, scene.dataset
+    return None if views is None or views.negatives is None else negatives_grid(views, data.mean, data.std, path)
+
+
+def _strata(scene: Scene, path: Path) -> str | None:
+    views, weights, data = scene.views, scene.weights, scene.dataset
+    if views is None or weights is None or scene.backbone is None:
+        return None
+    return strata_grid(scene.backbone, weights[:10], views.images[:10], data.mean, data.std, path)
+
+
+def _weights(scene: Scene, path: Path) -> str | None:
+    return None if scene.weights is None else weights_figure(scene.weights, path)
+
+
+def _neighbours(scene: Scene, path: Path) -> str | None:
+    features = scene.features
+    return neighbours_grid(scene.dataset, features, scene.split, path) if "train" in features else None
+
+
+def _map(scene: Scene, path: Path) -> str | None:
+    features = scene.features.get(scene.split)
+    if features is None or min(features.shape) < 2:  # two components need two images
+        return None
+    return map_figure(scene.dataset, features, scene.split, path)
+
+
+PICTURES: dict[str, Callable[[Scene, Path], str | None]] = {
+    "views.png": _views,
+    "negatives.png": _negatives,
+    "strata.png": _strata,
+    "weights.png": _weights,
+    "neighbours.png": _neighbours,
+    "map.png": _map,
+}
+"""Each draws one file and returns its caption; None where there is nothing to draw."""
+
+
+def draw(scene: Scene, folder: Path) -> list[str]:
+    """Draw every picture, and write `captions.json`; return what could not be drawn, each with the reason."""
+    folder.mkdir(exist_ok=True)
+    captions, missing = {}, []
+    for name, picture in PICTURES.items():
+        try:
+            caption = picture(scene, folder / name)
+        except Exception as error:
+            if disk_is_full(error):
+                raise
+            (folder / name).unlink(missing_ok=True)
+            missing.append(f"{name} ({reason(error)})")
+            continue
+        if caption is not None:
+            captions[name] = caption
+    if captions:
+        atomic_write(folder / "captions.json", json.dumps(captions, indent=2))
+    return missing
 
 
 def pixels(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
@@ -178,7 +270,7 @@ def _grid(
     )  # one for all: an Axes each takes a second
     axes.set_axis_off()
     for line, (name, row) in enumerate(rows.items()):
-        axes.text(-0.09, line + 0.5, name, ha="right", va="center", fontsize=9)
+        axes.text(-0.09, line + 0.5, plain(name), ha="right", va="center", fontsize=9)
         images, maps = row if isinstance(row, tuple) else (row, None)
         for column in range(len(images)):
             place = (column + 0.03, column + 0.97, line + 0.97, line + 0.03)

@@ -7,7 +7,7 @@ import os
 import secrets
 import shutil
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -21,7 +21,9 @@ from typing_extensions import override
 
 from icl_msr.core.errors import UserError
 from icl_msr.core.ranks import is_first
+from icl_msr.core.records import Outcome
 from icl_msr.core.storage import atomic_write
+from icl_msr.core.tables import Table
 
 MODES = ("online", "offline", "disabled")
 """What the variable `WANDB_MODE` may say."""
@@ -117,22 +119,9 @@ class MetricsFile(Logger):
 
 def figures(folder: Path) -> dict[str, tuple[Path, str]]:
     """The run's pictures: name to file and caption."""
-    captions = json.loads((folder / "figures" / "captions.json").read_text())
+    file = folder / "figures" / "captions.json"
+    captions = json.loads(file.read_text()) if file.exists() else {}
     return {Path(file).stem: (folder / "figures" / file, caption) for file, caption in captions.items()}
-
-
-def final_numbers(folder: Path) -> dict[str, float]:
-    """The numbers of `results.json` by name: logged values, accuracies of the trained encoder, gaps, the metric."""
-    results = json.loads((folder / "results.json").read_text())
-    numbers = dict(results["final"])
-    for row in results["accuracies"]:
-        if row["encoder"] == "trained":
-            numbers["/".join((row["classifier"], row["fitted_on"], row["split"]))] = row["top1"]
-    for row in results["gaps"]:
-        if row["encoder"] == "trained":
-            numbers["/".join((row["classifier"], row["fitted_on"], row["gap"]))] = row["points"]
-    numbers |= {name: results[name] for name in ("images_per_second", "peak_memory_mb", "wall_time_s")}
-    return {**numbers, "metric": results["metric"]["value"]}
 
 
 class WeightsAndBiases(Logger):
@@ -194,12 +183,6 @@ class WeightsAndBiases(Logger):
         if self._listens():
             with self._forgiving():
                 self._conclude(folder)
-
-    def log_tables(self, tables: Mapping[str, Sequence[dict[str, Any]]]) -> None:
-        """Tables by name, each of rows by column; a row may lack a column."""
-        if self._listens():
-            with self._forgiving():
-                self._log_tables(tables)
 
     def close(self, exit_code: int) -> None:
         """The run ends here, well or not."""
@@ -278,12 +261,14 @@ class WeightsAndBiases(Logger):
         import wandb
 
         run = self.run
-        run.summary.update(final_numbers(folder))
-        results = json.loads((folder / "results.json").read_text())
+        outcome = Outcome.load(folder)
+        run.summary.update(outcome.numbers())
         run.log({name: wandb.Image(str(file), caption=caption) for name, (file, caption) in figures(folder).items()})
-        tables = {name: results[name] for name in ("accuracies", "gaps")}
-        tables["strata_on_object"] = (results.get("strata") or {}).get("shares")
-        self._log_tables(tables)
+        for kind, rows in outcome.records.rows().items():
+            table = Table.of(kind, rows)
+            run.log(
+                {f"records/{kind}": wandb.Table(columns=list(table.heads), data=table.data, allow_mixed_types=True)}
+            )
         if self.artifacts:
             files = {"checkpoint": ("checkpoints/last.ckpt",), "encoder": ("encoder.safetensors", "encoder.json")}
             for kind, names in files.items():
@@ -295,15 +280,6 @@ class WeightsAndBiases(Logger):
                     kept = self._keep(file)
                     artifact.add_file(str(kept), name=kept.name, policy="immutable")
                 run.log_artifact(artifact)
-
-    def _log_tables(self, tables: Mapping[str, Sequence[dict[str, Any]]]) -> None:
-        import wandb
-
-        for name, rows in tables.items():
-            if rows:
-                columns: list[Any] = list(dict.fromkeys(key for row in rows for key in row))
-                data = [[row.get(key) for key in columns] for row in rows]
-                self.run.log({name: wandb.Table(columns=columns, data=data)})
 
     def _keep(self, file: Path) -> Path:
         """A second name for a file as it is now: a run with more epochs replaces it, perhaps before it is uploaded."""
@@ -338,9 +314,8 @@ class TensorBoard(TensorBoardLogger):
         """Final numbers and pictures."""
         from matplotlib.image import imread
 
-        for name, value in final_numbers(folder).items():
-            if value is not None:
-                self.experiment.add_scalar(f"final/{name}", value)
+        for name, value in Outcome.load(folder).numbers().items():
+            self.experiment.add_scalar(f"final/{name}", value)
         for name, (file, _) in figures(folder).items():
             self.experiment.add_image(name, imread(file)[..., :3], dataformats="HWC")
 

@@ -372,14 +372,17 @@ def test_devices_in_a_sweep_need_processes(command: Command) -> None:
 def test_what_was_trained_outlives_a_failure_after_it(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
     """Once the disk is full, once the program is at fault; the same command goes on."""
     words = [*SMALL, "trainer.max_epochs=1", "~callbacks.online", "hydra.run.dir=run"]
-    picture = Path("run/figures/views.png")
-    picture.parent.mkdir(parents=True)
-    picture.symlink_to("/dev/full")
+    Path("run").mkdir()
+    Path("run/.results.json.tmp").symlink_to("/dev/full")
     code, _, err = command(*words)
     run_folder = Path("run").resolve()
-    assert (code, err) == (2, f"The disk of {run_folder} is full; free space and continue with resume={run_folder}.\n")
+    kept = "the previous results.json, if any, is kept"
+    assert (code, err) == (
+        2,
+        f"The disk of {run_folder} is full; {kept}: free space and continue with resume={run_folder}.\n",
+    )
+    assert not Path("run/results.json").exists()
     trained = Path("run", CHECKPOINT).read_bytes()
-    picture.unlink()
 
     def fails(*_: Any) -> None:
         raise RuntimeError("a bug")

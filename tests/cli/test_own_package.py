@@ -181,7 +181,7 @@ def test_a_run_of_own_components(python: Callable[..., Any], home: Path) -> None
     assert (results["classes"], results["chance"]) == (["plain", "striped"], 0.5)
     assert results["parameters"] == 12 * (27 + 1)
     assert results["final"]["loss"] > 0
-    assert {a["split"] for a in results["accuracies"]} == {"original"}
+    assert {a["split"] for a in results["records"]["accuracy"]} == {"original"}
 
     done = python("icl_msr.run", f"resume={run}", "trainer.max_epochs=2")
     assert done.returncode == 0, done.stderr

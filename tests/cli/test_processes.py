@@ -27,7 +27,7 @@ from icl_msr.cli.job import run
 from icl_msr.cli.processes import clean_environment, in_folder, run_ranks
 from icl_msr.core.config import config_dir
 from icl_msr.core.ranks import is_first, is_rank, outside_world_size
-from icl_msr.report.runs import Run
+from icl_msr.core.records import Outcome
 
 CHECKOUT = Path(icl_msr.__file__).parents[1]
 
@@ -386,9 +386,9 @@ def test_two_ranks_train_like_one(pair: Pair) -> None:
 
 
 def test_accuracies_do_not_depend_on_the_number_of_ranks(pair: Pair) -> None:
-    one, two = Run.load(pair.one).results, Run.load(pair.two).results
-    assert len(one.accuracies) > 4
-    assert [row.top1 for row in two.accuracies] == [row.top1 for row in one.accuracies]
+    one, two = (Outcome.load(path).records.where("accuracy") for path in (pair.one, pair.two))
+    assert len(one) > 4
+    assert [row.value for row in two] == [row.value for row in one]
 
 
 def test_two_ranks_look_like_one(pair: Pair) -> None:
@@ -492,7 +492,7 @@ def test_a_signal_saves_and_resume_continues_bit_for_bit(pair: Pair, programs: P
     whole, continued = weights(pair.two), weights(folder)
     for key in ("state_dict", "optimizer_states", "lr_schedulers", "global_step", "loops"):
         same(whole[key], continued[key], key)
-    accuracies = [Run.load(path).results.accuracies for path in (pair.two, folder)]
+    accuracies = [Outcome.load(path).records.where("accuracy") for path in (pair.two, folder)]
     assert accuracies[0] == accuracies[1]
 
 
@@ -562,13 +562,13 @@ def test_two_seeds_that_start_together_are_never_mixed(programs: Programs, tmp_p
     (seed,) = re.findall(r"same holds a run with seed=(\d), and \d was asked for", line)
     config = (tmp_path / "same" / "config.yaml").read_text()
     assert f"seed: {seed}\n" in config
-    assert Run.load(tmp_path / "same").results.seed == int(seed)
+    assert Outcome.load(tmp_path / "same").seed == int(seed)
     assert "Continuing" not in both.out
 
     apart = programs.start(*short, module="race", PYTHONPATH=f"{tmp_path}:{CHECKOUT}")
     assert apart.wait() == 0, apart.err
     folders = list((tmp_path / "runs").glob("*/*"))
-    assert sorted(Run.load(folder).results.seed for folder in folders) == [0, 1]
+    assert sorted(Outcome.load(folder).seed for folder in folders) == [0, 1]
 
 
 @pytest.mark.slow

@@ -12,11 +12,12 @@ from omegaconf import DictConfig, OmegaConf
 from safetensors.torch import load_file
 from support.inprocess import TRAINER, WORDS, Finished, finish
 from support.tiny import DATA, composed, pieces
+from support.written import accuracy, outcome
 
 from icl_msr.cli.assemble import assemble, build_as, derive, make_optimization
-from icl_msr.cli.conclude import metric
 from icl_msr.core.config import check, fingerprint
 from icl_msr.core.errors import UserError
+from icl_msr.core.records import Outcome, chosen_metric
 from icl_msr.evaluation.suite import Results
 from icl_msr.models.backbones import tiny
 from icl_msr.report import summarise
@@ -82,21 +83,17 @@ def test_results_are_consistent(finished: Finished) -> None:
     assert results["derived"]["total_steps"] == 6
     assert results["derived"]["steps_per_epoch"] == 3
     assert results["parameters"] == sum(p.numel() for p in tiny(32, weights=None).parameters())
-    accuracies = results["accuracies"]
-    assert {a["encoder"] for a in accuracies} == {"trained", "untrained"}
+    accuracies = Outcome.load(finished.folder).records.where("accuracy")
+    assert {a.encoder for a in accuracies} == {"trained", "untrained"}
     for a in accuracies:
-        name = "/".join(a[key] for key in ("encoder", "classifier", "fitted_on", "split"))
-        assert a["top1"] == pytest.approx((predictions[name] == predictions[f"labels/{a['split']}"]).mean())
+        name = f"{a.encoder}/{a.classifier}/{a.fitted_on}/{a.split}"
+        assert a.value == pytest.approx((predictions[name] == predictions[f"labels/{a.split}"]).mean())
 
 
 def test_the_returned_value_is_the_metric(finished: Finished) -> None:
-    (expected,) = (
-        a["top1"]
-        for a in finished.json("results.json")["accuracies"]
-        if (a["encoder"], a["classifier"], a["fitted_on"], a["split"])
-        == ("trained", "knn-dino", "balanced", "mixed_rand")
-    )
-    assert finished.values == [expected]
+    known = {"encoder": "trained", "classifier": "knn-dino", "fitted_on": "balanced", "split": "mixed_rand"}
+    (expected,) = Outcome.load(finished.folder).records.where("accuracy", **known)
+    assert finished.values == [expected.value]
 
 
 def test_the_checkpoint_is_plain_and_whole(finished: Finished) -> None:
@@ -161,7 +158,7 @@ def test_a_sweep_makes_one_table(sweep: Finished) -> None:
     summary = summarise([sweep.folder])
     assert not summary.failed
     (configuration,) = summary.configurations
-    assert [run.results.seed for run in configuration.runs] == [0, 1]
+    assert [run.outcome.seed for run in configuration.runs] == [0, 1]
     assert all(statistic.n == 2 for statistic in configuration.metrics.values())
 
 
@@ -176,7 +173,7 @@ def test_other_backbones_run(backbone: str, method: str, tmp_path: Path) -> None
 def test_a_run_without_evaluation_or_regularizer(tmp_path: Path) -> None:
     done = finish(tmp_path, "regularizer=none", "evaluation=none", "~callbacks.online")
     assert np.isnan(done.values[0])
-    assert done.json("results.json")["accuracies"] == []
+    assert done.json("results.json")["records"] == {}
     assert (done.folder / "report.html").exists()
 
 
@@ -212,28 +209,22 @@ def test_a_group_must_give_what_it_is_for() -> None:
         build_as(Results, settings().hardware)
 
 
-def accuracy(name: str, top1: float, encoder: str = "trained") -> Any:
-    classifier, fitted_on, split = name.split("/")
-    return {"encoder": encoder, "classifier": classifier, "fitted_on": fitted_on, "split": split, "top1": top1}
-
-
 def test_the_metric_of_a_sweep() -> None:
     final = {"online/knn": 0.1, "loss": 3.0}
-    results = Results(
-        accuracies=[
-            accuracy("knn-dino/balanced/mixed_rand", 0.2),
-            accuracy("linear/train/mixed_rand", 0.3),
-            accuracy("linear/balanced/original", 0.4),
-            accuracy("linear/balanced/mixed_rand", 0.5),
-            accuracy("linear/balanced/mixed_rand", 0.6, encoder="untrained"),
-        ]
+    results = outcome(
+        accuracy("mixed_rand", 0.2, "knn-dino", "balanced"),
+        accuracy("mixed_rand", 0.3),
+        accuracy("original", 0.4, fitted_on="balanced"),
+        accuracy("mixed_rand", 0.5, fitted_on="balanced"),
+        accuracy("mixed_rand", 0.6, fitted_on="balanced", encoder="untrained"),
+        final=final,
     )
-    assert metric("auto", final, results) == ("linear/balanced/mixed_rand", 0.5)
-    assert metric("linear/train/mixed_rand", final, results) == ("linear/train/mixed_rand", 0.3)
-    assert metric("loss", final, results) == ("loss", 3.0)
-    assert metric("auto", final, Results()) == ("online/knn", 0.1)
+    assert chosen_metric("auto", results) == ("linear/balanced/mixed_rand", 0.5)
+    assert chosen_metric("linear/train/mixed_rand", results) == ("linear/train/mixed_rand", 0.3)
+    assert chosen_metric("loss", results) == ("loss", 3.0)
+    assert chosen_metric("auto", outcome(final=final)) == ("online/knn", 0.1)
     # Not yet logged in a run that was too short for it.
-    name, value = metric("online/probe", final, results)
+    name, value = chosen_metric("online/probe", results)
     assert name == "online/probe"
     assert np.isnan(value)
 
@@ -258,7 +249,7 @@ def test_a_run_may_end_with_a_comparison_of_encoders_alone(
     monkeypatch.setattr("support.inprocess.WORDS", [word for word in WORDS if word != "evaluation=light"])
     found = finish(tmp_path, "evaluation=similarity", f"evaluation.other={finished.folder}")
     results = json.loads((found.folder / "results.json").read_text())
-    assert [row["encoder"] for row in results["similarity"]] == ["trained", "untrained"]
+    assert {row["encoder"] for row in results["records"]["similarity"]} == {"trained", "untrained"}
 
 
 def test_two_evaluations_of_one_run(finished: Finished, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -266,8 +257,8 @@ def test_two_evaluations_of_one_run(finished: Finished, tmp_path: Path, monkeypa
     monkeypatch.setattr("support.inprocess.WORDS", [word for word in WORDS if word != "evaluation=light"])
     own = ("evaluation=[light,similarity]", f"evaluation.other={finished.folder}", "evaluation.untrained=false")
     found = finish(tmp_path, "regularizer=none", "trainer.max_epochs=1", *own)
-    results = found.json("results.json")
-    assert results["choices"]["evaluation"] == "light+similarity"
-    assert [row["encoder"] for row in results["similarity"]] == ["trained"]
-    assert {row["encoder"] for row in results["accuracies"]} == {"trained"}
-    assert {row["classifier"] for row in results["accuracies"]} == {"knn-dino"}
+    assert found.json("results.json")["choices"]["evaluation"] == "light+similarity"
+    records = Outcome.load(found.folder).records
+    assert {record.encoder for record in records.where("similarity")} == {"trained"}
+    assert {record.encoder for record in records.where("accuracy")} == {"trained"}
+    assert {str(record.classifier) for record in records.where("accuracy")} == {"knn-dino"}

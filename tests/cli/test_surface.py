@@ -1,7 +1,6 @@
 """Whatever Lightning, torch and Hydra have stands in a run by its own name, from the command line."""
 
 import csv
-import logging
 import math
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from support.inprocess import TRAINER, WORDS, Finished, execute, finish
 from support.tiny import DATA, MODEL, pieces
 
 from icl_msr.cli.assemble import derive
+from icl_msr.cli.words import overrides
 from icl_msr.core.errors import UserError
 
 LEAN = ("regularizer=none", "method=simclr", "negatives=none", "evaluation=none")
@@ -92,8 +92,7 @@ def test_any_optimizer_of_torch(tmp_path: Path) -> None:
 
 def test_a_profiler_and_a_limit_of_time(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     words = ("trainer.profiler=simple", "+trainer.max_time=00:00:00:02", "trainer.max_epochs=1000")
-    with caplog.at_level(logging.INFO, "pytorch_lightning.profilers"):
-        done = finish(tmp_path, *LEAN, *words, "~callbacks.online")
+    done = finish(tmp_path, *LEAN, *words, "~callbacks.online")
     assert 1 <= len(steps(done.folder)) < 3000
     assert saved(done)["global_step"] == len(steps(done.folder))
     assert done.json("results.json")["derived"]["total_steps"] == 3000
@@ -214,3 +213,16 @@ def test_a_key_that_was_added_since_has_its_default(tmp_path: Path) -> None:
         whole["trainer"]["max_epochs"] = epochs
         assert OmegaConf.load(file) == whole
         assert saved(done)["global_step"] == 3 * epochs
+
+
+@pytest.mark.parametrize(
+    ("typed", "words"),
+    [
+        ("~callbacks.online -m seed=0,1", "-m ~callbacks.online seed=0,1"),
+        ("seed=1 --cfg job ~callbacks.online", "--cfg job seed=1 ~callbacks.online"),
+        ("trainer.profiler=simple +trainer.max_steps=3", "trainer.profiler=simple ++trainer.max_steps=3"),
+        ("trainer.devices=2 ++trainer.x=1 +seed=1", "++trainer.devices=2 ++trainer.x=1 +seed=1"),
+    ],
+)
+def test_words_as_hydra_reads_them(typed: str, words: str) -> None:
+    assert overrides(typed.split()) == words.split()

@@ -10,6 +10,7 @@ from support.tiny import composed
 
 from icl_msr.core.errors import UserError
 from icl_msr.core.folder import FORMAT, RunFolder
+from icl_msr.report.runs import Run
 
 CHOICES = {"method": "moco", "evaluation": "light+corruptions", "logger": "csv", "callbacks": "default"}
 WORDS = ("method=moco", "evaluation=[light,corruptions]", "logger=csv")
@@ -76,3 +77,11 @@ def test_another_format_is_refused(facts: Any, sentence: str, tmp_path: Path) ->
         run.environment.write_text(json.dumps(facts))
     with pytest.raises(UserError, match=sentence):
         run.saved_config()
+
+
+def test_a_report_refuses_another_format(tmp_path: Path) -> None:
+    run, _ = begun(tmp_path)
+    run.results.write_text('{"seed": 0}')
+    run.environment.write_text(json.dumps({"format": FORMAT + 1}))
+    with pytest.raises(UserError, match=f"has format {FORMAT + 1}"):
+        Run.load(tmp_path)

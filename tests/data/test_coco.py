@@ -311,5 +311,6 @@ def test_the_whole_program(tmp_path: Path) -> None:
     finally:
         programs.close()
     results = json.loads((tmp_path / "run/results.json").read_text())
-    assert {row["split"] for row in results["accuracies"]} >= {"full", "fg", "crop", "only_fg", "only_bg"}
-    assert {row["gap"] for row in results["gaps"]} >= {"full - fg", "fg - crop"}
+    assert {row["split"] for row in results["records"]["accuracy"]} >= {"full", "fg", "crop", "only_fg", "only_bg"}
+    gaps = results["records"]["gap"]
+    assert {(row["split"], row["minus"]) for row in gaps} >= {("full", "fg"), ("fg", "crop")}

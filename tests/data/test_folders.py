@@ -129,7 +129,7 @@ def test_splits_are_known_by_any_spelling(tmp_path, train, test):
 def test_siblings_of_train_that_are_not_read_are_said(tmp_path):
     make(tmp_path, *SPLIT, "test/cat", "unlabelled")
     assert read(tmp_path).notes == (
-        f"test, unlabelled in {tmp_path} are not read; dataset.tests names folders to test on.",
+        f"test, unlabelled in {tmp_path} are not read; dataset.tests and dataset.extra name what is read.",
     )
     make(tmp_path, "masks/train")
     (note,) = read(tmp_path, tests=["test"], shifted={"other": str(tmp_path / "val")}).notes

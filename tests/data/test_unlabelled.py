@@ -94,7 +94,7 @@ def test_another_data_set_gives_the_labels(flat, labelled):
 def test_wrong_labelled_sets_are_refused(flat, labelled):
     for wrong, words in (
         ("cifar11", "is no choice of dataset; did you mean cifar10"),
-        ("imagefolder", r"needs the key root; name the set with its keys: .*icl_msr\.data\.folders\.imagefolder, root"),
+        ("imagefolder", r"needs the key root; type \+dataset@dataset\.labelled=imagefolder dataset\.labelled\.root="),
         (labelled | {"image_size": 8}, "have 8 pixels and those that are trained on 16; set dataset.image_size=8"),
         (labelled | {"rot": 1}, r"dataset\.labelled\.rot is not a key"),
         ({"_target_": "icl_msr.data.unlabelled.images", "root": str(flat), "split": 0.1, "labelled": None,
@@ -116,8 +116,8 @@ def test_a_run_without_labels_reports_what_needs_none(flat, tmp_path):
     assert answer.code == 0, answer.err
     assert "flat has no labels" in answer.out
     results = json.loads((folder / "results.json").read_text())
-    assert results["accuracies"] == []
-    assert {row["split"] for row in results["health"]} == {"held_out"}
+    assert "accuracy" not in results["records"]
+    assert {row["split"] for row in results["records"]["health"]} == {"held_out"}
     assert not any(name.startswith("online/") for name in results["final"])
     page = (folder / "report.html").read_text()
     assert "This run had no labels of two or more classes" in page
@@ -128,12 +128,15 @@ def test_a_run_without_labels_reports_what_needs_none(flat, tmp_path):
 
 def test_a_run_is_measured_on_the_labelled_set(flat, labelled, tmp_path):
     folder = tmp_path / "run"
-    node = "{" + ",".join(f"{key}: {'null' if value is None else value}" for key, value in labelled.items()) + "}"
-    words = [*WORDS, "dataset=images", f"dataset.root={flat}", f"dataset.labelled={node}", f"hydra.run.dir={folder}"]
+    words = [*WORDS, "dataset=images", f"dataset.root={flat}", f"hydra.run.dir={folder}"]
+    words += ["+dataset@dataset.labelled=imagefolder", f"dataset.labelled.root={labelled['root']}"]
+    words += ["dataset.labelled.image_size=16"]
     answer = inprocess.execute(*words)
     assert answer.code == 0, answer.err
     results = json.loads((folder / "results.json").read_text())
-    assert {(row["fitted_on"], row["split"], row["n"]) for row in results["accuracies"]} == {("train", "test", 6)}
+    assert {(row["fitted_on"], row["split"], row["n"]) for row in results["records"]["accuracy"]} == {
+        ("train", "test", 6)
+    }
     assert "online/knn" in results["final"]
     assert "online/probe" not in results["final"]
     assert results["classes"] == ["cat", "dog"]
@@ -147,7 +150,7 @@ def test_one_class_has_no_accuracy(tmp_path):
     answer = inprocess.execute(*[*WORDS, *words])
     assert answer.code == 0, answer.err
     assert "one has one class, all" in answer.out
-    assert json.loads((folder / "results.json").read_text())["accuracies"] == []
+    assert "accuracy" not in json.loads((folder / "results.json").read_text())["records"]
 
 
 @pytest.mark.parametrize(
@@ -164,4 +167,27 @@ def test_what_needs_labels_refuses_in_one_sentence(flat, tmp_path, word, sentenc
     answer = inprocess.execute(*words)
     assert answer.code == 2
     assert sentence in answer.err
+    assert answer.err.strip().count("\n") == 0
+
+
+# ------------------------------------------------------------------------------------------------- data that changed
+
+
+@pytest.mark.parametrize("change", ["an image less", "a class more", "another class"])
+def test_a_run_goes_on_with_the_data_that_it_was_begun_with(labelled, tmp_path, change):
+    root, folder = Path(labelled["root"]), tmp_path / "run"
+    words = [*WORDS, "dataset=imagefolder", f"dataset.root={root}", f"hydra.run.dir={folder}", "evaluation=none"]
+    assert inprocess.execute(*words, "metric=loss").code == 0
+    if change == "an image less":
+        (root / "train/cat/3.png").unlink()
+        said = "begun with 12 training images of 2 classes, and there are 11 training images of 2 classes now"
+    elif change == "a class more":
+        picture(root / "train/eel/0.png", 5)
+        said = "and there are 13 training images of 3 classes now"
+    else:
+        (root / "train/cat/3.png").rename(root / "train/dog/9.png")
+        said = "with other labels of its 12 training images of 2 classes"
+    answer = inprocess.execute(f"resume={folder}", "trainer.max_epochs=2")
+    assert answer.code == 2
+    assert said in answer.err
     assert answer.err.strip().count("\n") == 0

@@ -127,7 +127,7 @@ def test_the_papers_settings(name: str, values: dict[str, Any]) -> None:
     node = check(composed(f"evaluation={name}")).evaluation[name]
     assert {key: node[key] for key in values} == values
     evaluation = build(node)
-    assert evaluation.classifiers[-1] == f"linear-{values['probe']}"
+    assert str(evaluation.classifiers[-1]) == f"linear-{values['probe']}"
 
 
 def test_schedules() -> None:

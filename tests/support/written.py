@@ -13,9 +13,43 @@ import numpy as np
 from omegaconf import OmegaConf
 
 from icl_msr.core.folder import FORMAT
+from icl_msr.core.records import ACCURACY, GAP, Classifier, Layout, Measurement, Outcome, Records
 
 SPLITS = ("original", "mixed_same", "mixed_rand", "only_fg", "only_bg")
-LINEAR_TRAIN = {"classifier": "linear", "fitted_on": "train"}
+GAPS = (("mixed_same", "mixed_rand"), ("original", "mixed_rand"), ("original", "only_fg"), ("only_bg", "chance"))
+LINEAR = Classifier(family="linear")
+
+
+def classifier(name: str) -> Classifier:
+    """`knn-dino` or `linear-10%`."""
+    family, *rest = name.split("-")
+    fraction = next((float(part[:-1]) / 100 for part in rest if part.endswith("%")), 1.0)
+    preset = "".join(part for part in rest if not part.endswith("%"))
+    return Classifier(family=family, preset=preset, fraction=fraction)
+
+
+def accuracy(split: str, value: float, name: str = "linear", fitted_on: str = "train", **more: Any) -> Measurement:
+    """The record of an accuracy."""
+    better: Any = "neither" if split in ("only_bg", "conflict_shape") else "more"
+    known = {"classifier": classifier(name), "fitted_on": fitted_on, "better": better, **more}
+    return Measurement(kind="accuracy", split=split, value=value, **known)
+
+
+def gap(split: str, minus: str, points: float, name: str = "linear", fitted_on: str = "train", **more: Any) -> Any:
+    """The record of a gap."""
+    known = {"classifier": classifier(name), "fitted_on": fitted_on, "better": "less", "unit": "points", **more}
+    return Measurement(kind="gap", split=split, minus=minus, value=points, **known)
+
+
+def outcome(*records: Measurement, seed: int = 0, **facts: Any) -> Outcome:
+    """What came out of a run that measured this."""
+    layouts = {layout.kind: layout for layout in (ACCURACY, GAP)}
+    return Outcome(seed=seed, records=Records(list(records), layouts=layouts), **facts)
+
+
+def save(folder: Path, results: Outcome) -> None:
+    """Write `results.json`."""
+    (folder / "results.json").write_text(json.dumps(results.to_json()))
 
 
 def top1(method: str, regularizer: str, seed: int, encoder: str, classifier: str, fitted_on: str, split: str) -> float:
@@ -60,68 +94,39 @@ def write_run(folder: Path, method: str = "moco", regularizer: str = "msr", seed
         settings[group][name] = value
     OmegaConf.save(OmegaConf.create(settings), folder / "config.yaml")
 
-    accuracies = []
+    accuracies, gaps = [], []
     for encoder in ("trained", "untrained"):
         for classifier in ("knn-dino", "linear"):
             for fitted_on in ("train", "balanced"):
-                for split in SPLITS:
-                    value = top1(method, regularizer, seed, encoder, classifier, fitted_on, split)
-                    accuracies.append(
-                        {
-                            "encoder": encoder,
-                            "classifier": classifier,
-                            "fitted_on": fitted_on,
-                            "split": split,
-                            "top1": value,
-                            "low": value - 0.03,
-                            "high": value + 0.03,
-                            "n": 1000,
-                        }
-                    )
-    lookup = {(a["encoder"], a["classifier"], a["fitted_on"], a["split"]): a["top1"] for a in accuracies}
-    gaps = []
-    for encoder, classifier, fitted_on in dict.fromkeys(key[:3] for key in lookup):
-        at = {split: lookup[encoder, classifier, fitted_on, split] for split in SPLITS}
-        for name, points in (
-            ("bg_gap", at["mixed_same"] - at["mixed_rand"]),
-            ("original - mixed_rand", at["original"] - at["mixed_rand"]),
-            ("original - only_fg", at["original"] - at["only_fg"]),
-            ("only_bg - chance", at["only_bg"] - 0.1),
-        ):
-            points = round(100 * points, 4)
-            gaps.append(
-                {
-                    "encoder": encoder,
-                    "classifier": classifier,
-                    "fitted_on": fitted_on,
-                    "gap": name,
-                    "points": points,
-                    "low": points - 2.5,
-                    "high": points + 2.4,
-                }
-            )
-    results = {
-        "name": f"{method}-{regularizer}-none-confounded",
-        "choices": choices,
-        "seed": seed,
-        "derived": {"effective_learning_rate": 0.003, "total_steps": 936, "meta_interval": 4},
-        "parameters": 307_456,
-        "wall_time_s": 203.4,
-        "images_per_second": 2310.5,
-        "peak_memory_mb": 842.0,
-        "classes": ["disk", "ring", "square", "star", "heart", "moon", "cross", "arrow", "drop", "gear"],
-        "chance": 0.1,
-        "train_on": "full",
-        "first": {"online/knn": 0.31, "loss": 8.1},
-        "final": {"online/knn": 0.78, "loss": 5.2},
-        "accuracies": accuracies,
-        "gaps": gaps,
-        "probes": [
-            {"encoder": "trained", "fitted_on": "train", "learning_rate": 0.01, "held_out_top1": 0.83},
-            {"encoder": "trained", "fitted_on": "balanced", "learning_rate": 0.003, "held_out_top1": 0.55},
-        ],
-    }
-    (folder / "results.json").write_text(json.dumps(results))
+                fit = {"name": classifier, "fitted_on": fitted_on, "encoder": encoder}
+                at = {split: top1(method, regularizer, seed, encoder, classifier, fitted_on, split) for split in SPLITS}
+                for split, value in at.items():
+                    accuracies.append(accuracy(split, value, low=value - 0.03, high=value + 0.03, n=1000, **fit))
+                for first, second in GAPS:
+                    points = round(100 * (at[first] - at.get(second, 0.1)), 4)
+                    gaps.append(gap(first, second, points, low=points - 2.5, high=points + 2.4, **fit))
+    known: dict[str, Any] = {"classifier": LINEAR, "fitted_on": "train"}
+    chosen = Measurement(kind="choice", metric="chosen", value=0.01, unit="number", **known)
+    choice = Layout(kind="choice", title="The learning rates", rows=("classifier", "fitted_on"), folded=True)
+    results = outcome(
+        *accuracies,
+        *gaps,
+        chosen,
+        name=f"{method}-{regularizer}-none-confounded",
+        choices=choices,
+        seed=seed,
+        derived={"effective_learning_rate": 0.003, "total_steps": 936, "meta_interval": 4},
+        parameters=307_456,
+        wall_time_s=203.4,
+        images_per_second=2310.5,
+        peak_memory_mb=842.0,
+        classes=["disk", "ring", "square", "star", "heart", "moon", "cross", "arrow", "drop", "gear"],
+        chance=0.1,
+        train_on="full",
+        final={"online/knn": 0.78, "loss": 5.2},
+    )
+    results.records.layouts["choice"] = choice
+    save(folder, results)
     (folder / "environment.json").write_text(
         json.dumps(
             {
@@ -176,14 +181,9 @@ def write_box_run(folder: Path, train_on: str, full: float, fg: float, seed: int
     folder.mkdir(parents=True)
     config = {"seed": seed, "method": {"temperature": 0.2}, "dataset": {"train_on": train_on}}
     OmegaConf.save(OmegaConf.create(config), folder / "config.yaml")
-    accuracies = [
-        {"encoder": "trained", **LINEAR_TRAIN, "split": split, "top1": value}
-        for split, value in (("full", full), ("fg", fg))
-    ]
-    gap = {"encoder": "trained", **LINEAR_TRAIN, "gap": "full - fg", "points": 100 * (full - fg)}
+    records = [accuracy("full", full), accuracy("fg", fg), gap("full", "fg", 100 * (full - fg))]
     choices = {"method": "moco", "dataset": "imagefolder"}
-    results = {"name": "moco", "choices": choices, "seed": seed, "train_on": train_on}
-    (folder / "results.json").write_text(json.dumps(results | {"accuracies": accuracies, "gaps": [gap]}))
+    save(folder, outcome(*records, name="moco", choices=choices, seed=seed, train_on=train_on))
     return folder
 
 

@@ -29,6 +29,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from icl_msr.cli import job as program
 from icl_msr.cli.job import closing
 from icl_msr.core.errors import UserError
+from icl_msr.core.records import Outcome, Records
 from icl_msr.report.__main__ import main as report
 from icl_msr.training.loggers import About, MetricsFile, TensorBoard, WeightsAndBiases
 
@@ -146,12 +147,11 @@ def test_the_history_is_what_stands_in_metrics_csv(story: Story) -> None:
 def test_the_summary_has_the_final_numbers(story: Story) -> None:
     summary, results = story.first.summary, story.results
     assert summary["metric"] == results["metric"]["value"] == story.sweep.values[0]
-    for row in results["accuracies"]:
-        if row["encoder"] == "trained":
-            assert summary["/".join((row["classifier"], row["fitted_on"], row["split"]))] == row["top1"]
-    for row in results["gaps"]:
-        if row["encoder"] == "trained":
-            assert summary["/".join((row["classifier"], row["fitted_on"], row["gap"]))] == row["points"]
+    records = Records.from_json(results)
+    for row in records.where("accuracy", encoder="trained"):
+        assert summary["/".join((str(row.classifier), row.fitted_on, row.split))] == row.value
+    for row in records.where("gap", encoder="trained"):
+        assert summary["/".join((str(row.classifier), row.fitted_on, f"{row.split} - {row.minus}"))] == row.value
     for name in ("images_per_second", "peak_memory_mb", "wall_time_s"):
         assert summary[name] == results[name]
     for name in ("loss", "online/knn"):
@@ -170,14 +170,14 @@ def test_pictures_are_logged(story: Story) -> None:
     assert np.array_equal(imread(shown), imread(story.folder / "figures" / file))
 
 
-@pytest.mark.parametrize("name", ["accuracies", "gaps", "strata_on_object"])
+@pytest.mark.parametrize("name", ["accuracy", "gap", "strata"])
 def test_final_tables_are_logged(name: str, story: Story) -> None:
-    rows = story.results["strata"]["shares"] if name == "strata_on_object" else story.results[name]
-    logged = next(row[name] for row in story.first.history if name in row)
+    rows = story.results["records"][name]
+    logged = next(row[f"records/{name}"] for row in story.first.history if f"records/{name}" in row)
     assert logged["_type"] == "table-file"
     content = json.loads((story.first.folder / "files" / logged["path"]).read_text())
-    assert content["columns"] == list(rows[0])
-    assert content["data"] == [list(row.values()) for row in rows]
+    assert content["columns"] == list(dict.fromkeys(key for row in rows for key in row))
+    assert content["data"] == [[row.get(key) for key in content["columns"]] for row in rows]
 
 
 def test_artifacts_stay_as_they_were(story: Story) -> None:
@@ -518,10 +518,9 @@ def test_tensorboard_shows_curves_final_numbers_and_pictures(tmp_path: Path, sto
     picture = imread(story.folder / "figures" / "views.png")
     (shown,) = found.Images("views")
     assert (shown.height, shown.width) == picture.shape[:2]
-    results = json.loads((story.folder / "results.json").read_text())
-    row = next(row for row in results["accuracies"] if row["encoder"] == "trained")
-    name = "/".join((row["classifier"], row["fitted_on"], row["split"]))
-    assert scalars(found, f"final/{name}") == [(0, pytest.approx(row["top1"]))]
+    row = Outcome.load(story.folder).records.where("accuracy", encoder="trained")[0]
+    name = "/".join((str(row.classifier), row.fitted_on, row.split))
+    assert scalars(found, f"final/{name}") == [(0, pytest.approx(row.value))]
 
 
 def test_tensorboard_forgets_what_a_continued_run_repeats(tmp_path: Path) -> None:
