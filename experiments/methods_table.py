@@ -1,4 +1,4 @@
-"""Writes README's table of methods from the code: python experiments/methods_table.py"""
+"""Write the table in icl_msr/methods/README.md from the code: python experiments/methods_table.py"""
 
 import importlib
 from pathlib import Path
@@ -17,7 +17,7 @@ PAPERS = {
 COLUMNS = [("regularizer", "msr"), ("negatives", "patch"), ("negatives", "texture")]
 """`cached` is as `texture`; `phase` is ours everywhere."""
 
-README = Path(__file__).parents[1] / "README.md"
+README = Path(__file__).parents[1] / "icl_msr" / "methods" / "README.md"
 BEGIN, END = "<!-- methods: written by experiments/methods_table.py -->", "<!-- end of methods -->"
 
 
