@@ -20,10 +20,10 @@ demo: env ## Pre-train MoCo + MSR on the embedded data set, print the table and 
 	$(BIN)/python -m icl_msr.run
 
 test: env ## Run the tests (minutes)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
 test-all: env ## Run all tests, the slow ones too
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m ''
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -m ''
 
 check: env ## Lint, check formatting, types and the direction of imports
 	$(BIN)/ruff check
@@ -35,8 +35,8 @@ format: env ## Format the code
 	$(BIN)/ruff check --fix
 	$(BIN)/ruff format
 
-bench: env ## Measure the speed of the hot paths, as ratios
-	$(BIN)/python experiments/benchmarks/speed.py
+bench: env ## Measure the speed of the hot paths, as ratios (three minutes at most)
+	$(BIN)/python -m experiments.benchmarks.speed
 
 report: env ## One table over all runs in runs/ (RUNS=folder chooses others)
 	$(BIN)/python -m icl_msr.report $(or $(RUNS),runs)

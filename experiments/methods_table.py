@@ -1,6 +1,11 @@
-"""Write the table in icl_msr/methods/README.md from the code: python experiments/methods_table.py"""
+"""Write the table of icl_msr/methods/README.md from the code.
 
+python experiments/methods_table.py [--check]
+"""
+
+import argparse
 import importlib
+from collections.abc import Sequence
 from pathlib import Path
 
 from hydra import compose, initialize_config_dir
@@ -17,7 +22,7 @@ PAPERS = {
 COLUMNS = [("regularizer", "msr"), ("negatives", "patch"), ("negatives", "texture")]
 """`cached` is as `texture`; `phase` is ours everywhere."""
 
-README = Path(__file__).parents[1] / "icl_msr" / "methods" / "README.md"
+PAGE = Path(__file__).parents[1] / "icl_msr" / "methods" / "README.md"
 BEGIN, END = "<!-- methods: written by experiments/methods_table.py -->", "<!-- end of methods -->"
 
 
@@ -45,11 +50,26 @@ def table() -> str:
     return "\n".join([*lines, "", "Refused:", "", *reasons])
 
 
-def written(readme: str) -> str:
-    """README with the table of today."""
-    before, _, rest = readme.partition(BEGIN)
+def written(page: str) -> str:
+    """Return the page with the table of today."""
+    before, _, rest = page.partition(BEGIN)
     return f"{before}{BEGIN}\n{table()}\n{END}{rest.partition(END)[2]}"
 
 
+def main(words: Sequence[str] | None = None) -> None:
+    """Write the table, or say that the page has another one."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--check", action="store_true", help="write nothing; exit with 1 where the page has another table"
+    )
+    page = PAGE.read_text()
+    if not parser.parse_args(words).check:
+        PAGE.write_text(written(page))
+    elif page != written(page):
+        raise SystemExit(
+            "The table in icl_msr/methods/README.md is out of date; type python experiments/methods_table.py"
+        )
+
+
 if __name__ == "__main__":
-    README.write_text(written(README.read_text()))
+    main()

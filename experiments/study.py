@@ -1,21 +1,25 @@
 """Grids of runs, written down beforehand, resumable, with what they found committed as it grows.
 
-python experiments/study.py run FOLDER [jobs=2] [NAME=PATH]...    the runs of FOLDER/grid.yaml that are not yet done
-python experiments/study.py table FOLDER                           FOLDER/table.md from FOLDER/results.jsonl
+python experiments/study.py run FOLDER [--jobs 2] [--dry] [NAME=PATH]...    the runs of FOLDER/grid.yaml not yet done
+python experiments/study.py table FOLDER                                    FOLDER/table.md from FOLDER/results.jsonl
 
 A row of a grid is a command line, its seeds, and perhaps further evaluations (`then`) of what it trained. Each finished
 run leaves one line in results.jsonl: what it was asked, what came out, and where. The table has means and standard
 deviations over seeds, and for a row with a baseline the paired differences, seed by seed, with their 95 % interval
 (Student's t) and the smallest difference that a design of this spread and size detects in four cases of five.
+`--dry` prints the commands of the runs and starts none.
 """
 
+import argparse
 import json
 import re
+import shlex
 import statistics
 import subprocess
 import sys
 import threading
 import time
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from string import Template
@@ -26,9 +30,16 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from icl_msr.report.differences import paired
 from icl_msr.report.runs import Run
-from icl_msr.report.summary import measurements
+from icl_msr.report.summary_tables import told
 
-CURVES = ("loss", "loss/contrastive", "loss/msr", "online/knn", "msr/meta_grad_norm", "msr/uniformity_grad_norm")
+CURVES: tuple[str, ...] = (
+    "loss",
+    "loss/contrastive",
+    "loss/msr",
+    "online/knn",
+    "msr/meta_grad_norm",
+    "msr/uniformity_grad_norm",
+)
 CURVES += ("msr/uniformity", "msr/entropy", "msr/overlap", "msr/variation")
 CURVES += tuple(f"negatives/similarity_{name}" for name in ("own", "positive", "others", "hardest"))
 
@@ -57,21 +68,26 @@ def rows(folder: Path, given: dict[str, str]) -> dict[str, dict[str, Any]]:
     return found
 
 
-def run(folder: Path, given: dict[str, str], jobs: int) -> None:
-    """What is not yet done, one process a run."""
+Job = tuple[str, dict[str, Any], int]
+"""The name of a row, the row, and a seed."""
+
+
+def remaining(folder: Path, given: dict[str, str]) -> list[Job]:
+    """Return what is not yet done."""
     done = {(record["row"], record["seed"]) for record in records(folder)}
-    todo = [
-        (name, row, seed)
-        for name, row in rows(folder, given).items()
-        for seed in row["seeds"]
-        if (name, seed) not in done
-    ]
+    grid = rows(folder, given).items()
+    return [(name, row, seed) for name, row in grid for seed in row["seeds"] if (name, seed) not in done]
+
+
+def run(folder: Path, given: dict[str, str], jobs: int) -> None:
+    """Run what is not yet done, one process a run, `jobs` at a time."""
+    todo = remaining(folder, given)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     lock = threading.Lock()
     with Progress(*columns, TimeRemainingColumn()) as progress, ThreadPoolExecutor(jobs) as pool:
-        task = progress.add_task(f"{len(done)} done before", total=len(todo))
+        task = progress.add_task(f"{len(records(folder))} done before", total=len(todo))
 
-        def one(job: tuple[str, dict[str, Any], int]) -> None:
+        def one(job: Job) -> None:
             name, row, seed = job
             record = {"row": name, "seed": seed, **execute(folder, name, row["words"], row["then"], seed)}
             text = json.dumps(record)
@@ -113,12 +129,8 @@ def call(module: str, *words: str) -> None:
 
 
 def numbers(run: Run) -> dict[str, float]:
-    """`classifier/fitted on/quantity` to per cent or points."""
-    found = {}
-    for metric, value in measurements(run.results).items():
-        name = "/".join((metric.classifier, metric.fitted_on, metric.quantity))
-        found[name + ("" if metric.encoder == "trained" else f" ({metric.encoder})")] = round(value, 3)
-    return found
+    """Every number by the name that a user types, in per cent or points."""
+    return {told(record): round(value, 3) for record, value in run.numbers.items()}
 
 
 def records(folder: Path) -> list[dict[str, Any]]:
@@ -173,17 +185,27 @@ def difference(values: list[float]) -> str:
     return f"**{cell}**" if found.real else cell
 
 
-def main(words: list[str]) -> None:
-    """See the module."""
-    if len(words) < 2 or words[0] not in ("run", "table"):
-        raise SystemExit(__doc__)
-    folder = Path(words[1])
-    given = dict(word.split("=", 1) for word in words[2:])
-    if words[0] == "run":
-        run(folder, given, jobs=int(given.pop("jobs", 1)))
-    (folder / "table.md").write_text(table(folder))
-    print(table(folder))
+def main(words: Sequence[str] | None = None) -> None:
+    """Run a study, or write its table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=("run", "table"))
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("given", nargs="*", metavar="NAME=PATH")
+    parser.add_argument("--jobs", type=int, default=1)
+    parser.add_argument("--dry", action="store_true")
+    options = parser.parse_intermixed_args(words)
+    given = dict(word.split("=", 1) for word in options.given)
+    if options.dry:
+        todo = remaining(options.folder, given)
+        for _, row, seed in todo:
+            print(shlex.join(["python", "-m", "icl_msr.run", *row["words"], f"seed={seed}"]))
+        print(f"{len(todo)} runs are left, {len(records(options.folder))} are done.")
+        return
+    if options.what == "run":
+        run(options.folder, given, options.jobs)
+    (options.folder / "table.md").write_text(table(options.folder))
+    print(table(options.folder))
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    main()

@@ -19,7 +19,8 @@ class SerialLauncher(BasicLauncher):
         assert self.config is not None
         for number, overrides in enumerate(job_overrides, initial_job_idx):
             sweeps.checked_job(self.hydra_context, self.config, overrides, number)
-        return super().launch(job_overrides, initial_job_idx)
+        jobs = [sweeps.job_words(self.config, overrides) for overrides in job_overrides]
+        return super().launch(jobs, initial_job_idx)
 
 
 class ProcessLauncher(Launcher):

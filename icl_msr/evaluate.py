@@ -4,43 +4,10 @@ python -m icl_msr.evaluate run=FOLDER dataset=imagefolder dataset.root=photos ev
 """
 
 import argparse
-import json
-import os
-import platform
-import subprocess
 import sys
-import time
-from collections.abc import Sequence
-from dataclasses import replace
-from datetime import UTC, datetime
-from importlib.metadata import version
-from pathlib import Path
 
-import torch
-from omegaconf import OmegaConf
-from rich.console import Console
-
-from icl_msr import __version__
-from icl_msr.cli.order import Order, read
-from icl_msr.cli.processes import hold_leash, require_processes, run_ranks, told
-from icl_msr.core.config import build, config_dir, suggestion
+from icl_msr.cli.processes import hold_leash, told
 from icl_msr.core.errors import UserError
-from icl_msr.core.folder import RunFolder
-from icl_msr.core.ranks import is_first, is_rank
-from icl_msr.core.storage import atomic_write
-from icl_msr.data.dataset import Dataset
-from icl_msr.evaluation.cache import FeatureCache, encoder_identity
-from icl_msr.evaluation.pictures import feature_pictures
-from icl_msr.evaluation.suite import Evaluation, Results
-from icl_msr.models import foreign
-from icl_msr.models.backbones import Backbone
-from icl_msr.report import gap_table, matrix_table, write_report
-from icl_msr.report.runs import Run
-from icl_msr.report.tables import tables
-from icl_msr.report.words import answer
-from icl_msr.training.hardware import Plan
-
-HALF = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
 
 USAGE = """python -m icl_msr.evaluate SOURCE [dataset=...] [evaluation=...] [seed=N] [to=FOLDER]
 
@@ -70,6 +37,10 @@ def main(arguments: list[str] | None = None) -> int:
     hold_leash()
     words: list[str] = parser.parse_args(arguments).words
     try:
+        # They bring torch along: seconds that a help text need not wait for.
+        from icl_msr.cli.evaluating import carry_out
+        from icl_msr.cli.order import read
+
         return carry_out(read(words), words)
     except UserError as error:
         print(error, file=sys.stderr)
@@ -80,209 +51,6 @@ def main(arguments: list[str] | None = None) -> int:
         if told(fault):
             return 1
         raise
-
-
-def carry_out(order: Order, words: Sequence[str]) -> int:
-    """Evaluates here, or in a process for each device; returns the exit code.
-
-    Raises:
-        UserError: the processes cannot be had; see `evaluate`.
-    """
-    plan: Plan = build(order.settings[0].hardware).plan()
-    require_processes(plan)
-    if plan.world_size == 1:
-        evaluate(order, words, plan)
-        return 0
-    if not is_rank():
-        require_writable(order.to)
-        order.to.mkdir(parents=True, exist_ok=True)
-        given = [word for word in words if not word.startswith("to=")]
-        return run_ranks(plan.world_size, [*given, f"to={order.to}"], order.to, "icl_msr.evaluate")
-    if plan.accelerator == "gpu":
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    torch.distributed.init_process_group("nccl" if plan.accelerator == "gpu" else "gloo")
-    try:
-        evaluate(order, words, plan)
-    finally:
-        torch.distributed.destroy_process_group()
-    return 0
-
-
-def evaluate(order: Order, words: Sequence[str], plan: Plan) -> None:
-    """Measures, writes and prints; ranks share the features, and the first writes and speaks.
-
-    Raises:
-        UserError: the data, the encoder or an evaluation do not fit, or a file cannot be read or written.
-    """
-    # A pipe or a log file has no width of its own, and the tables of several evaluations need room.
-    width = None if sys.stdout.isatty() else 160
-    console = Console(highlight=False, soft_wrap=True, quiet=not is_first(), width=width)
-    began = time.perf_counter()
-    subject, settings = order.subject, order.settings[0]
-    require_writable(order.to)
-    evaluations = [build(part.evaluation) for part in order.settings]
-    if None in evaluations:
-        raise UserError(f"evaluation=none measures nothing; leave it out, or {_others()}")
-    extractor = FeatureCache(order.cache, HALF.get(plan.precision))
-    dataset = build(settings.dataset)
-    if not isinstance(dataset, Dataset):
-        raise UserError(f"{settings.dataset['_target_']} gives {type(dataset).__name__}, and a Dataset is needed.")
-    for evaluation in evaluations:
-        evaluation.names(dataset)
-    encoder = subject.fitting(dataset.image_size, settings.seed)
-    for evaluation in evaluations:
-        if isinstance(evaluation, Evaluation):
-            evaluation.require(encoder)
-    # The encoder is fed as it was trained, whatever the data set's own statistics are.
-    dataset = replace(dataset, mean=_triple(subject.mean), std=_triple(subject.std))
-    untrained = None if subject.random else foreign.untrained_copy(encoder, settings.seed)
-    console.print(f"[bold]{subject.name}[/bold] on {dataset.name}, {plan}")
-    if subject.image_size not in (None, dataset.image_size):
-        console.print(
-            f"It is made for {subject.image_size} pixels and is shown {dataset.image_size} (dataset.image_size).",
-            style="yellow",
-        )
-    results = Results()
-    for evaluation in evaluations:
-        found = evaluation(
-            encoder,
-            dataset,
-            device=plan.device,
-            seed=settings.seed,
-            untrained_encoder=untrained,
-            extractor=extractor,
-        )
-        results.add(found)
-    if not is_first():
-        return
-    try:
-        write(order, words, plan, dataset, encoder, results, time.perf_counter() - began, console)
-    except OSError as error:
-        raise UserError(f"{order.to} cannot be written ({error.strerror}); give another folder, to=FOLDER.") from error
-
-
-def _triple(values: Sequence[float]) -> tuple[float, float, float]:
-    red, green, blue = values
-    return red, green, blue
-
-
-def require_writable(folder: Path) -> None:
-    """Before anything is measured; leaves no trace.
-
-    Raises:
-        UserError: the folder cannot be made or written.
-    """
-    made = [path for path in (folder, *folder.parents) if not path.exists()]
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / ".try").touch()
-        (folder / ".try").unlink()
-    except OSError as error:
-        raise UserError(f"{folder} cannot be written ({error.strerror}); give another folder, to=FOLDER.") from None
-    finally:
-        for path in made:
-            if path.is_dir():
-                path.rmdir()
-
-
-def write(
-    order: Order,
-    words: Sequence[str],
-    plan: Plan,
-    dataset: Dataset,
-    encoder: Backbone,
-    results: Results,
-    seconds: float,
-    console: Console,
-) -> Path:
-    """The files of a run that an evaluation has, results.json before the report; and the tables on the terminal."""
-    subject, settings = order.subject, order.settings[0]
-    folder = RunFolder(order.to)
-    folder.path.mkdir(parents=True, exist_ok=True)
-    choices = labels(order, dataset)
-    trained = subject.recorded or {"encoder": subject.source}
-    evaluations = {name: part.evaluation for name, part in zip(order.evaluations, order.settings, strict=True)}
-    config = {**trained, "dataset": settings.dataset, "evaluation": evaluations}
-    config |= {"checkpoint": subject.checkpoint} if subject.checkpoint else {}
-    if subject.config is None:
-        config["seed"] = settings.seed
-    elif settings.seed != trained.get("seed"):
-        config["evaluation_seed"] = settings.seed
-    commit = subprocess.run(
-        ["git", "--git-dir", str(Path(__file__).parents[1] / ".git"), "rev-parse", "HEAD"],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    about = {
-        "name": f"{subject.name} on {dataset.name}",
-        "command": " ".join(["python -m icl_msr.evaluate", *words]),
-        "encoder": {"source": subject.source, "identity": encoder_identity(encoder), "python": encoder.load},
-        "images": {
-            "image_size": dataset.image_size,
-            "mean": dataset.mean,
-            "std": dataset.std,
-            "dataset": dataset.name,
-        },
-        "choices": choices,
-        "commit": commit.stdout.strip() or None,
-        "icl_msr": __version__,
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "torchvision": version("torchvision"),
-        "hardware": str(plan),
-        "finished": datetime.now(UTC).isoformat(timespec="seconds"),
-    }
-    folder.write(folder.environment.name, about)
-    results.save(folder.path)
-    summary = {
-        "name": about["name"],
-        "choices": choices,
-        "seed": int(trained.get("seed", settings.seed)),
-        "evaluation_seed": settings.seed,
-        "encoder": subject.source,
-        "train_on": (subject.config or {}).get("dataset", {}).get("train_on", "full"),
-        "classes": list(dataset.classes),
-        "chance": dataset.chance,
-        "parameters": sum(p.numel() for p in encoder.parameters()),
-        "wall_time_s": seconds,
-        **results.records(),
-    }
-    atomic_write(folder.config, OmegaConf.to_yaml(OmegaConf.create(config)))
-    folder.write(folder.results.name, summary)
-    if "train" in results.features.get("trained", {}):
-        figures = folder.path / "figures"
-        figures.mkdir(exist_ok=True)
-        captions = feature_pictures(dataset, results.features["trained"], figures)
-        atomic_write(figures / "captions.json", json.dumps(captions, indent=2))
-    report = write_report(folder.path)
-    saved = Run.load(folder.path).results
-    if results.accuracies:
-        for part in (matrix_table(saved), gap_table(saved), " ".join(answer(saved))):
-            if part is not None:
-                console.print(part)
-    for table in tables(results):
-        console.print(table)
-    console.print(f"results  {folder.results}\nreport   {report}")
-    return folder.path
-
-
-def labels(order: Order, dataset: Dataset) -> dict[str, str]:
-    """What tells this evaluation from others in a table: the choices of the run that trained the encoder, the data set
-    that it was measured on, by the folder's name where the choice is no name of one, and the evaluation.
-    """
-    subject = order.subject
-    choices = {"encoder": subject.name} if subject.config is None else dict(subject.choices or {})
-    measured_on = order.choices["dataset"]
-    if not order.own_data and measured_on in ("imagefolder", "arrays"):
-        measured_on = f"{measured_on} {dataset.name}"
-    if subject.config is not None and not order.own_data:
-        choices["pretrained_on"] = choices.get("dataset", "")
-    return {**choices, **order.choices, "dataset": measured_on}
-
-
-def _others() -> str:
-    return suggestion("", (path.stem for path in (config_dir() / "evaluation").glob("*.yaml") if path.stem != "none"))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""`python -m icl_msr.export RUN`."""
+"""`python -m icl_msr.export RUN`: the encoder of a run's last checkpoint, for plain torchvision or timm."""
 
 import argparse
 import sys
@@ -6,12 +6,10 @@ from pathlib import Path
 
 from icl_msr.core.errors import UserError
 from icl_msr.core.folder import RunFolder
-from icl_msr.evaluation.subject import ENCODERS, rebuild
-from icl_msr.models.exported import by_file, export_encoder, python_to_load, weights
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Parse the command line, export; returns the exit code."""
+    """Parse the command line, export, and return the exit code."""
     parser = argparse.ArgumentParser(
         prog="python -m icl_msr.export",
         description="Writes encoder.safetensors and encoder.json, which plain torchvision or timm load, from the last "
@@ -19,7 +17,10 @@ def main(arguments: list[str] | None = None) -> int:
     )
     parser.add_argument("run", type=Path, metavar="RUN", help="the folder of a run")
     parser.add_argument(
-        "--encoder", choices=list(ENCODERS), default="online", help="the trained one (default), or its momentum copy"
+        "--encoder",
+        choices=("online", "momentum"),
+        default="online",
+        help="the trained one (default), or its momentum copy",
     )
     parser.add_argument(
         "--to",
@@ -29,24 +30,37 @@ def main(arguments: list[str] | None = None) -> int:
     )
     parser.add_argument("--overwrite", action="store_true", help="replace another encoder that lies there")
     options = parser.parse_args(arguments)
-    folder: Path = options.to or (options.run if options.encoder == "online" else options.run / options.encoder)
+    run, to = options.run.expanduser(), options.to and options.to.expanduser()
+    folder: Path = to or (run if options.encoder == "online" else run / options.encoder)
     try:
-        backbone, facts = rebuild(RunFolder(options.run), options.encoder)
-        encoders = {folder / name: encoder for name, encoder in by_file(backbone).items()}
-        for file, encoder in encoders.items():
-            if file.exists() and not options.overwrite and file.read_bytes() != weights(encoder):
-                raise UserError(f"{file} holds other weights; add --overwrite to replace them, or --to ANOTHER_FOLDER.")
-        export_encoder(backbone, folder, facts)
+        export(run, options.encoder, folder, overwrite=options.overwrite)
     except UserError as error:
         print(error, file=sys.stderr)
         return 2
     except OSError as error:
         print(f"{folder} cannot be written ({error.strerror}); give another one, --to FOLDER.", file=sys.stderr)
         return 2
+    return 0
+
+
+def export(run: Path, encoder: str, folder: Path, *, overwrite: bool) -> None:
+    """Write the encoder of a run into `folder`, and print its files and the Python that loads them.
+
+    Raises:
+        UserError: there is no such run or encoder, or another one lies in `folder` and `overwrite` is false.
+    """
+    from icl_msr.evaluation.subject import rebuild  # with torch, which a help text need not wait for
+    from icl_msr.models.exported import by_file, export_encoder, python_to_load, weights
+
+    backbone, facts = rebuild(RunFolder(run), encoder)
+    encoders = {folder / name: part for name, part in by_file(backbone).items()}
+    for file, part in encoders.items():
+        if file.exists() and not overwrite and file.read_bytes() != weights(part):
+            raise UserError(f"{file} holds other weights; add --overwrite to replace them, or --to ANOTHER_FOLDER.")
+    export_encoder(backbone, folder, facts)
     for file in encoders:
         print(file, file.with_suffix(".json"), sep="\n")
     print("", python_to_load(backbone, str(next(iter(encoders)))), sep="\n")
-    return 0
 
 
 if __name__ == "__main__":

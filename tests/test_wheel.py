@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from tiny import DATA, MODEL
+from support.tiny import DATA, MODEL
 
 import icl_msr
 from icl_msr.cli.processes import clean_environment

@@ -1,7 +1,7 @@
 """Speed of the non-semantic negatives, images a second: medians of alternating rounds in one run.
 
 python experiments/benchmarks/negatives.py [--threads 2] [--device cpu] [--sizes 32 96 224] [--seconds 2] [--rounds 7]
-    [--without WORD]
+    [--without WORD] [--tiny]
 
 * patch negatives of float32, bfloat16 and uint8 queries against the official loop over images, written anew from its
   description;
@@ -14,9 +14,9 @@ A round is as many images as take about `--seconds`, a batch at a time; slow pie
 """
 
 import argparse
+import math
 import statistics
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -26,6 +26,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
+from experiments.benchmarks.timing import alternate, stopwatch
 from icl_msr.core.config import build, config_dir
 from icl_msr.core.randomness import keys
 from icl_msr.negatives import PatchNegatives, PhaseNegatives, TextureNegatives
@@ -106,13 +107,15 @@ def _cut(error: Array) -> NDArray[np.int64]:
     return np.array(path[::-1])
 
 
-def work(side: int, device: torch.device) -> dict[str, tuple[int, Callable[[], object]]]:
-    """Every piece of work on images of a side: how many images a call handles, and the call."""
+Pieces = dict[str, tuple[int, Callable[[], object]]]
+
+
+def work(side: int, n: int, device: torch.device) -> Pieces:
+    """Every piece of work on batches of n images of a side: how many images a call handles, and the call."""
     patch, phase, texture = generator("patch"), generator("phase"), generator("texture")
     assert isinstance(patch, PatchNegatives)
     assert isinstance(phase, PhaseNegatives)
     assert isinstance(texture, TextureNegatives)
-    n = BATCH.get(side, 64)
     query = torch.randn(n, 3, side, side, device=device)
     whole = (query * 50 + 128).clamp(0, 255).byte()
     half, key = query.bfloat16(), keys(0, 0, torch.arange(n, device=device), -2)
@@ -129,41 +132,35 @@ def work(side: int, device: torch.device) -> dict[str, tuple[int, Callable[[], o
     }
 
 
-def measure(
-    pieces: dict[str, tuple[int, Callable[[], object]]], device: torch.device, seconds: float, rounds: int
-) -> dict[str, float]:
-    """Images a second of each piece, the rounds alternating; the first warms up and finds how often to call."""
-    rates: dict[str, list[float]] = {name: [] for name in pieces}
-    calls = dict.fromkeys(pieces, 1)
-    for round_ in range(rounds + 1):
-        for name, (images, call) in pieces.items():
-            began = time.perf_counter()
-            for _ in range(calls[name]):
-                call()
-            if device.type == "cuda":
-                torch.cuda.synchronize()
-            took = time.perf_counter() - began
-            if round_:
-                rates[name].append(calls[name] * images / took)
-            else:
-                calls[name] = max(1, round(seconds / took))
-    return {name: statistics.median(values) for name, values in rates.items()}
+def measure(pieces: Pieces, device: torch.device, seconds: float, rounds: int) -> dict[str, float]:
+    """Return the images a second of each piece, the median of rounds of about so many seconds a piece."""
+
+    def repeated(call: Callable[[], object], times: int) -> Callable[[], object]:
+        return lambda: [call() for _ in range(times)]
+
+    times = {name: max(1, round(seconds / stopwatch(call, device))) for name, (_, call) in pieces.items()}
+    calls = {name: repeated(call, times[name]) for name, (_, call) in pieces.items()}
+    taken = alternate(calls, rounds=rounds, limit=math.inf, device=device)
+    return {name: times[name] * pieces[name][0] / statistics.median(values) for name, values in taken.items()}
 
 
-def main() -> None:
-    """Measures and prints."""
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])  # type: ignore[union-attr]
+def main(words: Sequence[str] | None = None) -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--device", type=torch.device, default=torch.device("cpu"))
     parser.add_argument("--sizes", type=int, nargs="+", default=[32, 96, 224])
     parser.add_argument("--seconds", type=float, default=2.0)
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--without", default=None)
-    options = parser.parse_args()
+    parser.add_argument("--tiny", action="store_true", help="one round of 4 images of 32 pixels, to see that it runs")
+    options = parser.parse_args(words)
+    if options.tiny:
+        options.sizes, options.seconds, options.rounds = [32], 0.0, 1
     torch.set_num_threads(options.threads)
     rates = {}
     for side in options.sizes:
-        pieces = work(side, options.device)
+        pieces = work(side, 4 if options.tiny else BATCH.get(side, 64), options.device)
         pieces = {name: piece for name, piece in pieces.items() if not (options.without and options.without in name)}
         rates[side] = measure(pieces, options.device, options.seconds, options.rounds)
     where = torch.cuda.get_device_name() if options.device.type == "cuda" else f"{options.threads} CPU threads"

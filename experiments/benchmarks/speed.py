@@ -1,155 +1,150 @@
 """Speed of the hot paths: medians of alternating rounds in one run, as images a second and ratios.
 
-python experiments/benchmarks/speed.py
+python experiments/benchmarks/speed.py [--images 256] [--size 32] [--rounds 9] [--seconds 60] [--tiny]
 
-* a step of the default backbone (SimCLR, batch 256, 32 px), forward, backward and optimiser;
+* a step of the default backbone (SimCLR, batch 256, 32 px): forward, backward and optimiser; the same step with the
+  meta semantic regularizer, without and with its meta step;
 * two-view augmentation in a batch against torchvision v2 image by image, both in this process;
-* patch negatives against the loop over images that their description suggests;
-* a step with the meta semantic regularizer against a plain one.
+* patch negatives against the loop over images that their description suggests.
+
+Each of the three parts takes about `--seconds` at most.
 """
 
+import argparse
 import statistics
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
-from omegaconf import OmegaConf
+from hydra import compose, initialize_config_dir
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 from torchvision.transforms import v2
 
-from icl_msr.core.config import build, config_dir
+from experiments.benchmarks.negatives import patch_loop
+from experiments.benchmarks.timing import Work, alternate
+from icl_msr.core.config import Settings, build, check, config_dir
 from icl_msr.core.randomness import keys
 from icl_msr.core.views import Views
-from icl_msr.methods import SimCLR, Step
+from icl_msr.methods import Method, Step
 from icl_msr.negatives import PatchNegatives
-from icl_msr.regularizers.bilevel import trainable
-from icl_msr.training.hardware import Hardware
+from icl_msr.regularizers import MetaSemanticRegularizer, ordinary_gradient
+from icl_msr.training.hardware import Hardware, Plan
 
-N, SIZE, ROUNDS = 256, 32, 9
-PLAN = Hardware(accelerator="auto", devices=1, precision="auto", channels_last=True).plan()
-
-
-def node(path: str, **changes: object) -> dict[str, object]:
-    """The values of one YAML file."""
-    loaded = OmegaConf.load(config_dir() / f"{path}.yaml")
-    return {**OmegaConf.to_container(loaded), **changes}  # type: ignore[dict-item]
+MEAN, STD = (0.5, 0.5, 0.5), (0.25, 0.25, 0.25)
 
 
-def measure(work: dict[str, Callable[[], object]]) -> dict[str, float]:
-    """Images a second of each piece of work, the rounds alternating."""
-    seconds: dict[str, list[float]] = {name: [] for name in work}
-    for round_ in range(ROUNDS + 1):
-        for name, call in work.items():
-            start = time.perf_counter()
-            call()
-            if PLAN.accelerator == "gpu":
-                torch.cuda.synchronize()
-            if round_:  # the first warms up
-                seconds[name].append(time.perf_counter() - start)
-    return {name: N / statistics.median(values) for name, values in seconds.items()}
+@dataclass
+class Bench:
+    """A batch of so many images of this size, and the components that a run would have."""
+
+    images: int
+    size: int
+    settings: Settings
+    plan: Plan
+
+    @property
+    def index(self) -> Tensor:
+        """Numbers of the images, (N,)."""
+        return torch.arange(self.images, device=self.plan.device)
 
 
-def step_and_regularizer() -> dict[str, float]:
-    """A plain step, and steps with MSR: every step without its meta step, and with it."""
-    backbone = build(node("backbone/tiny"), SIZE)
-    method: SimCLR = build(node("method/simclr"), backbone)
-    regularizer = build(node("regularizer/msr", seed=0, every=1), backbone.channels, method.temperature)
-    method.to(PLAN.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-    regularizer.to(PLAN.device)
-    images = [torch.randn(N, 3, SIZE, SIZE, device=PLAN.device) for _ in range(3)]
-    images = [image.contiguous(memory_format=torch.channels_last) for image in images]
-    index = torch.arange(N, device=PLAN.device)
-    views = Views(images[0], images[1:], index, index)
+def steps(bench: Bench) -> Work:
+    """A plain step, and steps with MSR: without its meta step, and with it."""
+    plan, layout = bench.plan, torch.channels_last if bench.plan.channels_last else torch.contiguous_format
+    backbone = build(bench.settings.backbone, image_size=bench.size)
+    method: Method = build(bench.settings.method, backbone=backbone, classes=10, mean=MEAN, std=STD)
+    regularizer: MetaSemanticRegularizer = build(
+        bench.settings.regularizer, channels=method.channels, method_temperature=method.temperature
+    )
+    method.to(plan.device, memory_format=layout)  # type: ignore[call-overload]
+    regularizer.to(plan.device)
+    images = [torch.randn(bench.images, 3, bench.size, bench.size, device=plan.device) for _ in range(3)]
+    images = [image.contiguous(memory_format=layout) for image in images]
+    views, now = Views(images[0], images[1:], bench.index, bench.index), Step(0, 1)
     optimizer = torch.optim.Adam(method.parameters(), 1e-3)
 
-    def step(penalty: bool, meta: bool) -> None:
-        with torch.autocast(PLAN.device.type, torch.bfloat16, enabled="bf16" in PLAN.precision):
+    def step(*, penalty: bool, meta: bool) -> None:
+        with torch.autocast(plan.device.type, torch.bfloat16, enabled="bf16" in plan.precision):
             targets = method.targets(views)
-            output = method(views, targets, Step(0, 1))
-            loss = output.loss + (regularizer(views.images, output.pairs) if penalty else 0)
+            output = method(views, targets, now)
+            loss = output.loss + (regularizer(views, output, now) if penalty else 0)
         optimizer.zero_grad()
         loss.backward()
         if meta:
-            inner = {name: p.grad for name, p in trainable(method).items() if p.grad is not None}
-            regularizer.meta_step(method, views, targets, Step(0, 1), inner, 1e-3)
+            regularizer.meta_step(method, views, targets, now, ordinary_gradient(method), 1e-3)
         optimizer.step()
 
-    return measure(
-        {
-            "SimCLR step, tiny": lambda: step(False, False),
-            "  with L_msr": lambda: step(True, False),
-            "  with L_msr and the meta step": lambda: step(True, True),
-        }
-    )
+    return {
+        "SimCLR step, tiny": lambda: step(penalty=False, meta=False),
+        "  with L_msr": lambda: step(penalty=True, meta=False),
+        "  with L_msr and the meta step": lambda: step(penalty=True, meta=True),
+    }
 
 
-def augmentation() -> dict[str, float]:
+def augmentation(bench: Bench) -> Work:
     """Both views of a batch of bytes to normalised floats."""
-    images = torch.randint(256, (N, 3, SIZE, SIZE), dtype=torch.uint8, device=PLAN.device)
-    index = torch.arange(N, device=PLAN.device)
-    ours = build(node("augment/small"))
-    look = {"mean": (0.5,) * 3, "std": (0.25,) * 3}
+    shape = (bench.images, 3, bench.size, bench.size)
+    images = torch.randint(256, shape, dtype=torch.uint8, device=bench.plan.device)
+    ours = build(bench.settings.augment)
     theirs = v2.Compose(
         [
-            v2.RandomResizedCrop(SIZE, scale=(0.2, 1.0), antialias=True),
+            v2.RandomResizedCrop(bench.size, scale=(0.2, 1.0), antialias=True),
             v2.RandomHorizontalFlip(),
             v2.RandomApply([v2.ColorJitter(0.4, 0.4, 0.4, 0.1)], p=0.8),
             v2.RandomGrayscale(0.1),
             v2.ToDtype(torch.float32, scale=True),
-            v2.Normalize(*look.values()),
+            v2.Normalize(MEAN, STD),
         ]
     )
-
-    def one_by_one() -> list[Tensor]:
-        return [torch.stack([theirs(image) for image in images]) for _ in range(2)]
-
-    return measure(
-        {
-            "two views, batched": lambda: ours(images, index, seed=0, epoch=0, size=SIZE, **look),
-            "two views, torchvision v2 image by image": one_by_one,
-        }
-    )
+    return {
+        "two views, batched": lambda: ours(images, bench.index, seed=0, epoch=0, size=bench.size, mean=MEAN, std=STD),
+        "two views, torchvision v2 image by image": lambda: [
+            torch.stack([theirs(image) for image in images]) for _ in range(2)
+        ],
+    }
 
 
-def negatives() -> dict[str, float]:
+def negatives(bench: Bench) -> Work:
     """One patch negative an image."""
-    query = torch.randn(N, 3, SIZE, SIZE, device=PLAN.device)
-    index = torch.arange(N, device=PLAN.device)
-    patch: PatchNegatives = build(node("negatives/patch"))
-
-    def loop() -> Tensor:
-        canvases = []
-        for image in query:
-            d = int(torch.randint(2, 11, ()))
-            tiles = SIZE // d + 1
-            rows = []
-            for _ in range(tiles):
-                corners = torch.randint(0, SIZE - d, (tiles, 2)).tolist()
-                rows.append(torch.cat([image[:, y : y + d, x : x + d] for y, x in corners], dim=2))
-            canvases.append(torch.cat(rows, dim=1)[:, :SIZE, :SIZE])
-        return torch.stack(canvases)
-
-    return measure(
-        {
-            "patch negatives, batched": lambda: patch(query, keys(0, 0, index, -2)),
-            "patch negatives, a loop over images": loop,
-        }
-    )
+    query = torch.randn(bench.images, 3, bench.size, bench.size, device=bench.plan.device)
+    patch: PatchNegatives = build(bench.settings.negatives)
+    return {
+        "patch negatives, batched": lambda: patch(query, keys(0, 0, bench.index, -2)),
+        "patch negatives, a loop over images": lambda: patch_loop(query, patch),
+    }
 
 
-def main() -> None:
-    """Measures and prints."""
-    table = Table(title=f"batch {N}, {SIZE} px, on {PLAN}")
+PARTS: tuple[Callable[[Bench], Work], ...] = (steps, augmentation, negatives)
+
+
+def main(words: Sequence[str] | None = None) -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--images", type=int, default=256)
+    parser.add_argument("--size", type=int, default=32)
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--seconds", type=float, default=60.0)
+    parser.add_argument("--tiny", action="store_true", help="one round of 8 images, to see that it runs")
+    options = parser.parse_args(words)
+    if options.tiny:
+        options.images, options.rounds = 8, 1
+    chosen = ["method=simclr", "regularizer=msr", "negatives=patch", "augment=small", "backbone=tiny"]
+    with initialize_config_dir(str(config_dir()), version_base="1.3"):
+        settings = check(compose("config", overrides=chosen))
+    plan = Hardware(accelerator="auto", devices=1, nodes=1, precision="auto", channels_last=True).plan()
+    bench = Bench(options.images, options.size, settings, plan)
+    table = Table(title=f"batch {bench.images}, {bench.size} px, on {plan}")
     table.add_column("what")
     table.add_column("images/s", justify="right")
     table.add_column("ratio to the first", justify="right")
-    for part in (step_and_regularizer, augmentation, negatives):
-        rates = part()
-        first = next(iter(rates.values()))
-        for name, rate in rates.items():
-            table.add_row(name, f"{rate:,.0f}", f"{rate / first:.2f}")
+    for part in PARTS:
+        seconds = alternate(part(bench), rounds=options.rounds, limit=options.seconds, device=plan.device)
+        medians = {name: statistics.median(values) for name, values in seconds.items()}
+        first = next(iter(medians.values()))
+        for name, median in medians.items():
+            table.add_row(name, f"{bench.images / median:,.0f}", f"{first / median:.2f}")
         table.add_section()
     Console().print(table)
 

@@ -14,7 +14,6 @@ from torch import Tensor, nn
 
 from icl_msr.core.views import Views
 from icl_msr.methods import Method, Step, Targets
-from icl_msr.methods.base import Pair
 from icl_msr.models.backbones import Backbone
 from icl_msr.models.batchnorm import global_batch_norm
 from icl_msr.regularizers import MetaSemanticRegularizer, ordinary_gradient
@@ -23,33 +22,27 @@ STEPS, BATCH, LR = 3, 16, 0.03
 
 
 class LightlySimCLR(Method):
-    """lightly's SimCLR, told apart into features, embeddings and loss."""
+    """lightly's SimCLR: its projection head and its loss."""
 
     def __init__(self) -> None:
-        super().__init__()
         net = torchvision.models.resnet18()
         net.fc = nn.Identity()
-        self.backbone = Backbone(net, channels=512)
         # The meta gradient goes through the head's forward mode, which torch's own BatchNorm gets wrong.
-        self.projection_head = global_batch_norm(SimCLRProjectionHead(512, 512, 128))
+        super().__init__(Backbone(net, channels=512), global_batch_norm(SimCLRProjectionHead(512, 512, 128)))
         self.criterion = NTXentLoss(temperature=0.5)
 
     def project(self, features: Sequence[Tensor]) -> list[Tensor]:
-        """As in lightly, one view after the other."""
-        return [self.projection_head(z) for z in features]
+        """Return projections of one view after the other, as lightly does."""
+        return [self.projector(z) for z in features]
 
     def loss(self, embeddings: Sequence[Tensor], targets: Targets, step: Step) -> Tensor:
-        """lightly's NT-Xent."""
+        """Return lightly's NT-Xent."""
         loss: Tensor = self.criterion(*embeddings)
         return loss
 
-    def pairs(self, features: Sequence[Tensor], embeddings: Sequence[Tensor], targets: Targets) -> list[Pair]:
-        """Each view is the anchor once."""
-        return [Pair(embeddings[i], embeddings[1 - i], features[1 - i], self.projection_head) for i in (0, 1)]
-
 
 def main() -> list[dict[str, float]]:
-    """Trains on a batch of noise; returns what was printed."""
+    """Train on a batch of noise; return what was printed."""
     torch.manual_seed(0)
     model, printed = LightlySimCLR(), []
     regularizer = MetaSemanticRegularizer.with_defaults(model.channels, 0.5, seed=0, every=1)
@@ -61,12 +54,12 @@ def main() -> list[dict[str, float]]:
 
         step, targets = Step(index, STEPS, noise=index), Targets()
         output = model(views, targets, step)
-        loss = output.loss + regularizer.lam * regularizer(x, output.pairs)
+        loss = output.loss + regularizer(views, output, step)
         optimizer.zero_grad()
         loss.backward()
         log = regularizer.meta_step(model, views, targets, step, ordinary_gradient(model), LR)
         optimizer.step()
-        printed.append({"step": index, "loss": float(loss.detach()), **log})
+        printed.append({"step": index} | {name: float(value) for name, value in {"loss": loss.detach(), **log}.items()})
         print("   ".join(f"{name} {value:.4g}" for name, value in printed[-1].items()))
     return printed
 

@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from icl_msr.core.views import Views
 from icl_msr.losses.contrastive import nt_xent
 from icl_msr.methods import Method, Step, Targets
-from icl_msr.methods.base import Pair
 from icl_msr.models.backbones import Backbone
 from icl_msr.models.heads import mlp
 from icl_msr.regularizers import MetaSemanticRegularizer, ordinary_gradient
@@ -20,29 +19,21 @@ STEPS, BATCH, LR = 9, 64, 1e-3
 
 
 class Mine(Method):
-    """Says how features become embeddings, what the loss is, and what is compared with what."""
+    """Has a backbone, a projector and a loss. The two views are compared with each other, as by default."""
 
     def __init__(self) -> None:
-        super().__init__()
         layers = (nn.Conv2d(3, 32, 3, 2), nn.BatchNorm2d(32), nn.ReLU(), nn.Conv2d(32, 64, 3, 2), nn.ReLU())
-        self.backbone = Backbone(nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten()), channels=64)
-        self.head = mlp(64, 128, 32)
-
-    def project(self, features: Sequence[Tensor]) -> list[Tensor]:
-        """(N, 64) to (N, 32) for each view."""
-        return [self.head(z) for z in features]
+        net = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten())
+        super().__init__(Backbone(net, channels=64), projector=mlp(64, 128, 32))
 
     def loss(self, embeddings: Sequence[Tensor], targets: Targets, step: Step) -> Tensor:
-        """L_ct: any loss of the two views."""
-        return nt_xent(*embeddings, temperature=0.5)
-
-    def pairs(self, features: Sequence[Tensor], embeddings: Sequence[Tensor], targets: Targets) -> list[Pair]:
-        """Each view is the anchor once, the other one the key that the strata reweight."""
-        return [Pair(embeddings[i], embeddings[1 - i], features[1 - i], self.head) for i in (0, 1)]
+        """Return L_ct: any loss of the two views."""
+        first, second = embeddings
+        return nt_xent(first, second, temperature=0.5)
 
 
 def main() -> list[dict[str, float]]:
-    """Trains on noise; returns what was printed."""
+    """Train on noise; return what was printed."""
     torch.manual_seed(0)
     method, printed = Mine(), []
     regularizer = MetaSemanticRegularizer.with_defaults(method.channels, 0.5, seed=0, n=4)
@@ -55,12 +46,14 @@ def main() -> list[dict[str, float]]:
         step, targets = Step(index, STEPS, noise=index), method.targets(views)
         torch.manual_seed(step.noise)  # the bi-level step repeats this pass, dropout included
         output = method(views, targets, step)
-        loss = output.loss + regularizer.lam * regularizer(images, output.pairs)
+        loss = output.loss + regularizer(views, output, step)
         optimizer.zero_grad()
         loss.backward()
         if regularizer.due(step):  # before theta moves, before gradients are clipped, after they are unscaled
             log = regularizer.meta_step(method, views, targets, step, ordinary_gradient(method), LR)
-            printed.append({"step": index, "loss": float(loss.detach()), **log})
+            printed.append(
+                {"step": index} | {name: float(value) for name, value in {"loss": loss.detach(), **log}.items()}
+            )
             print("   ".join(f"{name} {value:.4g}" for name, value in printed[-1].items()))
         optimizer.step()
     return printed

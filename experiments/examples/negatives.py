@@ -4,19 +4,30 @@ python experiments/examples/negatives.py
 """
 
 import copy
+from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
 from icl_msr.core.randomness import keys
 from icl_msr.negatives import PatchNegatives, PhaseNegatives, TextureNegatives
 
+Generator = Callable[[Tensor, Tensor], Tensor]
 N, K, TAU, ALPHA = 32, 256, 0.2, 2.0
-READ_BY_LOSSES = {"alpha": ALPHA, "alpha_mode": "exponent", "alpha_schedule": "constant", "repulsion": 0.25}
-SIZES = {"reference": 224, "count": 1}  # the sizes below are those for 224 pixels and scale with the images
-VARIANT = {"shuffle": False, "flips": False, "rotations": False}
-GENERATORS = {
+READ_BY_LOSSES: dict[str, Any] = {
+    "alpha": ALPHA,
+    "alpha_mode": "exponent",
+    "alpha_schedule": "constant",
+    "repulsion": 0.25,
+}
+SIZES: dict[str, Any] = {
+    "reference": 224,
+    "count": 1,
+}  # the sizes below are those for 224 pixels and scale with the images
+VARIANT: dict[str, Any] = {"shuffle": False, "flips": False, "rotations": False}
+GENERATORS: dict[str, Generator] = {
     "patch": PatchNegatives(smallest=16, largest=72, **VARIANT, **SIZES, **READ_BY_LOSSES),
     "texture": TextureNegatives(
         example=96, block=36, overlap=6, candidates=64, tolerance=0.1, **SIZES, **READ_BY_LOSSES
@@ -46,7 +57,7 @@ def main() -> None:
             own = ALPHA * torch.einsum("nd,nmd->nm", q, t)  # only with its own image, and never into the queue
             loss = F.cross_entropy(torch.cat([positive, bank, own], 1) / TAU, torch.zeros(N, dtype=torch.long))
             optimizer.zero_grad()
-            loss.backward()
+            torch.autograd.backward(loss)
             optimizer.step()
             for mine, theirs in zip(key_encoder.parameters(), query_encoder.parameters(), strict=True):
                 mine.data.lerp_(theirs.data, 0.01)

@@ -2,18 +2,21 @@
 
 python experiments/msr/modes.py agreement [key=value ...]     over a whole run, against exact, at the same states
 python experiments/msr/modes.py signal [key=value ...]        over a whole run, how much of it other views repeat
-python experiments/msr/modes.py speed BACKBONE BATCH           time and memory of a step, in one run, alternating
+python experiments/msr/modes.py speed [BACKBONE=resnet18] [BATCH=64] [PRECISION=auto] [LAYOUT=cl] [ROUNDS=5]
+                                                              time and memory of a step, in one run, alternating
 
-The first two take the words of `python -m icl_msr.run`. All print a table and write it as CSV beside this file.
+The first two take the words of `python -m icl_msr.run`. All print a table and write it as CSV into the folder `--to`,
+beside this file unless told otherwise. `--tiny` takes the smallest sizes, to see that everything runs.
 """
 
+import argparse
 import copy
 import csv
+import math
 import statistics
 import subprocess
 import sys
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -24,6 +27,7 @@ from hydra import compose, initialize_config_dir
 from rich.console import Console
 from rich.table import Table
 
+from experiments.benchmarks.timing import alternate
 from icl_msr.cli.assemble import assemble
 from icl_msr.core.config import build, check, config_dir
 from icl_msr.core.views import Views
@@ -34,8 +38,6 @@ from icl_msr.regularizers.strata import uniformity
 from icl_msr.training.datamodule import Batch, DataModule
 from icl_msr.training.hardware import Hardware, Plan
 from icl_msr.training.module import Pretraining
-
-HERE = Path(__file__).parent
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "exact": {"mode": "exact"},
@@ -51,6 +53,10 @@ VARIANTS: dict[str, dict[str, Any]] = {
 STEPS = (0.0003, 0.001, 0.003, 0.01, 0.03)
 """Relative virtual steps r at which the approximations are judged; the run itself takes its own."""
 
+TINY = "dataset.train=16 dataset.test=16 dataset.balanced=16 dataset.cache=null loader.batch_size=16 method=simclr"
+TINY += " schedule.warmup_steps=0 trainer.max_epochs=1 trainer.limit_train_batches=1 evaluation=none metric=loss"
+TINY += " hardware.precision=32-true regularizer=msr"
+
 
 def variant(regularizer: MetaSemanticRegularizer, **keys: Any) -> MetaSemanticRegularizer:
     """The same f_msr with other keys."""
@@ -64,19 +70,19 @@ def variant(regularizer: MetaSemanticRegularizer, **keys: Any) -> MetaSemanticRe
 class Agreement(pl.Callback):
     """Every few steps, the meta gradient of all variants at the same state."""
 
-    def __init__(self, every: int):
-        self.every = every
+    def __init__(self, every: int, steps: Sequence[float]):
+        self.every, self.steps = every, steps
         self.rows: list[dict[str, Any]] = []
 
     def on_before_optimizer_step(self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Any) -> None:
         """See the class."""
         assert isinstance(pl_module, Pretraining)
-        batch, regularizer = pl_module.batch, pl_module.regularizer
-        if trainer.global_step % self.every or batch is None or regularizer is None:
+        batch, regularizer = pl_module.latest, pl_module.regularizer
+        if trainer.global_step % self.every or batch is None or not isinstance(regularizer, MetaSemanticRegularizer):
             return
         method = pl_module.method
         inner = {name: p.grad for name, p in trainable(method).items() if p.grad is not None}
-        for r in STEPS:
+        for r in self.steps:
             found = {}
             for name, keys in VARIANTS.items():
                 keys = dict(keys)
@@ -97,10 +103,10 @@ class Agreement(pl.Callback):
                     replay(method, batch.views, batch.targets, batch.step, at).loss for at in (theta, virtual)
                 )
             for name, gradient in found.items():
-                cosine = float(gradient @ exact) / (norm([gradient]) * norm([exact]))
-                ratio = norm([gradient]) / norm([exact])
+                size, whole = float(norm([gradient])), float(norm([exact]))
+                cosine, ratio = float(gradient @ exact) / (size * whole), size / whole
                 row = {"step": trainer.global_step, "r": r, "variant": name, "cosine": cosine, "norm_ratio": ratio}
-                self.rows.append({**row, "norm": norm([gradient]), "outer_change": float(after - before)})
+                self.rows.append({**row, "norm": size, "outer_change": float(after - before)})
 
 
 class Signal(pl.Callback):
@@ -109,15 +115,15 @@ class Signal(pl.Callback):
     What one draw of the views says and the next does not is noise, from which f_msr can learn nothing.
     """
 
-    def __init__(self, every: int, data: DataModule):
-        self.every, self.data = every, data
+    def __init__(self, every: int, steps: Sequence[float], data: DataModule):
+        self.every, self.steps, self.data = every, steps, data
         self.rows: list[dict[str, Any]] = []
 
     def on_before_optimizer_step(self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Any) -> None:
         """See the class."""
         assert isinstance(pl_module, Pretraining)
-        batch, regularizer, method = pl_module.batch, pl_module.regularizer, pl_module.method
-        if trainer.global_step % self.every or batch is None or regularizer is None:
+        batch, regularizer, method = pl_module.latest, pl_module.regularizer, pl_module.method
+        if trainer.global_step % self.every or batch is None or not isinstance(regularizer, MetaSemanticRegularizer):
             return
         index = batch.views.index
         with torch.no_grad():
@@ -128,9 +134,9 @@ class Signal(pl.Callback):
             phi = list(regularizer.phi.values())
             spread = uniformity(regularizer.strata(batch.views.images), regularizer.u)
             uniform = norm(torch.autograd.grad(spread, phi, materialize_grads=True))
-            for r in (*STEPS, "lr"):
-                other = variant(regularizer, alpha="lr" if r == "lr" else "relative")
-                other.relative_step = 0.0 if r == "lr" else float(r)
+            for r in (*self.steps, "lr"):
+                keys: dict[str, Any] = {"alpha": "lr"} if r == "lr" else {"alpha": "relative", "relative_step": r}
+                other = variant(regularizer, **keys)
                 whole, each = [], []
                 for views in draws:
                     targets = method.targets(views)
@@ -140,7 +146,7 @@ class Signal(pl.Callback):
                     whole.append(torch.cat([g.flatten() for g in other.meta_gradient(*arguments)]))
                     each.append(by_strata(other, arguments, apart))
                 row = {"step": trainer.global_step, "r": r, "phi": agreement_of(torch.stack(whole)[:, None])}
-                row |= {"image": agreement_of(torch.stack(each)), "ratio": norm([whole[0]]) / uniform}
+                row |= {"image": agreement_of(torch.stack(each)), "ratio": float(norm([whole[0]]) / uniform)}
                 self.rows.append(row)
 
 
@@ -171,7 +177,7 @@ def watched(words: list[str], make: Callable[[int, DataModule], Any]) -> tuple[A
         accelerator=plan.accelerator,
         devices=1,
         precision=plan.precision,
-        max_epochs=settings.trainer.max_epochs,
+        max_epochs=settings.trainer["max_epochs"],
         callbacks=[watch],
         logger=False,
         enable_checkpointing=False,
@@ -183,16 +189,15 @@ def watched(words: list[str], make: Callable[[int, DataModule], Any]) -> tuple[A
     return watch, type(pieces.module.method).__name__.lower(), plan
 
 
-def signal(words: list[str]) -> None:
+def signal(words: list[str], to: Path, steps: Sequence[float]) -> None:
     """How alive the meta signal is: beside uniformity's, and beside its own noise."""
-    watch, method, plan = watched(words, Signal)
-    write(HERE / f"signal_{method}.csv", watch.rows)
-    table = Table(
-        title=f"{' '.join(words)}, {plan}: 4 draws of the views at {len(watch.rows) // 6} steps; median (range)"
-    )
+    watch, method, plan = watched(words, lambda every, data: Signal(every, steps, data))
+    write(to / f"signal_{method}.csv", watch.rows)
+    looks = len(watch.rows) // (len(steps) + 1)
+    table = Table(title=f"{' '.join(words)}, {plan}: 4 draws of the views at {looks} steps; median (range)")
     for column in ("r", "|meta| / |uniformity|", "cosine of two draws: phi", "of an image's A"):
         table.add_column(column)
-    for r in (*STEPS, "lr"):
+    for r in (*steps, "lr"):
         rows = [row for row in watch.rows if row["r"] == r]
         cells = []
         for key in ("ratio", "phi", "image"):
@@ -202,11 +207,11 @@ def signal(words: list[str]) -> None:
     Console(width=130).print(table)
 
 
-def agreement(words: list[str]) -> None:
+def agreement(words: list[str], to: Path, steps: Sequence[float]) -> None:
     """How close the cheaper modes are to the exact gradient."""
-    watch, method, plan = watched(words, lambda every, _: Agreement(every))
-    write(HERE / f"agreement_{method}.csv", watch.rows)
-    table = Table(title=f"{' '.join(words)}, {plan}: {len(watch.rows) // len(VARIANTS) // len(STEPS)} looks at a run")
+    watch, method, plan = watched(words, lambda every, _: Agreement(every, steps))
+    write(to / f"agreement_{method}.csv", watch.rows)
+    table = Table(title=f"{' '.join(words)}, {plan}: {len(watch.rows) // len(VARIANTS) // len(steps)} looks at a run")
     for column in (
         "r",
         "variant",
@@ -217,7 +222,7 @@ def agreement(words: list[str]) -> None:
         "L_ct(theta') - L_ct: median",
     ):
         table.add_column(column)
-    for r in STEPS:
+    for r in steps:
         for name in VARIANTS:
             rows = [row for row in watch.rows if row["r"] == r and row["variant"] == name]
             cosines = [row["cosine"] for row in rows]
@@ -253,9 +258,11 @@ def stepper(backbone_name: str, batch: int, precision: str, layout: str, size: i
     with initialize_config_dir(str(config_dir()), version_base="1.3"):
         settings = check(compose("config", overrides=words))
     torch.manual_seed(0)
-    backbone = build(settings.backbone, size)
-    method = build(settings.method, backbone, 10, (0.5,) * 3, (0.25,) * 3).to(plan.device)
-    regularizer = build(settings.regularizer, backbone.channels, method.temperature).to(plan.device)
+    backbone = build(settings.backbone, image_size=size)
+    method = build(settings.method, backbone=backbone, classes=10, mean=(0.5,) * 3, std=(0.25,) * 3).to(plan.device)
+    regularizer = build(settings.regularizer, channels=backbone.channels, method_temperature=method.temperature).to(
+        plan.device
+    )
     images = [torch.randn(batch, 3, size, size, device=plan.device) for _ in range(3)]
     if plan.channels_last:
         method.to(memory_format=torch.channels_last)
@@ -268,7 +275,7 @@ def stepper(backbone_name: str, batch: int, precision: str, layout: str, size: i
         with torch.autocast(plan.device.type, torch.bfloat16, enabled="bf16" in plan.precision):
             targets = method.targets(views)
             output = method(views, targets, Step(0, 1))
-            loss = output.loss + (0 if other is None else other(views.images, output.pairs))
+            loss = output.loss + (0 if other is None else other(views, output, Step(0, 1)))
         optimizer.zero_grad()
         loss.backward()
         if other is not None and other.every and number % other.every == 0:
@@ -281,20 +288,16 @@ def stepper(backbone_name: str, batch: int, precision: str, layout: str, size: i
     return plan, step
 
 
-def speed(backbone: str, batch: int, precision: str, layout: str, rounds: int) -> None:
+def speed(to: Path, backbone: str, batch: int, precision: str, layout: str, rounds: int) -> None:
     """Times the steps of `SPEED`, means over a cycle of `every`; each one's memory is taken in a process of its own."""
     plan, step = stepper(backbone, batch, precision, layout)
-    seconds: dict[str, list[float]] = {name: [] for name in SPEED}
-    for round_ in range(rounds + 1):
-        for name, keys in SPEED.items():
-            cycle = (keys or {}).get("every") or 1
-            start = time.perf_counter()
-            for number in range(cycle):
-                step(keys, number)
-            if plan.accelerator == "gpu":
-                torch.cuda.synchronize()
-            if round_:  # the first warms up
-                seconds[name].append((time.perf_counter() - start) / cycle)
+    cycles = {name: int((keys or {}).get("every") or 1) for name, keys in SPEED.items()}
+
+    def cycle(name: str) -> Callable[[], object]:
+        return lambda: [step(SPEED[name], number) for number in range(cycles[name])]
+
+    taken = alternate({name: cycle(name) for name in SPEED}, rounds=rounds, limit=math.inf, device=plan.device)
+    seconds = {name: [value / cycles[name] for value in values] for name, values in taken.items()}
     memory = {}
     for name in SPEED:
         command = [sys.executable, __file__, "memory", backbone, str(batch), precision, layout, name]
@@ -317,20 +320,21 @@ def speed(backbone: str, batch: int, precision: str, layout: str, rounds: int) -
         )
         table.add_row(name, *cells)
     Console(width=120).print(table)
-    write(HERE / f"speed_{backbone}_{batch}_{plan.precision}_{layout}.csv", rows)
+    write(to / f"speed_{backbone}_{batch}_{plan.precision}_{layout}.csv", rows)
 
 
 def memory(backbone: str, batch: int, precision: str, layout: str, name: str) -> None:
     """Prints by how many MB two steps raise the peak of memory above the model, its data and the libraries."""
     plan, step = stepper(backbone, batch, precision, layout)
     if plan.accelerator == "gpu":
-        before, peak = torch.cuda.memory_allocated() / 1e6, lambda: torch.cuda.max_memory_allocated() / 1e6
+        before = torch.cuda.memory_allocated() / 1e6
     else:
         Path("/proc/self/clear_refs").write_text("5")  # the peak is forgotten
-        before, peak = resident("VmRSS"), lambda: resident("VmHWM")
+        before = resident("VmRSS")
     for _ in range(2):
         step(SPEED[name], 0)
-    print(peak() - before)
+    peak = torch.cuda.max_memory_allocated() / 1e6 if plan.accelerator == "gpu" else resident("VmHWM")
+    print(peak - before)
 
 
 def resident(field: str) -> float:
@@ -347,20 +351,26 @@ def write(path: Path, rows: list[dict[str, Any]]) -> None:
         writer.writerows({k: f"{v:.6g}" if isinstance(v, float) else v for k, v in row.items()} for row in rows)
 
 
-def main() -> None:
-    """See the module."""
-    what, *words = sys.argv[1:] or ["help"]
-    if what == "agreement":
-        agreement(words)
-    elif what == "signal":
-        signal(words)
-    elif what == "speed":
-        backbone, batch, precision, layout, rounds = [*words, *("resnet18", "64", "auto", "cl", "5")[len(words) :]]
-        speed(backbone, int(batch), precision, layout, int(rounds))
-    elif what == "memory":
-        memory(words[0], int(words[1]), *words[2:])
+def main(words: Sequence[str] | None = None) -> None:
+    """Measure, print and write."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=("agreement", "signal", "speed", "memory"))
+    parser.add_argument("words", nargs="*")
+    parser.add_argument("--to", type=Path, default=Path(__file__).parent)
+    parser.add_argument("--tiny", action="store_true")
+    options = parser.parse_intermixed_args(words)
+    if options.what == "memory":
+        backbone, batch, precision, layout, name = options.words
+        memory(backbone, int(batch), precision, layout, name)
+    elif options.what == "speed":
+        usual = ("tiny", "4", "32-true", "cl", "1") if options.tiny else ("resnet18", "64", "auto", "cl", "5")
+        given = tuple(map(str, options.words))
+        backbone, batch, precision, layout, rounds = given + usual[len(given) :]
+        speed(options.to, backbone, int(batch), precision, layout, int(rounds))
     else:
-        print(__doc__)
+        chosen = [*(TINY.split() if options.tiny else []), *options.words]
+        measure = {"agreement": agreement, "signal": signal}[options.what]
+        measure(chosen, options.to, STEPS[:1] if options.tiny else STEPS)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """What each kind of non-semantic negative keeps of an image's texture, and how much of its class is left, by number.
 
-python experiments/negatives/compare.py RUN [images=2000]
+python experiments/negatives/compare.py RUN [--images 2000] [--to FOLDER] [--tiny]
 
 RUN is a supervised run on a data set of its own (python -m icl_msr.run method=supervised ...). A linear probe on its
 encoder, fitted to the training images, is asked for the class of test images and of what each generator makes of
@@ -13,13 +13,13 @@ them; and the test images' colours and filter responses are compared with those 
   image's, mean over responses, median over images.
 
 Two controls: another test image of any class, and white noise with the image's colours (mean and covariance).
-Prints a table and writes compare.csv beside this file.
+Prints a table and writes compare.csv into `--to`, beside this file unless told otherwise.
 """
 
+import argparse
 import csv
 import math
-import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -75,7 +75,8 @@ def white_noise(images: Tensor, key: Tensor) -> Tensor:
     mean = pixels.mean(2, keepdim=True)
     covariance = (pixels - mean) @ (pixels - mean).mT / pixels.shape[2] + 1e-6 * torch.eye(c)
     noise = torch.randn(n, c, height * width, generator=torch.Generator().manual_seed(0))
-    return (mean + torch.linalg.cholesky(covariance) @ noise).view_as(images)
+    coloured: Tensor = mean + torch.linalg.cholesky(covariance) @ noise
+    return coloured.view_as(images)
 
 
 def bank(size: int = 13) -> Tensor:
@@ -100,7 +101,7 @@ def responses(images: Tensor) -> Tensor:
     return torch.cat([images, filtered], dim=1).flatten(2)
 
 
-class Look:
+class Appearance:
     """What images look like to the bank, kept to compare others with them."""
 
     def __init__(self, images: Tensor) -> None:
@@ -108,17 +109,21 @@ class Look:
         self.gram = seen @ seen.mT / seen.shape[2]
         self.sorted, self.spread = seen.sort(2).values, seen.std(2).clamp(min=1e-3)
 
-    def distances(self, other: "Look") -> tuple[Tensor, Tensor]:
+    def distances(self, other: "Appearance") -> tuple[Tensor, Tensor]:
         """`gram` and `histogram` of each image, (N,); see the module."""
         gram = (other.gram - self.gram).flatten(1).norm(dim=1) / self.gram.flatten(1).norm(dim=1)
         return gram, ((self.sorted - other.sorted).abs().mean(2) / self.spread).mean(1)
 
 
-def main(words: list[str]) -> None:
-    """See the module."""
-    if not words:
-        raise SystemExit(__doc__)
-    run, count = RunFolder(Path(words[0])), int(dict(w.split("=") for w in words[1:]).get("images", 2000))
+def main(words: Sequence[str] | None = None) -> None:
+    """Measure, print and write."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("run", type=Path)
+    parser.add_argument("--images", type=int, default=2000)
+    parser.add_argument("--to", type=Path, default=Path(__file__).parent)
+    parser.add_argument("--tiny", action="store_true", help="16 images, to see that it runs")
+    options = parser.parse_args(words)
+    run, count = RunFolder(options.run), 16 if options.tiny else options.images
     dataset = build(OmegaConf.create(run.saved_config()["dataset"]))
     encoder, about = load_encoder(run.path)
     encoder = encoder.eval().to(memory_format=torch.channels_last)
@@ -141,15 +146,15 @@ def main(words: list[str]) -> None:
     index = index[torch.randperm(len(index), generator=torch.Generator().manual_seed(0))]
     right: dict[str, float] = dict.fromkeys(generators(), 0.0)
     found: dict[str, list[Tensor]] = {name: [] for name in right}
-    for part in index.split(256):
+    for part in torch.split(index, 256):
         images = normalise(test.load(part), about["mean"], about["std"])
-        source = Look(images)
+        source = Appearance(images)
         for name, make in generators().items():
             made = make(images, keys(0, 0, part, view=-1))
             with torch.inference_mode():
                 scores = probe(encoder(made.contiguous(memory_format=torch.channels_last)).float())
             right[name] += float((scores.argmax(1) == test.labels[part]).sum())
-            found[name].append(torch.stack(source.distances(Look(made))))
+            found[name].append(torch.stack(source.distances(Appearance(made))))
     rows: list[dict[str, Any]] = []
     for name, parts in found.items():
         gram, histogram = torch.cat(parts, dim=1).median(dim=1).values.tolist()
@@ -163,11 +168,11 @@ def main(words: list[str]) -> None:
         cells = (f"{row['gram']:.2f}", f"{row['histogram']:.2f}", f"{row['class_read_percent']:.1f}")
         table.add_row(str(row["generator"]), *cells)
     Console(width=100).print(table)
-    with (Path(__file__).parent / "compare.csv").open("w", newline="") as file:
+    with (options.to / "compare.csv").open("w", newline="") as file:
         writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
         writer.writeheader()
         writer.writerows({k: f"{v:.4g}" if isinstance(v, float) else v for k, v in row.items()} for row in rows)
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    main()

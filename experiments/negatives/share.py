@@ -1,6 +1,6 @@
 """What non-semantic negatives take of a MoCo step: making them, and the extra forward pass of the momentum encoder.
 
-python experiments/negatives/share.py BACKBONE SIZE BATCH [--rounds 5]
+python experiments/negatives/share.py [BACKBONE=tiny] [SIZE=32] [BATCH=256] [--rounds 5] [--tiny]
 
 Everything a step of `python -m icl_msr.run method=moco` does with a batch of embedded images: augmentation, targets,
 loss, backward and optimiser; steps without and with each kind of negatives alternate in one run.
@@ -8,14 +8,14 @@ loss, backward and optimiser; steps without and with each kind of negatives alte
 
 import argparse
 import statistics
-import time
-from typing import Any
+from collections.abc import Sequence
 
 import torch
 from hydra import compose, initialize_config_dir
 from rich.console import Console
 from rich.table import Table
 
+from experiments.benchmarks.timing import stopwatch
 from icl_msr.cli.assemble import assemble
 from icl_msr.core.config import check, config_dir
 from icl_msr.core.views import Views
@@ -24,14 +24,15 @@ from icl_msr.training.datamodule import Batch
 from icl_msr.training.hardware import Hardware
 
 KINDS = ("none", "patch", "phase", "texture")
+FEW = ("dataset.train=16", "dataset.test=16", "dataset.balanced=16", "dataset.cache=null", "method.queue_size=16")
 
 
 class Stepper:
     """One run's step, cut in two."""
 
-    def __init__(self, kind: str, backbone: str, size: int, batch: int):
+    def __init__(self, kind: str, backbone: str, size: int, batch: int, *more: str):
         words = ["method=moco", "regularizer=none", f"negatives={kind}", f"backbone={backbone}"]
-        words += ["dataset=confounded", f"dataset.image_size={size}", f"loader.batch_size={batch}"]
+        words += ["dataset=confounded", f"dataset.image_size={size}", f"loader.batch_size={batch}", *more]
         with initialize_config_dir(str(config_dir()), version_base="1.3"):
             settings = check(compose("config", overrides=words))
         self.plan = Hardware(**{key: v for key, v in settings.hardware.items() if key != "_target_"}).plan()
@@ -41,45 +42,40 @@ class Stepper:
             self.method.to(memory_format=torch.channels_last)
         self.optimizer = torch.optim.Adam(self.method.parameters(), 1e-4)
         self.batch = Batch(0, torch.arange(batch, device=self.plan.device))
+        self.views: Views
 
-    def views(self) -> Views:
-        """Augmentation, and the negatives."""
-        return self.data.views(self.batch)
+    def make(self) -> None:
+        """Augment the batch and make its negatives."""
+        self.views = self.data.views(self.batch)
 
-    def train(self, views: Views) -> None:
+    def train(self) -> None:
         """Forward, backward, optimiser."""
         with torch.autocast(self.plan.device.type, torch.bfloat16, enabled="bf16" in self.plan.precision):
-            loss = self.method(views, self.method.targets(views), Step(0, 1)).loss
+            loss = self.method(self.views, self.method.targets(self.views), Step(0, 1)).loss
         self.optimizer.zero_grad()
         loss.backward()
         self.optimizer.step()
 
 
-def seconds(device: torch.device, call: Any, *arguments: Any) -> tuple[float, Any]:
-    """How long a call takes, and what it returns."""
-    start = time.perf_counter()
-    found = call(*arguments)
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter() - start, found
-
-
-def main() -> None:
-    """See the module."""
+def main(words: Sequence[str] | None = None) -> None:
+    """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("backbone")
-    parser.add_argument("size", type=int)
-    parser.add_argument("batch", type=int)
+    parser.add_argument("backbone", nargs="?", default="tiny")
+    parser.add_argument("size", type=int, nargs="?", default=32)
+    parser.add_argument("batch", type=int, nargs="?", default=256)
     parser.add_argument("--rounds", type=int, default=5)
-    options = parser.parse_args()
-    steppers = {kind: Stepper(kind, options.backbone, options.size, options.batch) for kind in KINDS}
+    parser.add_argument("--tiny", action="store_true", help="one round of 8 images, to see that it runs")
+    options = parser.parse_args(words)
+    if options.tiny:
+        options.batch, options.rounds = 8, 1
+    few = FEW if options.tiny else ()
+    steppers = {kind: Stepper(kind, options.backbone, options.size, options.batch, *few) for kind in KINDS}
     plan = steppers["none"].plan
     made: dict[str, list[float]] = {kind: [] for kind in KINDS}
     trained: dict[str, list[float]] = {kind: [] for kind in KINDS}
     for round_ in range(options.rounds + 1):
         for kind, stepper in steppers.items():
-            making, views = seconds(plan.device, stepper.views)
-            training, _ = seconds(plan.device, stepper.train, views)
+            making, training = (stopwatch(call, plan.device) for call in (stepper.make, stepper.train))
             if round_:  # the first warms up
                 made[kind].append(making)
                 trained[kind].append(training)

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from math import log
 
 import torch
-import torchvision.transforms.v2.functional as F
 from torch import Tensor
 
 TRIES = 10
@@ -16,6 +15,8 @@ TRIES = 10
 
 def resize(images: Tensor, size: int) -> Tensor:
     """Whole images uint8 (N, C, H, W) to uint8 (N, C, size, size): bilinear, antialiased, by torchvision."""
+    from torchvision.transforms.v2 import functional as F  # here, because it takes as long as torch
+
     return images if images.shape[-2:] == (size, size) else F.resize(images, [size, size], antialias=True)
 
 

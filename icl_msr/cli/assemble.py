@@ -5,11 +5,15 @@ import logging
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
+from pkgutil import resolve_name
 from typing import Any, TypeVar
 
 import pytorch_lightning as pl
 import torch
-from pytorch_lightning.callbacks import Callback, RichProgressBar
+from lightning_fabric.utilities.exceptions import MisconfigurationException
+from pytorch_lightning.callbacks import Callback, Checkpoint
+from pytorch_lightning.loggers import Logger
 from pytorch_lightning.strategies import DDPStrategy, Strategy
 
 from icl_msr.core.config import Settings, build, suggestion
@@ -20,15 +24,15 @@ from icl_msr.evaluation.suite import Evaluation
 from icl_msr.methods import Method
 from icl_msr.models.batchnorm import global_batch_norm
 from icl_msr.models.momentum import Queue
-from icl_msr.regularizers import MetaSemanticRegularizer
+from icl_msr.regularizers import Regularizer
 from icl_msr.training.checkpoint import AtomicCheckpoint
-from icl_msr.training.checkpoints import Checkpoints
 from icl_msr.training.datamodule import DataModule
 from icl_msr.training.hardware import Plan
+from icl_msr.training.loggers import About, MetricsFile
 from icl_msr.training.module import Pretraining
 from icl_msr.training.online import OnlineEvaluation
 from icl_msr.training.optimization import Optimization
-from icl_msr.training.progress import EpochLines, Throughput
+from icl_msr.training.progress import Throughput
 
 Built = TypeVar("Built")
 
@@ -44,24 +48,34 @@ class Pieces:
     untrained: torch.nn.Module
     module: Pretraining
     data: DataModule
-    evaluation: Evaluation | None
+    evaluations: list[Evaluation]
+    throughput: Throughput
     derived: dict[str, float]
 
 
 def assemble(settings: Settings, plan: Plan) -> Pieces:
-    """Builds everything; whatever can be refused is refused here, before anything is written."""
+    """Build everything; whatever can be refused is refused here, before anything is written."""
     pl.seed_everything(settings.seed, verbose=False)
     dataset = build_as(Dataset, settings.dataset)
-    backbone = build(settings.backbone, dataset.image_size)
-    facts = (len(dataset.classes), dataset.mean, dataset.std)
-    method = build_as(Method, settings.method, backbone, *facts)  # type: ignore[type-abstract]
+    backbone = build(settings.backbone, image_size=dataset.image_size)
+    facts = {"classes": len(dataset.classes), "mean": dataset.mean, "std": dataset.std}
+    method = build_as(Method, settings.method, backbone=backbone, **facts)  # type: ignore[type-abstract]
     require_meaning(settings, method, plan.world_size)
     untrained = copy.deepcopy(method.backbone)
-    regularizer: MetaSemanticRegularizer | None = build(settings.regularizer, method.channels, method.temperature)
+    regularizer: Regularizer | None = build(
+        settings.regularizer, channels=method.channels, method_temperature=method.temperature
+    )
     if plan.world_size > 1:
         global_batch_norm(method)
-    optimization = build_as(Optimization, settings.optimizer)
-    module = Pretraining(method, regularizer, optimization, seed=settings.seed, batch_size=settings.loader.batch_size)
+    optimization = make_optimization(settings)
+    module = Pretraining(
+        method,
+        regularizer,
+        optimization,
+        seed=settings.seed,
+        batch_size=settings.loader.batch_size,
+        config=settings.model_dump(),
+    )
     if plan.channels_last:
         module.to(memory_format=torch.channels_last)
     data = DataModule(
@@ -72,15 +86,40 @@ def assemble(settings: Settings, plan: Plan) -> Pieces:
         channels_last=plan.channels_last,
         **settings.loader.model_dump(),
     )
-    evaluation: Evaluation | None = build(settings.evaluation)
-    logged = [name for name in LOGGED if settings.trainer.online_every_n_epochs or not name.startswith("online/")]
-    known = ["auto", *logged, *(evaluation.names(dataset) if evaluation else [])]
-    if isinstance(evaluation, Evaluation):
-        evaluation.require(method.backbone)
+    evaluations = [build(node) for node in settings.evaluation.values()]
+    online = any(resolve_name(node["_target_"]) is OnlineEvaluation for node in settings.callbacks.values())
+    watched = LOGGED if online and dataset.evaluated.classified else LOGGED[:2]
+    logged = [name for name in watched if dataset.labelled is None or name != "online/probe"]
+    known = ["auto", *logged, *(name for evaluation in evaluations for name in evaluation.names(dataset.evaluated))]
+    for evaluation in evaluations:
+        if isinstance(evaluation, Evaluation):
+            evaluation.require(method.backbone)
     if settings.metric not in known:
         raise UserError(f"metric={settings.metric} will not be measured; {suggestion(settings.metric, known)}")
     derived = derive(settings, optimization, len(dataset.train), plan.world_size)
-    return Pieces(dataset, untrained, module, data, evaluation, derived)
+    throughput = Throughput(settings.loader.batch_size)
+    return Pieces(dataset, untrained, module, data, evaluations, throughput, derived)
+
+
+def make_optimization(settings: Settings) -> Optimization:
+    """Return the optimiser and the schedule of a config.
+
+    Raises:
+        UserError: they are no optimiser and no schedule, or refuse their arguments.
+    """
+    optimizer = partial(build_as, torch.optim.Optimizer, settings.optimizer)
+    schedule = partial(build_as, torch.optim.lr_scheduler.LRScheduler, settings.schedule)
+    optimization = Optimization(optimizer, schedule, settings.bias_and_norm)
+    try:
+        optimization.effective_lr(1)
+    except KeyError:
+        raise UserError(
+            f"schedule._target_={settings.schedule['_target_']} follows a metric, and schedules follow the optimiser's "
+            "steps here; choose another."
+        ) from None
+    except (TypeError, ValueError) as error:
+        raise UserError(f"The optimizer or its schedule cannot be built: {_one_line(error)}.") from None
+    return optimization
 
 
 def require_meaning(settings: Settings, method: Method, ranks: int) -> None:
@@ -90,7 +129,7 @@ def require_meaning(settings: Settings, method: Method, ranks: int) -> None:
         UserError: a group, the number of views or the size of a batch has no meaning for this method.
     """
     for group, reason in method.refuses.items():
-        if settings.groups()[group]["_target_"] is not None:
+        if getattr(settings, group)["_target_"] is not None:
             raise UserError(f"{group}: {reason}")
     views = len(settings.augment.get("views", [None] * method.takes[0]))
     fewest, most = method.takes
@@ -108,19 +147,21 @@ def require_meaning(settings: Settings, method: Method, ranks: int) -> None:
         )
 
 
-def build_as(kind: type[Built], node: Mapping[str, Any], *handed_over: Any) -> Built:
-    """`config.build`, for a group that must give a `kind`."""
-    built = build(node, *handed_over)
+def build_as(kind: type[Built], node: Mapping[str, Any], **given: Any) -> Built:
+    """Build a node that must give a `kind`; see `config.build`."""
+    built = build(node, **given)
     if not isinstance(built, kind):
         raise UserError(f"{node['_target_']} gives {type(built).__name__}, and a {kind.__name__} is needed.")
     return built
 
 
 def derive(settings: Settings, optimization: Optimization, images: int, world_size: int) -> dict[str, float]:
-    """Numbers that follow from the config; shown and saved, never written back into it.
+    """Return numbers that follow from the config; they are shown and saved, never written back into it.
+
+    Training itself follows what Lightning says (`trainer.estimated_stepping_batches`), which is the same.
 
     Raises:
-        UserError: a batch is larger than the training split, or cannot be shared by the devices.
+        UserError: a batch is larger than the training split, or cannot be shared by the devices; or the run has no end.
     """
     loader, trainer = settings.loader, settings.trainer
     if loader.batch_size > images:
@@ -132,14 +173,26 @@ def derive(settings: Settings, optimization: Optimization, images: int, world_si
         raise UserError(
             f"loader.batch_size={loader.batch_size} cannot be shared by {world_size} devices; set it to {fair}."
         )
-    batches = min(images // loader.batch_size, trainer.limit_train_batches or images)
-    steps = -(-batches // trainer.accumulate_grad_batches)
-    global_batch = loader.batch_size * trainer.accumulate_grad_batches
+    epochs, steps_at_most = trainer.get("max_epochs"), trainer.get("max_steps", -1)
+    accumulated, batches = trainer.get("accumulate_grad_batches", 1), images // loader.batch_size
+    limit = trainer.get("overfit_batches") or trainer.get("limit_train_batches")
+    if trainer.get("fast_dev_run"):
+        limit, epochs, steps_at_most = int(trainer["fast_dev_run"]), 1, -1
+    if limit is not None:
+        batches = min(batches, limit) if isinstance(limit, int) else int(batches * limit)
+    if epochs in (None, -1) and steps_at_most == -1:
+        raise UserError(
+            f"trainer.max_epochs={'null' if epochs is None else epochs} needs trainer.max_steps=<number>, because "
+            "schedules follow the length of a run; trainer.max_time ends it earlier, no more."
+        )
+    steps = -(-batches // accumulated)
+    total = steps * epochs if epochs not in (None, -1) else steps_at_most
+    global_batch = loader.batch_size * accumulated
     return {
         "training_images": images,
         "global_batch": global_batch,
         "steps_per_epoch": steps,
-        "total_steps": steps * trainer.max_epochs,
+        "total_steps": min(total, steps_at_most) if steps_at_most != -1 else total,
         "effective_learning_rate": optimization.effective_lr(global_batch),
     }
 
@@ -149,50 +202,54 @@ def in_words(derived: Mapping[str, float]) -> str:
     return "   ".join(f"{name.replace('_', ' ')} {value:g}" for name, value in derived.items())
 
 
-def make_trainer(
-    settings: Settings, plan: Plan, folder: RunFolder, pieces: Pieces, throughput: Throughput, loggers: list[Any]
-) -> pl.Trainer:
-    """Lightning's Trainer with the callbacks of every run."""
+def make_trainer(settings: Settings, plan: Plan, folder: RunFolder, pieces: Pieces) -> pl.Trainer:
+    """Return Lightning's Trainer with the callbacks of this run; its loggers come when the run begins.
+
+    Raises:
+        UserError: Lightning refuses an argument.
+    """
     for chatty in ("pytorch_lightning", "lightning_fabric"):
         logging.getLogger(chatty).setLevel(logging.WARNING)
-    t = settings.trainer
-    callbacks: list[Callback] = [
-        Checkpoints(
-            folder.checkpoint,
-            every_n_epochs=t.checkpoint_every_n_epochs,
-            every_n_minutes=t.checkpoint_every_n_minutes,
-        ),
-        throughput,
-    ]
-    if t.online_every_n_epochs:
-        channels = pieces.module.method.backbone.channels
-        watch = OnlineEvaluation(
-            pieces.dataset, int(channels), every_n_epochs=t.online_every_n_epochs, seed=settings.seed
-        )
-        callbacks.append(watch)
-    callbacks.append(RichProgressBar() if sys.stdout.isatty() else EpochLines(throughput))
+    for asked_for in ("profilers", "callbacks.model_summary"):
+        logging.getLogger(f"pytorch_lightning.{asked_for}").setLevel(logging.INFO)
+    known = {"dataset": pieces.dataset, "channels": int(pieces.module.method.backbone.channels), "seed": settings.seed}
+    known |= {"checkpoint": folder.checkpoint, "throughput": pieces.throughput}
+    callbacks = [build_as(Callback, node, **known) for node in settings.callbacks.values()]
+    node = dict(settings.trainer)
+    if node.get("enable_progress_bar") is None:
+        node["enable_progress_bar"] = sys.stdout.isatty()
     strategy: Strategy | str = "auto"
     if plan.world_size > 1:
         backend = "gloo" if plan.accelerator == "cpu" else None
         # Buffers are equal on all ranks by themselves; a broadcast would overwrite a queue.
         strategy = DDPStrategy(process_group_backend=backend, broadcast_buffers=False)
-    return pl.Trainer(
-        accelerator=plan.accelerator,
-        devices=plan.devices,
-        num_nodes=plan.nodes,
-        strategy=strategy,
-        precision=plan.precision,
-        max_epochs=t.max_epochs,
-        accumulate_grad_batches=t.accumulate_grad_batches,
-        gradient_clip_val=t.gradient_clip_val,
-        log_every_n_steps=t.log_every_n_steps,
-        limit_train_batches=t.limit_train_batches,
-        logger=loggers,
-        callbacks=callbacks,
-        plugins=[AtomicCheckpoint()],
-        default_root_dir=folder.path,
-        enable_progress_bar=sys.stdout.isatty(),
-        enable_model_summary=False,
-        use_distributed_sampler=False,
-        num_sanity_val_steps=0,
-    )
+    try:
+        return build_as(
+            pl.Trainer,
+            node,
+            accelerator=plan.accelerator,
+            devices=plan.devices,
+            num_nodes=plan.nodes,
+            strategy=strategy,
+            precision=plan.precision,
+            logger=False,
+            callbacks=[pieces.throughput, *callbacks],
+            enable_checkpointing=any(isinstance(callback, Checkpoint) for callback in callbacks),
+            plugins=[AtomicCheckpoint()],
+            default_root_dir=folder.path,
+            use_distributed_sampler=False,
+        )
+    except (MisconfigurationException, TypeError, ValueError) as error:
+        raise UserError(f"The trainer cannot be built: {_one_line(error)}.") from None
+
+
+def make_loggers(settings: Settings, folder: RunFolder, about: About) -> list[Logger]:
+    """Return `metrics.csv` and the loggers beside it, of which a `fast_dev_run` has none, as in Lightning."""
+    beside = [] if settings.trainer.get("fast_dev_run") else settings.logger.values()
+    known = {"folder": folder.path, "about": about, "save_dir": str(folder.path)}
+    made = [build_as(Logger, node, **known) for node in beside]  # type: ignore[type-abstract]
+    return [MetricsFile(folder.path, about), *made]
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split()).rstrip(".")

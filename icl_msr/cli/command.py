@@ -6,42 +6,44 @@ import sys
 import warnings
 from argparse import ArgumentError
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from functools import wraps
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import hydra
-from hydra import compose, initialize_config_dir
 from hydra._internal.utils import get_args_parser
-from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.object_type import ObjectType
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException, MissingConfigException, OverrideParseException
-from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import InterpolationResolutionError, OmegaConfBaseException
 from yaml import MarkedYAMLError, YAMLError
 
-from icl_msr.cli.processes import hold_leash, in_folder, told
-from icl_msr.cli.sweeps import ProcessLauncher, known_to_hydra, register_resolvers
-from icl_msr.core.config import config_dir, no_keys, suggestion, unfilled
+from icl_msr.cli.footprint import Footprint
+from icl_msr.cli.processes import hold_leash, in_folder, outlive_reader, told
+from icl_msr.cli.sweeps import ProcessLauncher, register_resolvers
+from icl_msr.cli.words import ambiguous, for_sweep, overrides, path_in, spelled_out, unreadable
+from icl_msr.core.compose import compose, hydra_for_itself
+from icl_msr.core.config import Settings, check, config_dir, no_keys, suggestion, unfilled
 from icl_msr.core.errors import UserError
 from icl_msr.core.folder import RunFolder
 from icl_msr.core.storage import disk_is_full
+
+Job = Callable[[Settings, DictConfig], float]
+"""What a command does with its checked settings and the composed config; it gives the metric of a sweep."""
 
 _MULTIRUN = {"-m", "--multirun"}
 _CHOICE = r"((?:hydra/)?[^/]*)/(.*)"
 """A group and the rest of a file's name."""
 
 
-def main(job: Callable[[DictConfig], float], arguments: Sequence[str] | None = None) -> int:
-    """Composes the config from the command line and runs `job` in Hydra's output folder; returns the exit code."""
+def main(job: Job, arguments: Sequence[str] | None = None) -> int:
+    """Compose the config from the command line, check it, run `job` in Hydra's output folder; return the exit code."""
     hold_leash()
-    typed = [rewritten for word in (sys.argv[1:] if arguments is None else arguments) for rewritten in _rewrite(word)]
-    typed.sort(key=lambda word: word[:1] != "-" and "=" in word)  # Hydra cannot read a flag between overrides
+    outlive_reader()
+    typed = overrides(sys.argv[1:] if arguments is None else arguments)
     # Hydra then raises what it would otherwise print in its own words.
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")
     warnings.filterwarnings("ignore", module="hydra|pytorch_lightning|lightning_fabric")
@@ -65,7 +67,9 @@ def main(job: Callable[[DictConfig], float], arguments: Sequence[str] | None = N
         sys.argv[1:] = typed  # for the ranks and the jobs of a sweep, which repeat the command
         codes.append(0)
         try:
-            return job(config)
+            if source != config_dir():
+                config = OmegaConf.create(RunFolder(source).with_new_keys(OmegaConf.to_container(config)))
+            return job(check(config), config)
         except UserError as mistake:
             # Hydra would announce a mistake that leaves the job; and the other jobs of a sweep go on.
             codes[-1] = refuse(str(mistake))
@@ -85,6 +89,7 @@ def main(job: Callable[[DictConfig], float], arguments: Sequence[str] | None = N
         _check_flags(typed)
         _check_search_path(typed)
         source, words = _source(typed)
+        words = for_sweep(words) if _MULTIRUN & set(typed) else spelled_out(words)
         sys.argv[1:] = words
         hydra.main(version_base="1.3", config_path=str(source), config_name="config")(answered)()
     except UserError as mistake:
@@ -95,6 +100,8 @@ def main(job: Callable[[DictConfig], float], arguments: Sequence[str] | None = N
         return refuse(sentence(mistake, typed))
     except KeyboardInterrupt:
         return 130
+    if not codes:  # a help text, or a sweep that had nothing to do
+        Footprint.erase()
     return max([*codes, *ProcessLauncher.exit_codes], default=0)
 
 
@@ -104,7 +111,7 @@ def _source(typed: Sequence[str]) -> tuple[Path, Sequence[str]]:
     Raises:
         UserError: the folder holds no run, or something beside the number of epochs is to be changed.
     """
-    folders = [word.partition("=")[2] for word in typed if word.startswith("resume=")]
+    folders = [path_in(word) for word in typed if word.startswith("resume=")]
     if not folders:
         return config_dir(), typed
     folder = Path(folders[-1])
@@ -172,7 +179,7 @@ def sentence(error: Exception, typed: Sequence[str]) -> str:
     """An error of Hydra, OmegaConf or the file system, before a job has begun, in one sentence."""
     text = str(error)
     if isinstance(error, OverrideParseException):
-        return f"{error.override} cannot be read; write key=value, and quote what has spaces: 'key=\"a b\"'."
+        return unreadable(str(error.override))
     if isinstance(error, MissingConfigException) and (missing := re.fullmatch(_CHOICE, error.missing_cfg_file or "")):
         return _no_choice(missing[1], missing[2], typed)
     if "Config group override" in text:  # a choice that is no name, such as method=null
@@ -190,7 +197,7 @@ def sentence(error: Exception, typed: Sequence[str]) -> str:
         which = "hydra.sweep.dir" if _MULTIRUN & set(typed) else "hydra.run.dir"
         return f"{error.filename} cannot be written ({error.strerror}); choose another {which}."
     if several := re.search(r"Ambiguous value for argument '([^']*)'", text):
-        return f"{several[1]} has several values; add -m to run them one after the other."
+        return ambiguous(several[1])
     if twice := re.search(r"already at '([^']*)'", text):
         return f"{twice[1]} is there already; leave the plus out, {twice[1]}=<value>."
     key = getattr(error.__cause__, "full_key", None) or re.search(r"'([^']*)' does not exist", text)
@@ -205,10 +212,9 @@ def _no_choice(group: str, wrong: str, typed: Sequence[str]) -> str:
 
 
 def _choices(group: str, typed: Sequence[str]) -> list[str]:
-    """What a group has to choose from on the whole search path, in its folders too."""
-    GlobalHydra.instance().clear()
-    with initialize_config_dir(str(config_dir()), version_base="1.3"):
-        loader = GlobalHydra.instance().config_loader()
+    """Return what a group has to choose from on the whole search path, in its folders too."""
+    with hydra_for_itself() as state:
+        loader = state.config_loader()
 
         def inside(folder: str) -> list[str]:
             files, folders = (
@@ -226,13 +232,12 @@ def _search_path(typed: Sequence[str]) -> list[str]:
 
 def _no_key(wrong: str, typed: Sequence[str]) -> str:
     """A key that is not in the config which the rest of the command line gives."""
-    choices = [word for word in typed if re.fullmatch(r"[a-z]+=[\w./-]+", word) and not word.startswith(f"{wrong}=")]
-    GlobalHydra.instance().clear()
-    with initialize_config_dir(str(config_dir()), version_base="1.3"):
-        try:
-            config = compose("config", overrides=[*_search_path(typed), *choices])
-        except Exception:  # the mistake is among the choices; it has its own sentence
-            config = compose("config")
+    choice = re.compile(r"[a-z]+=([\w./-]+|\[[\w./, -]+\])")
+    choices = [word for word in typed if choice.fullmatch(word) and not word.startswith(f"{wrong}=")]
+    try:
+        config = compose([*_search_path(typed), *choices])
+    except Exception:  # the mistake is among the choices; it has its own sentence
+        config = compose([])
     parent = wrong.rpartition(".")[0]
     node = OmegaConf.select(config, parent) if parent else config
     if isinstance(node, DictConfig) and not node:  # an open mapping, such as backbone.options
@@ -251,39 +256,3 @@ def _flat(node: DictConfig | ListConfig, prefix: str) -> list[str]:
         if OmegaConf.is_dict(node) and not OmegaConf.is_missing(node, name) and OmegaConf.is_dict(node[name]):
             keys += _flat(node[name], f"{prefix}{name}.")
     return [key for key in keys if not key.endswith("_target_")]
-
-
-def _rewrite(word: str) -> list[str]:
-    """`backbone=timm:NAME` is short for two overrides."""
-    match = re.fullmatch(r"backbone=timm:(\S+)", word)
-    return ["backbone=timm", f"backbone.name={match[1]}"] if match else [word]
-
-
-class Footprint(Callback):
-    """Notes which folders a command makes for its output, so that a refused one leaves none."""
-
-    made: ClassVar[list[Path]] = []
-    """The innermost first."""
-
-    def on_run_start(self, config: DictConfig, **_: Any) -> None:
-        """Before Hydra makes the folder of a run."""
-        with known_to_hydra(config):
-            self._note(config.hydra.run.dir)
-
-    def on_multirun_start(self, config: DictConfig, **_: Any) -> None:
-        """Before Hydra makes the folder of a sweep."""
-        self._note(config.hydra.sweep.dir)
-
-    def _note(self, folder: str) -> None:
-        path = Path(folder).absolute()
-        self.made[:] = [path for path in (path, *path.parents) if not path.exists()]
-
-    @classmethod
-    def erase(cls) -> None:
-        """Takes the folders away again, unless there is more in them than the record of a sweep without jobs."""
-        for folder in cls.made:
-            if folder.is_dir() and {path.name for path in folder.iterdir()} <= {"sweep.json", "multirun.yaml"}:
-                for record in folder.iterdir():
-                    record.unlink()
-                with suppress(OSError):
-                    folder.rmdir()

@@ -1,11 +1,11 @@
-"""How a run ends: evaluation, pictures, facts, results, report."""
+"""How a run and an evaluation end: facts, results, pictures, report, dashboard, and the answer on the terminal."""
 
-import json
-import math
 import platform
 import resource
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -13,79 +13,142 @@ from typing import Any
 
 import torch
 from hydra.core.hydra_config import HydraConfig
+from rich.console import Console
 
 from icl_msr import __version__
 from icl_msr.cli.assemble import Pieces
 from icl_msr.cli.sweeps import job_type, sweep_group
 from icl_msr.core.config import Settings, fingerprint
+from icl_msr.core.errors import UserError, reason
 from icl_msr.core.folder import RunFolder
-from icl_msr.core.storage import atomic_write
+from icl_msr.core.records import ACCURACY, TRAINED, Outcome
+from icl_msr.core.storage import disk_is_full
 from icl_msr.data.dataset import Dataset
-from icl_msr.evaluation import pictures
 from icl_msr.evaluation.metrics import Bootstrap
-from icl_msr.evaluation.strata_maps import Look, look, measure, split_with_masks
+from icl_msr.evaluation.pictures import Scene, draw
+from icl_msr.evaluation.strata_maps import look_at_strata
 from icl_msr.evaluation.suite import Evaluation, Results
 from icl_msr.models.backbones import Backbone
 from icl_msr.models.exported import export_encoder
-from icl_msr.training.datamodule import DataModule
+from icl_msr.regularizers import MetaSemanticRegularizer
+from icl_msr.report import tables, write_report
+from icl_msr.report.runs import Run
+from icl_msr.report.words import answer, faint_meta_signal
 from icl_msr.training.hardware import Plan
-from icl_msr.training.module import Pretraining
+from icl_msr.training.loggers import Dashboard
+
+
+def describe(settings: Settings, plan: Plan, dataset: Dataset, folder: RunFolder) -> dict[str, Any]:
+    """Say where a run's numbers come from. A run that goes on keeps how it was begun, and adds how it was continued."""
+    now = {
+        "command": "python -m icl_msr.run " + " ".join(HydraConfig.get().overrides.task),
+        "config_hash": fingerprint(settings),
+        **provenance(plan),
+        "started": datetime.now(UTC).isoformat(timespec="seconds"),
+    }
+    if folder.begun and folder.environment.exists():
+        begun = folder.facts()
+        return {**begun, "continued": [*begun.get("continued", []), now]}
+    chosen = HydraConfig.get().runtime.choices  # a group of several choices, or of a node that was typed, is not in it
+    choices = {
+        group: str(chosen[group]) if group in chosen else _named(node) for group, node in settings.groups().items()
+    }
+    name = "-".join(choices[group] for group in ("method", "regularizer", "negatives", "dataset", "backbone"))
+    place = {"group": sweep_group(), "job_type": job_type(HydraConfig.get().overrides.task)}
+    return {
+        "name": name,
+        **place,
+        **now,
+        "choices": choices,
+        "images": image_facts(dataset),
+        "data": dataset.trained_on(),
+    }
+
+
+def _named(node: Mapping[str, Any]) -> str:
+    return str(node["_target_"]).rpartition(".")[2] if "_target_" in node else "+".join(node)
 
 
 def evaluate(settings: Settings, plan: Plan, pieces: Pieces, folder: RunFolder, choices: Mapping[str, str]) -> Results:
-    """Exports the encoder, measures it, and draws the pictures of the report."""
+    """Export the encoder of a run and measure it; what is too long for `results.json` is written."""
     backbone, dataset = pieces.module.method.backbone, pieces.dataset
     assert isinstance(backbone, Backbone)
     export_encoder(backbone, folder.path, {**image_facts(dataset), "choices": choices, "icl_msr": __version__})
     results = Results()
-    if pieces.evaluation is not None:
-        results = pieces.evaluation(
-            backbone, dataset, device=plan.device, seed=settings.seed, untrained_encoder=pieces.untrained
+    for evaluation in pieces.evaluations:
+        found = evaluation(
+            backbone, dataset.evaluated, device=plan.device, seed=settings.seed, untrained_encoder=pieces.untrained
         )
+        results.join(found)
+    if pieces.evaluations:
         results.save(folder.path)
-    draw(folder.path / "figures", pieces.data, pieces.module.to(plan.device), results)
+    regularizer = pieces.module.regularizer
+    usual = next((one for one in pieces.evaluations if isinstance(one, Evaluation)), None)  # it has a bootstrap
+    if isinstance(regularizer, MetaSemanticRegularizer) and usual is not None:
+        strata = look_at_strata(
+            pieces.module.to(plan.device).method.backbone,
+            regularizer.strata,
+            dataset.evaluated,
+            device=plan.device,
+            batch_size=usual.batch_size,
+            bootstrap=Bootstrap(usual.bootstrap, settings.seed),
+        )
+        results.records.join(strata)
     return results
 
 
-def looks(settings: Settings, plan: Plan, pieces: Pieces) -> Look | None:
-    """What the strata look at; None without strata, evaluation, or a test split that knows where its objects are."""
-    dataset, backbone, regularizer = pieces.dataset, pieces.module.method.backbone, pieces.module.regularizer
-    split = split_with_masks(dataset)
-    if regularizer is None or split is None or not isinstance(backbone, Backbone):
-        return None
-    if not isinstance(pieces.evaluation, Evaluation):  # none, or one without a bootstrap
-        return None
-    found = measure(
-        backbone,
-        regularizer.strata,
-        dataset.tests[split],
-        mean=dataset.mean,
-        std=dataset.std,
-        device=plan.device,
-        images=1000,
-        batch_size=pieces.evaluation.batch_size,
+def scene_of(pieces: Pieces, plan: Plan, results: Results) -> Scene:
+    """What the pictures of a run are drawn of."""
+    module = pieces.module.to(plan.device)
+    return Scene(
+        dataset=replace(pieces.dataset.evaluated, mean=pieces.dataset.mean, std=pieces.dataset.std),
+        features=results.features.get(TRAINED, {}),
+        batch=lambda: next(pieces.data.epoch(0, module.device)),
+        backbone=module.method.backbone if isinstance(module.method.backbone, Backbone) else None,
+        strata=module.regularizer.strata if isinstance(module.regularizer, MetaSemanticRegularizer) else None,
     )
-    return look(found, split, Bootstrap(pieces.evaluation.bootstrap, settings.seed))
 
 
-def draw(folder: Path, data: DataModule, module: Pretraining, results: Results) -> None:
-    """The grids of the report."""
-    folder.mkdir(exist_ok=True)
-    dataset, method, regularizer = data.dataset, module.method, module.regularizer
-    views = next(data.epoch(0, module.device))
-    captions = {"views.png": pictures.views_grid(views, dataset.mean, dataset.std, folder / "views.png")}
-    if views.negatives is not None:
-        captions["negatives.png"] = pictures.negatives_grid(views, dataset.mean, dataset.std, folder / "negatives.png")
-    if regularizer is not None and isinstance(method.backbone, Backbone):
-        with torch.no_grad():
-            strata = regularizer.strata(views.images)
-        captions["strata.png"] = pictures.strata_grid(
-            method.backbone, strata[:10], views.images[:10], dataset.mean, dataset.std, folder / "strata.png"
-        )
-        captions["weights.png"] = pictures.weights_figure(strata, folder / "weights.png")
-    if results.features:
-        captions |= pictures.feature_pictures(dataset, results.features["trained"], folder)
-    atomic_write(folder / "captions.json", json.dumps(captions, indent=2))
+def conclude(
+    folder: RunFolder, outcome: Outcome, scene: Scene, dashboards: Sequence[Dashboard], console: Console
+) -> None:
+    """Write `results.json`, then draw, report and print; what cannot be drawn costs itself alone and is named.
+
+    Raises:
+        UserError: the disk is full.
+    """
+    folder.write(folder.results.name, outcome.to_json())
+    missing = draw(scene, folder.path / "figures")
+    report = folder.path / "report.html"
+    with sparing("report.html", missing):
+        write_report(folder.path)
+    for dashboard in dashboards:
+        with sparing(type(dashboard).__name__, missing):
+            dashboard.conclude(folder.path)
+    with sparing("the tables", missing):
+        run = Run.load(folder.path)
+        if outcome.records.measurements:
+            for table in tables(outcome):
+                if not table.folded:
+                    console.print(table.rich())
+            if outcome.records.where(ACCURACY.kind):
+                console.print("\n" + " ".join(answer(outcome)))
+        if warning := faint_meta_signal(run.curves, run.config.get("regularizer") or {}):
+            console.print(warning, style="yellow")
+    if missing:
+        console.print(f"The results are complete, but {'; '.join(missing)} could not be made.", style="yellow")
+    console.print(f"results  {folder.results}\nreport   {report}")
+
+
+@contextmanager
+def sparing(name: str, missing: list[str]) -> Iterator[None]:
+    """Add `name` and the reason to `missing` when what is inside fails, and go on; a full disk ends all."""
+    try:
+        yield
+    except Exception as error:
+        if isinstance(error, UserError) or disk_is_full(error):
+            raise
+        missing.append(f"{name} ({reason(error)})")
 
 
 def image_facts(dataset: Dataset) -> dict[str, Any]:
@@ -93,29 +156,20 @@ def image_facts(dataset: Dataset) -> dict[str, Any]:
     return {"image_size": dataset.image_size, "mean": dataset.mean, "std": dataset.std, "dataset": dataset.name}
 
 
-def describe(settings: Settings, plan: Plan, dataset: Dataset, folder: RunFolder) -> dict[str, Any]:
-    """Where a number comes from. A run that goes on keeps what it was begun with and adds how it was continued."""
+def provenance(plan: Plan) -> dict[str, Any]:
+    """The code, the versions and the hardware that a number comes from."""
     checkout = Path(__file__).parents[2] / ".git"  # an installed package may lie in somebody else's
     git = ["git", "--git-dir", str(checkout), "rev-parse", "HEAD"]
     commit = subprocess.run(git, capture_output=True, text=True, check=False)
-    now = {
-        "command": "python -m icl_msr.run " + " ".join(HydraConfig.get().overrides.task),
+    return {
         "commit": commit.stdout.strip() or None,
-        "config_hash": fingerprint(settings),
         "icl_msr": __version__,
         "python": platform.python_version(),
         "torch": torch.__version__,
+        "torchvision": version("torchvision"),
         "lightning": version("pytorch_lightning"),
         "hardware": str(plan),
-        "started": datetime.now(UTC).isoformat(timespec="seconds"),
     }
-    if folder.begun and folder.environment.exists():
-        begun = folder.facts()
-        return {**begun, "continued": [*begun.get("continued", []), now]}
-    choices = {group: str(HydraConfig.get().runtime.choices[group]) for group in settings.groups()}
-    name = "-".join(choices[group] for group in ("method", "regularizer", "negatives", "dataset", "backbone"))
-    place = {"group": sweep_group(), "job_type": job_type(HydraConfig.get().overrides.task)}
-    return {"name": name, **place, **now, "choices": choices, "images": image_facts(dataset)}
 
 
 def peak_memory_mb(plan: Plan) -> float:
@@ -123,23 +177,3 @@ def peak_memory_mb(plan: Plan) -> float:
     if plan.accelerator == "gpu":
         return torch.cuda.max_memory_allocated() / 1e6
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3
-
-
-def metric(name: str, final: Mapping[str, float], results: Results) -> tuple[str, float]:
-    """Name and value of what a sweeper maximises.
-
-    `classifier/fitted_on/split` names an accuracy of the evaluation, anything else a logged value. `auto` is the
-    accuracy that rewards the background least: the linear probe before kNN, fitted on the balanced split before train,
-    on `mixed_rand` before other splits; without an evaluation, the online kNN.
-    """
-    values = dict(final)
-    for r in results.accuracies:
-        if r["encoder"] == "trained":
-            values["/".join((r["classifier"], r["fitted_on"], r["split"]))] = r["top1"]
-    if name == "auto":
-        accuracies = [key for key in values if key.count("/") == 2]
-        name = min(
-            accuracies or ["online/knn"],
-            key=lambda k: (not k.startswith("linear"), "/balanced/" not in k, not k.endswith("/mixed_rand")),
-        )
-    return name, values.get(name, math.nan)

@@ -4,7 +4,7 @@ import math
 import shutil
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from tempfile import TemporaryFile
@@ -17,35 +17,32 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
-from icl_msr.cli.assemble import Pieces, assemble, build_as, in_words, make_trainer
-from icl_msr.cli.conclude import describe, evaluate, looks, metric, peak_memory_mb
-from icl_msr.cli.processes import in_folder, require_processes, run_ranks
-from icl_msr.core.config import Settings, build, check
+from icl_msr.cli.assemble import Pieces, assemble, build_as, in_words, make_loggers, make_trainer
+from icl_msr.cli.conclude import conclude, describe, evaluate, peak_memory_mb, scene_of
+from icl_msr.cli.processes import in_folder, require_processes, run_ranks, stoppable
+from icl_msr.core.config import Settings
 from icl_msr.core.errors import UserError
 from icl_msr.core.folder import RunFolder
 from icl_msr.core.ranks import is_first, is_rank
+from icl_msr.core.records import Outcome, chosen_metric
 from icl_msr.core.storage import atomic_write, disk_is_full
+from icl_msr.data.dataset import Dataset
 from icl_msr.models.checkpoint import read_checkpoint
-from icl_msr.report import gap_table, matrix_table, write_report
-from icl_msr.report.runs import Run, flatten, read_curves
-from icl_msr.report.words import answer, faint_meta_signal
+from icl_msr.report import has_page, write_report
+from icl_msr.report.runs import flatten, read_curves
 from icl_msr.training.hardware import Hardware, Plan
-from icl_msr.training.loggers import About, MetricsFile
+from icl_msr.training.loggers import About, Dashboard
 from icl_msr.training.module import Pretraining
-from icl_msr.training.progress import Throughput
 
 
-def run(config: DictConfig) -> float:
+def run(settings: Settings, config: DictConfig) -> float:
     """One run, in Hydra's output folder; returns the metric that a sweeper maximises.
 
     A folder in which the same run was begun is continued, and one in which it was finished is left as it is.
     """
-    settings = check(config)
     folder = RunFolder(Path(HydraConfig.get().runtime.output_dir))
     console = Console(highlight=False, soft_wrap=True, quiet=not is_first())
-    extended = folder.begun and more_epochs(settings, folder)
-    if folder.done and not extended:
-        console.print(f"{folder} is finished and stays as it is; continue it with a larger trainer.max_epochs.")
+    if finished(settings, folder, console):
         return folder.metric()
 
     plan = build_as(Hardware, settings.hardware).plan()
@@ -57,8 +54,26 @@ def run(config: DictConfig) -> float:
         del pieces
         code = run_ranks(plan.world_size, [*sys.argv[1:], in_folder(folder.path)], folder.path)
         return folder.metric() if code == 0 else sys.exit(code)
-    with folder.locked() if is_first() else nullcontext():
+    with folder.locked() if is_first() else nullcontext(), stoppable(folder):
+        # Another command may have been faster. One of several ranks goes on, as the others wait for it.
+        if finished(settings, folder, console) and not is_rank():
+            return folder.metric()
         return carry_out(settings, config, plan, pieces, folder, console)
+
+
+def finished(settings: Settings, folder: RunFolder, console: Console) -> bool:
+    """Whether this very run lies in the folder and wants no more epochs; says so.
+
+    Raises:
+        UserError: another run lies there.
+    """
+    extended = folder.begun and more_epochs(settings, folder)
+    if not folder.done or extended:
+        return False
+    console.print(f"{folder} is finished and stays as it is; continue it with a larger trainer.max_epochs.")
+    if is_first() and not has_page(folder.path):  # it could not be made, or was cut
+        console.print(f"report   {write_report(folder.path)}")
+    return True
 
 
 def carry_out(
@@ -67,6 +82,7 @@ def carry_out(
     """Trains with the other ranks, if any; the first one then evaluates and reports."""
     began = time.perf_counter()
     resumed_at = resume_point(settings, pieces, folder, console)
+    trainer = make_trainer(settings, plan, folder, pieces)
     facts = describe(settings, plan, pieces.dataset, folder)
     about = About(
         name=facts["name"],
@@ -75,17 +91,17 @@ def carry_out(
         config=settings.model_dump(),
         resumed_at=resumed_at,
     )
-    dashboard = build(settings.logger, folder.path, about)
+    loggers = make_loggers(settings, folder, about)
     if is_first():
         folder.results.unlink(missing_ok=True)  # of the run before it was given more epochs
-        folder.write(folder.environment.name, facts)
+        folder.write_facts(facts)
         atomic_write(folder.config, OmegaConf.to_yaml(config))
     console.print(f"[bold]{about.name}[/bold] on {plan}\n{in_words(pieces.derived)}\n{folder}")
 
-    with closing(dashboard):
-        throughput = Throughput(settings.loader.batch_size)
-        loggers = [MetricsFile(folder.path, about), *([dashboard] if dashboard else [])]
-        trainer = make_trainer(settings, plan, folder, pieces, throughput, loggers)
+    for remark in [*pieces.dataset.remarks(), *(pieces.dataset.labelled.remarks() if pieces.dataset.labelled else [])]:
+        console.print(remark, style="yellow", markup=False)
+    with closing(loggers):
+        trainer.loggers = loggers
         trainer.fit(
             pieces.module,
             pieces.data,
@@ -97,38 +113,25 @@ def carry_out(
         if not trainer.is_global_zero:
             return math.nan
         results = evaluate(settings, plan, pieces, folder, facts["choices"])
-        final = {name: curve.values[-1] for name, curve in read_curves(folder.path / "metrics.csv").items()}
-        name, value = metric(settings.metric, final, results)
-        summary = {
-            "name": about.name,
-            "choices": facts["choices"],
-            "seed": settings.seed,
-            "train_on": settings.dataset.get("train_on", "full"),
-            "classes": list(pieces.dataset.classes),
-            "chance": pieces.dataset.chance,
-            "parameters": sum(p.numel() for p in pieces.module.method.backbone.parameters()),
-            "derived": pieces.derived,
-            "images_per_second": throughput.rate,
-            "peak_memory_mb": peak_memory_mb(plan),
-            "wall_time_s": throughput.earlier + time.perf_counter() - began,
-            "metric": {"name": name, "value": value if math.isfinite(value) else None},
-            "final": final,
-            **results.records(),
-            "strata": looks(settings, plan, pieces),
-        }
-        folder.write(folder.results.name, summary)
-        report = write_report(folder.path)
-        if dashboard is not None:
-            dashboard.conclude(folder.path)
-    finished = Run.load(folder.path)
-    saved = finished.results
-    if results.accuracies:
-        for part in (matrix_table(saved), gap_table(saved), " ".join(answer(saved))):
-            if part is not None:
-                console.print(part)
-    if warning := faint_meta_signal(finished.curves, settings.regularizer):
-        console.print(warning, style="yellow")
-    console.print(f"results  {folder.results}\nreport   {report}")
+        outcome = Outcome(
+            name=about.name,
+            choices=facts["choices"],
+            seed=settings.seed,
+            train_on=settings.dataset.get("train_on", "full"),
+            classes=list(pieces.dataset.evaluated.classes),
+            chance=pieces.dataset.evaluated.chance,
+            parameters=sum(p.numel() for p in pieces.module.method.backbone.parameters()),
+            derived=pieces.derived,
+            images_per_second=pieces.throughput.rate,
+            peak_memory_mb=peak_memory_mb(plan),
+            wall_time_s=pieces.throughput.earlier + time.perf_counter() - began,
+            final={name: curve.values[-1] for name, curve in read_curves(folder.path / "metrics.csv").items()},
+            records=results.records,
+        )
+        name, value = chosen_metric(settings.metric, outcome)
+        outcome.metric = {"name": name, "value": value if math.isfinite(value) else None}
+        dashboards = [logger for logger in loggers if isinstance(logger, Dashboard)]
+        conclude(folder, outcome, scene_of(pieces, plan, results), dashboards, console)
     return value
 
 
@@ -141,13 +144,13 @@ def more_epochs(settings: Settings, folder: RunFolder) -> bool:
     saved, now = flatten(folder.saved_config()), flatten(settings.model_dump())
     epochs = "trainer.max_epochs"
     for key in dict.fromkeys([*now, *saved]):
-        if saved.get(key) != now.get(key) and (key != epochs or now[key] < saved.get(key, 0)):
+        if saved.get(key) != now.get(key) and (key != epochs or (now[key] or 0) < (saved.get(key) or 0)):
             raise UserError(
                 f"{folder} holds a run with {key}={saved.get(key)}, and {now.get(key)} was asked for; a run is "
                 f"continued as it was begun, only {epochs} may grow: choose another hydra.run.dir, or "
                 f"type resume={folder}."
             )
-    return bool(now[epochs] > saved[epochs])
+    return bool((now[epochs] or 0) > (saved[epochs] or 0))
 
 
 def require_room(module: Pretraining, folder: Path) -> None:
@@ -177,6 +180,7 @@ def resume_point(settings: Settings, pieces: Pieces, folder: RunFolder, console:
     if not (folder.begun and folder.checkpoint.exists()):
         return None
     checkpoint = read_checkpoint(folder.checkpoint)
+    require_same_data(pieces.dataset, folder)
     if shapes(checkpoint["state_dict"]) != shapes(pieces.module.state_dict()):
         raise UserError(
             f"{folder.checkpoint} belongs to another config than {folder.config}; put the one back that it was "
@@ -189,16 +193,36 @@ def resume_point(settings: Settings, pieces: Pieces, folder: RunFolder, console:
         )
     step = int(checkpoint["global_step"])
     console.print(f"Continuing {folder} from step {step}.")
-    before, now = folder.saved_config()["trainer"]["max_epochs"], settings.trainer.max_epochs
-    if now > before:
-        rate, steps = pieces.module.optimization.factor, pieces.derived["steps_per_epoch"]
-        lr = pieces.derived["effective_learning_rate"]
-        old, new = (lr * rate(step, int(steps * epochs), steps) for epochs in (before, now))
-        console.print(
-            f"{before} epochs become {now}: the schedule ({settings.optimizer.get('schedule')}) ends at epoch {now} "
-            f"now, so the learning rate at this step is {new:.3g} instead of {old:.3g}."
-        )
+    before, now = folder.saved_config()["trainer"]["max_epochs"], settings.trainer["max_epochs"]
+    if before and now and now > before:
+        steps, batch = int(pieces.derived["steps_per_epoch"]), int(pieces.derived["global_batch"])
+        rate = pieces.module.optimization.learning_rate
+        old, new = (rate(step, batch, steps * epochs, steps) for epochs in (before, now))
+        if old is not None and new is not None:
+            name = settings.schedule["_target_"].rpartition(".")[2]
+            console.print(
+                f"{before} epochs become {now}: the schedule ({name}) ends at epoch {now} now, so the learning rate at "
+                f"this step is {new:.3g} instead of {old:.3g}."
+            )
     return step
+
+
+def require_same_data(dataset: Dataset, folder: RunFolder) -> None:
+    """Hold the training images against those that the run was begun with.
+
+    Raises:
+        UserError: their number, their classes or their labels are others now.
+    """
+    before = folder.facts().get("data") if folder.environment.is_file() else None
+    now = dataset.trained_on()
+    if before in (None, now):
+        return
+    then, there = (f"{data['images']} training images of {len(data['classes'])} classes" for data in (before, now))
+    changed = f"with {then}, and there are {there} now" if then != there else f"with other labels of its {there}"
+    raise UserError(
+        f"The data of {folder} changed: the run was begun {changed}; put the images back as they were, or begin a new "
+        "run with another hydra.run.dir."
+    )
 
 
 def shapes(state: Mapping[str, Any]) -> dict[str, torch.Size]:
@@ -207,8 +231,8 @@ def shapes(state: Mapping[str, Any]) -> dict[str, torch.Size]:
 
 
 @contextmanager
-def closing(dashboard: Any) -> Iterator[None]:
-    """The dashboard learns how the run ended, however it ended."""
+def closing(loggers: Sequence[Any]) -> Iterator[None]:
+    """Tell the dashboards how the run ended, however it ended."""
     code = 1
     try:
         yield
@@ -220,5 +244,6 @@ def closing(dashboard: Any) -> Iterator[None]:
         code = int(stop.code or 0)
         raise
     finally:
-        if dashboard is not None:
-            dashboard.close(code)
+        for logger in loggers:
+            if isinstance(logger, Dashboard):
+                logger.close(code)

@@ -4,6 +4,7 @@ Lightning's own launcher repeats a whole sweep in its second rank and kills the 
 that the user starts supervises, and each rank is a fresh process with the same words.
 """
 
+import io
 import os
 import signal
 import socket
@@ -19,7 +20,8 @@ from pathlib import Path
 from types import FrameType
 from typing import IO, TYPE_CHECKING, Any
 
-from icl_msr.core.errors import UserError
+from icl_msr.core.errors import PREEMPTED, UserError
+from icl_msr.core.folder import RunFolder
 from icl_msr.core.ranks import is_first, is_rank, outside_world_size
 
 if TYPE_CHECKING:  # at run time it would bring torch along, which a supervisor does not need
@@ -95,6 +97,31 @@ def hold_leash() -> None:
         sys.exit(130)
     global _held
     _held = True
+
+
+class _Outlet(io.FileIO):
+    """A file whose reader may go away, as that of `| head` does: what is written then goes nowhere."""
+
+    def write(self, data: Any, /) -> int:
+        try:
+            return super().write(data)
+        except BrokenPipeError:
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, self.fileno())  # for the processes that we start, too
+            os.close(nowhere)
+            return len(data)
+
+
+def outlive_reader() -> None:
+    """Let the command go on when nobody reads its output any more."""
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is not None and stream is getattr(sys, f"__{name}__"):  # and not a stand-in, which has no pipe
+            stream.flush()
+            outlet = _Outlet(stream.fileno(), "wb", closefd=False)
+            text = io.TextIOWrapper(io.BufferedWriter(outlet), stream.encoding, stream.errors)
+            text.reconfigure(line_buffering=stream.line_buffering, write_through=stream.write_through)
+            setattr(sys, name, text)
 
 
 def told(fault: Exception) -> bool:
@@ -245,6 +272,43 @@ def _last_line(log: Path) -> str:
     return lines[-1].strip() if lines else f"{log} is empty."
 
 
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+"""Ctrl-C, and what a scheduler sends before it takes a machine away."""
+
+
+class _Stopped(SystemExit):
+    """Raised by a signal, wherever the program is."""
+
+
+@contextmanager
+def stoppable(folder: RunFolder) -> Iterator[None]:
+    """End a run on a signal with one sentence and the exit code 75; while it trains, `Checkpoints` does the same.
+
+    A second signal ends it at once. The same one within a second is the first again: SLURM signals a rank and also the
+    parent, which passes it on.
+    """
+    came: list[tuple[int, float]] = []
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        came.append((number, time.monotonic()))
+        (first, when), (_, now) = came[0], came[-1]
+        if len(came) == 1:
+            raise _Stopped(PREEMPTED)
+        if number != first or now - when > 1.0:
+            sys.exit(128 + number)
+
+    before = {number: signal.signal(number, stop) for number in SIGNALS}
+    try:
+        yield
+    except _Stopped:
+        if is_first():
+            print(folder.farewell(signal.Signals(came[0][0]).name), file=sys.stderr, flush=True)
+        raise
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
 @contextmanager
 def passed_on(children: Sequence[Child]) -> Iterator[list[int]]:
     """Signals go to the children, who know what to do, and this process waits for them; gives what has come."""
@@ -256,8 +320,7 @@ def passed_on(children: Sequence[Child]) -> Iterator[list[int]]:
             if child.poll() is None:
                 child.send_signal(number)
 
-    numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
-    before = {number: signal.signal(number, pass_on) for number in numbers}
+    before = {number: signal.signal(number, pass_on) for number in SIGNALS}
     try:
         yield received
     finally:

@@ -6,9 +6,8 @@ import json
 import os
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from pathlib import Path
@@ -21,7 +20,10 @@ from hydra.experimental.callback import Callback
 from hydra.types import HydraContext, RunMode, TaskFunction
 from omegaconf import DictConfig, OmegaConf, open_dict
 
+from icl_msr.cli.footprint import Footprint, new_folder
 from icl_msr.cli.processes import Child, clean_environment, in_folder, passed_on
+from icl_msr.cli.words import in_short, spelled_out
+from icl_msr.core.compose import known_to_hydra
 from icl_msr.core.config import check
 from icl_msr.core.errors import PREEMPTED, UserError
 from icl_msr.core.folder import RunFolder
@@ -149,7 +151,7 @@ def checked_job(context: HydraContext, sweep: DictConfig, overrides: Sequence[st
     Raises:
         UserError: a key or value is wrong.
     """
-    config = context.config_loader.load_sweep_config(sweep, list(overrides))
+    config = context.config_loader.load_sweep_config(sweep, job_words(sweep, overrides))
     with open_dict(config):
         config.hydra.job.id = config.hydra.job.num = number
     with known_to_hydra(config):
@@ -157,16 +159,10 @@ def checked_job(context: HydraContext, sweep: DictConfig, overrides: Sequence[st
     return config
 
 
-@contextmanager
-def known_to_hydra(config: DictConfig) -> Iterator[None]:
-    """`${hydra:...}` refers to this config meanwhile."""
-    hydra = HydraConfig.instance()
-    before = hydra.cfg
-    hydra.set_config(config)
-    try:
-        yield
-    finally:
-        hydra.cfg = before
+def job_words(sweep: DictConfig, overrides: Sequence[str]) -> list[str]:
+    """Return the overrides of a job with the keys of its own choices; see `words.spelled_out`."""
+    hydras: list[str] = list(sweep.hydra.overrides.hydra)
+    return spelled_out(overrides, [word for word in hydras if word.startswith("hydra.searchpath=")])
 
 
 class SweepRecord(Callback):
@@ -214,11 +210,12 @@ def sweep_folder(root: str) -> str:
                     return str(record.parent)
             finally:
                 os.close(folder)
-    return f"{root}/{datetime.now():%Y-%m-%d_%H-%M-%S}"
+    return new_folder(f"{root}/{datetime.now():%Y-%m-%d_%H-%M-%S}")
 
 
 def register_resolvers() -> None:
-    """`${sweep_folder:<root>}`, the same for all jobs of a sweep."""
+    """Let a YAML say `${sweep_folder:<root>}` and `${new_folder:<path>}`, the same for all jobs of a sweep."""
+    OmegaConf.register_new_resolver("new_folder", new_folder, replace=True, use_cache=True)
     OmegaConf.register_new_resolver("sweep_folder", sweep_folder, replace=True, use_cache=True)
 
 
@@ -241,12 +238,14 @@ def job_type(overrides: Sequence[str]) -> str | None:
 
 def _varying(overrides: Sequence[str]) -> list[str]:
     """What a sweep changes from job to job: the words that were not typed like this."""
-    return [word for word in overrides if word not in sys.argv[1:]]
+    typed = {in_short(word) for word in sys.argv[1:]}
+    return [word for word in overrides if in_short(word) not in typed]
 
 
 def _refuse(sentence: str) -> NoReturn:
     """From a callback, where Hydra makes a warning of an exception."""
     print(sentence, file=sys.stderr)
+    Footprint.erase()
     sys.exit(2)
 
 

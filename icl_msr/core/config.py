@@ -1,55 +1,70 @@
 """From composed YAML to checked objects.
 
-One rule carries the whole schema: a node names a class or function in `_target_`; that target's keyword-only
-parameters, with their annotations, are the node's keys, and its positional parameters are handed over by the program.
-So the schema of a component stands in the component, and a user's own package needs nothing more. What has no
-component (the root, the trainer) is declared here.
+A node is a mapping that names a class or function in `_target_`. What the target's parameters declare are the node's
+keys, so the schema of a component stands in the component, and any class of torch, Lightning or a user's package can
+stand in a YAML. The program hands some values over by name (`GIVEN`): a target takes those that it declares, unless the
+node says them itself. Values may be nodes again, also in lists and mappings; `_partial_: true` gives a function that
+waits for the rest, as in `hydra.utils.instantiate`.
+
+This module imports no target before it is asked to check or build one.
 """
 
 import difflib
 import hashlib
 import inspect
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import warnings
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from inspect import Parameter
 from pathlib import Path
 from pkgutil import resolve_name
-from types import NoneType
-from typing import Annotated, Any, TypeVar, get_args
+from types import NoneType, UnionType
+from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import InterpolationResolutionError
-from pydantic import (
-    BaseModel,
-    ConfigDict,
-    Field,
-    NonNegativeInt,
-    PositiveFloat,
-    PositiveInt,
-    ValidationError,
-    create_model,
-)
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, ValidationError, create_model
 from pydantic.fields import FieldInfo
 
 from icl_msr.core.errors import UserError
 
 Schema = TypeVar("Schema", bound=BaseModel)
-_STRICT = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+Node = dict[str, Any]
+_STRICT = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, protected_namespaces=())
 
+PLURAL = ("callbacks", "logger", "evaluation")
+"""Groups of which a run takes several choices: a mapping from names to nodes."""
 
-class Trainer(BaseModel):
-    """How long and how often; handed to Lightning's Trainer."""
+GIVEN: dict[str, tuple[str, ...]] = {
+    "method": ("backbone", "classes", "mean", "std"),
+    "regularizer": ("channels", "method_temperature"),
+    "optimizer": ("params",),
+    "schedule": ("optimizer", "total_steps", "steps_per_epoch", "global_batch"),
+    "backbone": ("image_size",),
+    "callbacks": ("dataset", "channels", "seed", "checkpoint", "throughput"),
+    "logger": ("folder", "about", "save_dir"),
+}
+"""What the program hands over to the targets of a group, by name."""
 
-    model_config = _STRICT
-
-    max_epochs: PositiveInt
-    accumulate_grad_batches: PositiveInt
-    gradient_clip_val: PositiveFloat | None
-    log_every_n_steps: PositiveInt
-    limit_train_batches: PositiveInt | None
-    checkpoint_every_n_epochs: PositiveInt
-    checkpoint_every_n_minutes: PositiveFloat | None
-    online_every_n_epochs: NonNegativeInt
+OWNED = {
+    "trainer": {
+        "accelerator": "type hardware.accelerator=<value>",
+        "devices": "type hardware.devices=<number>",
+        "num_nodes": "type hardware.nodes=<number>",
+        "precision": "type hardware.precision=<value>",
+        "strategy": "it follows from hardware.devices, and queues must not be broadcast between ranks",
+        "sync_batchnorm": "statistics are shared by all devices as it is, in a way that has all derivatives",
+        "use_distributed_sampler": "the batches of a rank are those that one device would see",
+        "logger": "type logger=[wandb,tensorboard] or +logger.<name>._target_=<class>",
+        "callbacks": "type +callbacks.<name>._target_=<class>",
+        "enable_checkpointing": "drop the checkpoints with ~callbacks.checkpoints",
+        "default_root_dir": "type hydra.run.dir=<folder>",
+        "plugins": "checkpoints are written whole or not at all, by a plugin of the program",
+        "barebones": "a run writes its results by callbacks and loggers",
+    }
+}
+"""Arguments that the program decides, and what to do instead."""
 
 
 class Loader(BaseModel):
@@ -62,38 +77,52 @@ class Loader(BaseModel):
 
 
 class Settings(BaseModel):
-    """The root of a config: one node a group, and a few values of its own."""
+    """The root of a config: one node a group, or several, and a few values of its own.
+
+    Groups stand in the order in which they are checked: those whose targets are imported fast come first.
+    """
 
     model_config = _STRICT
 
     seed: Annotated[int, Field(ge=0, lt=2**63)]
     metric: str
-    trainer: Trainer
     loader: Loader
-    dataset: dict[str, Any]
-    backbone: dict[str, Any]
-    method: dict[str, Any]
-    regularizer: dict[str, Any]
-    negatives: dict[str, Any]
-    augment: dict[str, Any]
-    optimizer: dict[str, Any]
-    hardware: dict[str, Any]
-    logger: dict[str, Any]
+    method: Node
+    regularizer: Node
+    optimizer: Node
+    bias_and_norm: dict[str, Any]
+    schedule: Node
+    hardware: Node
+    negatives: Node
+    augment: Node
+    backbone: Node
+    dataset: Node
     evaluation: dict[str, Any]
+    trainer: Node
+    callbacks: dict[str, Any]
+    logger: dict[str, Any]
 
-    def groups(self) -> dict[str, dict[str, Any]]:
-        """The nodes that name a target."""
-        return {name: node for name, node in self if isinstance(node, dict)}
+    def groups(self) -> dict[str, Node]:
+        """Return every group of choices by its name."""
+        return {name: value for name, value in self if isinstance(value, dict) and name != "bias_and_norm"}
+
+    def nodes(self) -> Iterator[tuple[str, str, Any]]:
+        """Yield every node with its group and its key, `method` or `callbacks.online`."""
+        for group, value in self.groups().items():
+            if group in PLURAL:
+                yield from ((group, f"{group}.{name}", node) for name, node in value.items())
+            else:
+                yield group, group, value
 
 
 def config_dir() -> Path:
-    """The folder of YAML files: inside the installed package, or beside it in a checkout."""
+    """Return the folder of YAML files: inside the installed package, or beside it in a checkout."""
     package = Path(__file__).parents[1]
     return package / "conf" if (package / "conf").is_dir() else package.parent / "conf"
 
 
 def check(config: DictConfig) -> Settings:
-    """Checks every key, type and range of a composed config before anything is built.
+    """Check every key, type and range of a composed config before anything is built.
 
     Raises:
         UserError: one sentence with the key, what is wrong, and the nearest valid name or the allowed values.
@@ -107,44 +136,73 @@ def check(config: DictConfig) -> Settings:
         raise UserError(unfilled(error)) from None
     assert isinstance(plain, dict)
     settings = _validated(Settings, {str(key): value for key, value in plain.items()}, "")
-    for name, node in settings.groups().items():
-        check_node(name, node)
+    for group, owned in OWNED.items():
+        for name in owned.keys() & getattr(settings, group).keys():
+            raise UserError(f"{group}.{name} cannot be set, the program decides it: {owned[name]}.")
+    for group, key, node in settings.nodes():
+        check_node(key, node, GIVEN.get(group, ()))
+        if group == "optimizer":
+            part = {**settings.bias_and_norm, "_target_": node["_target_"], "_partial_": True}
+            check_node("bias_and_norm", part, GIVEN["optimizer"])
     return settings
 
 
-def build(node: Mapping[str, Any], *handed_over: Any) -> Any:
-    """Calls a checked node's target; None where `_target_` is null.
+def build(node: Mapping[str, Any], **given: Any) -> Any:
+    """Call a checked node's target; return None where `_target_` is null.
 
-    A target takes as many of the things handed over as it has positional parameters.
+    `given` is what the program hands over by name: the target takes what it declares and the node does not say itself.
     """
     if node["_target_"] is None:
         return None
-    keys = {name: value for name, value in node.items() if name != "_target_"}
     target = resolve_name(node["_target_"])
-    kinds = [p.kind for p in inspect.signature(target).parameters.values()]
-    taken = sum(kind in (Parameter.POSITIONAL_ONLY, Parameter.POSITIONAL_OR_KEYWORD) for kind in kinds)
-    return target(*handed_over[:taken], **keys)
+    declared = _parameters(target)
+    keys = {name: value for name, value in given.items() if name in declared}
+    keys |= {name: _built(value) for name, value in node.items() if name not in _HYDRAS}
+    arguments = _built(node.get("_args_", []))
+    return partial(target, *arguments, **keys) if node.get("_partial_") else target(*arguments, **keys)
+
+
+def with_new_keys(saved: Mapping[str, Any], today: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a saved config in which every key that was added since has today's value.
+
+    Keys are added at the root, and to nodes whose target is still the same. A mapping of names, such as `callbacks`,
+    keeps the names that it was saved with.
+    """
+    merged = {**today, **saved}
+    for key, before in saved.items():
+        now = today.get(key)
+        if key in PLURAL and isinstance(now, Mapping):
+            merged[key] = {name: _renewed(node, now.get(name)) for name, node in before.items()}
+        elif key == "loader" or (isinstance(before, Mapping) and "_target_" in before):
+            merged[key] = _renewed(before, now)
+    return merged
+
+
+def _renewed(before: Any, now: Any) -> Any:
+    if isinstance(before, Mapping) and isinstance(now, Mapping) and before.get("_target_") == now.get("_target_"):
+        return {**now, **before}
+    return before
 
 
 def fingerprint(settings: Settings) -> str:
-    """A short hash of all values: equal for equal configs."""
+    """Return a short hash of all values: equal for equal configs."""
     text = json.dumps(settings.model_dump(), sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
 def unfilled(error: InterpolationResolutionError) -> str:
-    """What is said of a value that refers to nothing."""
+    """Return the sentence about a value that refers to nothing."""
     reason = str(error).splitlines()[0]
     return f"{error.full_key} cannot be filled in ({reason}); name a key in full, as ${{seed}}."
 
 
 def no_keys(group: str, wrong: str) -> str:
-    """What is said of a key of a group that is `none`."""
+    """Return the sentence about a key of a group that is `none`."""
     return f"{group} is none and has no keys, so {wrong} has no meaning; drop it or choose another {group}."
 
 
 def suggestion(wrong: str, known: Iterable[str]) -> str:
-    """`did you mean a or b?`, or all known names where none is near."""
+    """Return `did you mean a or b?`, or all known names where none is near."""
     names = sorted(known)
     if not names:
         return "there is nothing to choose from."
@@ -152,37 +210,111 @@ def suggestion(wrong: str, known: Iterable[str]) -> str:
     return f"did you mean {' or '.join(near)}?" if near else f"choose one of {', '.join(names)}."
 
 
-def check_node(group: str, node: Mapping[str, Any]) -> None:
-    """Holds the keys of a group against what its `_target_` takes.
+def check_node(key: str, node: Any, given: Collection[str] = ()) -> None:
+    """Hold the keys of a node, and of the nodes in it, against what its `_target_` takes.
+
+    Args:
+        key: where the node stands, for the sentence.
+        node: the mapping.
+        given: names that the program hands over.
 
     Raises:
         UserError: a key is missing, unknown, or has a value that is not allowed.
     """
-    if "_target_" not in node:
-        raise UserError(f"{group} names no _target_; choose one of the group's YAML files, {group}=<name>.")
-    keys = {name: value for name, value in node.items() if name != "_target_"}
+    if not isinstance(node, Mapping) or "_target_" not in node:
+        advice = f"add {key}._target_=<class>" if "." in key else f"choose one of the group's YAML files, {key}=<name>"
+        raise UserError(f"{key} names no _target_; {advice}.")
+    keys = {name: value for name, value in node.items() if name not in _HYDRAS}
     if node["_target_"] is None:
         if keys:
-            raise UserError(no_keys(group, f"{group}.{next(iter(keys))}"))
+            raise UserError(no_keys(key, f"{key}.{next(iter(keys))}"))
         return
     try:
         target = resolve_name(node["_target_"])
+    except ModuleNotFoundError as error:
+        raise UserError(
+            f"{key}._target_={node['_target_']} cannot be imported ({error}); correct the name, or install the package."
+        ) from None
     except Exception as error:
-        raise UserError(f"{group}._target_={node['_target_']} cannot be imported ({error}).") from None
-    _validated(_schema(target), keys, f"{group}.")
+        raise UserError(f"{key}._target_={node['_target_']} cannot be imported ({error}).") from None
+    whole = not (node.get("_partial_") or "_args_" in node)
+    _validated(_schema(target, keys, given, whole), keys, f"{key}.")
+    for name, value in node.items():
+        for path, nested in _nested(f"{key}.{name}", value):
+            check_node(path, nested)
 
 
-def _schema(target: Callable[..., Any]) -> type[BaseModel]:
-    parameters = inspect.signature(target, eval_str=True).parameters.values()
-    fields: dict[str, Any] = {
-        p.name: (
-            Any if p.annotation is p.empty else p.annotation,
-            ... if p.default is p.empty else p.default,
-        )
-        for p in parameters
-        if p.kind is p.KEYWORD_ONLY
-    }
-    return create_model(target.__name__, __config__=_STRICT, **fields)
+_HYDRAS = ("_target_", "_partial_", "_args_")
+"""Keys that say how a target is called; the others are its arguments."""
+
+
+def _built(value: Any) -> Any:
+    """A value of a node with every node in it built."""
+    if isinstance(value, Mapping):
+        return build(value) if "_target_" in value else {name: _built(part) for name, part in value.items()}
+    return [_built(part) for part in value] if isinstance(value, list) else value
+
+
+def _nested(key: str, value: Any) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """The nodes inside a value and where they stand."""
+    if isinstance(value, Mapping) and "_target_" in value:
+        yield key, value
+    elif isinstance(value, Mapping | list):
+        for name, part in value.items() if isinstance(value, Mapping) else enumerate(value):
+            yield from _nested(f"{key}.{name}", part)
+
+
+def _parameters(target: Callable[..., Any]) -> dict[str, Parameter]:
+    """What a target declares by name; `**` stands for itself where it takes any name."""
+    try:
+        signature = inspect.signature(target, eval_str=True)
+    except (NameError, AttributeError, TypeError):  # an annotation that exists for type checkers alone
+        signature = inspect.signature(target)
+    except ValueError:  # a builtin that does not say what it takes
+        return {"**": Parameter("_", Parameter.VAR_KEYWORD)}
+    named = (Parameter.POSITIONAL_OR_KEYWORD, Parameter.KEYWORD_ONLY)
+    names = ((p, "**" if p.kind is p.VAR_KEYWORD else p.name) for p in signature.parameters.values())
+    return {name: p for p, name in names if name == "**" or p.kind in named}
+
+
+def _schema(
+    target: Callable[..., Any], keys: Mapping[str, Any], given: Collection[str], whole: bool
+) -> type[BaseModel]:
+    """A model of a target's parameters. What is handed over may be said by the node, but need not be."""
+    fields: dict[str, Any] = {}
+    parameters = _parameters(target)
+    any_name = parameters.pop("**", None)
+    for name, parameter in parameters.items():
+        optional = not whole or name in given or parameter.default is not parameter.empty
+        if name in given and name not in keys:
+            continue
+        annotation = Any if any(_nested("", keys.get(name))) else _held(parameter.annotation)
+        if parameter.default is None:
+            annotation = Union[annotation, None]  # noqa: UP007  Any has no |
+        fields[name] = (annotation, None if optional else ...)
+    config = ConfigDict(**{**_STRICT, "extra": "allow" if any_name else "forbid"})
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # a parameter may have the name of one of pydantic's methods
+        return create_model(getattr(target, "__name__", str(target)), __config__=config, **fields)
+
+
+def _held(annotation: Any) -> Any:
+    """What a value of a YAML file can be held against: the annotation as far as it speaks of such values, or Any."""
+    if annotation in (int, float, str, bool, None, NoneType, list, dict):
+        return annotation
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    origin, arguments = get_origin(annotation), get_args(annotation)
+    if origin in (Union, UnionType):
+        members = [_held(member) for member in arguments if getattr(member, "__name__", "") != "Tensor"]
+        return Any if Any in members else Union[tuple(members)]  # noqa: UP007  as many as there are
+    if origin is Annotated:
+        known = _held(arguments[0]) is not Any
+    elif origin in (list, dict):
+        known = all(argument is Any or _held(argument) is not Any for argument in arguments)
+    else:
+        known = origin is Literal
+    return annotation if known else Any
 
 
 def _validated(schema: type[Schema], values: Mapping[str, Any], prefix: str) -> Schema:

@@ -7,6 +7,7 @@ import os
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,13 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
+from icl_msr.core.compose import compose
+from icl_msr.core.config import PLURAL, with_new_keys
 from icl_msr.core.errors import UserError
 from icl_msr.core.storage import atomic_write
+
+FORMAT = 2
+"""The format of a run folder, said in its environment.json. It grows when what lies there is read in another way."""
 
 PATIENCE = 10.0
 """Seconds to wait for the processes of a run that was killed to let its folder go."""
@@ -49,21 +55,62 @@ class RunFolder:
         """How to go on with what lies here."""
         return f"continue with resume={self}" if self.checkpoint.exists() else "repeat the command"
 
-    def saved_config(self, *, resolve: bool = True) -> dict[str, Any]:
-        """The config of the run that lies here, interpolations filled in, or as they are.
+    def farewell(self, cause: str, steps: int | None = None) -> str:
+        """Return what a run says that was stopped after so many steps, or before or after all of them."""
+        if not self.checkpoint.exists():
+            return f"Stopped by {cause} before anything was trained; the same command begins again."
+        after = "" if steps is None else f" after {steps} steps"
+        return f"Stopped by {cause}{after}; all is saved. Continue with: python -m icl_msr.run resume={self}"
+
+    def require_format(self) -> None:
+        """Refuse a folder that another version of the program has written in another format.
 
         Raises:
-            UserError: it is damaged.
+            UserError: its format is another one, or is not said.
         """
+        facts: Any = {}
+        with suppress(OSError, ValueError):
+            facts = self.facts()
+        found, writer = (facts.get(key) for key in ("format", "icl_msr")) if isinstance(facts, dict) else (None, None)
+        if found != FORMAT:
+            said = "does not say its format" if found is None else f"has format {found}"
+            by = f"icl-msr {writer}, which wrote it" if writer else "the version of icl-msr that wrote it"
+            raise UserError(f"{self} {said}, and this version reads format {FORMAT}; use {by}, or repeat the run.")
+
+    def saved_config(self, *, resolve: bool = True) -> dict[str, Any]:
+        """Return the config of the run that lies here, interpolations filled in, or as they are.
+
+        Raises:
+            UserError: the folder is of another format, or the file is damaged.
+        """
+        self.require_format()
         saved: Any = None
         with suppress(OSError, ValueError, YAMLError, OmegaConfBaseException):
-            saved = OmegaConf.to_container(OmegaConf.load(self.config), resolve=resolve)
-        if not saved or not isinstance(saved, dict):
+            written = OmegaConf.to_container(OmegaConf.load(self.config))
+            if isinstance(written, dict) and written:
+                saved = OmegaConf.to_container(OmegaConf.create(self.with_new_keys(written)), resolve=resolve)
+        if not isinstance(saved, dict):
             raise UserError(f"{self.config} is damaged; restore it from a copy, or begin a new run in another folder.")
         return {str(key): value for key, value in saved.items()}
 
+    def with_new_keys(self, saved: Any) -> dict[str, Any]:
+        """Return a saved config with the values that its choices have today for keys which were added since."""
+        choices: dict[str, str] = {}
+        with suppress(OSError, ValueError):
+            choices = self.facts().get("choices", {})
+        words = tuple(
+            f"{group}=[{choice.replace('+', ',')}]" if group in PLURAL else f"{group}={choice}"
+            for group, choice in choices.items()
+        )
+        today = {key: value for key, value in _today(words).items() if key in saved or key not in choices}
+        return with_new_keys({str(key): value for key, value in saved.items()}, today)
+
+    def write_facts(self, facts: Mapping[str, Any]) -> None:
+        """Write `environment.json`: where the run comes from, and the format of its folder."""
+        self.write(self.environment.name, {"format": FORMAT, **facts})
+
     def facts(self) -> dict[str, Any]:
-        """`environment.json`."""
+        """Return `environment.json`."""
         facts: dict[str, Any] = json.loads(self.environment.read_text())
         return facts
 
@@ -102,3 +149,18 @@ class RunFolder:
             yield
         finally:
             os.close(folder)
+
+
+@cache
+def _today(words: tuple[str, ...]) -> dict[str, Any]:
+    """Return what choices give today; without those that are not there any more, or in another's package."""
+    known = [word for word in words if _composed([word])]
+    return {str(key): value for key, value in (_composed(known) or {}).items()}
+
+
+def _composed(words: list[str]) -> dict[Any, Any] | None:
+    try:
+        composed = OmegaConf.to_container(compose(words))
+    except Exception:
+        return None
+    return composed if isinstance(composed, dict) else None

@@ -1,7 +1,7 @@
 """What travels from the loader to a method."""
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from torch import Tensor
@@ -24,6 +24,8 @@ class NonSemantic:
     """What a negative t adds to its anchor's denominator: exp(alpha q.t / tau); `weight`: alpha exp(q.t / tau)."""
     alpha_schedule: AlphaSchedule = "constant"
     """How alpha and alpha_r get to their values: they have them, or rise from 0 over all of training."""
+    log: dict[str, Tensor] = field(default_factory=dict)
+    """Numbers () of the generator for the log, by name."""
 
     def at(self, progress: float) -> "NonSemantic":
         """These negatives with the alpha and alpha_r of the moment; `progress` through training is in [0, 1].

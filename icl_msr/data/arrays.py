@@ -112,6 +112,11 @@ def _part(found: Arrays, prefix: str, where: str) -> Arrays:
                 f"it must be bool or uint8 ({count}, {height}, {width})."
             )
         part["masks"] = masks != 0
+        covered = part["masks"].reshape(count, -1).mean(1)
+        if ((covered == 0) | (covered == 1)).any():
+            i = int(((covered == 0) | (covered == 1)).argmax())
+            what = "is empty" if covered[i] == 0 else "covers the whole image"
+            raise UserError(f"Mask {i} of {prefix}masks in {where} {what}, so it shows no object; correct it.")
     return part
 
 
@@ -150,6 +155,14 @@ def _decompress(found: Arrays, image_size: int | None, where: str) -> np.ndarray
 
 def _classes(found: Arrays, splits: dict[str, ArraySplit], where: str) -> list[str]:
     top = max(int(split.labels.max()) for split in splits.values())
+    count = sum(map(len, splits.values()))
+    if "classes" not in found:
+        labels = torch.cat([split.labels for split in splits.values()])
+        if int(labels[labels >= 0].min() if (labels >= 0).any() else 0) > 0 or top >= count:
+            raise UserError(
+                f"{where} has labels from {int(labels[labels >= 0].min())} to {top} for {count} images; "
+                "they must count from 0: number the classes 0, 1, 2, ..., or add an array `classes` of names."
+            )
     classes = [str(name) for name in found["classes"]] if "classes" in found else [str(k) for k in range(top + 1)]
     if top >= len(classes):
         raise UserError(f"{where} has label {top} and only {len(classes)} classes; labels count from 0.")

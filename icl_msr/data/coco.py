@@ -13,7 +13,7 @@ from pydantic import Field, FiniteFloat, NonNegativeFloat, NonNegativeInt, Posit
 from icl_msr.core.config import suggestion
 from icl_msr.core.errors import UserError
 from icl_msr.data.dataset import Dataset
-from icl_msr.data.folders import FileSplit, of_files
+from icl_msr.data.files import FileSplit, of_files
 from icl_msr.data.sources import TrainOn
 
 
@@ -81,8 +81,8 @@ def coco(
         test: and that of test images.
         train_annotations: the .json file of their objects in COCO's format for object detection,
         test_annotations: and that of the test images. Categories are matched by name.
-        classes: how many, those with the most single-target training images, in the order of the file (ours: the paper
-            has 30, of which we know no list); or their names, in the order of the labels.
+        classes: their names, in the order of the labels; or how many, those with the most single-target training
+            images, in the order of the file.
         min_area: of the box, in pixels; images with a smaller object are left out (ours; 1 leaves out empty boxes).
         image_size: of the short side, in pixels; the centre square is cut.
         train_on: full images or fg, the inside of the box (stretched to a square).

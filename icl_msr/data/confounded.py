@@ -44,7 +44,7 @@ from torch import Tensor
 
 from icl_msr.core.errors import UserError
 from icl_msr.core.randomness import integers, keys, permutation, uniforms
-from icl_msr.data.crops import boxes_of, crop_to_boxes, square_boxes
+from icl_msr.data.crops import boxes_around, crop_to_boxes, square_boxes
 from icl_msr.data.dataset import ArraySplit, Dataset
 
 VERSION = 1
@@ -369,7 +369,7 @@ def _cut(split: ArraySplit) -> ArraySplit:
     """Images and masks cropped to the square box around the object."""
     assert split.masks is not None
     size = split.images.shape[-1]
-    boxes = square_boxes(boxes_of(split.masks), size)
+    boxes = square_boxes(boxes_around(split.masks), size)
     masks = crop_to_boxes(split.masks[:, None].to(torch.uint8) * 255, boxes, size)[:, 0] >= 128
     return ArraySplit(crop_to_boxes(split.images, boxes, size), split.labels, masks)
 

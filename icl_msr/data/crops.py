@@ -10,7 +10,7 @@ _MOVED = -4  # the `view` of the hash that moves boxes
 _CHUNK = 128  # images resized at once: small temporaries stay in the cache
 
 
-def boxes_of(masks: Tensor) -> Tensor:
+def boxes_around(masks: Tensor) -> Tensor:
     """The smallest box (x0, y0, x1, y1) around each mask, in pixels, x1 and y1 exclusive.
 
     `masks` is bool (N, H, W); returns int64 (N, 4). An empty mask gives the box of the whole image.

@@ -1,108 +1,32 @@
-"""Folders of images, with the object's box or mask where it is known."""
+"""Folders of images with one folder per class, with the object's box or mask where it is known."""
 
-import csv
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated
+from unicodedata import normalize
 
 import torch
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveInt
 from torch import Tensor
-from torchvision.datasets.folder import IMG_EXTENSIONS
 
-from icl_msr.augment import resize
 from icl_msr.core.config import suggestion
 from icl_msr.core.errors import UserError
-from icl_msr.core.imagenet import IMAGENET_MEAN, IMAGENET_STD
 from icl_msr.core.randomness import permutation
-from icl_msr.data.crops import boxes_of, moved
-from icl_msr.data.dataset import ArraySplit, Dataset, Split
-from icl_msr.data.sources import (
-    REGIONS,
-    Region,
-    TrainOn,
-    fit,
-    read_image,
-    show,
-    stack,
-    statistics,
-    test_name,
-)
+from icl_msr.data.classes import ImageClasses, chosen_classes, listed_classes
+from icl_msr.data.dataset import Dataset
+from icl_msr.data.files import FileSplit, of_files
+from icl_msr.data.listing import SUFFIXES, Listing
+from icl_msr.data.objects import BoxesOf, Objects
+from icl_msr.data.sources import MaskValues, TrainOn
+from icl_msr.data.unlabelled import unlabelled_files
 
-CUT_OUT = ("fg", "crop")
-
-
-@dataclass
-class FileSplit:
-    """A split that is decoded when it is needed."""
-
-    files: list[str]
-    labels: Tensor
-    """(N,) int64."""
-    image_size: int
-    boxes: Tensor | None = None
-    """(N, 4) int64 around the object: x0, y0, x1, y1 in pixels, x1 and y1 exclusive."""
-    mask_files: list[str] | None = None
-    """One image per image, of its size, not black on the object."""
-    region: Region = "full"
-
-    def __len__(self) -> int:
-        return len(self.files)
-
-    @property
-    def located(self) -> bool:
-        """Is it known where the object is?"""
-        return self.boxes is not None or self.mask_files is not None
-
-    def image(self, i: int) -> Tensor:
-        """The region of image i in its own resolution, uint8 (3, H, W): what random crops are cut from."""
-        image = read_image(Path(self.files[i]), self.files[i])
-        if self.region == "full":
-            return image
-        mask = self.mask(i, image)
-        if self.region in CUT_OUT:
-            box = boxes_of(mask[None])
-            if self.region == "crop":
-                box = moved(box, mask.shape[0], mask.shape[1], torch.tensor([i]))
-            x0, y0, x1, y1 = box[0].tolist()
-            return image[:, y0:y1, x0:x1]
-        return show(image[None], mask[None], self.region)[0]
-
-    def mask(self, i: int, image: Tensor) -> Tensor:
-        """The mask of image i (3, H, W): bool (H, W)."""
-        if self.mask_files is not None:
-            mask = (read_image(Path(self.mask_files[i]), self.mask_files[i]) > 0).any(0)
-            if mask.shape != image.shape[1:]:
-                raise UserError(f"The mask {self.mask_files[i]} and the image {self.files[i]} differ in size.")
-            return mask
-        assert self.boxes is not None
-        mask = torch.zeros(image.shape[1:], dtype=torch.bool)
-        x0, y0, x1, y1 = self.boxes[i].tolist()
-        mask[y0:y1, x0:x1] = True
-        if not mask.any():
-            raise UserError(f"The box of {self.files[i]} lies outside the image of {mask.shape[1]} x {mask.shape[0]}.")
-        return mask
-
-    def square(self, image: Tensor) -> Tensor:
-        """An image as `load` shows it, uint8 (3, S, S): what was cut out is stretched, all else cut in the centre."""
-        return resize(image[None], self.image_size)[0] if self.region in CUT_OUT else fit(image, self.image_size)
-
-    def load(self, index: Tensor) -> Tensor:
-        """See `Split.load`."""
-        return torch.stack([self.square(self.image(i)) for i in index.tolist()])
-
-    def in_memory(self) -> ArraySplit:
-        """The same split, decoded once."""
-        images = stack(lambda i: self.square(self.image(i)), len(self), "Decoding images")
-        masks = None
-        if self.region == "full" and self.located:
-            masks = stack(self._square_mask, len(self), "Reading masks")
-        return ArraySplit(images, self.labels, masks, self.files)
-
-    def _square_mask(self, i: int) -> Tensor:
-        mask = self.mask(i, read_image(Path(self.files[i]), self.files[i]))
-        return fit(mask[None].byte(), self.image_size, nearest=True)[0].bool()
+SPELLINGS: Mapping[str, tuple[str, ...]] = {
+    "train": ("train", "training", "trainset", "train_set", "training_set"),
+    "val": ("val", "valid", "validation", "valset", "val_set", "validation_set"),
+    "test": ("test", "testing", "testset", "test_set", "testing_set"),
+}
+"""How the folders of a published data set are called, in lower case."""
 
 
 def imagefolder(
@@ -119,16 +43,25 @@ def imagefolder(
     memory_budget_gb: NonNegativeFloat,
     shifted: dict[str, str],
     renamed: dict[str, str],
+    classes: str | list[str] | None = None,
+    labels: str | None = None,
+    boxes_of: BoxesOf = "refuse",
+    mask_values: MaskValues = None,
+    follow_links: bool = False,
+    corrupted: str | None = None,
+    extra: str | list[str] | None = None,
 ) -> Dataset:
     """Any folder of images with one folder per class, `<root>/<train>/<class>/*.jpg` and so on.
 
     Args:
         root: the folder.
-        train: the folder in it to train on; null is `train` where there is one, else `root` itself.
-        tests: the folders in it to test on; null is `val` or else `test` where there is one, else a part of `train`.
+        train: the folder in it to train on; null is `train` (or `Train`, `training`) where there is one, else `root`.
+        tests: the folders in it to test on; null is `val` (or `valid`) or else `test` where there is one, else a part
+            of `train`. Folders of one last name are told apart by the part of the path that differs.
         split: the part of each class that is held out where there is no test folder; always the same images.
         boxes: a .csv file with a line per image and the columns wnid (or class), file, xmin, ymin, xmax, ymax in
-            pixels, max inclusive, and, as an option, split, the name of the train or test folder.
+            pixels, max inclusive, and, as an option, split, the name of the train or test folder; file is the path
+            below the class folder, of which the last name is enough where it is the only one.
         masks: a folder with a mask for each image in the place that the image has in `root`; same stem, not black on
             the object.
         image_size: of the short side, in pixels; the centre square is cut.
@@ -139,6 +72,14 @@ def imagefolder(
             places); absolute, or in `root`. What the training folder does not have is left out, so that ImageNet-R
             serves for ImageNet-100; folders that are numbers, as in ImageNetV2, count the classes in order.
         renamed: a class folder in there to the class that it means, where the names differ.
+        classes: the classes to use, in this order: a list, a text file with one a line, or `imagenet100`; null is all.
+        labels: a file that names the class of each image of test folders without class folders, as published with
+            ImageNet and Tiny-ImageNet (see `classes.ImageClasses`); null finds it where it is published.
+        boxes_of: what several boxes of one image mean: refuse, largest or union.
+        mask_values: which values of a mask are the object: a list, trimap (1) or voc (1 to 254); null is all but 0.
+        follow_links: also read what links to places outside `root` lead to.
+        corrupted: the folder of ImageNet-C, `<corruption>/<severity>/<class>`: each is a test split, such as `fog_3`.
+        extra: images without labels, of any depth, to train on too: a folder, a text file of paths, or a list of these.
 
     With boxes or masks each test set is shown as `full`, `fg`, `crop` (as large as `fg`, from anywhere), `only_fg` (the
     rest black), `only_bg` (the object black). `boxes` and `masks` are paths in `root`, or absolute.
@@ -146,185 +87,247 @@ def imagefolder(
     base = Path(root).expanduser()
     if not base.is_dir():
         raise UserError(f"There is no folder {base}; set dataset.root to a folder of images.")
-    if boxes is not None and masks is not None:
-        raise UserError("dataset.boxes and dataset.masks are both set; keep one and set the other to null.")
-    objects = _Objects(base, boxes, masks)
+    objects = Objects(base, boxes, masks, boxes_of)
     if train_on == "fg" and not objects.known:
         raise UserError(
             f"dataset.train_on=fg needs to know where the object is; set dataset.boxes or dataset.masks for {base}, "
             "or dataset.train_on=full."
         )
-
-    folder = base / train if train else base / "train" if (base / "train").is_dir() else base
-    classes = [path.name for path in _folders(folder) if path != objects.masks]
-    if not classes:
-        raise UserError(f"{folder} has no class folders; set dataset.root (or dataset.train) to a folder of them.")
-    files, labels = _images(folder, classes)
-    test_folders = [base / test for test in tests or []]
-    if tests is None:
-        test_folders = [base / test for test in ("val", "test") if (base / test).is_dir()][:1]
-    test_sets = {path.name if tests else "test": _test_images(path, classes) for path in test_folders}
+    listing = Listing(base, follow_links=follow_links)
+    roots = [] if extra is None else [base / Path(part).expanduser() for part in _list(extra)]
+    elsewhere = [*shifted.values(), *([corrupted] if corrupted else [])]
+    read_elsewhere = [*roots, *(base / Path(path).expanduser() for path in elsewhere)]
+    read_elsewhere += [objects.masks] if objects.masks else []
+    layout = _layout(listing, train, tests, read_elsewhere)
+    trained = _class_folders(listing, layout.train, objects.masks)
+    names = chosen_classes(listed_classes(classes, base), list(trained), layout.train)
+    flat = ImageClasses(base, labels, list(trained), names)
+    train_set = _images(listing, layout.train, {name: trained[name] for name in names})
+    test_sets = {
+        name: _test_images(listing, path, names, flat, partly=classes is not None)
+        for name, path in layout.tests.items()
+    }
     if not test_sets:
-        held_out = _held_out(labels, split, folder, classes)
-        test_sets["test"] = (folder, _pick(files, held_out), labels[held_out])
-        files, labels = _pick(files, ~held_out), labels[~held_out]
+        held_out = _held_out(train_set.labels, split, layout.train, names)
+        test_sets["test"], train_set = train_set.part(held_out), train_set.part(~held_out)
+    last = [path.name for path in (layout.train, *layout.tests.values())]
 
-    def files_of(where: Path, chosen: list[str], label: Tensor) -> FileSplit:
-        at = objects.of(where, chosen, [classes[k] for k in label.tolist()])
-        return FileSplit(chosen, label, image_size, *at)
+    def files_of(found: _Found) -> FileSplit:
+        spelled = [_relative(found.folder, base), *([found.folder.name] if last.count(found.folder.name) == 1 else [])]
+        at = objects.of(spelled, found.files, [names[k] for k in found.labels.tolist()], found.places)
+        return FileSplit(found.files, found.labels, image_size, *at, mask_values=mask_values)
 
+    shifted = shifted if corrupted is None else {**shifted, **_corrupted(listing, base / Path(corrupted).expanduser())}
+    whole = files_of(train_set)
+    more: list[str] = []
+    if extra is not None:
+        if train_on == "fg":
+            raise UserError("dataset.extra has no boxes or masks, which dataset.train_on=fg needs; drop one of them.")
+        files, more = unlabelled_files(roots, follow_links=follow_links)
+        labels_of = torch.cat([train_set.labels, torch.full((len(files),), -1)])
+        whole = FileSplit([*train_set.files, *files], labels_of, image_size)
+    splits = whole, {name: files_of(found) for name, found in test_sets.items()}
+    others = {
+        name: FileSplit(*_shifted_images(listing, name, base / Path(other).expanduser(), names, renamed), image_size)
+        for name, other in shifted.items()
+    }
+    left_out = len(trained) - len(names)
+    notes = [
+        *layout.notes,
+        *more,
+        f"{left_out} class folders of {layout.train} are not in dataset.classes and are left out." if left_out else "",
+        listing.sentence,
+        objects.sentence,
+    ]
     return of_files(
         base.resolve().name,
-        classes,
-        files_of(folder, files, labels),
-        {name: files_of(*found) for name, found in test_sets.items()},
+        names,
+        *splits,
         train_on,
         resident_size=resident_size,
         memory_budget_gb=memory_budget_gb,
-        shifted={
-            name: FileSplit(*_shifted_images(name, base / Path(other).expanduser(), classes, renamed), image_size)
-            for name, other in shifted.items()
-        },
+        shifted=others,
+        notes=[note for note in notes if note],
     )
 
 
-def of_files(
-    name: str,
-    classes: Sequence[str],
-    train: FileSplit,
-    tests: Mapping[str, FileSplit],
-    train_on: TrainOn,
-    *,
-    resident_size: int,
-    memory_budget_gb: float,
-    shifted: Mapping[str, FileSplit] | None = None,
-) -> Dataset:
-    """A data set of image files, trained on what `train_on` says; tests that know the object show every region.
+@dataclass
+class _Found:
+    """The images of a folder of class folders."""
 
-    Small images are decoded now if the budget allows it; see `imagefolder` for the last three.
-    """
-    lazy = {"train": replace(train, region=train_on)}
-    for test, whole in tests.items():
-        for region in REGIONS if whole.located else REGIONS[:1]:
-            key = test_name(test, region, single=len(tests) == 1) if whole.located else test
-            lazy[f"test {key}"] = replace(whole, region=region)
-    shifted = shifted or {}
-    for other, split in shifted.items():
-        if f"test {other}" in lazy:
-            raise UserError(f"dataset.shifted.{other} is a test split already; give it another name.")
-        lazy[f"test {other}"] = split
+    folder: Path
+    files: list[str]
+    labels: Tensor
+    """(N,) int64."""
+    places: list[str]
+    """The path of each below its class folder."""
 
-    splits: dict[str, Split] = dict(lazy)
-    mean, std = IMAGENET_MEAN, IMAGENET_STD
-    gigabytes = sum(map(len, lazy.values())) * 3 * train.image_size**2 / 1e9
-    if train.image_size <= resident_size and gigabytes <= memory_budget_gb:
-        decoded = {key: part.in_memory() for key, part in lazy.items()}
-        mean, std = statistics(decoded["train"].images)
-        splits = dict(decoded)
-    shown = {key.removeprefix("test "): part for key, part in splits.items() if key != "train"}
-    return Dataset(name, classes, train.image_size, splits["train"], shown, mean=mean, std=std, shifted=tuple(shifted))
+    def part(self, chosen: Tensor) -> "_Found":
+        """Those where `chosen` (N,) is true."""
+        index = chosen.nonzero()[:, 0].tolist()
+        return _Found(self.folder, [self.files[i] for i in index], self.labels[chosen], [self.places[i] for i in index])
 
 
-class _Objects:
-    """Where the objects are: in a table of boxes, in a folder of masks, or not known."""
+@dataclass
+class _Layout:
+    """Which folder is trained on, and which are tested."""
 
-    def __init__(self, base: Path, boxes: str | None, masks: str | None) -> None:
-        self.base = base
-        self.table = None if boxes is None else _read_boxes(base / boxes)
-        self.boxes = boxes
-        self.masks = None if masks is None else base / masks
-        if self.masks is not None and not self.masks.is_dir():
-            raise UserError(f"There is no folder {self.masks}; set dataset.masks to the folder of masks, or to null.")
-
-    @property
-    def known(self) -> bool:
-        return self.table is not None or self.masks is not None
-
-    def of(self, folder: Path, files: Sequence[str], classes: Sequence[str]) -> tuple[Tensor | None, list[str] | None]:
-        """Boxes (N, 4) and mask files (N) of the images, or None for what there is not."""
-        if self.table is not None:
-            return torch.tensor([self._box(folder, *image) for image in zip(files, classes, strict=True)]), None
-        if self.masks is not None:
-            return None, [self._mask(file) for file in files]
-        return None, None
-
-    def _box(self, folder: Path, file: str, name: str) -> tuple[int, int, int, int]:
-        assert self.table is not None
-        for split in (folder.name, None):
-            if box := self.table.get((split, name, Path(file).name)):
-                return box
-        raise UserError(f"{self.boxes} has no box for {file} (split {folder.name}, class {name}); add one.")
-
-    def _mask(self, file: str) -> str:
-        assert self.masks is not None
-        place = self.masks / Path(file).relative_to(self.base)
-        for suffix in (".png", *IMG_EXTENSIONS):
-            if (mask := place.with_suffix(suffix)).is_file():
-                return str(mask)
-        raise UserError(f"{file} has no mask {place.with_suffix('.png')}; add one.")
+    train: Path
+    tests: Mapping[str, Path]
+    """By the name of the split; empty where a part of `train` is to be held out."""
+    notes: list[str]
 
 
-def _read_boxes(path: Path) -> dict[tuple[str | None, str, str], tuple[int, int, int, int]]:
-    if not path.is_file():
-        raise UserError(f"There is no file {path}; set dataset.boxes to the .csv file of boxes, or to null.")
-    table = {}
-    with path.open(newline="", encoding="utf-8-sig", errors="replace") as file:
-        rows = csv.DictReader(file)
-        columns = set(rows.fieldnames or [])
-        name = "wnid" if "wnid" in columns else "class"
-        missing = {name, "file", "xmin", "ymin", "xmax", "ymax"} - columns
-        if missing:
+def _layout(listing: Listing, train: str | None, tests: list[str] | None, read_elsewhere: Sequence[Path]) -> _Layout:
+    """What the keys name, or else what the names of the folders say."""
+    base = listing.root
+    children = listing.folders(base)
+    spelled = {kind: _spelled(children, kind) for kind in SPELLINGS}
+    others = [path for path in children if path not in (*spelled.values(), *read_elsewhere)]
+    folder = base / train if train else base
+    if train is None and (found := spelled["train"]) and (not others or listing.folders(found)):
+        folder = found
+    elif train is None:
+        _refuse_splits_as_classes(listing, children, spelled, tests)
+    whole = folder.resolve() == base.resolve()
+    if tests is not None:
+        named = _named(base, tests)
+        if inside := next((path for path in named.values() if path.resolve().is_relative_to(folder.resolve())), None):
             raise UserError(
-                f"{path} lacks the columns {', '.join(sorted(missing))}; "
-                "needed are wnid (or class), file, xmin, ymin, xmax, ymax."
+                f"The test folder {inside} lies in the training folder {folder}; set dataset.train to another folder."
             )
-        for row in rows:
-            try:
-                x0, y0, x1, y1 = (int(row[key]) for key in ("xmin", "ymin", "xmax", "ymax"))
-            except (TypeError, ValueError):
-                x0, y0, x1, y1 = 0, 0, -1, -1
-            if not (0 <= x0 <= x1 and 0 <= y0 <= y1):
-                raise UserError(
-                    f"Line {rows.line_num} of {path} is no box: xmin, ymin, xmax, ymax must be integers with "
-                    "0 <= xmin <= xmax and 0 <= ymin <= ymax."
-                )
-            table[row.get("split"), row[name], row["file"]] = (x0, y0, x1 + 1, y1 + 1)
-    return table
+    else:
+        test = next((spelled[kind] for kind in ("val", "test") if spelled[kind]), None)
+        named = {} if test is None or whole else {"test": test}
+    read = (folder, *named.values(), *read_elsewhere)
+    unread = [] if train or whole else [path for path in children if not any(_holds(path, other) for other in read)]
+    return _Layout(folder, named, _unread(base, unread))
 
 
-def _folders(path: Path) -> list[Path]:
-    if not path.is_dir():
-        raise UserError(f"There is no folder {path}; dataset.train and dataset.tests name folders in dataset.root.")
-    return sorted(child for child in path.iterdir() if child.is_dir() and not child.name.startswith("."))
+def _holds(folder: Path, other: Path) -> bool:
+    return other.resolve().is_relative_to(folder.resolve())
 
 
-def _images(folder: Path, classes: Sequence[str]) -> tuple[list[str], Tensor]:
-    """The files of the class folders in order, and their labels (N,); a test folder may lack classes."""
+def _spelled(folders: Sequence[Path], kind: str) -> Path | None:
+    found = [path for path in folders if path.name.lower() in SPELLINGS[kind]]
+    if len(found) > 1:
+        raise UserError(
+            f"{found[0]} and {found[1]} are both called {kind}; set dataset.train and dataset.tests to those that are "
+            "meant."
+        )
+    return found[0] if found else None
+
+
+def _refuse_splits_as_classes(
+    listing: Listing, children: Sequence[Path], spelled: Mapping[str, Path | None], tests: list[str] | None
+) -> None:
+    """The folders of a root are not classes where their names or their own folders say otherwise."""
+    way_out = "set dataset.train and dataset.tests to folders in it, or dataset.train=. where they are classes"
+    wrong = next((path for kind in ("val", "test") if (path := spelled[kind])), None)
+    if wrong is not None and tests is None and listing.folders(wrong):
+        raise UserError(f"{listing.root} has a folder {wrong.name} and no training folder; {way_out}.")
+    inner = [{path.name for path in listing.folders(child)} for child in children]
+    shared = set.intersection(*inner) if len(inner) > 1 else set()
+    if len(shared) > 1 and not any(listing.here(child) for child in children):
+        raise UserError(
+            f"{listing.root} has the folders {_some([path.name for path in children])}, and each of them has the "
+            f"folders {_some(sorted(shared))}, so they look like splits and not like classes; {way_out}."
+        )
+    if len(children) == 1 and not listing.here(children[0]) and _spelled(listing.folders(children[0]), "train"):
+        raise UserError(f"{children[0]} holds the training folder; set dataset.root={children[0]}.")
+
+
+def _unread(base: Path, folders: Sequence[Path]) -> list[str]:
+    if not folders:
+        return []
+    return [
+        f"{_some([path.name for path in folders])} in {base} {'is' if len(folders) == 1 else 'are'} not read; "
+        "dataset.tests and dataset.extra name what is read."
+    ]
+
+
+def _named(base: Path, tests: Sequence[str]) -> dict[str, Path]:
+    """Test folders by the name of their split: the last name, or what differs before equal ends of their paths."""
+    if not tests:
+        raise UserError("dataset.tests is an empty list; name folders in it, or set it to null.")
+    paths = [base / test for test in tests]
+    for path in paths:
+        if not path.is_dir():
+            raise UserError(f"There is no folder {path}; dataset.train and dataset.tests name folders in dataset.root.")
+    parts = [path.resolve().parts for path in paths]
+    twice = next((path for path, own in zip(paths, parts, strict=True) if parts.count(own) > 1), None)
+    if twice is not None:
+        raise UserError(f"dataset.tests names {twice} twice; name it once.")
+    names = [own[-1] for own in parts]
+    if len(set(names)) < len(names):
+        alike = next(n for n in range(1, 99) if len({own[-n:] for own in parts}) > 1) - 1
+        shorter = [own[: len(own) - alike] for own in parts]
+        names = [own[-1] for own in shorter]
+        if len(set(names)) < len(names):
+            above = next(n for n in range(99) if len({own[n : n + 1] for own in shorter}) > 1)
+            names = ["-".join(own[above:]) for own in shorter]
+    return dict(zip(names, paths, strict=True))
+
+
+def _class_folders(listing: Listing, folder: Path, masks: Path | None = None) -> dict[str, Path]:
+    """The class folders by the names of the classes, in order."""
+    if not folder.is_dir():
+        raise UserError(f"There is no folder {folder}; dataset.train and dataset.tests name folders in dataset.root.")
+    found: dict[str, Path] = {}
+    for path in listing.folders(folder):
+        name = normalize("NFC", path.name)
+        if name in found:
+            raise UserError(
+                f"{folder} has two folders whose names look alike, {name}: their accents are written in two forms of "
+                "Unicode; rename one of them, or join them."
+            )
+        if path != masks:
+            found[name] = path
+    if not found:
+        raise UserError(
+            f"{folder} has no class folders; set dataset.root (or dataset.train) to a folder of them, or read images "
+            f"without labels with dataset=images dataset.root={folder}. {listing.sentence}".rstrip()
+        )
+    return found
+
+
+def _images(listing: Listing, folder: Path, classes: Mapping[str, Path]) -> _Found:
+    """The images of the class folders, in order; the label is the place in `classes`."""
     files: list[str] = []
     labels: list[int] = []
-    for label, name in enumerate(classes):
-        found = _files(folder / name)
-        if not found and (folder / name).is_dir():
-            raise UserError(f"{folder / name} has no images ({', '.join(IMG_EXTENSIONS)}); add some or remove it.")
+    places: list[str] = []
+    for label, path in enumerate(classes.values()):
+        found = listing.below(path)
+        if not found:
+            raise UserError(
+                f"{path} has no images ({', '.join(SUFFIXES)}); add some or remove it. {listing.sentence}".rstrip()
+            )
         files += found
         labels += [label] * len(found)
-    if not files:
-        raise UserError(f"{folder} has no class folders; it needs {folder.name}/{classes[0]}/ and so on.")
-    return files, torch.tensor(labels)
+        places += [_relative(Path(file), path) for file in found]
+    listing.beside(folder)
+    return _Found(folder, files, torch.tensor(labels), places)
 
 
-def _test_images(folder: Path, classes: Sequence[str]) -> tuple[Path, list[str], Tensor]:
-    unknown = [path for path in _folders(folder) if path.name not in classes]
-    if unknown:
+def _test_images(listing: Listing, folder: Path, classes: Sequence[str], flat: ImageClasses, *, partly: bool) -> _Found:
+    """The images of a test folder, which may lack classes; with `partly`, folders of other classes are left out."""
+    if flat.covers(listing, folder):
+        return _Found(folder, *flat.read(listing, folder))
+    found = _class_folders(listing, folder)
+    unknown = [path for name, path in found.items() if name not in classes]
+    if unknown and not partly:
         raise UserError(
-            f"{unknown[0]} is no class of the training folder, which has {', '.join(classes[:5])}"
-            f"{', ...' if len(classes) > 5 else ''}; rename or remove it."
+            f"{unknown[0]} is no class of the training folder, which has {_some(classes)}; rename or remove it."
         )
-    return folder, *_images(folder, classes)
+    if len(unknown) == len(found):
+        raise UserError(f"{folder} has no folder of a class, {_some(classes)}; rename its folders.")
+    there = [name for name in classes if name in found]
+    images = _images(listing, folder, {name: found[name] for name in there})
+    return replace(images, labels=torch.tensor([classes.index(name) for name in there])[images.labels])
 
 
 def _shifted_images(
-    name: str, folder: Path, classes: Sequence[str], renamed: dict[str, str]
+    listing: Listing, name: str, folder: Path, classes: Sequence[str], renamed: dict[str, str]
 ) -> tuple[list[str], Tensor]:
     """The files of those class folders that are classes of the training folder, and their labels (N,)."""
     if not folder.is_dir():
@@ -332,8 +335,9 @@ def _shifted_images(
     wrong = [target for target in renamed.values() if target not in classes]
     if wrong:
         raise UserError(f"dataset.renamed leads to {wrong[0]}, which is no class; {suggestion(wrong[0], classes)}")
-    found = _folders(folder)
-    if all(path.name.isdigit() for path in found) and not all(name.isdigit() for name in classes):
+    listing = Listing(folder, follow_links=listing.follow_links)
+    found = listing.folders(folder)
+    if all(path.name.isdecimal() for path in found) and not all(name.isdecimal() for name in classes):
         if len(found) != len(classes):
             raise UserError(
                 f"{folder} has {len(found)} numbered classes and the training folder {len(classes)}, so they cannot be "
@@ -341,29 +345,42 @@ def _shifted_images(
             )
         meant = dict(zip(sorted(found, key=lambda path: int(path.name)), classes, strict=True))
     else:
-        meant = {path: renamed.get(path.name, path.name) for path in found}
+        meant = {path: renamed.get(path.name, normalize("NFC", path.name)) for path in found}
     files: list[str] = []
     labels: list[int] = []
     for path, target in meant.items():
         if target in classes:
-            images = _files(path)
+            images = listing.below(path)
             files += images
             labels += [classes.index(target)] * len(images)
     if not files:
         raise UserError(
-            f"{folder} has no images of a class of the training folder, {', '.join(classes[:5])}"
-            f"{', ...' if len(classes) > 5 else ''}; set dataset.shifted.{name} to another folder, or say with "
-            "+dataset.renamed.<its folder>=<class> what is what."
+            f"{folder} has no images of a class of the training folder, {_some(classes)}; set dataset.shifted.{name} "
+            "to another folder, or say with +dataset.renamed.<its folder>=<class> what is what."
         )
     return files, torch.tensor(labels)
 
 
-def _files(folder: Path) -> list[str]:
-    return sorted(
-        str(path)
-        for path in folder.rglob("*")
-        if path.suffix.lower() in IMG_EXTENSIONS and not path.name.startswith(".")
-    )
+def _corrupted(listing: Listing, folder: Path) -> dict[str, str]:
+    """The folders of ImageNet-C by the names of the splits; its corruptions may lie in folders of four kinds."""
+    if not folder.is_dir():
+        raise UserError(f"There is no folder {folder}; set dataset.corrupted to ImageNet-C, or to null.")
+    found: dict[str, str] = {}
+    listing = Listing(folder, follow_links=listing.follow_links)
+    for path in listing.folders(folder):
+        inner = listing.folders(path)
+        corruptions = [path] if any(inside.name.isdecimal() for inside in inner) else inner
+        for corruption in corruptions:
+            for severity in listing.folders(corruption):
+                name = f"{corruption.name}_{severity.name}"
+                if name in found:
+                    raise UserError(f"{folder} has the corruption {name} twice; take one of them away.")
+                found[name] = str(severity.resolve())
+    if not all(name.rpartition("_")[2].isdecimal() for name in found) or not found:
+        raise UserError(
+            f"{folder} has no <corruption>/<severity>/<class> folders; set dataset.corrupted to ImageNet-C."
+        )
+    return found
 
 
 def _held_out(labels: Tensor, part: float, folder: Path, classes: Sequence[str]) -> Tensor:
@@ -381,5 +398,14 @@ def _held_out(labels: Tensor, part: float, folder: Path, classes: Sequence[str])
     return chosen
 
 
-def _pick(files: Sequence[str], chosen: Tensor) -> list[str]:
-    return [files[i] for i in chosen.nonzero()[:, 0].tolist()]
+def _list(value: str | list[str]) -> list[str]:
+    return [value] if isinstance(value, str) else value
+
+
+def _relative(path: Path, base: Path) -> str:
+    """The path below the base, with `/`; the whole path where it lies elsewhere."""
+    return path.relative_to(base).as_posix() if path.is_relative_to(base) else path.as_posix()
+
+
+def _some(names: Sequence[str]) -> str:
+    return f"{', '.join(names[:5])}{', ...' if len(names) > 5 else ''}"

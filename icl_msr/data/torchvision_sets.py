@@ -3,15 +3,18 @@
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
+import numpy as np
 import torch
-from pydantic import PositiveInt
+from pydantic import Field, PositiveInt
 from torchvision import datasets as torchvision_datasets
 
 from icl_msr.core.errors import UserError
 from icl_msr.data.dataset import ArraySplit, Dataset
 from icl_msr.data.sources import TrainOn, fit_all, resident
+
+Fold = Annotated[int, Field(ge=0, le=9)]
 
 CIFAR100: Mapping[str, str] = {
     "aquatic mammals": "beaver dolphin otter seal whale",
@@ -38,23 +41,32 @@ CIFAR100: Mapping[str, str] = {
 """The classes of each superclass of CIFAR-100."""
 
 
-def cifar10(*, root: str, download: bool, train_on: TrainOn) -> Dataset:
-    """CIFAR-10: 50,000 training and 10,000 test images of 32 pixels, 10 classes (Krizhevsky, 2009)."""
-    return _cifar(torchvision_datasets.CIFAR10, "cifar10", root, download, train_on)
+def cifar10(*, root: str, download: bool, train_on: TrainOn, corrupted: str | None = None) -> Dataset:
+    """CIFAR-10: 50,000 training and 10,000 test images of 32 pixels, 10 classes (Krizhevsky, 2009).
+
+    `corrupted` is the folder CIFAR-10-C: each corruption and severity is a test split, such as `fog_3`.
+    """
+    return _cifar(torchvision_datasets.CIFAR10, "cifar10", root, download, train_on, corrupted)
 
 
-def cifar100(*, root: str, download: bool, train_on: TrainOn) -> Dataset:
-    """CIFAR-100: 50,000 training and 10,000 test images of 32 pixels, 100 classes of 20 kinds (Krizhevsky, 2009)."""
-    dataset = _cifar(torchvision_datasets.CIFAR100, "cifar100", root, download, train_on)
+def cifar100(*, root: str, download: bool, train_on: TrainOn, corrupted: str | None = None) -> Dataset:
+    """CIFAR-100: 50,000 training and 10,000 test images of 32 pixels, 100 classes of 20 kinds (Krizhevsky, 2009).
+
+    `corrupted` is the folder CIFAR-100-C, as in `cifar10`.
+    """
+    dataset = _cifar(torchvision_datasets.CIFAR100, "cifar100", root, download, train_on, corrupted)
     above = {name: superclass for superclass, names in CIFAR100.items() for name in names.split()}
     return replace(dataset, superclasses=[above[name] for name in dataset.classes])
 
 
-def stl10(*, root: str, download: bool, image_size: PositiveInt, train_on: TrainOn) -> Dataset:
+def stl10(
+    *, root: str, download: bool, image_size: PositiveInt, train_on: TrainOn, fold: Fold | None = None
+) -> Dataset:
     """STL-10: 5,000 labelled and then 100,000 unlabelled training images, 8,000 test images, 10 classes.
 
     Published at 96 pixels; 64 is usual in self-supervised learning. The label of an unlabelled image is -1: what is
-    fitted on labels leaves these images out (Coates, Ng, Lee, 2011).
+    fitted on labels leaves these images out (Coates, Ng, Lee, 2011). With `fold`, 0 to 9, the 1,000 training images of
+    that fold alone have labels: the published protocol takes the mean accuracy over the ten folds on all test images.
     """
     kind = torchvision_datasets.STL10
     train = _open(kind, root, download, lambda: kind(root, split="train+unlabeled", download=download))
@@ -63,17 +75,56 @@ def stl10(*, root: str, download: bool, image_size: PositiveInt, train_on: Train
         ArraySplit(fit_all(torch.from_numpy(s.data), image_size), torch.as_tensor(s.labels).long())
         for s in (train, test)
     ]
+    if fold is not None:
+        lines = (Path(root) / kind.base_folder / kind.folds_list_file).read_text().splitlines()
+        listed = torch.tensor([int(word) for word in lines[fold].split()])
+        labels = torch.full_like(splits[0].labels, -1)
+        labels[listed] = splits[0].labels[listed]
+        splits[0].labels = labels
     return resident("stl10", test.classes, splits[0], {"test": splits[1]}, train_on)
 
 
-def _cifar(kind: Any, name: str, root: str, download: bool, train_on: TrainOn) -> Dataset:
+def _cifar(kind: Any, name: str, root: str, download: bool, train_on: TrainOn, corrupted: str | None) -> Dataset:
     train = _open(kind, root, download, lambda: kind(root, train=True, download=download))
     test = _open(kind, root, download, lambda: kind(root, train=False))
     splits = [
         ArraySplit(torch.from_numpy(s.data).permute(0, 3, 1, 2).contiguous(), torch.tensor(s.targets))
         for s in (train, test)
     ]
-    return resident(name, train.classes, splits[0], {"test": splits[1]}, train_on)
+    dataset = resident(name, train.classes, splits[0], {"test": splits[1]}, train_on)
+    if corrupted is None:
+        return dataset
+    others = _corrupted(Path(corrupted).expanduser())
+    return replace(dataset, tests={**dataset.tests, **others}, shifted=tuple(others))
+
+
+def _corrupted(folder: Path) -> dict[str, ArraySplit]:
+    """The test splits of CIFAR-10-C or -100-C: five severities behind each other in a file (Hendrycks, 2019)."""
+    files = sorted(path for path in folder.glob("*.npy") if path.name != "labels.npy")
+    if not files or not (folder / "labels.npy").is_file():
+        raise UserError(f"{folder} has no labels.npy and no corruption.npy; set dataset.corrupted to CIFAR-10-C.")
+    found: dict[str, ArraySplit] = {}
+    try:
+        labels = torch.from_numpy(np.load(folder / "labels.npy")).long()
+        for path in files:
+            images = np.load(path, mmap_mode="r")
+            if (
+                images.dtype != np.uint8
+                or images.shape[1:] != (32, 32, 3)
+                or len(images) != len(labels)
+                or len(images) % 5
+            ):
+                raise UserError(
+                    f"{path} is {images.dtype} {images.shape}; it must be uint8 ({len(labels)}, 32, 32, 3)."
+                )
+            each = len(images) // 5
+            for severity in range(5):
+                part = slice(severity * each, (severity + 1) * each)
+                pixels = torch.from_numpy(np.array(images[part])).permute(0, 3, 1, 2).contiguous()
+                found[f"{path.stem}_{severity + 1}"] = ArraySplit(pixels, labels[part])
+    except (OSError, ValueError, EOFError) as error:
+        raise UserError(f"{folder} cannot be read ({error}); unpack it again.") from None
+    return found
 
 
 def _open(kind: Any, root: str, download: bool, build: Callable[[], Any]) -> Any:

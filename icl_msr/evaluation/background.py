@@ -10,17 +10,20 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
+from icl_msr.core.records import CHANCE
 from icl_msr.evaluation.metrics import Bootstrap, Interval
 
-GAPS: Mapping[str, tuple[str, str]] = {
-    "bg_gap": ("mixed_same", "mixed_rand"),  # the published BG-gap
-    "original - mixed_rand": ("original", "mixed_rand"),
-    "original - only_fg": ("original", "only_fg"),
-    "only_bg - chance": ("only_bg", "chance"),
-    "full - fg": ("full", "fg"),
-    "fg - crop": ("fg", "crop"),
-}
-"""Name of a gap: the accuracy on the first split minus the accuracy on the second."""
+GAPS = (
+    ("mixed_same", "mixed_rand"),  # the published BG-gap
+    ("original", "mixed_rand"),
+    ("original", "only_fg"),
+    ("only_bg", CHANCE),
+    ("full", "fg"),
+    ("fg", "crop"),
+)
+"""The accuracy on the first split minus the accuracy on the second."""
+WITHOUT_OBJECT = ("only_bg",)
+"""Splits on which a high accuracy is neither good nor bad."""
 
 
 def background_gaps(
@@ -29,18 +32,18 @@ def background_gaps(
     chance: float,
     bootstrap: Bootstrap,
     shifted: Sequence[str] = (),
-) -> dict[str, Interval]:
-    """Every gap whose splits exist, in [-1, 1]: those of `GAPS`, and the first split minus each of the `shifted` ones.
+) -> dict[tuple[str, str], Interval]:
+    """Return every gap whose splits exist, in [-1, 1]: `GAPS`, and the first split minus each of the `shifted` ones.
 
     `correct` bool (n,) and `labels` int64 (n,) by split; `chance` in [0, 1]. Splits with equal labels
     show the same objects (the contract of `Dataset`): their difference is paired image by image.
     """
-    gaps: dict[str, Interval] = {}
+    gaps: dict[tuple[str, str], Interval] = {}
     usual = next(iter(correct))
-    for name, (first, second) in {**GAPS, **{f"{usual} - {other}": (usual, other) for other in shifted}}.items():
-        if first in correct and second == "chance":
-            gaps[name] = Interval(*(value - chance for value in bootstrap.mean(correct[first])))
+    for first, second in dict.fromkeys([*GAPS, *((usual, other) for other in shifted)]):
+        if first in correct and second == CHANCE:
+            gaps[first, second] = Interval(*(value - chance for value in bootstrap.mean(correct[first])))
         elif first in correct and second in correct:
             paired = torch.equal(labels[first], labels[second])
-            gaps[name] = bootstrap.difference(correct[first], correct[second], paired=paired)
+            gaps[first, second] = bootstrap.difference(correct[first], correct[second], paired=paired)
     return gaps

@@ -24,7 +24,6 @@ from icl_msr.core.distributed import everywhere, rank
 from icl_msr.core.errors import UserError
 from icl_msr.core.storage import atomic_write
 from icl_msr.data.dataset import ArraySplit, Split
-from icl_msr.data.folders import FileSplit
 from icl_msr.evaluation.features import extract
 from icl_msr.models.backbones import Backbone
 
@@ -138,10 +137,6 @@ def split_identity(split: Split) -> str | None:
     """Equal for the same images in the same order; None where that is not known."""
     if isinstance(split, ArraySplit):
         return _tensor("images", split.images)
-    if isinstance(split, FileSplit):
-        files = [*split.files, *(split.mask_files or [])]
-        boxes = "" if split.boxes is None else _tensor("boxes", split.boxes)
-        return _digest(str(split.image_size), split.region, boxes, *map(_file, files))
     return split.identity() if isinstance(split, Identified) else None
 
 
@@ -154,11 +149,6 @@ def _sources() -> str:
     for part in ("models", "data", "augment", "negatives", "evaluation"):
         files += (package / part).rglob("*.py")
     return _digest(*libraries, *(hashlib.sha256(file.read_bytes()).hexdigest() for file in sorted(files)))
-
-
-def _file(name: str) -> str:
-    about = os.stat(name)
-    return f"{Path(name).absolute()} {about.st_size} {about.st_mtime_ns}"
 
 
 def _tensor(name: str, value: Tensor) -> str:

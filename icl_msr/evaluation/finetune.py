@@ -6,9 +6,9 @@ framework for contrastive learning of visual representations, ICML 2020, section
 
 import copy
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Literal
@@ -26,20 +26,22 @@ from icl_msr.augment import Augmentation
 from icl_msr.augment.recipe import Interval, Probability
 from icl_msr.core.errors import UserError
 from icl_msr.core.randomness import permutation
+from icl_msr.core.records import Classifier
 from icl_msr.data.dataset import Dataset, Split
-from icl_msr.data.folders import FileSplit
+from icl_msr.data.files import FileSplit
 from icl_msr.data.sources import cores
 from icl_msr.evaluation.features import evaluating, extract, progress
-from icl_msr.evaluation.labels import Part, balanced_part, listed_part, names, percent, require_labels
+from icl_msr.evaluation.labels import LABELS, Part, balanced_part, listed_part, names, percent, require_labels
 from icl_msr.evaluation.linear import hold_out
 from icl_msr.evaluation.subsets import crop_and_flip
-from icl_msr.evaluation.suite import Choice, Evaluation, Fraction, Look, Results, Row, record_tests
+from icl_msr.evaluation.suite import CHOICE, Evaluation, Fit, Fraction, Results, Task, choice, record_tests
 
 OptimizerName = Literal["adamw", "sgd"]
+TUNED = Classifier(family="finetune")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Recipe:
+class Tuning:
     """How a copy of the encoder is trained; without warm-up, the learning rates fall to zero as a cosine."""
 
     optimizer: OptimizerName
@@ -72,7 +74,7 @@ def fine_tune(
     encoder: nn.Module,
     dataset: Dataset,
     index: Tensor,
-    recipe: Recipe,
+    recipe: Tuning,
     learning_rate: float,
     *,
     device: torch.device | str,
@@ -210,32 +212,36 @@ class FineTuning(Evaluation):
 
     def names(self, dataset: Dataset) -> list[str]:
         """See `suite.Evaluation`; images may have no labels, or a list may not fit them."""
-        fitted = [*self.classifiers, *(["finetune"] if self.finetune else [])]
-        parts = self._parts(dataset, 0)
-        return [f"{name}{part.suffix}/train/{split}" for part in parts for name in fitted for split in dataset.tests]
+        fitted = [*self.classifiers, *([TUNED] if self.finetune else [])]
+        return [
+            f"{replace(classifier, fraction=part.fraction)}/train/{split}"
+            for part in self._parts(dataset, 0)
+            for classifier in fitted
+            for split in dataset.tests
+        ]
 
-    def measure(self, look: Look, results: Results) -> None:
+    def measure(self, task: Task, results: Results) -> None:
         """See `suite.Evaluation`.
 
         Raises:
             UserError: fine-tuning diverges.
         """
-        dataset, labels = look.dataset, look.dataset.train.labels.cpu()
+        dataset, labels = task.dataset, task.dataset.train.labels.cpu()
         frozen = {"train": dataset.train, **dataset.tests} if self.classifiers else {}
-        features = {name: look.features(split, name) for name, split in frozen.items()}
-        for part in self._parts(dataset, look.seed):
-            record = part.record(labels)
-            if record not in results.labelled:
-                results.labelled.append(record)
+        features = {name: task.features(split, name) for name, split in frozen.items()}
+        for part in self._parts(dataset, task.seed):
+            known = results.records.where(LABELS.kind)
+            results.records.add(LABELS, *(record for record in part.records(labels) if record not in known))
             if part.file:
                 results.lists[part.file] = names(dataset.train, part.index)
             if features:
-                bank, tests = features["train"][part.index.to(look.device)], {k: features[k] for k in dataset.tests}
-                for row, scores in self.scores(look, "train", bank, labels[part.index], tests, results, part.suffix):
-                    record_tests(look, row, scores, results)
+                bank, tests = features["train"][part.index.to(task.device)], {k: features[k] for k in dataset.tests}
+                fitted = self.scores(task, "train", bank, labels[part.index], tests, results, part.fraction)
+                for fit, scores in fitted:
+                    record_tests(task, fit, scores, results)
             if self.finetune:
-                row = Row(encoder=look.encoder, classifier=f"finetune{part.suffix}", fitted_on="train")
-                record_tests(look, row, self._tuned(look, part, row, results), results)
+                fit = Fit(task.encoder, replace(TUNED, fraction=part.fraction), "train")
+                record_tests(task, fit, self._tuned(task, part, fit, results), results)
 
     def _parts(self, dataset: Dataset, seed: int) -> list[Part]:
         require_labels(dataset)
@@ -244,15 +250,15 @@ class FineTuning(Evaluation):
         lists = zip(self.fractions, self.files, strict=True)
         return [listed_part(dataset, fraction, Path(file)) for fraction, file in lists]
 
-    def _tuned(self, look: Look, part: Part, row: Row, results: Results) -> dict[str, Tensor]:
+    def _tuned(self, task: Task, part: Part, fit: Fit, results: Results) -> dict[str, Tensor]:
         """Logits (n, K) of each test split, of a copy that is trained with the best learning rate."""
-        rates, dataset = sorted(set(self.tune_learning_rates)), look.dataset
+        rates, dataset = sorted(set(self.tune_learning_rates)), task.dataset
         recipe = self.recipe
 
         def tune(index: Tensor, rate: float, doing: str) -> nn.Sequential | None:
-            label = f"{look.encoder}, {percent(part.fraction)} of the labels, learning rate {rate:g}: {doing}"
+            label = f"{task.encoder}, {percent(part.fraction)} of the labels, learning rate {rate:g}: {doing}"
             return fine_tune(
-                look.network, dataset, index, recipe, rate, device=look.device, seed=look.seed, label=label
+                task.network, dataset, index, recipe, rate, device=task.device, seed=task.seed, label=label
             )
 
         def logits(model: nn.Module, split: Split, index: Tensor | None = None) -> Tensor:
@@ -261,18 +267,18 @@ class FineTuning(Evaluation):
                 split,
                 mean=dataset.mean,
                 std=dataset.std,
-                device=look.device,
-                batch_size=look.batch_size,
-                label=f"{look.encoder}, fine-tuned: testing",
+                device=task.device,
+                batch_size=task.batch_size,
+                label=f"{task.encoder}, fine-tuned: testing",
                 index=index,
             )
 
         best = rates[0]
         if len(rates) > 1:
-            fit, held = (part.index[chosen] for chosen in hold_out(len(part.index), self.tune_held_out, look.seed))
+            rest, held = (part.index[chosen] for chosen in hold_out(len(part.index), self.tune_held_out, task.seed))
             found: dict[float, tuple[float, float]] = {}
             for rate in rates:
-                model = tune(fit, rate, "choosing it")
+                model = tune(rest, rate, "choosing it")
                 if model is None:
                     found[rate] = (0.0, -math.inf)
                     continue
@@ -280,7 +286,8 @@ class FineTuning(Evaluation):
                 right = (scores.argmax(1) == labels).float().mean().item()
                 found[rate] = (right, -cross_entropy(scores, labels).item())
             best = max(rates, key=found.__getitem__)
-            results.choices.append(_choice(row, best, {rate: right for rate, (right, _) in found.items()}))
+            accuracies = {rate: right for rate, (right, _) in found.items()}
+            results.records.add(CHOICE, *choice(fit, best, accuracies, "tune_learning_rates"))
         model = tune(part.index, best, "fine-tuning")
         if model is None:
             raise UserError(
@@ -291,9 +298,9 @@ class FineTuning(Evaluation):
         return {name: logits(model, split) for name, split in dataset.tests.items()}
 
     @property
-    def recipe(self) -> Recipe:
+    def recipe(self) -> Tuning:
         """Of fine-tuning."""
-        return Recipe(
+        return Tuning(
             optimizer=self.tune_optimizer,
             head_learning_rate=self.tune_head_learning_rate,
             weight_decay=self.tune_weight_decay,
@@ -301,15 +308,3 @@ class FineTuning(Evaluation):
             batch_size=self.tune_batch_size,
             augmentation=crop_and_flip(self.tune_crop, self.tune_flip),
         )
-
-
-def _choice(row: Row, rate: float, accuracies: Mapping[float, float]) -> Choice:
-    note = f"The chosen learning rate {rate:g} lies at the edge of the grid: widen evaluation.tune_learning_rates."
-    return Choice(
-        encoder=row["encoder"],
-        classifier=row["classifier"],
-        fitted_on=row["fitted_on"],
-        learning_rate=rate,
-        held_out_accuracies={f"{rate:g}": accuracy for rate, accuracy in accuracies.items()},
-        note=note if rate in (min(accuracies), max(accuracies)) else "",
-    )

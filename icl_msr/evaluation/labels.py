@@ -3,15 +3,15 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypedDict
 
 import torch
 from torch import Tensor
 
 from icl_msr.core.errors import UserError
 from icl_msr.core.randomness import permutation
+from icl_msr.core.records import Layout, Measurement
 from icl_msr.data.dataset import ArraySplit, Dataset, Split
-from icl_msr.data.folders import FileSplit
+from icl_msr.data.files import FileSplit
 
 _PART = -3
 """The `epoch` of the hash that picks images; training epochs count from 0."""
@@ -19,23 +19,14 @@ _SEVERAL = -1
 """In place of a position: several images have the name."""
 
 
-class Labelled(TypedDict):
-    """The images whose labels were used."""
-
-    fraction: float
-    """Asked for."""
-    n: int
-    classes: int
-    """Those with an image."""
-    fewest: int
-    """Images of one of them."""
-    most: int
-    chosen_by: str
-    """The seed, or the list."""
-    file: str
-    """In the run's folder: the images' names, one a line; empty for all images."""
-    note: str
-    """Empty, or what is out of the ordinary."""
+LABELS = Layout(
+    kind="labels",
+    title="Labels used",
+    rows=("part", "chosen_by"),
+    labels={"chosen_by": "chosen by", "fewest": "fewest of a class", "most": "most of a class"},
+    notes="note",
+)
+"""The images whose labels were used, where those were only some."""
 
 
 @dataclass(frozen=True)
@@ -49,29 +40,30 @@ class Part:
     note: str
 
     @property
-    def suffix(self) -> str:
-        """What the names of classifiers end with."""
-        return "" if self.fraction == 1 else f"-{percent(self.fraction)}"
-
-    @property
     def file(self) -> str:
         """The name of the list of these images; empty for all images."""
         return "" if self.fraction == 1 else f"labelled-{percent(self.fraction)}.txt"
 
-    def record(self, labels: Tensor) -> Labelled:
-        """In plain data; `labels` (N,) of the training split."""
+    def records(self, labels: Tensor) -> list[Measurement]:
+        """Count images and classes, with `labels` (N,) of the training split; nothing where all images are used."""
+        if self.fraction == 1:
+            return []
         counts = labels[self.index].bincount()
         counts = counts[counts > 0]
-        return Labelled(
-            fraction=self.fraction,
-            n=len(self.index),
-            classes=len(counts),
-            fewest=int(counts.min()),
-            most=int(counts.max()),
-            chosen_by=self.chosen_by,
-            file=self.file,
-            note=self.note,
-        )
+        found = {"images": len(self.index), "classes": len(counts)}
+        found |= {"fewest": int(counts.min()), "most": int(counts.max())}
+        factors = {"part": percent(self.fraction), "chosen_by": self.chosen_by, "file": self.file}
+        return [
+            Measurement(
+                kind=LABELS.kind,
+                metric=metric,
+                value=value,
+                unit="count",
+                factors=factors,
+                note=self.note if metric == "images" else "",
+            )
+            for metric, value in found.items()
+        ]
 
 
 def percent(fraction: float) -> str:
@@ -86,6 +78,11 @@ def require_labels(dataset: Dataset) -> None:
         UserError: there are fewer.
     """
     labelled = int((dataset.train.labels >= 0).sum())
+    if not dataset.classified:
+        raise UserError(
+            f"{dataset.name} has {'one class' if dataset.classes else 'no labels'}, and this evaluation fits "
+            "classifiers to labels; choose another dataset, dataset.labelled of dataset=images, or evaluation=default."
+        )
     if labelled < 2:
         has = f"has {labelled or 'no'} training image{'' if labelled == 1 else 's'} with a label"
         raise UserError(

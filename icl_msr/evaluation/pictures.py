@@ -1,15 +1,22 @@
 """Pictures for the report: views, negatives, strata, their weights, nearest neighbours and a map of the features."""
 
+import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 
 import matplotlib
 import torch
 import torch.nn.functional as F
 from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
 from torch import Tensor
 
+from icl_msr.core.errors import reason
+from icl_msr.core.figures import plain
+from icl_msr.core.storage import atomic_write, disk_is_full
 from icl_msr.core.views import Views
 from icl_msr.data.dataset import Dataset
 from icl_msr.evaluation.features import evaluating
@@ -104,6 +111,9 @@ def neighbours_grid(
     rows = {split.replace("_", " "): test.load(chosen)}
     for rank in range(k):
         rows[f"nearest {rank + 1}"] = dataset.train.load(nearest[:, rank])
+    if not dataset.classified:
+        _grid(rows, path)
+        return f"Images of the test split {split} and their nearest training images."
     hits = dataset.train.labels[nearest] == test.labels[chosen][:, None]
     _grid(rows, path, marks={f"nearest {rank + 1}": hits[:, rank] for rank in range(k)})
     return f"Images of the test split {split} and their nearest training images; a green frame marks the same class."
@@ -124,12 +134,15 @@ def map_figure(dataset: Dataset, features: Tensor, split: str, path: Path, image
     share = scale.square() / scale.square().sum().clamp(min=1e-30)
     figure = Figure(figsize=(7.5, 4.6), dpi=110, layout="constrained")
     axes = figure.subplots()
-    several = len(dataset.classes) <= 20
-    for k, name in enumerate(dataset.classes):
+    classes = dataset.classes if dataset.classified else ()
+    several = 0 < len(classes) <= 20
+    if not classes:
+        axes.scatter(shown[:, 0], shown[:, 1], s=7, alpha=0.7, lw=0)
+    for k, name in enumerate(classes):
         of_class = shown[labels[chosen] == k]
         colour = matplotlib.colormaps["tab20"](k % 20)
         axes.scatter(
-            of_class[:, 0], of_class[:, 1], s=7, color=colour, alpha=0.7, lw=0, label=name if several else None
+            of_class[:, 0], of_class[:, 1], s=7, color=colour, alpha=0.7, lw=0, label=plain(name) if several else None
         )
     axes.set(xlabel=f"first component, {100 * share[0]:.0f} %", ylabel=f"second, {100 * share[1]:.0f} %")
     axes.set(xticks=[], yticks=[])
@@ -139,17 +152,103 @@ def map_figure(dataset: Dataset, features: Tensor, split: str, path: Path, image
     figure.savefig(path)
     return (
         f"Images of the test split {split} by the two principal components of their unit features and their share of "
-        "the variance, coloured by class: two dimensions of many."
+        f"the variance{', coloured by class' if classes else ''}: two dimensions of many."
     )
 
 
-def feature_pictures(dataset: Dataset, features: Mapping[str, Tensor], folder: Path) -> dict[str, str]:
-    """Nearest neighbours and map of the most telling test split; returns the captions by file name."""
-    split = "mixed_rand" if "mixed_rand" in dataset.tests else next(iter(dataset.tests))
-    return {
-        "neighbours.png": neighbours_grid(dataset, features, split, folder / "neighbours.png"),
-        "map.png": map_figure(dataset, features[split], split, folder / "map.png"),
-    }
+@dataclass(frozen=True)
+class Scene:
+    """What pictures are drawn of; there is no picture of what is missing."""
+
+    dataset: Dataset
+    features: Mapping[str, Tensor] = field(default_factory=dict)
+    """float32 (N, c) of the trained encoder by split, `train` among them."""
+    batch: Callable[[], Views] | None = None
+    """Makes a batch of training views, on the device of the backbone."""
+    backbone: Backbone | None = None
+    strata: Callable[[Tensor], Tensor] | None = None
+    """A(X), (N, S, c), of normalised images."""
+
+    @cached_property
+    def views(self) -> Views | None:
+        """The batch."""
+        return None if self.batch is None else self.batch()
+
+    @cached_property
+    @torch.no_grad()
+    def weights(self) -> Tensor | None:
+        """A(X) of the images of the batch."""
+        return None if self.strata is None or self.views is None else self.strata(self.views.images)
+
+    @property
+    def split(self) -> str:
+        """The most telling test split."""
+        tests = self.dataset.tests
+        return "mixed_rand" if "mixed_rand" in tests else next(iter(tests))
+
+
+def _views(scene: Scene, path: Path) -> str | None:
+    data = scene.dataset
+    return None if scene.views is None else views_grid(scene.views, data.mean, data.std, path)
+
+
+def _negatives(scene: Scene, path: Path) -> str | None:
+    views, data = scene.views, scene.dataset
+    return None if views is None or views.negatives is None else negatives_grid(views, data.mean, data.std, path)
+
+
+def _strata(scene: Scene, path: Path) -> str | None:
+    views, weights, data = scene.views, scene.weights, scene.dataset
+    if views is None or weights is None or scene.backbone is None:
+        return None
+    return strata_grid(scene.backbone, weights[:10], views.images[:10], data.mean, data.std, path)
+
+
+def _weights(scene: Scene, path: Path) -> str | None:
+    return None if scene.weights is None else weights_figure(scene.weights, path)
+
+
+def _neighbours(scene: Scene, path: Path) -> str | None:
+    features = scene.features
+    return neighbours_grid(scene.dataset, features, scene.split, path) if "train" in features else None
+
+
+def _map(scene: Scene, path: Path) -> str | None:
+    features = scene.features.get(scene.split)
+    if features is None or min(features.shape) < 2:  # two components need two images
+        return None
+    return map_figure(scene.dataset, features, scene.split, path)
+
+
+PICTURES: dict[str, Callable[[Scene, Path], str | None]] = {
+    "views.png": _views,
+    "negatives.png": _negatives,
+    "strata.png": _strata,
+    "weights.png": _weights,
+    "neighbours.png": _neighbours,
+    "map.png": _map,
+}
+"""Each draws one file and returns its caption; None where there is nothing to draw."""
+
+
+def draw(scene: Scene, folder: Path) -> list[str]:
+    """Draw every picture, and write `captions.json`; return what could not be drawn, each with the reason."""
+    folder.mkdir(exist_ok=True)
+    captions, missing = {}, []
+    for name, picture in PICTURES.items():
+        try:
+            caption = picture(scene, folder / name)
+        except Exception as error:
+            if disk_is_full(error):
+                raise
+            (folder / name).unlink(missing_ok=True)
+            missing.append(f"{name} ({reason(error)})")
+            continue
+        if caption is not None:
+            captions[name] = caption
+    if captions:
+        atomic_write(folder / "captions.json", json.dumps(captions, indent=2))
+    return missing
 
 
 def pixels(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
@@ -164,25 +263,25 @@ def _grid(
 ) -> None:
     """One row a name, one column an image; a pair of images and maps is drawn as an overlay."""
     columns = max(len(r[0] if isinstance(r, tuple) else r) for r in rows.values())
-    figure = Figure(figsize=(columns * 0.9 + 1.1, len(rows) * 0.93), dpi=110)
-    axes = figure.subplots(len(rows), columns, squeeze=False, gridspec_kw={"wspace": 0.06, "hspace": 0.06})
-    figure.subplots_adjust(left=1.1 / (columns * 0.9 + 1.1), right=0.995, top=0.99, bottom=0.01)
-    for line, (name, row) in zip(axes, rows.items(), strict=True):
-        line[0].set_ylabel(name, rotation=0, ha="right", va="center", fontsize=9, labelpad=6)
+    size = (columns * 0.9 + 1.1, len(rows) * 0.93)
+    figure = Figure(figsize=size, dpi=110)
+    axes = figure.add_axes(
+        (1.1 / size[0], 0.01, 0.995 - 1.1 / size[0], 0.98)
+    )  # one for all: an Axes each takes a second
+    axes.set_axis_off()
+    for line, (name, row) in enumerate(rows.items()):
+        axes.text(-0.09, line + 0.5, plain(name), ha="right", va="center", fontsize=9)
         images, maps = row if isinstance(row, tuple) else (row, None)
-        for column, axis in enumerate(line):
-            axis.set(xticks=[], yticks=[])
-            for spine in axis.spines.values():
-                spine.set_visible(False)
-            if column >= len(images):
-                continue
+        for column in range(len(images)):
+            place = (column + 0.03, column + 0.97, line + 0.97, line + 0.03)
             image = images[column].permute(1, 2, 0).cpu().numpy()
             if maps is None:
-                axis.imshow(image)
+                axes.imshow(image, extent=place)
             else:
-                axis.imshow(image.mean(axis=2), cmap="gray", vmin=0, vmax=255)
-                axis.imshow(maps[column].cpu().numpy(), cmap="inferno", alpha=0.6, vmin=0, vmax=1)
+                axes.imshow(image.mean(axis=2), cmap="gray", vmin=0, vmax=255, extent=place)
+                axes.imshow(maps[column].cpu().numpy(), cmap="inferno", alpha=0.6, vmin=0, vmax=1, extent=place)
             if marks and name in marks:
-                for spine in axis.spines.values():
-                    spine.set(visible=True, color="#009e73" if marks[name][column] else "#bbbbbb", linewidth=2)
+                colour = "#009e73" if marks[name][column] else "#bbbbbb"
+                axes.add_patch(Rectangle((place[0], place[3]), 0.94, 0.94, fill=False, edgecolor=colour, linewidth=2))
+    axes.set(xlim=(0, columns), ylim=(len(rows), 0), aspect="auto")
     figure.savefig(path)

@@ -9,8 +9,9 @@ probes inside the stimuli answer.
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
-from typing import Annotated, TypedDict
+from typing import Annotated, Any
 
 import torch
 from pydantic import Field
@@ -18,53 +19,36 @@ from torch import Tensor, nn
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from icl_msr.core.errors import UserError
+from icl_msr.core.records import ACCURACY, GAP, TRAINED, Chart, Classifier, Layout, Measurement
 from icl_msr.data.dataset import Dataset, Split
-from icl_msr.data.folders import FileSplit
+from icl_msr.data.files import FileSplit
 from icl_msr.evaluation.labels import require_labels
-from icl_msr.evaluation.metrics import Bootstrap
 from icl_msr.evaluation.sixteen import SIXTEEN, sixteen
-from icl_msr.evaluation.suite import Accuracy, Evaluation, Look, Results, Row, gap
+from icl_msr.evaluation.suite import Evaluation, Fit, Results, Task, accuracy, gap
 from icl_msr.models.foreign import with_classifier
 
 CUES = ("shape", "texture")
-HEAD = "head"
+HEAD = Classifier(family="head")
 
 
-class ShapeBias(TypedDict):
-    """How one classifier decides where shape and texture disagree; shares in [0, 1], with 95 % intervals."""
-
-    encoder: str
-    classifier: str
-    fitted_on: str
-    classes: list[str]
-    """Those that the classifier decides among: what the data set covers of the stimuli, or Geirhos's 16."""
-    n: int
-    """Images whose shape and texture are both of such classes."""
-    decided: int
-    """Those of them that are taken for either."""
-    shape_bias: float | None
-    """Share of the decided ones that are taken for their shape; None where nothing is decided."""
-    low: float | None
-    high: float | None
-    shape: float
-    """Share of the n that are taken for their shape."""
-    texture: float
-
-
-class Decodability(TypedDict):
-    """Accuracy of a linear probe that was fitted to other stimuli, for the shape or for the texture, in [0, 1]."""
-
-    encoder: str
-    cue: str
-    """`shape` or `texture`."""
-    classes: int
-    n: int
-    folds: int
-    """No fold of the test has an instance (`cat7`) of the fitting set."""
-    accuracy: float
-    low: float
-    high: float
-    chance: float
+SHAPE = Layout(
+    kind="shape",
+    title="Shape bias on cue-conflict images, %",
+    rows=("classifier", "encoder"),
+    labels={"shape_bias": "shape bias", "shape": "taken for shape", "texture": "taken for texture"},
+    details={"shape_bias": "of the decided images"},
+    count="images",
+    chart=Chart(axis="metric", series=("classifier", "encoder"), where={"unit": "fraction"}),
+)
+"""How a classifier decides where shape and texture disagree: of `n` images whose shape and texture are both of its
+`classes`, `decided` ones are taken for either; `shape_bias` is the share of these that are taken for their shape."""
+DECODABILITY = Layout(
+    kind="decodability",
+    title="Read from the features of the stimuli, %",
+    rows=("cue", "encoder"),
+    about="Accuracy of linear probes for shape and texture; no probe is tested on an instance that it was fitted to.",
+    count="n",
+)
 
 
 @dataclass(frozen=True)
@@ -154,7 +138,7 @@ class ShapeAndTexture(Evaluation):
         if bias:
             require_labels(dataset)
         bias += [f"{HEAD}/own"] if self.head else []
-        decoded = [f"{self.linear_name}/stimuli/{cue}" for cue in CUES]
+        decoded = [f"{self.linear_classifier}/stimuli/{cue}" for cue in CUES]
         return [*(f"{classifier}/conflict_{cue}" for classifier in bias for cue in CUES), *decoded]
 
     def require(self, encoder: nn.Module) -> None:
@@ -168,18 +152,18 @@ class ShapeAndTexture(Evaluation):
             )
         with_classifier(encoder)
 
-    def measure(self, look: Look, results: Results) -> None:
+    def measure(self, task: Task, results: Results) -> None:
         """See `suite.Evaluation`."""
-        dataset = look.dataset
+        dataset = task.dataset
         label = covered(self.shown.classes, dataset.classes, self.same)
         images = FileSplit(self.shown.files, self.shown.labels["shape"], dataset.image_size)
-        stimuli = look.features(images, "stimuli")
+        stimuli = task.features(images, "stimuli")
         if self._conflicts(label)[0].numel():
-            self._bias(look, look.features(dataset.train, "train"), stimuli, label, results)
-        if self.head and look.encoder == "trained":  # an untrained copy has none
-            self._head(replace(look, network=with_classifier(look.network)), images, results)
+            self._bias(task, task.features(dataset.train, "train"), stimuli, label, results)
+        if self.head and task.encoder == TRAINED:  # an untrained copy has none
+            self._head(replace(task, network=with_classifier(task.network)), images, results)
         for cue in CUES:
-            self._decode(look, cue, stimuli, results)
+            self._decode(task, cue, stimuli, results)
 
     def _conflicts(self, label: Mapping[int, int]) -> tuple[Tensor, Tensor, Tensor]:
         """Positions (n,) of the stimuli whose shape and texture are both covered, and the two as places among the
@@ -190,9 +174,9 @@ class ShapeAndTexture(Evaluation):
         chosen = ((shape >= 0) & (texture >= 0)).nonzero()[:, 0]
         return chosen, shape[chosen], texture[chosen]
 
-    def _bias(self, look: Look, train: Tensor, stimuli: Tensor, label: Mapping[int, int], results: Results) -> None:
+    def _bias(self, task: Task, train: Tensor, stimuli: Tensor, label: Mapping[int, int], results: Results) -> None:
         """`label` is the stimuli's class of a class of the data set."""
-        labels = look.dataset.train.labels.to(look.device)
+        labels = task.dataset.train.labels.to(task.device)
         classes = sorted(set(label.values()))
         translate = labels.new_full((int(labels.max()) + 2,), -1)  # the last for -1, images without a label
         for of_data, of_stimuli in label.items():
@@ -200,25 +184,24 @@ class ShapeAndTexture(Evaluation):
                 translate[of_data] = classes.index(of_stimuli)
         chosen, shape, texture = self._conflicts(label)
         queries = stimuli[chosen.to(stimuli.device)]
-        scores, _ = self.fit(train, translate[labels], queries, len(classes), look.seed)
+        scores, _ = self.fit(train, translate[labels], queries, len(classes), task.seed)
         names = [self.shown.classes[k] for k in classes]
         for classifier, values in scores.items():
-            row = Row(encoder=look.encoder, classifier=classifier, fitted_on="train")
-            _record(look, row, names, values.argmax(1).cpu(), shape, texture, results)
+            taken = values.argmax(1).cpu()
+            _record(task, Fit(task.encoder, classifier, "train"), names, taken, shape, texture, results)
 
     def _of_sixteen(self) -> dict[int, int]:
         """Number of each of the 16 to that of the stimuli's class of its name."""
         return covered(self.shown.classes, list(SIXTEEN), {})
 
-    def _head(self, look: Look, images: Split, results: Results) -> None:
-        """`look` at the encoder and its classifier."""
+    def _head(self, task: Task, images: Split, results: Results) -> None:
+        """`task` at the encoder and its classifier."""
         label, names = self._of_sixteen(), list(SIXTEEN)
         chosen, *cues = self._conflicts(label)
         places = torch.tensor([names.index(self.shown.classes[k]) for k in sorted(label.values())])
-        taken = sixteen(look.features(images, "stimuli, with its classifier").cpu()).argmax(1)[chosen]
+        taken = sixteen(task.features(images, "stimuli, with its classifier").cpu()).argmax(1)[chosen]
         shape, texture = (places[cue] for cue in cues)
-        row = Row(encoder=look.encoder, classifier=HEAD, fitted_on="own")
-        _record(look, row, names, taken, shape, texture, results)
+        _record(task, Fit(task.encoder, HEAD, "own"), names, taken, shape, texture, results)
 
     @staticmethod
     def _among(labels: Tensor, classes: Sequence[int]) -> Tensor:
@@ -228,62 +211,52 @@ class ShapeAndTexture(Evaluation):
             places[labels == k] = place
         return places
 
-    def _decode(self, look: Look, cue: str, stimuli: Tensor, results: Results) -> None:
+    def _decode(self, task: Task, cue: str, stimuli: Tensor, results: Results) -> None:
         labels, classes = self.shown.labels[cue], len(self.shown.classes)
         fold, folds = folds_by_instance(self.shown.instances[cue], labels, self.folds)
         hits = torch.zeros(len(labels), dtype=torch.bool)
         for k in range(folds):
-            rest, held = (part.to(look.device) for part in (fold != k, fold == k))
-            probe = self.fit_probe(stimuli[rest], labels.to(look.device)[rest], classes, look.seed)
+            rest, held = (part.to(task.device) for part in (fold != k, fold == k))
+            probe = self.fit_probe(stimuli[rest], labels.to(task.device)[rest], classes, task.seed)
             hits[fold == k] = probe(stimuli[held]).argmax(1).cpu() == labels[fold == k]
-        row = Row(encoder=look.encoder, classifier=self.linear_name, fitted_on="stimuli")
-        right = _accuracy(row, cue, hits, look.bootstrap)
-        results.accuracies.append(right)
-        kinds = len(set(labels.tolist()))
-        found = Decodability(
-            encoder=look.encoder,
-            cue=cue,
-            classes=kinds,
-            n=len(labels),
-            folds=folds,
-            accuracy=right["top1"],
-            low=right["low"],
-            high=right["high"],
-            chance=1 / kinds,
+        interval, kinds = task.bootstrap.mean(hits), len(set(labels.tolist()))
+        fit = Fit(task.encoder, self.linear_classifier, "stimuli")
+        results.records.add(ACCURACY, accuracy(fit, cue, interval, len(labels)))
+        record = partial(Measurement, kind=DECODABILITY.kind, encoder=task.encoder, n=len(labels), factors={"cue": cue})
+        results.records.add(
+            DECODABILITY,
+            record(**interval._asdict()),
+            record(metric="chance", value=1 / kinds),
+            record(metric="classes", value=kinds, unit="count"),
+            record(metric="folds", value=folds, unit="count"),
         )
-        results.decodability.append(found)
 
 
 def _record(
-    look: Look, row: Row, classes: list[str], taken: Tensor, shape: Tensor, texture: Tensor, results: Results
+    task: Task, fit: Fit, classes: list[str], taken: Tensor, shape: Tensor, texture: Tensor, results: Results
 ) -> None:
     """Puts what one classifier takes n images for into the results; `taken`, `shape` and `texture` (n,) are places in
     `classes`.
     """
-    bootstrap, for_shape, for_texture = look.bootstrap, taken == shape, taken == texture
-    decided = for_shape | for_texture
-    bias, low, high = bootstrap.mean(for_shape[decided]) if decided.any() else (None, None, None)
-    found = ShapeBias(
-        **row,
-        classes=classes,
-        n=len(shape),
-        decided=int(decided.sum()),
-        shape_bias=bias,
-        low=low,
-        high=high,
-        shape=for_shape.float().mean().item(),
-        texture=for_texture.float().mean().item(),
+    bootstrap, hits = task.bootstrap, {"shape": taken == shape, "texture": taken == texture}
+    decided = hits["shape"] | hits["texture"]
+    bias: Mapping[str, Any] = {"value": None}
+    if decided.any():
+        bias = bootstrap.mean(hits["shape"][decided])._asdict()
+    record = partial(Measurement, kind=SHAPE.kind, n=len(shape), **fit._asdict())
+    results.records.add(
+        SHAPE,
+        record(metric="classes", value=len(classes), unit="count", note=", ".join(classes)),
+        record(metric="decided", value=int(decided.sum()), unit="count"),
+        record(metric="shape_bias", **bias),
+        *(record(metric=cue, value=hits[cue].float().mean().item()) for cue in CUES),
     )
-    results.shape.append(found)
-    for cue, hits in zip(CUES, (for_shape, for_texture), strict=True):
-        results.accuracies.append(_accuracy(row, f"conflict_{cue}", hits, bootstrap))
-    apart = bootstrap.difference(for_shape, for_texture, paired=True)
-    results.gaps.append(gap(row, "conflict_shape - conflict_texture", apart))
-
-
-def _accuracy(row: Row, split: str, hits: Tensor, bootstrap: Bootstrap) -> Accuracy:
-    top1, low, high = bootstrap.mean(hits)
-    return Accuracy(**row, split=split, top1=top1, low=low, high=high, n=len(hits), top5=None)
+    for cue in CUES:
+        results.records.add(
+            ACCURACY, accuracy(fit, f"conflict_{cue}", bootstrap.mean(hits[cue]), len(shape), good=False)
+        )
+    apart = bootstrap.difference(hits["shape"], hits["texture"], paired=True)
+    results.records.add(GAP, gap(fit, "conflict_shape", "conflict_texture", apart))
 
 
 def covered(stimuli: Sequence[str], classes: Sequence[str], same: Mapping[str, Sequence[str]]) -> dict[int, int]:

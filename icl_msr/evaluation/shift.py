@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Annotated, Literal, get_args
 
 import torch
@@ -9,22 +10,25 @@ from pydantic import Field, PositiveInt
 from torch import Tensor
 
 from icl_msr.core.errors import UserError
+from icl_msr.core.records import ACCURACY, GAP, Chart, Layout, Measurement
 from icl_msr.data.dataset import Dataset, Split
 from icl_msr.evaluation.corruptions import Corruption, corrupt
 from icl_msr.evaluation.labels import require_labels
 from icl_msr.evaluation.metrics import Interval
 from icl_msr.evaluation.subsets import Some
 from icl_msr.evaluation.suite import (
-    Accuracy,
+    HEALTH,
+    TOP5,
     Evaluation,
-    Look,
+    Fit,
     Results,
-    Row,
+    Task,
     accuracy,
     gap,
     health,
     keep_predictions,
     named_split,
+    record_accuracy,
     top_five,
 )
 
@@ -32,22 +36,19 @@ Severity = Literal[1, 2, 3, 4, 5]
 OWN = ("clean", "corrupted")
 """The names of what is shown beside the shifted splits."""
 MEAN = "mean"
-"""The name of the mean over all corruptions."""
-
-
-class CorruptedAccuracy(Row):
-    """Top-1 accuracy under one corruption, in [0, 1], with its 95 % interval over the n images.
-
-    `severity` None is the mean over severities, and the corruption `mean` that over all corruptions.
-    """
-
-    split: str
-    corruption: str
-    severity: int | None
-    top1: float
-    low: float
-    high: float
-    n: int
+"""The name of the mean over all corruptions, and of that over severities."""
+CORRUPTION = Layout(
+    kind="corruption",
+    title="Accuracy under corruptions, %",
+    rows=("corruption", "classifier", "encoder"),
+    columns=("severity",),
+    chart=Chart(
+        axis="corruption",
+        series=("classifier", "encoder"),
+        where={"severity": MEAN},
+        note="Means over severities. Bars are 95 % intervals over images.",
+    ),
+)
 
 
 @dataclass
@@ -118,60 +119,57 @@ class CorruptionRobustness(Evaluation):
     def _others(self, dataset: Dataset) -> dict[str, Split]:
         return {name: dataset.tests[name] for name in dataset.shifted if self.shifted}
 
-    def measure(self, look: Look, results: Results) -> None:
+    def measure(self, task: Task, results: Results) -> None:
         """See `suite.Evaluation`."""
-        name = named_split(look.dataset, self.split)
-        split, train = look.dataset.tests[name], look.dataset.train
+        name = named_split(task.dataset, self.split)
+        split, train = task.dataset.tests[name], task.dataset.train
         clean = Some(split, torch.linspace(0, len(split) - 1, min(self.images, len(split))).round().long())
-        corrupted = Corrupted(clean, self.variants, look.seed, look.device)
-        shown: dict[str, Split] = {"clean": clean, "corrupted": corrupted, **self._others(look.dataset)}
-        bank = look.features(train, "train images")
-        tests = {part: look.features(images, f"{part} images") for part, images in shown.items()}
-        results.health.append(health(look, "clean", clean, tests["clean"]))
-        for row, scores in self.scores(look, "train", bank, train.labels, tests, results):
+        corrupted = Corrupted(clean, self.variants, task.seed, task.device)
+        shown: dict[str, Split] = {"clean": clean, "corrupted": corrupted, **self._others(task.dataset)}
+        bank = task.features(train, "train images")
+        tests = {part: task.features(images, f"{part} images") for part, images in shown.items()}
+        results.records.add(HEALTH, *health(task, "clean", clean, tests["clean"]))
+        for fit, scores in self.scores(task, "train", bank, train.labels, tests, results):
             labels = {part: images.labels.cpu() for part, images in shown.items()}
-            self._measure(look, row, name, scores, labels, results)
+            self._measure(task, fit, name, scores, labels, results)
 
     def _measure(
         self,
-        look: Look,
-        row: Row,
+        task: Task,
+        fit: Fit,
         split: str,
         scores: Mapping[str, Tensor],
         labels: Mapping[str, Tensor],
         results: Results,
     ) -> None:
         """`scores` and `labels` of `clean` (n, K), of `corrupted` (variants n, K) and of shifted images."""
-        bootstrap, n, variants = look.bootstrap, len(labels["clean"]), len(self.variants)
+        bootstrap, n, variants = task.bootstrap, len(labels["clean"]), len(self.variants)
         predicted = {part: values.argmax(1) for part, values in scores.items()}
         for part, classes in predicted.items():
-            keep_predictions(row, part, classes, labels[part], results)
+            keep_predictions(fit, part, classes, labels[part], results)
         clean, hits = ((predicted[part] == labels[part]).view(-1, n) for part in ("clean", "corrupted"))
 
-        def found(corruption: str, severity: int | None, chosen: Tensor) -> CorruptedAccuracy:
+        def found(corruption: str, severity: int | str, chosen: Tensor) -> Measurement:
             # Sums are whole numbers, so that the resampled means are exact.
-            top1, low, high = (value / len(chosen) for value in bootstrap.mean(chosen.sum(0)))
-            return CorruptedAccuracy(
-                **row, split=split, corruption=corruption, severity=severity, top1=top1, low=low, high=high, n=n
-            )
+            value, low, high = (part / len(chosen) for part in bootstrap.mean(chosen.sum(0)))
+            factors = {"corruption": corruption, "severity": severity}
+            record = partial(Measurement, kind=CORRUPTION.kind, split=split, n=n, factors=factors, **fit._asdict())
+            return record(value=value, low=low, high=high)
 
         rows = [found(*variant, hits[v : v + 1]) for v, variant in enumerate(self.variants)]
         for name in dict.fromkeys(name for name, _ in self.variants):
-            rows.append(found(name, None, hits[[v for v, (other, _) in enumerate(self.variants) if other == name]]))
-        overall = found(MEAN, None, hits)
-        results.corruptions += [*rows, overall]
+            rows.append(found(name, MEAN, hits[[v for v, (other, _) in enumerate(self.variants) if other == name]]))
+        overall = Interval(*(value / variants for value in bootstrap.mean(hits.sum(0))))
+        results.records.add(CORRUPTION, *rows, found(MEAN, MEAN, hits))
 
-        results.accuracies.append(accuracy(row, "clean", scores["clean"], labels["clean"], bootstrap))
-        top5 = top_five(row["classifier"], scores["corrupted"], labels["corrupted"])
-        corrupted = Accuracy(
-            **row, split="corrupted", top1=overall["top1"], low=overall["low"], high=overall["high"], n=n, top5=top5
-        )
-        results.accuracies.append(corrupted)
+        record_accuracy(task, fit, "clean", scores["clean"], labels["clean"], results)
+        results.records.add(ACCURACY, accuracy(fit, "corrupted", overall, n))
+        results.records.add(TOP5, *top_five(fit, "corrupted", scores["corrupted"], labels["corrupted"]))
         lost = bootstrap.mean(variants * clean[0].long() - hits.sum(0))
-        results.gaps.append(gap(row, "clean - corrupted", Interval(*(value / variants for value in lost))))
+        results.records.add(GAP, gap(fit, "clean", "corrupted", Interval(*(value / variants for value in lost))))
 
         for part in (part for part in scores if part not in OWN):
-            results.accuracies.append(accuracy(row, part, scores[part], labels[part], bootstrap))
+            record_accuracy(task, fit, part, scores[part], labels[part], results)
             paired = torch.equal(labels[part], labels["clean"])  # the same objects, see `Dataset`
             apart = bootstrap.difference(clean[0], predicted[part] == labels[part], paired=paired)
-            results.gaps.append(gap(row, f"clean - {part}", apart))
+            results.records.add(GAP, gap(fit, "clean", part, apart))

@@ -1,14 +1,15 @@
 """How alike two encoders see the same test images, whatever the axes of their features."""
 
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from typing import TypedDict
 
 import torch
 from pydantic import PositiveInt
 from torch import Tensor, nn
 
 from icl_msr.core.errors import UserError
+from icl_msr.core.records import Layout, Measurement
 from icl_msr.data.dataset import Dataset
 from icl_msr.evaluation.features import extract
 from icl_msr.evaluation.health import linear_cka
@@ -16,19 +17,14 @@ from icl_msr.evaluation.knn import neighbours
 from icl_msr.evaluation.subject import find
 from icl_msr.evaluation.suite import Extractor, Results, both
 
-
-class Alike(TypedDict):
-    """Of one encoder and the other one, on the n images of a test split."""
-
-    encoder: str
-    other: str
-    split: str
-    n: int
-    cka: float
-    """Linear CKA, 1 for features that differ by a rotation and a scale."""
-    shared_neighbours: float
-    """Part of an image's nearest images that both agree on, in [0, 1]; `chance` for features without relation."""
-    chance: float
+SIMILARITY = Layout(
+    kind="similarity",
+    title="Alike",
+    rows=("encoder", "other", "split"),
+    labels={"other": "and", "split": "images of", "cka": "CKA", "shared_neighbours": "shared neighbours, %"},
+    details={"cka": "1: equal but for a rotation and a scale", "chance": "of features without relation"},
+    count="n",
+)
 
 
 class Similarity:
@@ -96,16 +92,14 @@ class Similarity:
         others = features(there, replace(dataset, mean=mean, std=std), subject.name)  # type: ignore[arg-type]
         for label, network in both(encoder, untrained_encoder if self.untrained else None).items():
             ours = features(network, dataset, label)
-            results.similarity.append(
-                Alike(
-                    encoder=label,
-                    other=subject.name,
-                    split=split,
-                    n=len(ours),
-                    cka=linear_cka(ours, others),
-                    shared_neighbours=shared_neighbours(ours, others, self.neighbours),
-                    chance=self.neighbours / (len(ours) - 1),
-                )
+            record = partial(Measurement, kind=SIMILARITY.kind, encoder=label, split=split, n=len(ours))
+            record = partial(record, factors={"other": subject.name})
+            shared = shared_neighbours(ours, others, self.neighbours)
+            results.records.add(
+                SIMILARITY,
+                record(metric="cka", value=linear_cka(ours, others), unit="number"),
+                record(metric="shared_neighbours", value=shared),
+                record(metric="chance", value=self.neighbours / (len(ours) - 1)),
             )
         return results
 

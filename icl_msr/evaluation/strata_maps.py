@@ -8,13 +8,16 @@ N images, S strata, c channels; a map is the last feature map, h x w, its channe
 """
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple, TypedDict
+from dataclasses import replace
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from icl_msr.core.records import Chart, Layout, Measurement, Records
 from icl_msr.data.dataset import ArraySplit, Dataset, Split, normalise
-from icl_msr.data.folders import FileSplit
+from icl_msr.data.files import FileSplit
 from icl_msr.data.sources import fit
 from icl_msr.evaluation.features import evaluating
 from icl_msr.evaluation.metrics import Bootstrap
@@ -24,43 +27,24 @@ ALL = "all channels"
 """The name of the map in which no channel counts more than another."""
 
 
-class Share(TypedDict):
-    """The share of one stratum's map on the object, in [0, 1], with 95 % intervals."""
-
-    stratum: str
-    """`all channels`, or 1 to S."""
-    share: float
-    low: float
-    high: float
-    by_place: float
-    """What a map that does not see the object would have there: its area, corrected for its place."""
-    excess: float
-    """`share - by_place`, because of the object."""
-    excess_low: float
-    excess_high: float
-
-
-class Difference(TypedDict):
-    """The two strata that differ most, found on half of the images, and by how much on the other half."""
-
-    more: str
-    less: str
-    points: float
-    """Shares on the object, as fractions."""
-    low: float
-    high: float
-
-
-class Look(TypedDict):
-    """What the strata of one encoder look at."""
-
-    split: str
-    n: int
-    area: float
-    """Mean share of the image that the object covers."""
-    shares: list[Share]
-    difference: Difference | None
-    """None of fewer than two strata."""
+STRATA = Layout(
+    kind="strata",
+    title="Where the strata look",
+    rows=("stratum",),
+    labels={"stratum": "map of", "share": "on the object, %", "by_place": "if it did not see it, %"}
+    | {"excess": "because of the object, points"},
+    chart=Chart(
+        axis="stratum",
+        series=("encoder",),
+        where={"metric": "excess"},
+        note="Bars are 95 % intervals over images. On the dashed line a map does not see the object.",
+    ),
+)
+"""The `share` of each stratum's map on the object, what a map that does not see the object would have there
+(`by_place`: its area, corrected for its place), and the `excess` of the first over the second."""
+AREA, APART = "strata_area", "strata_apart"
+"""Kinds: the mean part of an image that the object covers; by how many points the two strata differ that differ most,
+found on half of the images and measured on the other half."""
 
 
 class Found(NamedTuple):
@@ -151,29 +135,64 @@ def measure(
     return Found(*(torch.cat(column) for column in zip(*found, strict=True)))
 
 
-def look(found: Found, split: str, bootstrap: Bootstrap) -> Look:
-    """Means over images with intervals, and whether the strata differ; a stratum whose map is zero is left out."""
-    shares = []
-    for column, name in enumerate([ALL, *map(str, range(1, found.shares.shape[1]))]):
+def look_at_strata(
+    backbone: Backbone,
+    strata: Callable[[Tensor], Tensor],
+    dataset: Dataset,
+    *,
+    device: torch.device | str,
+    batch_size: int,
+    bootstrap: Bootstrap,
+    images: int = 1000,
+) -> Records:
+    """Measure where the strata look on the first test split that knows where its objects are; nothing without one."""
+    split = split_with_masks(dataset)
+    if split is None:
+        return Records()
+    known: Any = {"mean": dataset.mean, "std": dataset.std, "device": device, "images": images}
+    found = measure(backbone, strata, dataset.tests[split], batch_size=batch_size, **known)
+    return strata_records(found, split, bootstrap)
+
+
+def strata_records(found: Found, split: str, bootstrap: Bootstrap) -> Records:
+    """Average over images, and say whether the strata differ; a stratum whose map is zero is left out."""
+    records, n, area = Records(), len(found.area), float(found.area.mean())
+    about = (
+        "Each stratum's map (the last feature map, weighted by its a_t): the share on the object, over "
+        f"{n:,} images of {split}, with 95 % intervals. The object covers {100 * area:.1f} % of an image, which is "
+        "what a flat map has there; as maps are fainter or brighter towards the edges, this is corrected by what the "
+        "same map has at the place of another image's object."
+    )
+    names = {str(t): f"stratum {t}" for t in range(1, found.shares.shape[1])}
+    layout = replace(STRATA, about=about, labels={**STRATA.labels, **names})
+    records.measurements.append(Measurement(kind=AREA, metric="area", value=area, split=split, n=n))
+    for column, stratum in enumerate([ALL, *range(1, found.shares.shape[1])]):
         share = found.shares[:, column]
         excess = share - found.area - found.place[:, column]
         alive = excess.isfinite()
         if alive.any():
-            value, low, high = bootstrap.mean(share[alive])
-            above, least, most = bootstrap.mean(excess[alive])
-            row = Share(stratum=name, share=value, low=low, high=high, by_place=value - above, excess=above,
-                        excess_low=least, excess_high=most)  # fmt: skip
-            shares.append(row)
-    difference = _difference(found.shares[:, 1:], bootstrap)
-    return Look(split=split, n=len(found.area), area=float(found.area.mean()), shares=shares, difference=difference)
+            value, above = bootstrap.mean(share[alive]), bootstrap.mean(excess[alive])
+            points = {key: 100 * part for key, part in above._asdict().items()}
+            record = partial(Measurement, kind=STRATA.kind, split=split, n=n, factors={"stratum": stratum})
+            records.add(
+                layout,
+                record(metric="share", **value._asdict()),
+                record(metric="by_place", value=value.value - above.value),
+                record(metric="excess", unit="points", **points),
+            )
+    records.measurements += _difference(found.shares[:, 1:], split, bootstrap)
+    return records
 
 
-def _difference(shares: Tensor, bootstrap: Bootstrap) -> Difference | None:
+def _difference(shares: Tensor, split: str, bootstrap: Bootstrap) -> list[Measurement]:
     """Chosen and measured on different images: the largest of many differences is above zero by chance alone."""
     shares = shares[shares.isfinite().all(1)]
     if shares.shape[1] < 2 or len(shares) < 2:
-        return None
+        return []
     chosen_by, measured_on = shares[::2].mean(0), shares[1::2]
     more, less = int(chosen_by.argmax()), int(chosen_by.argmin())
-    points, low, high = bootstrap.mean(measured_on[:, more] - measured_on[:, less])
-    return Difference(more=str(more + 1), less=str(less + 1), points=points, low=low, high=high)
+    interval = bootstrap.mean(measured_on[:, more] - measured_on[:, less])
+    points = {key: 100 * part for key, part in interval._asdict().items()}
+    record = partial(Measurement, kind=APART, split=split, n=len(measured_on))
+    which = [record(metric=name, value=t + 1, unit="count") for name, t in (("more", more), ("less", less))]
+    return [record(metric="difference", unit="points", **points), *which]

@@ -100,6 +100,8 @@ def find(source: str, value: str, weights: str | None) -> Subject:
         run.checkpoint = file
     elif not run.path.is_dir():
         raise UserError(f"There is no run {run}; give the folder of a run.")
+    if run.begun:
+        run.require_format()
     if not run.checkpoint.exists() and run.done:
         backbone, about = load_encoder(run.path)
     else:
@@ -128,6 +130,7 @@ def rebuild(run: RunFolder, encoder: str) -> tuple[Backbone, dict[str, Any]]:
     """
     if not run.begun:
         raise UserError(f"{run} is no run: it holds no config.yaml; give the folder of a run that has begun to train.")
+    run.require_format()
     saved = read_checkpoint(run.checkpoint)["state_dict"]
     prefix = ENCODERS[encoder]
     state = {name.removeprefix(prefix): value for name, value in saved.items() if name.startswith(prefix)}
@@ -142,9 +145,10 @@ def rebuild(run: RunFolder, encoder: str) -> tuple[Backbone, dict[str, Any]]:
         config, images = run.saved_config(), facts["images"]
         node: Mapping[str, Any] = config["backbone"]
         untrained = {**node, "weights": None} if "weights" in node else node
-        plain = build(untrained, images["image_size"])
+        plain = build(untrained, image_size=images["image_size"])
         # The method may make its own encoder of it; how many classes there are matters to no encoder.
-        method: Method = build(config["method"], plain, 2, images["mean"], images["std"])
+        facts_of_data = {"classes": 2, "mean": images["mean"], "std": images["std"]}
+        method: Method = build(config["method"], backbone=plain, **facts_of_data)
         backbone = method.backbone
         backbone.load_state_dict(state)
     except Exception as error:

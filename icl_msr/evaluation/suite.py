@@ -6,9 +6,10 @@ It knows nothing of training: encoders and a data set in, plain records out.
 import itertools
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, Protocol, TypedDict
+from typing import Annotated, Literal, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -18,9 +19,20 @@ from torch import Tensor, nn
 
 from icl_msr.core.config import suggestion
 from icl_msr.core.errors import UserError
+from icl_msr.core.records import (
+    ACCURACY,
+    GAP,
+    TRAINED,
+    UNTRAINED,
+    ByClass,
+    Classifier,
+    Layout,
+    Measurement,
+    Records,
+)
 from icl_msr.core.storage import atomic_write
 from icl_msr.data.dataset import Dataset, Split
-from icl_msr.evaluation.background import background_gaps
+from icl_msr.evaluation.background import WITHOUT_OBJECT, background_gaps
 from icl_msr.evaluation.features import extract
 from icl_msr.evaluation.health import alignment, effective_rank, feature_std, spread
 from icl_msr.evaluation.knn import PresetName, knn_scores
@@ -32,6 +44,26 @@ from icl_msr.evaluation.subsets import Crops, Some
 
 Fraction = Annotated[float, Field(gt=0, lt=1)]
 
+TOP5 = replace(ACCURACY, kind="top5", title="Top-5 accuracy, %", heat=False, folded=True, chart=None)
+HEALTH = Layout(
+    kind="health",
+    title="Representation",
+    rows=("encoder", "split"),
+    labels={"split": "images of", "effective_rank": "effective rank", "feature_std": "std", "spread": "uniformity"},
+    details={"effective_rank": "of the channels", "feature_std": "1: spread evenly", "alignment": "of two crops"},
+    count="n",
+)
+"""How well an encoder uses its space; see `evaluation.health`."""
+CHOICE = Layout(
+    kind="choice",
+    title="The learning rates that were chosen on a held-out part of the fitting set",
+    rows=("encoder", "classifier", "fitted_on"),
+    columns=("metric", "learning_rate"),
+    labels={"fitted_on": "fitted on", "held_out": "%, at"},
+    notes="note",
+    folded=True,
+)
+
 LARGEST_MATRIX = 32
 """Classes up to which the whole confusion is in the records; that of any number follows from predictions.npz."""
 LOOKED_AT = 4096
@@ -41,98 +73,20 @@ CROPPED = 1024
 """Images that two crops are taken of, at most."""
 
 
-class Row(TypedDict):
-    """What was evaluated, and how."""
+class Fit(NamedTuple):
+    """What was fitted to what: what the records of one classifier have in common."""
 
     encoder: str
     """`trained`, the one that is evaluated, or `untrained`."""
-    classifier: str
-    """`linear`, `linear-<preset>`, `knn-<preset>`, `finetune` or `head`; `-1%` at the end: fitted with a part of the
-    labels."""
+    classifier: Classifier
     fitted_on: str
-    """`train` or `balanced`; `stimuli` for what is read inside them, `own` for the classifier that the encoder has."""
-
-
-class Accuracy(Row):
-    """Accuracies on one test split, in [0, 1], top-1 with its 95 % interval over n images."""
-
-    split: str
-    top1: float
-    low: float
-    high: float
-    n: int
-    top5: float | None
-    """None of five classes or fewer. A class that no neighbour votes for is no answer of kNN."""
-
-
-class Gap(Row):
-    """A difference between test splits in percentage points, with its 95 % interval; see `background.GAPS`."""
-
-    gap: str
-    points: float
-    low: float
-    high: float
-
-
-class ByClass(Row):
-    """Where one classifier is right on a test split, and what it takes for what."""
-
-    split: str
-    accuracies: list[float | None]
-    """In [0, 1], in the order of the classes; None of a class without images."""
-    confused: list[tuple[str, str, int]]
-    """(true class, predicted class, images): the ten largest confusions."""
-    confusion: list[list[int]] | None
-    """Images of each true class (rows) taken for each class (columns); None of more than `LARGEST_MATRIX` classes."""
-
-
-class Health(TypedDict):
-    """How well one encoder uses its space, on n images of a test split; see `evaluation.health`."""
-
-    encoder: str
-    split: str
-    n: int
-    channels: int
-    effective_rank: float | None
-    feature_std: float | None
-    spread: float | None
-    alignment: float | None
-    """Of two random crops of an image. None where a measure has no value, as of features that are all zero."""
-
-
-class Choice(TypedDict):
-    """The learning rate of a classifier, and the held-out accuracies (in [0, 1]) that chose it."""
-
-    encoder: str
-    classifier: str
-    fitted_on: str
-    learning_rate: float
-    held_out_accuracies: dict[str, float]
-    note: str
-    """Empty, or a warning that the choice lies at the edge of the grid."""
 
 
 @dataclass
 class Results:
-    """What an evaluation found."""
+    """What an evaluation found: records, and what is too long for them."""
 
-    accuracies: list[Accuracy] = field(default_factory=list)
-    gaps: list[Gap] = field(default_factory=list)
-    choices: list[Choice] = field(default_factory=list)
-    by_class: list[ByClass] = field(default_factory=list)
-    health: list[Health] = field(default_factory=list)
-    corruptions: list[Any] = field(default_factory=list)
-    """Of `corruptions.CorruptedAccuracy`."""
-    shape: list[Any] = field(default_factory=list)
-    """Of `shape.ShapeBias`."""
-    decodability: list[Any] = field(default_factory=list)
-    """Of `shape.Decodability`."""
-    similarity: list[Any] = field(default_factory=list)
-    """Of `similarity.Alike`."""
-    textures: list[Any] = field(default_factory=list)
-    """Of `textures.TextureAccuracy`."""
-    labelled: list[Any] = field(default_factory=list)
-    """Of `labels.Labelled`."""
+    records: Records = field(default_factory=Records)
     lists: dict[str, list[str]] = field(default_factory=dict)
     """Names of images, by the name of the text file that `save` writes."""
     predictions: dict[str, NDArray[np.int64]] = field(default_factory=dict)
@@ -141,36 +95,18 @@ class Results:
     features: dict[str, dict[str, Tensor]] = field(default_factory=dict)
     """float32 (N, c) on the CPU, by encoder and split (`train`, `balanced` and the test splits)."""
 
-    def records(self) -> dict[str, Any]:
-        """The plain-data part, ready for JSON."""
-        return {
-            "accuracies": self.accuracies,
-            "gaps": self.gaps,
-            "probes": self.choices,
-            "per_class": self.by_class,
-            "health": self.health,
-            "corruptions": self.corruptions,
-            "shape": self.shape,
-            "decodability": self.decodability,
-            "similarity": self.similarity,
-            "textures": self.textures,
-            "labelled": self.labelled,
-        }
-
     def save(self, folder: Path) -> None:
-        """Writes what is too long for the records: `predictions.npz`, and each list as a file, one name a line."""
+        """Write what is too long for the records: `predictions.npz`, and each list as a file, one name a line."""
         np.savez_compressed(folder / "predictions.npz", **self.predictions)  # type: ignore[arg-type]
         for file, names in self.lists.items():
             atomic_write(folder / file, "\n".join(names) + "\n")
 
-    def add(self, other: "Results") -> None:
-        """Puts what another evaluation of the same encoders found behind what is here; a row that is here stays."""
-        for part in fields(self):
-            here, there = getattr(self, part.name), getattr(other, part.name)
-            if isinstance(here, dict):
-                here.update({key: value for key, value in there.items() if key not in here})
-            else:
-                here.extend([row for row in there if row not in here])
+    def join(self, other: "Results") -> None:
+        """Put what another evaluation of the same encoders found behind what is here; what is here stays."""
+        self.records.join(other.records)
+        self.lists = self.lists | other.lists | self.lists
+        self.predictions = self.predictions | other.predictions | self.predictions
+        self.features = self.features | other.features | self.features
 
 
 class Extractor(Protocol):
@@ -192,8 +128,8 @@ class Extractor(Protocol):
 
 
 @dataclass(frozen=True)
-class Look:
-    """One encoder, and all that a measurement of it needs beside its config."""
+class Task:
+    """One encoder on one data set, and all that a measurement of it needs beside the config of the evaluation."""
 
     encoder: str
     """`trained` or `untrained`."""
@@ -248,8 +184,11 @@ class Evaluation:
         Raises:
             UserError: the data set lacks something for it.
         """
+        if not dataset.classified:
+            return []
         require_labels(dataset)
-        return ["/".join(parts) for parts in itertools.product(self.classifiers, fitting_sets(dataset), dataset.tests)]
+        fits = itertools.product(self.classifiers, fitting_sets(dataset), dataset.tests)
+        return ["/".join(map(str, parts)) for parts in fits]
 
     def require(self, encoder: nn.Module) -> None:
         """Before anything is measured.
@@ -259,14 +198,15 @@ class Evaluation:
         """
 
     @property
-    def classifiers(self) -> list[str]:
-        """The names of what is fitted."""
-        return [*(f"knn-{preset}" for preset in self.knn), *([self.linear_name] if self.linear else [])]
+    def classifiers(self) -> list[Classifier]:
+        """What is fitted."""
+        neighbours = [Classifier(family="knn", preset=preset) for preset in self.knn]
+        return neighbours + ([self.linear_classifier] if self.linear else [])
 
     @property
-    def linear_name(self) -> str:
-        """The name of the linear probe."""
-        return "linear" if self.probe == "ours" else f"linear-{self.probe}"
+    def linear_classifier(self) -> Classifier:
+        """The linear probe."""
+        return Classifier(family="linear", preset="" if self.probe == "ours" else self.probe)
 
     def __call__(
         self,
@@ -288,50 +228,51 @@ class Evaluation:
         """
         results, bootstrap = Results(), Bootstrap(self.bootstrap, seed)
         for name, network in both(encoder, untrained_encoder if self.untrained else None).items():
-            look = Look(name, network, dataset, torch.device(device), seed, bootstrap, self.batch_size, extractor)
-            self.measure(look, results)
+            task = Task(name, network, dataset, torch.device(device), seed, bootstrap, self.batch_size, extractor)
+            self.measure(task, results)
         return results
 
-    def measure(self, look: Look, results: Results) -> None:
+    def measure(self, task: Task, results: Results) -> None:
         """Adds what is found of one encoder to the results."""
-        dataset = look.dataset
+        dataset = task.dataset
         fitting = fitting_sets(dataset)
-        features = {name: look.features(split, name) for name, split in {**fitting, **dataset.tests}.items()}
-        results.features[look.encoder] = {name: values.cpu() for name, values in features.items()}
+        features = {name: task.features(split, name) for name, split in {**fitting, **dataset.tests}.items()}
+        results.features[task.encoder] = {name: values.cpu() for name, values in features.items()}
         first = next(iter(dataset.tests))
-        results.health.append(health(look, first, dataset.tests[first], features[first]))
+        results.records.add(HEALTH, *health(task, first, dataset.tests[first], features[first]))
+        if not dataset.classified:
+            return
         tests = {name: features[name] for name in dataset.tests}
         for fitted_on, split in fitting.items():
-            for row, scores in self.scores(look, fitted_on, features[fitted_on], split.labels, tests, results):
-                record_tests(look, row, scores, results)
+            for fit, scores in self.scores(task, fitted_on, features[fitted_on], split.labels, tests, results):
+                record_tests(task, fit, scores, results)
 
     def scores(
         self,
-        look: Look,
+        task: Task,
         fitted_on: str,
         bank: Tensor,
         labels: Tensor,
         tests: Mapping[str, Tensor],
         results: Results,
-        suffix: str = "",
-    ) -> Iterator[tuple[Row, dict[str, Tensor]]]:
+        fraction: float = 1.0,
+    ) -> Iterator[tuple[Fit, dict[str, Tensor]]]:
         """Class scores (n, K) on the CPU of `tests`, features (n, c) by name, by each classifier fitted to the bank.
 
-        `bank` (M, c) has `labels` (M,). How the probe was chosen goes to the results. `suffix` is what the names of
-        classifiers end with.
+        `bank` (M, c) has `labels` (M,), a `fraction` of all labels. How the probe was chosen goes to the results.
         """
-        queries, classes = torch.cat(list(tests.values())), len(look.dataset.classes)
-        scores, probe = self.fit(bank, labels.to(look.device), queries, classes, look.seed)
-        if probe is not None:
-            results.choices.append(choice(look.encoder, f"{self.linear_name}{suffix}", fitted_on, probe))
+        queries, classes = torch.cat(list(tests.values())), len(task.dataset.classes)
+        scores, probe = self.fit(bank, labels.to(task.device), queries, classes, task.seed)
         for classifier, values in scores.items():
+            fit = Fit(task.encoder, replace(classifier, fraction=fraction), fitted_on)
+            if probe is not None and classifier.family == "linear":
+                results.records.add(CHOICE, *choice(fit, probe.learning_rate, probe.held_out_accuracies))
             parts = torch.split(values.cpu(), [len(features) for features in tests.values()])
-            row = Row(encoder=look.encoder, classifier=f"{classifier}{suffix}", fitted_on=fitted_on)
-            yield row, dict(zip(tests, parts, strict=True))
+            yield fit, dict(zip(tests, parts, strict=True))
 
     def fit(
         self, bank: Tensor, labels: Tensor, queries: Tensor, classes: int, seed: int
-    ) -> tuple[dict[str, Tensor], LinearProbe | None]:
+    ) -> tuple[dict[Classifier, Tensor], LinearProbe | None]:
         """Class scores (N, K) of `queries` (N, c) by every classifier fitted to `bank` (M, c), and the probe, if any.
 
         Images of the bank whose label is negative have none and are left out.
@@ -339,11 +280,11 @@ class Evaluation:
         labelled = labels >= 0  # STL-10 trains on unlabelled images too
         bank, labels = bank[labelled], labels[labelled]
         votes = knn_scores(bank, labels, queries, self.knn, classes)
-        scores: dict[str, Tensor] = {f"knn-{preset}": values for preset, values in votes.items()}
+        scores = {Classifier(family="knn", preset=preset): values for preset, values in votes.items()}
         if not self.linear:
             return scores, None
         probe = self.fit_probe(bank, labels, classes, seed)
-        return {**scores, self.linear_name: probe(queries)}, probe
+        return {**scores, self.linear_classifier: probe(queries)}, probe
 
     def fit_probe(self, features: Tensor, labels: Tensor, classes: int, seed: int) -> LinearProbe:
         """See `linear.fit_linear_probe`."""
@@ -376,101 +317,123 @@ def named_split(dataset: Dataset, name: str | None) -> str:
     return name or next(iter(dataset.tests))
 
 
-def record_tests(look: Look, row: Row, scores: Mapping[str, Tensor], results: Results) -> None:
-    """Puts class scores (n, K) of every test split, and the gaps between them, into the results."""
-    dataset = look.dataset
+def record_tests(task: Task, fit: Fit, scores: Mapping[str, Tensor], results: Results) -> None:
+    """Put class scores (n, K) of every test split, and the gaps between them, into the results."""
+    dataset = task.dataset
     labels = {name: split.labels.cpu() for name, split in dataset.tests.items()}
-    correct = {name: record(look, row, name, scores[name], labels[name], results) for name in labels}
-    gaps = background_gaps(correct, labels, dataset.chance, look.bootstrap, dataset.shifted)
-    results.gaps += [gap(row, name, interval) for name, interval in gaps.items()]
+    correct = {
+        name: record(task, fit, name, scores[name], labels[name], results, name not in WITHOUT_OBJECT)
+        for name in labels
+    }
+    gaps = background_gaps(correct, labels, dataset.chance, task.bootstrap, dataset.shifted)
+    results.records.add(GAP, *(gap(fit, *splits, interval) for splits, interval in gaps.items()))
 
 
-def record(look: Look, row: Row, split: str, scores: Tensor, labels: Tensor, results: Results) -> Tensor:
-    """Puts class `scores` (n, K) of images with `labels` (n,) into the results; bool (n,), where they are right."""
+def record(
+    task: Task, fit: Fit, split: str, scores: Tensor, labels: Tensor, results: Results, good: bool = True
+) -> Tensor:
+    """Put class `scores` (n, K) of images with `labels` (n,) into the results; bool (n,), where they are right.
+
+    `good` says whether more is better.
+    """
     predicted = scores.argmax(1)
-    keep_predictions(row, split, predicted, labels, results)
-    results.accuracies.append(accuracy(row, split, scores, labels, look.bootstrap))
-    results.by_class.append(by_class(row, split, predicted, labels, look.dataset.classes))
+    keep_predictions(fit, split, predicted, labels, results)
+    record_accuracy(task, fit, split, scores, labels, results, good)
+    results.records.by_class.append(by_class(fit, split, predicted, labels, task.dataset.classes))
     return predicted == labels
 
 
-def keep_predictions(row: Row, split: str, predicted: Tensor, labels: Tensor, results: Results) -> None:
-    """Predicted and true classes (n,), under the names that `Results.predictions` has them by."""
+def record_accuracy(
+    task: Task, fit: Fit, split: str, scores: Tensor, labels: Tensor, results: Results, good: bool = True
+) -> None:
+    """Put the accuracy of class `scores` (n, K) of images with `labels` (n,) into the results."""
+    interval = task.bootstrap.mean(scores.argmax(1) == labels)
+    results.records.add(ACCURACY, accuracy(fit, split, interval, len(labels), good))
+    results.records.add(TOP5, *top_five(fit, split, scores, labels))
+
+
+def keep_predictions(fit: Fit, split: str, predicted: Tensor, labels: Tensor, results: Results) -> None:
+    """Keep predicted and true classes (n,) under the names that `Results.predictions` has them by."""
     results.predictions[f"labels/{split}"] = labels.numpy()
-    results.predictions["/".join([row["encoder"], row["classifier"], row["fitted_on"], split])] = predicted.numpy()
+    results.predictions["/".join([*map(str, fit), split])] = predicted.numpy()
 
 
-def gap(row: Row, name: str, interval: Interval) -> Gap:
-    """Of a difference of accuracies in [-1, 1]."""
-    points, low, high = (100 * value for value in interval)
-    return Gap(**row, gap=name, points=points, low=low, high=high)
+def accuracy(fit: Fit, split: str, interval: Interval, n: int, good: bool = True) -> Measurement:
+    """Return the record of an accuracy in [0, 1] over n images; `good` says whether more is better."""
+    better: Literal["more", "neither"] = "more" if good else "neither"
+    record = partial(Measurement, kind=ACCURACY.kind, split=split, n=n, better=better)
+    return record(**interval._asdict(), **fit._asdict())
+
+
+def gap(fit: Fit, split: str, minus: str, interval: Interval) -> Measurement:
+    """Return the record of a difference of accuracies in [-1, 1], in percentage points."""
+    points = {name: 100 * value for name, value in interval._asdict().items()}
+    record = partial(Measurement, kind=GAP.kind, split=split, minus=minus, unit="points", better="less")
+    return record(**points, **fit._asdict())
 
 
 def both(encoder: nn.Module, untrained: nn.Module | None) -> dict[str, nn.Module]:
     """The encoders by the names that they have in all records."""
-    return {"trained": encoder, **({} if untrained is None else {"untrained": untrained})}
+    return {TRAINED: encoder, **({} if untrained is None else {UNTRAINED: untrained})}
 
 
-def accuracy(row: Row, split: str, scores: Tensor, labels: Tensor, bootstrap: Bootstrap) -> Accuracy:
-    """Of class `scores` (n, K) on one split with `labels` (n,)."""
-    top1, low, high = bootstrap.mean(scores.argmax(1) == labels)
-    top5 = top_five(row["classifier"], scores, labels)
-    return Accuracy(**row, split=split, top1=top1, low=low, high=high, n=len(labels), top5=top5)
+def top_five(fit: Fit, split: str, scores: Tensor, labels: Tensor) -> list[Measurement]:
+    """Return the top-5 accuracy of class `scores` (n, K); none of five classes or fewer.
 
-
-def top_five(classifier: str, scores: Tensor, labels: Tensor) -> float | None:
-    """Top-5 accuracy of class `scores` (n, K); see `Accuracy`."""
+    A class that no neighbour votes for is no answer of kNN.
+    """
     if scores.shape[1] <= 5:
-        return None
+        return []
     hits = in_top(scores, labels, 5)
-    if classifier.startswith("knn"):
+    if fit.classifier.family == "knn":
         hits &= scores.gather(1, labels[:, None])[:, 0] > 0
-    return hits.float().mean().item()
+    value = hits.float().mean().item()
+    return [Measurement(kind=TOP5.kind, split=split, value=value, n=len(labels), **fit._asdict())]
 
 
-def by_class(row: Row, split: str, predicted: Tensor, labels: Tensor, classes: Sequence[str]) -> ByClass:
-    """Of predicted and true classes (n,)."""
+def by_class(fit: Fit, split: str, predicted: Tensor, labels: Tensor, classes: Sequence[str]) -> ByClass:
+    """Return the record of predicted and true classes (n,)."""
     matrix = confusion(predicted, labels, len(classes))
     return ByClass(
-        **row,
+        **fit._asdict(),
         split=split,
         accuracies=per_class(matrix),
-        confused=[(classes[true], classes[taken], n) for true, taken, n in most_confused(matrix, 10)],
+        confused=[[classes[true], classes[taken], n] for true, taken, n in most_confused(matrix, 10)],
         confusion=matrix.tolist() if len(classes) <= LARGEST_MATRIX else None,
     )
 
 
-def health(look: Look, name: str, split: Split, features: Tensor) -> Health:
-    """Of the `features` (N, c) of the split of that name, up to `LOOKED_AT` of them, spread evenly."""
+def health(task: Task, name: str, split: Split, features: Tensor) -> list[Measurement]:
+    """Measure how well the `features` (N, c) of a split use their space, on `LOOKED_AT` of them, spread evenly."""
     index = torch.linspace(0, len(features) - 1, min(LOOKED_AT, len(features))).round().long()
     seen = features[index.to(features.device)]
-    crops = [Crops(Some(split, index[:: -(-len(index) // CROPPED)]), view, look.seed, look.device) for view in (0, 1)]
-    first, second = (look.features(crop, f"crops of {name}") for crop in crops)
-    measures = [measure(seen) for measure in (effective_rank, feature_std, spread)]
-    rank, std, apart, near = (
-        value if math.isfinite(value) else None for value in (*measures, alignment(first, second))
-    )
-    return Health(
-        encoder=look.encoder,
-        split=name,
-        n=len(seen),
-        channels=seen.shape[1],
-        effective_rank=rank,
-        feature_std=std,
-        spread=apart,
-        alignment=near,
-    )
+    crops = [Crops(Some(split, index[:: -(-len(index) // CROPPED)]), view, task.seed, task.device) for view in (0, 1)]
+    first, second = (task.features(crop, f"crops of {name}") for crop in crops)
+    found = {measure.__name__: measure(seen) for measure in (effective_rank, feature_std, spread)}
+    found = {"channels": seen.shape[1], **found, "alignment": alignment(first, second)}
+    return [
+        Measurement(
+            kind=HEALTH.kind,
+            metric=metric,
+            value=value if math.isfinite(value) else None,
+            n=len(seen),
+            unit="count" if metric == "channels" else "number",
+            encoder=task.encoder,
+            split=name,
+        )
+        for metric, value in found.items()
+    ]
 
 
-def choice(encoder: str, classifier: str, fitted_on: str, probe: LinearProbe) -> Choice:
-    """How the learning rate of a probe was chosen."""
-    rate = f"{probe.learning_rate:g}"
-    note = f"The chosen learning rate {rate} lies at the edge of the grid: widen evaluation.learning_rates."
-    return Choice(
-        encoder=encoder,
-        classifier=classifier,
-        fitted_on=fitted_on,
-        learning_rate=probe.learning_rate,
-        held_out_accuracies={f"{rate:g}": accuracy for rate, accuracy in probe.held_out_accuracies.items()},
-        note=note if probe.at_edge else "",
+def choice(
+    fit: Fit, chosen: float, held_out: Mapping[float, float], grid: str = "learning_rates"
+) -> Iterator[Measurement]:
+    """Record which learning rate was chosen, and the held-out accuracies (in [0, 1]) by learning rate that chose it."""
+    at_edge = len(held_out) > 1 and chosen in (min(held_out), max(held_out))
+    note = f"The chosen learning rate {chosen:g} lies at the edge of the grid: widen evaluation.{grid}."
+    yield Measurement(
+        kind=CHOICE.kind, metric="chosen", value=chosen, unit="number", note=note if at_edge else "", **fit._asdict()
     )
+    for rate, accuracy in held_out.items():
+        factors = {"learning_rate": rate}
+        yield Measurement(kind=CHOICE.kind, metric="held_out", value=accuracy, factors=factors, **fit._asdict())

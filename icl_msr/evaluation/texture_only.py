@@ -8,8 +8,9 @@ what is taken for another class is at least near.
 import csv
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,36 +18,27 @@ from torch import Tensor
 from icl_msr.core.config import build, check_node
 from icl_msr.core.errors import UserError
 from icl_msr.core.randomness import keys
+from icl_msr.core.records import CHANCE, GAP, ByClass, Chart, Layout, Measurement
 from icl_msr.data.dataset import Dataset, Split
 from icl_msr.evaluation.cache import split_identity
 from icl_msr.evaluation.labels import require_labels
 from icl_msr.evaluation.metrics import Bootstrap, Interval
-from icl_msr.evaluation.suite import Evaluation, Look, Results, Row, gap, health, named_split, record
+from icl_msr.evaluation.suite import HEALTH, Evaluation, Fit, Results, Task, gap, health, named_split, record
 
 _VIEW = -200
 """The view number of these images' keys."""
 
 
-class ByName(TypedDict):
-    """Top-1 accuracy in [0, 1], with its 95 % interval over n images, that of guessing, and that of each class."""
-
-    top1: float
-    low: float
-    high: float
-    n: int
-    chance: float
-    by_class: dict[str, float | None]
-    """By name; None of a class without images."""
-
-
-class TextureAccuracy(Row, ByName):
-    """What one classifier is right about on one kind of images."""
-
-    split: str
-    images: str
-    """`only_<generator>`, or the name of the split itself: as they are."""
-    level: str
-    """`fine`, or `coarse`: the classes of a superclass count as one."""
+TEXTURE = Layout(
+    kind="texture",
+    title="Told from what is left of an image without its content, %",
+    rows=("images", "classifier", "encoder"),
+    columns=("level", "metric"),
+    labels={"accuracy": "classes"},
+    about="Coarse classes are the superclasses: those of one superclass count as one.",
+    notes="told best",
+    chart=Chart(axis="images", series=("classifier", "encoder"), where={"metric": "accuracy", "level": "fine"}),
+)
 
 
 @dataclass
@@ -107,27 +99,27 @@ class TextureImages(Evaluation):
         shown = (named_split(dataset, self.split), *self.built)
         return [f"{classifier}/train/{images}" for classifier in self.classifiers for images in shown]
 
-    def measure(self, look: Look, results: Results) -> None:
+    def measure(self, task: Task, results: Results) -> None:
         """See `suite.Evaluation`."""
-        dataset, name = look.dataset, named_split(look.dataset, self.split)
+        dataset, name = task.dataset, named_split(task.dataset, self.split)
         split, superclasses = dataset.tests[name], self._superclasses(dataset)
         shown: dict[str, Split] = {name: split}
         for images, generator in self.built.items():
-            shown[images] = NonSemanticVersions(split, generator, look.seed, look.device)
-        bank = look.features(dataset.train, "train")
-        tests = {images: look.features(part, images) for images, part in shown.items()}
-        results.health.append(health(look, name, split, tests[name]))
+            shown[images] = NonSemanticVersions(split, generator, task.seed, task.device)
+        bank = task.features(dataset.train, "train")
+        tests = {images: task.features(part, images) for images, part in shown.items()}
+        results.records.add(HEALTH, *health(task, name, split, tests[name]))
         labels = split.labels.cpu()
-        for row, scores in self.scores(look, "train", bank, dataset.train.labels, tests, results):
+        for fit, scores in self.scores(task, "train", bank, dataset.train.labels, tests, results):
             for images, values in scores.items():
-                correct = record(look, row, images, values, labels, results)
+                correct = record(task, fit, images, values, labels, results, good=images == name)
                 if images != name:
-                    above = Interval(*(value - dataset.chance for value in look.bootstrap.mean(correct)))
-                    results.gaps.append(gap(row, f"{images} - chance", above))
+                    above = Interval(*(value - dataset.chance for value in task.bootstrap.mean(correct)))
+                    results.records.add(GAP, gap(fit, images, CHANCE, above))
                 for level, classes in (("fine", dataset.classes), ("coarse", superclasses)):
                     if classes is not None:
-                        found = by_name(values.argmax(1), labels, classes, look.bootstrap)
-                        results.textures.append(TextureAccuracy(**row, split=name, images=images, level=level, **found))
+                        told = told_apart(values.argmax(1), labels, classes, task.bootstrap)
+                        _record(fit, name, images, level, told, len(labels), results)
 
     def _superclasses(self, dataset: Dataset) -> Sequence[str] | None:
         """Of each class."""
@@ -136,22 +128,41 @@ class TextureImages(Evaluation):
         return read_superclasses(Path(self.superclasses).expanduser(), dataset.classes)
 
 
-def by_name(predicted: Tensor, labels: Tensor, names: Sequence[str], bootstrap: Bootstrap) -> ByName:
-    """Of predicted and true classes (n,) by number; `names` (K,) of the classes, those of one name count as one."""
+class Told(NamedTuple):
+    """Which images are told by the name of their class."""
+
+    accuracy: Interval
+    chance: float
+    """The accuracy of guessing."""
+    by_name: dict[str, float | None]
+    """The accuracy on each name; None of a name without images."""
+
+
+def told_apart(predicted: Tensor, labels: Tensor, names: Sequence[str], bootstrap: Bootstrap) -> Told:
+    """Compare predicted and true classes (n,) by number; classes of one name, of `names` (K,), count as one."""
     kinds = list(dict.fromkeys(names))
     kind = torch.tensor([kinds.index(name) for name in names])
     true = kind[labels]
     correct = kind[predicted] == true
     shown, right = (torch.bincount(those, minlength=len(kinds)).tolist() for those in (true, true[correct]))
-    top1, low, high = bootstrap.mean(correct)
-    return ByName(
-        top1=top1,
-        low=low,
-        high=high,
-        n=len(labels),
-        chance=float(torch.bincount(kind)[true].double().mean() / len(names)),
-        by_class={name: r / n if n else None for name, r, n in zip(kinds, right, shown, strict=True)},
-    )
+    chance = float(torch.bincount(kind)[true].double().mean() / len(names))
+    by_name = {name: r / n if n else None for name, r, n in zip(kinds, right, shown, strict=True)}
+    return Told(bootstrap.mean(correct), chance, by_name)
+
+
+def _record(fit: Fit, split: str, images: str, level: str, told: Told, n: int, results: Results) -> None:
+    """Puts what one classifier is right about on one kind of images into the results."""
+    best = sorted(((name, value) for name, value in told.by_name.items() if value), key=lambda pair: -pair[1])[:3]
+    note = ", ".join(f"{name} {100 * value:.0f}" for name, value in best) if level == "fine" else ""
+    factors = {"images": images, "level": level}
+    record = partial(Measurement, kind=TEXTURE.kind, split=split, n=n, factors=factors, **fit._asdict())
+    chance = record(metric="chance", value=told.chance)
+    results.records.add(TEXTURE, record(**told.accuracy._asdict(), note=note), chance)
+    if level == "coarse":  # the classes themselves have theirs
+        by_class = ByClass(
+            **fit._asdict(), split=images, classes=list(told.by_name), accuracies=list(told.by_name.values())
+        )
+        results.records.by_class.append(by_class)
 
 
 def read_superclasses(file: Path, classes: Sequence[str]) -> list[str]:

@@ -251,7 +251,7 @@ def debiased(
     for_it, against = two_view_log_odds(first, second, temperature, None)
     n = 2 * world_size() * len(first) - 2
     least = against.new_full((), math.log(n) - 1 / temperature)
-    log_share = for_it + against.new_tensor(tau_plus * n).log() - against
+    log_share = for_it + against.new_full((), tau_plus * n).log() - against
     # Where the share is 1 or more, only the bound is left; -1 keeps the branch that is not taken finite.
     rest = (-torch.expm1(torch.where(log_share < 0, log_share, -1))).log() - math.log1p(-tau_plus)
     against = torch.where(log_share < 0, torch.maximum(against + rest, least), least)

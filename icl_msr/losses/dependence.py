@@ -83,5 +83,5 @@ def ssl_hsic(views: Tensor, frequencies: Sequence[Tensor], gamma: float) -> Tens
         () whose mean over ranks is the loss.
     """
     rows = unit(views)
-    features, others = (fourier_features(rows, f.to(rows)) for f in frequencies)
+    features, others = (fourier_features(rows, f.to(rows, non_blocking=True)) for f in frequencies)
     return gamma * root_hsic_zz(features, others) - hsic_zy(features)

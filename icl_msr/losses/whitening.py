@@ -41,11 +41,14 @@ def whiten(rows: Tensor, shrinkage: float) -> Tensor:
 
     Returns:
         (..., n, D), in the dtype of the rows, computed in fp64: a covariance has the square of the rows' condition.
+        Not a number where it has no factor, such as that of rows that are not finite.
     """
     centred = rows.double() - rows.double().mean(-2, keepdim=True)
     covariance = centred.mT @ centred / (rows.shape[-2] - 1)
     identity = torch.eye(rows.shape[-1], dtype=covariance.dtype, device=rows.device)
-    factor = torch.linalg.cholesky((1 - shrinkage) * covariance + shrinkage * identity)
+    # Torch's `cholesky` makes the host wait for the device, to ask whether there is a factor.
+    factor, failed = torch.linalg.cholesky_ex((1 - shrinkage) * covariance + shrinkage * identity)
+    factor = factor.masked_fill((failed != 0)[..., None, None], torch.nan)
     whitened: Tensor = torch.linalg.solve_triangular(factor, centred.mT, upper=False).mT
     return whitened.to(rows.dtype)
 
@@ -65,5 +68,6 @@ def wmse(first: Tensor, second: Tensor, parts: Sequence[Tensor], shrinkage: floa
         () mean over all images and iterations of 2 - 2 cos, the same on all ranks.
     """
     views = torch.stack([gather(single(first)), gather(single(second))])  # (2, M, D)
-    whitened = torch.cat([whiten(views[:, part.to(views.device)], shrinkage) for part in parts], dim=1)
+    there = [part.to(views.device, non_blocking=True) for part in parts]
+    whitened = torch.cat([whiten(views[:, part], shrinkage) for part in there], dim=1)
     return squared_distance(*whitened)

@@ -1,17 +1,17 @@
-"""The contract of a contrastive method: a few verbs, most of them inherited as nothing."""
+"""The contract of a contrastive method: a few verbs, most of which have a default."""
 
 import itertools
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from icl_msr.core.views import NonSemantic, Views
 from icl_msr.models.backbones import Backbone
+from icl_msr.models.batchnorm import frozen_statistics
+from icl_msr.models.momentum import MomentumEncoder, Queue
 
 
 @dataclass(frozen=True)
@@ -22,9 +22,11 @@ class Step:
     total: int
     noise: int = 0
     """Seed of all randomness inside a method (dropout, stochastic depth, random features) for this micro-batch, so that
-    it can be replayed."""
-    epochs: int = 1
+    a pass can be repeated."""
+    epochs: float = 1
     """What `total` is in epochs."""
+    logs: bool = False
+    """Whether the numbers of this step are written. Costly ones are computed only then."""
 
     @property
     def progress(self) -> float:
@@ -39,7 +41,7 @@ class Step:
 
 @dataclass
 class Targets:
-    """What a batch is compared with and no gradient flows into; computed once a batch, reused at theta'."""
+    """What a batch is compared with. No gradient flows into it; it is computed once a batch and reused at theta'."""
 
     features: list[Tensor] = field(default_factory=list)
     """The momentum encoder's pooled features (N, c), one entry a view; empty without a momentum encoder."""
@@ -81,109 +83,161 @@ class Output:
     pairs: list[Pair]
     embeddings: list[Tensor] = field(default_factory=list)
     """What `project` gave, with gradient."""
+    log: dict[str, Tensor] = field(default_factory=dict)
+    """Numbers () by name. They are averaged over ranks and reach every logger and the report's curves."""
 
 
 class Method(nn.Module, ABC):
     """A contrastive method.
 
+    A subclass has a constructor, a `loss`, and those other verbs that differ from their defaults. By default the
+    projector takes all views in one batch, and the two global views are compared with each other: with what
+    `momentum_encoder` makes of them where there is one, and against the keys in `queue` where there is one. A subclass
+    sets these two after calling `super().__init__`.
+
     `targets`, `encode`, `project`, `loss` and `pairs` are functions of parameters, buffers and inputs. `forward`
     composes them, so `torch.func.functional_call` evaluates the very same training loss at other parameters. State
     moves in `observe` (every micro-batch, after the backward pass) and in `advance` (every optimiser step) alone.
+
+    Args:
+        backbone: the encoder that is trained.
+        projector: (., c) to (., D); None: embeddings are the features.
     """
 
     backbone: Backbone
     temperature: float | None = None
     takes: tuple[int, int] = (2, 2)
     """Fewest and most views of an image; with more than two, the first two are the global ones."""
+    online_views = slice(None)
+    """Views that the backbone encodes."""
+    target_views = slice(2)
+    """Views that the momentum encoder encodes."""
     refuses: Mapping[str, str] = {}
     """Why a config group, `regularizer` or `negatives`, has no meaning here, and what to do instead."""
+
+    def __init__(self, backbone: Backbone, projector: nn.Module | None = None):
+        super().__init__()
+        self.backbone = backbone
+        self.projector: nn.Module = nn.Identity() if projector is None else projector
+        self.momentum_encoder: MomentumEncoder | None = None
+        self.queue: Queue | None = None
 
     @property
     def channels(self) -> int:
         """c, the width of `Pair.key_features`."""
         return self.backbone.channels
 
+    # ------------------------------------------------------------------------------------------ functions
+
+    @torch.no_grad()
     def targets(self, views: Views) -> Targets:
-        """No-gradient side of the comparison."""
-        return Targets()
+        """Return the side of the comparison that has no gradient: the momentum encoder's, and embedded negatives."""
+        targets = Targets()
+        if self.momentum_encoder is not None:
+            targets.features = encode_views(self.momentum_encoder.backbone, views.views[self.target_views])
+            targets.embeddings = in_one_batch(self.momentum_encoder.projector, targets.features)
+        if views.negatives is not None:
+            images = views.negatives.rows
+            with frozen_statistics(self):  # the encoder is evaluated later, and its statistics never see a texture
+                rows = self.embed(images.flatten(0, 1))
+            targets.negatives = replace(views.negatives, rows=rows.reshape(*images.shape[:2], -1))
+        return targets
+
+    def embed(self, images: Tensor) -> Tensor:
+        """Return embeddings (N, D) of non-semantic negatives, through the momentum encoder where there is one."""
+        encoder = self.momentum_encoder
+        embeddings: Tensor = self.projector(self.backbone(images)) if encoder is None else encoder(images)
+        return embeddings
 
     def encode(self, views: Views) -> list[Tensor]:
-        """Pooled features (N, c) per view: the only place where the trained backbone runs, once for each size."""
-        return encode_views(self.backbone, views.views)
+        """Return pooled features (N, c) of each view. The trained backbone runs nowhere else, once for each size."""
+        return encode_views(self.backbone, views.views[self.online_views])
 
-    @abstractmethod
     def project(self, features: Sequence[Tensor]) -> list[Tensor]:
-        """Projector, and predictor if any: (N, c) per view to (N, D) per view."""
+        """Return what is compared, (N, c) to (N, D) for each view: projections, or predictions."""
+        return in_one_batch(self.projector, features)
 
     @abstractmethod
     def loss(self, embeddings: Sequence[Tensor], targets: Targets, step: Step) -> Tensor:
-        """L_ct: reads buffers and writes none."""
+        """Return () L_ct. It reads buffers and writes none."""
 
-    @abstractmethod
     def pairs(self, features: Sequence[Tensor], embeddings: Sequence[Tensor], targets: Targets) -> list[Pair]:
-        """Which anchors are compared with which keys."""
+        """Return which anchors are compared with which keys: by default, each global view's with the other's."""
+        keys, key_features, head = embeddings[:2], features[:2], self.projector
+        if self.momentum_encoder is not None:
+            keys, key_features, head = targets.embeddings, targets.features, self.momentum_encoder.projector
+        return crosswise(embeddings, keys, key_features, head, None if self.queue is None else self.queue.keys)
 
     def non_semantic(self, targets: Targets, pairs: Sequence[Pair]) -> list[Tensor]:
-        """The non-semantic negatives (N, m, D) that meet the anchors of each pair; none where there are none."""
+        """Return the non-semantic negatives (N, m, D) that meet the anchors of each pair; none where there are none."""
         return [] if targets.negatives is None else [targets.negatives.rows] * len(pairs)
 
+    def log(self, output: Output, targets: Targets) -> dict[str, Tensor]:
+        """Return numbers () of one's own for the log, by name. Only steps that are logged ask, without gradient."""
+        return {}
+
     def forward(self, views: Views, targets: Targets, step: Step) -> Output:
-        """L_ct of a batch."""
+        """Return L_ct of a batch and all that it is made of."""
         features = self.encode(views)
         embeddings = self.project(features)
         loss = self.loss(embeddings, targets, step)
-        return Output(loss, features, self.pairs(features, embeddings, targets), embeddings)
+        output = Output(loss, features, self.pairs(features, embeddings, targets), embeddings)
+        if step.logs:
+            with torch.no_grad():
+                output.log |= self.log(output, targets)
+        return output
 
     def require_batch(self, images: int) -> None:
-        """Whether the images of a step, on all ranks together, are enough.
+        """Check that a step has enough images, on all ranks together.
 
         Raises:
             UserError: they are too few for this method.
         """
 
+    # ------------------------------------------------------------------------------------------ state
+
     def observe(self, targets: Targets, embeddings: Sequence[Tensor]) -> None:
-        """Queues and banks take the batch in: its targets, or what `project` gave, detached."""
+        """Take a batch into queues and banks: its targets, or what `project` gave, detached.
+
+        It comes after the loss, so that a key is never among its own negatives.
+        """
+        if self.queue is not None:
+            self.queue.push(targets.embeddings[0])
 
     def frozen(self, step: Step) -> Iterable[nn.Parameter]:
-        """Parameters that this optimiser step leaves alone."""
+        """Return the parameters that this optimiser step leaves alone."""
         return ()
 
     def advance(self, step: Step) -> None:
-        """Momentum encoders follow."""
+        """Let the momentum encoder follow."""
+        if self.momentum_encoder is not None:
+            self.momentum_encoder.follow(self.backbone, self.projector, step.progress)
 
 
 def encode_views(backbone: nn.Module, views: Sequence[Tensor]) -> list[Tensor]:
-    """Features (N, c) of each view (N, C, h, w), neighbours of one size in one pass."""
+    """Return features (N, c) of each view (N, C, h, w), neighbours of one size in one pass."""
     features: list[Tensor] = []
     for _, same in itertools.groupby(views, lambda view: view.shape[-1]):
-        group = list(same)
-        features += backbone(torch.cat(group)).chunk(len(group))
+        features += in_one_batch(backbone, list(same))
     return features
 
 
-@torch.no_grad()
-def embed_negatives(
-    negatives: NonSemantic | None, embed: Callable[[Tensor], Tensor], owner: nn.Module
-) -> NonSemantic | None:
-    """Embeds non-semantic negatives without gradient, with batch statistics of their own.
+def in_one_batch(network: Callable[[Tensor], Tensor], views: Sequence[Tensor]) -> list[Tensor]:
+    """Put V tensors (N, ...) through a network in one batch of V N rows, and return V results (N, ...)."""
+    batch = views[0] if len(views) == 1 else torch.cat(list(views))
+    return list(network(batch).chunk(len(views)))
 
-    The running statistics of `owner`, whose encoder is evaluated later, never see a texture.
+
+def crosswise(
+    anchors: Sequence[Tensor],
+    keys: Sequence[Tensor],
+    key_features: Sequence[Tensor],
+    head: nn.Module,
+    bank: Tensor | None = None,
+) -> list[Pair]:
+    """Pair the anchors of each global view with the keys of the other. See `Pair` for the arguments.
+
+    Two keys are those of the two global views, and anchors of local views have none. One key is the other view's.
     """
-    if negatives is None:
-        return None
-    with frozen_statistics(owner):
-        rows = embed(negatives.rows.flatten(0, 1))
-    return replace(negatives, rows=rows.reshape(*negatives.rows.shape[:2], -1))
-
-
-@contextmanager
-def frozen_statistics(module: nn.Module) -> Iterator[None]:
-    """BatchNorm layers inside `module` go on normalising as they do, and leave their running statistics alone."""
-    layers = [m for m in module.modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
-    for layer in layers:
-        layer.track_running_stats = False
-    try:
-        yield
-    finally:
-        for layer in layers:
-            layer.track_running_stats = True
+    sides = zip(anchors, reversed(keys), reversed(key_features), strict=False)
+    return [Pair(anchor, key, features, head, bank) for anchor, key, features in sides]

@@ -7,9 +7,8 @@ import torch
 from pydantic import PositiveFloat, PositiveInt
 from torch import Tensor
 
-from icl_msr.core.views import Views
 from icl_msr.losses.contrastive import info_nce
-from icl_msr.methods.base import Method, Pair, Step, Targets, embed_negatives
+from icl_msr.methods.base import Method, Pair, Step, Targets
 from icl_msr.models.backbones import Backbone
 from icl_msr.models.heads import mlp
 from icl_msr.models.lab import LabBackbone
@@ -32,7 +31,6 @@ class CMC(Method):
     def __init__(
         self,
         backbone: Backbone,
-        classes: int,
         mean: Sequence[float],
         std: Sequence[float],
         *,
@@ -41,8 +39,7 @@ class CMC(Method):
         temperature: PositiveFloat,
         queue_size: PositiveInt,
     ):
-        super().__init__()
-        self.backbone = LabBackbone(backbone, mean, std)
+        super().__init__(LabBackbone(backbone, mean, std))
         widths = [self.channels, *([hidden_dim] if hidden_dim else []), embedding_dim]
         self.projector_l, self.projector_ab = mlp(*widths), mlp(*widths)
         self.queue_l, self.queue_ab = Queue(queue_size, embedding_dim), Queue(queue_size, embedding_dim)
@@ -50,24 +47,21 @@ class CMC(Method):
 
     @property
     def channels(self) -> int:
-        """Of one colour space: strata weigh the channels of both encoders alike."""
+        """Those of one colour space: strata weigh the channels of both encoders alike."""
         return self.backbone.channels // 2
 
-    def targets(self, views: Views) -> Targets:
-        """The embedded non-semantic negatives, (N, m, 2 D): in L, then in ab."""
-        return Targets(negatives=embed_negatives(views.negatives, self._embed, self))
-
-    def _embed(self, images: Tensor) -> Tensor:
+    def embed(self, images: Tensor) -> Tensor:
+        """Return embeddings (N, 2 D): in L, then in ab."""
         return torch.cat(self.project([self.backbone(images)]), dim=1)
 
     def project(self, features: Sequence[Tensor]) -> list[Tensor]:
-        """Embeddings (N, D) of L, one a view, then those of ab."""
+        """Return embeddings (N, D) of L, one a view, then those of ab."""
         lightness, colours = torch.cat(list(features)).chunk(2, dim=1)
         views = len(features)
         return [*self.projector_l(lightness).chunk(views), *self.projector_ab(colours).chunk(views)]
 
     def loss(self, embeddings: Sequence[Tensor], targets: Targets, step: Step) -> Tensor:
-        """InfoNCE both ways, averaged (section 3.2, where the two are summed)."""
+        """Return the mean of InfoNCE both ways (section 3.2, where the two are summed)."""
         in_l = in_ab = targets.negatives
         if targets.negatives is not None:
             in_l, in_ab = (replace(targets.negatives, rows=rows) for rows in targets.negatives.rows.chunk(2, dim=2))
@@ -78,7 +72,7 @@ class CMC(Method):
         return torch.stack(losses).mean()
 
     def pairs(self, features: Sequence[Tensor], embeddings: Sequence[Tensor], targets: Targets) -> list[Pair]:
-        """L against ab and ab against L, for each view."""
+        """Return L against ab and ab against L, for each view."""
         pairs = []
         for both, (light, colour) in zip(features, by_view(embeddings), strict=True):
             of_l, of_ab = both.chunk(2, dim=1)
@@ -87,20 +81,20 @@ class CMC(Method):
         return pairs
 
     def non_semantic(self, targets: Targets, pairs: Sequence[Pair]) -> list[Tensor]:
-        """Those of L are met in ab, and those of ab in L."""
+        """Return what anchors meet: those of L meet negatives in ab, and those of ab in L."""
         if targets.negatives is None:
             return []
         in_l, in_ab = targets.negatives.rows.chunk(2, dim=2)
         return [in_ab, in_l] * (len(pairs) // 2)
 
     def observe(self, targets: Targets, embeddings: Sequence[Tensor]) -> None:
-        """Both queues take the batch in."""
+        """Take the batch into both queues."""
         for light, colour in by_view(embeddings):
             self.queue_l.push(light)
             self.queue_ab.push(colour)
 
 
 def by_view(embeddings: Sequence[Tensor]) -> list[tuple[Tensor, Tensor]]:
-    """(L, ab) of each view, from what `project` gave."""
+    """Return (L, ab) of each view, from what `project` gave."""
     views = len(embeddings) // 2
     return list(zip(embeddings[:views], embeddings[views:], strict=True))

@@ -2,13 +2,11 @@
 
 from collections.abc import Sequence
 
-import torch
 from pydantic import PositiveFloat, PositiveInt
 from torch import Tensor
 
-from icl_msr.core.views import Views
 from icl_msr.losses.contrastive import decoupled
-from icl_msr.methods.base import Method, Pair, Step, Targets, embed_negatives
+from icl_msr.methods.base import Method, Step, Targets
 from icl_msr.models.backbones import Backbone
 from icl_msr.models.heads import mlp
 
@@ -28,25 +26,11 @@ class DCL(Method):
         temperature: PositiveFloat,
         sigma: PositiveFloat | None,
     ):
-        super().__init__()
-        self.backbone = backbone
-        self.projector = mlp(backbone.channels, hidden_dim, embedding_dim)
+        super().__init__(backbone, mlp(backbone.channels, hidden_dim, embedding_dim))
         self.temperature: float = temperature
         self.sigma = sigma
 
-    def targets(self, views: Views) -> Targets:
-        """The embedded non-semantic negatives."""
-        return Targets(negatives=embed_negatives(views.negatives, lambda t: self.projector(self.backbone(t)), self))
-
-    def project(self, features: Sequence[Tensor]) -> list[Tensor]:
-        """z of both views."""
-        return list(self.projector(torch.cat(list(features))).chunk(2))
-
     def loss(self, embeddings: Sequence[Tensor], targets: Targets, step: Step) -> Tensor:
-        """L_DC, or L_DCW (eq. 6, 7)."""
+        """Return L_DC, or L_DCW (eq. 6, 7)."""
         first, second = embeddings
         return decoupled(first, second, self.temperature, self.sigma, targets.negatives)
-
-    def pairs(self, features: Sequence[Tensor], embeddings: Sequence[Tensor], targets: Targets) -> list[Pair]:
-        """Each view against the other."""
-        return [Pair(embeddings[i], embeddings[j], features[j], self.projector) for i, j in ((0, 1), (1, 0))]

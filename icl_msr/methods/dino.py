@@ -1,21 +1,19 @@
 """DINO: Caron et al. Emerging Properties in Self-Supervised Vision Transformers. ICCV 2021 (arXiv 2104.14294)."""
 
 from collections.abc import Iterable, Sequence
-from typing import Annotated, Literal
 
 import torch
-from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt
+from pydantic import NonNegativeFloat, PositiveFloat, PositiveInt
 from torch import Tensor, nn
 
 from icl_msr.core.distributed import average
-from icl_msr.core.views import Views
 from icl_msr.losses.clustering import cosines, self_distillation
 from icl_msr.losses.contrastive import unit
 from icl_msr.losses.regression import repulsion
-from icl_msr.methods.base import Method, Pair, Step, Targets, embed_negatives
+from icl_msr.methods.base import Method, Step, Targets
 from icl_msr.models.backbones import Backbone
 from icl_msr.models.heads import mlp
-from icl_msr.models.momentum import MomentumEncoder, rising_momentum
+from icl_msr.models.momentum import Momentum, MomentumEncoder, Statistics
 
 
 class Head(nn.Module):
@@ -27,7 +25,7 @@ class Head(nn.Module):
         self.prototypes = nn.Parameter(unit(torch.randn(prototypes, embedding_dim)))
 
     def forward(self, features: Tensor) -> Tensor:
-        """Bottleneck embeddings, not yet of unit length."""
+        """Return bottleneck embeddings, not yet of unit length: (N, c) to (N, D)."""
         embeddings: Tensor = self.mlp(features)
         return embeddings
 
@@ -35,12 +33,15 @@ class Head(nn.Module):
 class DINO(Method):
     """A student sees all views and predicts what its momentum teacher assigns the other global view to.
 
-    The regularizer compares the bottleneck embeddings of the two global views, and non-semantic negatives, through the
-    teacher, are repelled there (both ours): their cosines are of D dimensions, whatever the number of prototypes.
+    The teacher follows ever more slowly (section 3.1). The regularizer compares the bottleneck embeddings of the two
+    global views, and non-semantic negatives, through the teacher, are repelled there (both ours): their cosines are of
+    D dimensions, whatever the number of prototypes.
     """
 
     takes = (2, 12)
     centre: Tensor
+    projector: Head
+    momentum_encoder: MomentumEncoder
 
     def __init__(
         self,
@@ -55,34 +56,19 @@ class DINO(Method):
         teacher_temperature: PositiveFloat,
         warmup_teacher_temperature: PositiveFloat,
         warmup_epochs: NonNegativeFloat,
-        centre_momentum: Annotated[float, Field(ge=0, le=1)],
-        momentum: Annotated[float, Field(ge=0, le=1)],
-        momentum_statistics: Literal["own", "online"],
+        centre_momentum: Momentum,
+        momentum: Momentum,
+        momentum_statistics: Statistics,
     ):
-        super().__init__()
-        self.backbone = backbone
-        self.projector = Head(backbone.channels, hidden_dim, embedding_dim, prototypes, batch_norm)
-        self.momentum_encoder = MomentumEncoder(backbone, self.projector, momentum_statistics)
+        super().__init__(backbone, Head(backbone.channels, hidden_dim, embedding_dim, prototypes, batch_norm))
+        self.momentum_encoder = MomentumEncoder(backbone, self.projector, momentum, momentum_statistics, rising=True)
         self.register_buffer("centre", torch.zeros(prototypes))
         self.temperature: float = temperature
         self.teacher_temperatures, self.warmup_epochs = (warmup_teacher_temperature, teacher_temperature), warmup_epochs
-        self.freeze_epochs = freeze_epochs
-        self.centre_momentum, self.momentum = centre_momentum, momentum
-
-    @torch.no_grad()
-    def targets(self, views: Views) -> Targets:
-        """The teacher's bottleneck embeddings of the two global views."""
-        features = self.momentum_encoder.backbone(torch.cat(views.views[:2]))
-        embeddings = self.momentum_encoder.projector(features)
-        negatives = embed_negatives(views.negatives, self.momentum_encoder, self)
-        return Targets(list(features.chunk(2)), list(embeddings.chunk(2)), negatives)
-
-    def project(self, features: Sequence[Tensor]) -> list[Tensor]:
-        """Bottleneck embeddings, all views in one batch."""
-        return list(self.projector(torch.cat(list(features))).chunk(len(features)))
+        self.freeze_epochs, self.centre_momentum = freeze_epochs, centre_momentum
 
     def loss(self, embeddings: Sequence[Tensor], targets: Targets, step: Step) -> Tensor:
-        """Cross entropy of the student's scores with the teacher's, which are centred and sharpened (eq. 1-3)."""
+        """Return the cross entropy of the student's scores with the teacher's, centred and sharpened (eq. 1-3)."""
         student = cosines(torch.stack(list(embeddings)), self.projector.prototypes)
         teacher = cosines(torch.stack(targets.embeddings), self.teacher_prototypes)
         temperatures = self.temperature, self.teacher_temperature(step)
@@ -96,27 +82,17 @@ class DINO(Method):
         return self.momentum_encoder.projector.get_parameter("prototypes")
 
     def teacher_temperature(self, step: Step) -> float:
-        """Rises on a line, then stays (section 3.1)."""
+        """Return what rises on a line, then stays (section 3.1)."""
         low, high = self.teacher_temperatures
         return high if step.epoch >= self.warmup_epochs else low + (high - low) * step.epoch / self.warmup_epochs
 
-    def pairs(self, features: Sequence[Tensor], embeddings: Sequence[Tensor], targets: Targets) -> list[Pair]:
-        """Each global view's embedding against the teacher's of the other."""
-        head = self.momentum_encoder.projector
-        return [Pair(embeddings[i], targets.embeddings[j], targets.features[j], head) for i, j in ((0, 1), (1, 0))]
-
     @torch.no_grad()
     def observe(self, targets: Targets, embeddings: Sequence[Tensor]) -> None:
-        """The centre follows the teacher's mean scores on all ranks (eq. 4); they are those of its mean embedding."""
+        """Let the centre follow the teacher's mean scores on all ranks (eq. 4): the scores of its mean embedding."""
         (mean,) = average([unit(torch.cat(targets.embeddings)).mean(0)])
         scores = unit(self.teacher_prototypes) @ mean
         self.centre = torch.lerp(scores.to(self.centre.dtype), self.centre, self.centre_momentum)
 
     def frozen(self, step: Step) -> Iterable[nn.Parameter]:
-        """The last layer, for the first epochs."""
+        """Return the last layer, for the first epochs."""
         return [self.projector.prototypes] if step.epoch < self.freeze_epochs else []
-
-    def advance(self, step: Step) -> None:
-        """The teacher follows, ever more slowly (section 3.1)."""
-        momentum = rising_momentum(self.momentum, step.progress)
-        self.momentum_encoder.follow(self.backbone, self.projector, momentum)

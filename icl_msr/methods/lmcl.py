@@ -3,15 +3,13 @@
 from collections.abc import Sequence
 from typing import Annotated
 
-import torch
 from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt
 from torch import Tensor
 
 from icl_msr.core.errors import UserError
-from icl_msr.core.views import Views
 from icl_msr.losses.contrastive import nt_xent
 from icl_msr.losses.penalties import polarization
-from icl_msr.methods.base import Method, Pair, Step, Targets, embed_negatives
+from icl_msr.methods.base import Method, Step, Targets
 from icl_msr.models.backbones import Backbone
 from icl_msr.models.heads import mlp
 
@@ -19,7 +17,7 @@ Distance = Annotated[float, Field(ge=0, le=1)]
 
 
 class LMCL(Method):
-    """SimCLR, and a margin between near and far that every pair of the batch is to leave, so that likes stay together.
+    """SimCLR with a margin between near and far that no pair of the batch should lie in, so that likes stay together.
 
     Reconstructed: the authors published no code. Ours are the normalised distance, the mean over pairs and the values
     of the thresholds and of the weight. Non-semantic negatives go through the online encoder without gradient and
@@ -37,32 +35,18 @@ class LMCL(Method):
         delta_plus: Distance,
         delta_minus: Distance,
     ):
-        super().__init__()
         if delta_plus >= delta_minus:
             raise UserError(
                 f"method.delta_plus={delta_plus} is not below method.delta_minus={delta_minus}, so there is no margin "
                 "between near and far; choose delta_plus < delta_minus."
             )
-        self.backbone = backbone
-        self.projector = mlp(backbone.channels, hidden_dim, embedding_dim)
+        super().__init__(backbone, mlp(backbone.channels, hidden_dim, embedding_dim))
         self.temperature: float = temperature
         self.weight = weight
         self.delta_plus, self.delta_minus = delta_plus, delta_minus
 
-    def targets(self, views: Views) -> Targets:
-        """The embedded non-semantic negatives."""
-        return Targets(negatives=embed_negatives(views.negatives, lambda t: self.projector(self.backbone(t)), self))
-
-    def project(self, features: Sequence[Tensor]) -> list[Tensor]:
-        """z of both views."""
-        return list(self.projector(torch.cat(list(features))).chunk(2))
-
     def loss(self, embeddings: Sequence[Tensor], targets: Targets, step: Step) -> Tensor:
-        """NT-Xent + lambda R (eq. 9)."""
+        """Return NT-Xent + lambda R (eq. 9)."""
         first, second = embeddings
         penalty = polarization(first, second, self.delta_plus, self.delta_minus)
         return nt_xent(first, second, self.temperature, targets.negatives) + self.weight * penalty
-
-    def pairs(self, features: Sequence[Tensor], embeddings: Sequence[Tensor], targets: Targets) -> list[Pair]:
-        """Each view against the other."""
-        return [Pair(embeddings[i], embeddings[j], features[j], self.projector) for i, j in ((0, 1), (1, 0))]

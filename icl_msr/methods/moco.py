@@ -1,25 +1,26 @@
 """MoCo v2: He et al. Momentum Contrast. CVPR 2020 (arXiv 1911.05722); Chen et al. 2020 (arXiv 2003.04297)."""
 
 from collections.abc import Sequence
-from typing import Annotated, Literal
 
-import torch
-from pydantic import Field, PositiveFloat, PositiveInt
+from pydantic import PositiveFloat, PositiveInt
 from torch import Tensor
 
-from icl_msr.core.views import Views
 from icl_msr.losses.contrastive import info_nce
-from icl_msr.methods.base import Method, Pair, Step, Targets, embed_negatives
+from icl_msr.methods.base import Method, Step, Targets
 from icl_msr.models.backbones import Backbone
 from icl_msr.models.heads import mlp
-from icl_msr.models.momentum import MomentumEncoder, Queue
+from icl_msr.models.momentum import Momentum, MomentumEncoder, Queue, Statistics
 
 
 class MoCo(Method):
-    """A query finds its key among a queue of earlier keys, encoded by a momentum encoder.
+    """A query, of the first view, finds its key, of the second, among a queue of earlier keys.
 
-    Non-semantic negatives go through the key encoder (Ge et al. 2021) and never enter the queue.
+    Keys are encoded by a momentum encoder. Non-semantic negatives go through it too (Ge et al. 2021) and never enter
+    the queue.
     """
+
+    online_views, target_views = slice(1), slice(1, 2)
+    queue: Queue
 
     def __init__(
         self,
@@ -30,45 +31,15 @@ class MoCo(Method):
         batch_norm: bool,
         temperature: PositiveFloat,
         queue_size: PositiveInt,
-        momentum: Annotated[float, Field(ge=0, le=1)],
-        momentum_statistics: Literal["own", "online"],
+        momentum: Momentum,
+        momentum_statistics: Statistics,
     ):
-        super().__init__()
-        self.backbone = backbone
-        self.projector = mlp(backbone.channels, hidden_dim, embedding_dim, norm=batch_norm)
-        self.momentum_encoder = MomentumEncoder(backbone, self.projector, momentum_statistics)
+        super().__init__(backbone, mlp(backbone.channels, hidden_dim, embedding_dim, norm=batch_norm))
+        self.momentum_encoder = MomentumEncoder(backbone, self.projector, momentum, momentum_statistics)
         self.queue = Queue(queue_size, embedding_dim)
         self.temperature: float = temperature
-        self.momentum = momentum
-
-    @torch.no_grad()
-    def targets(self, views: Views) -> Targets:
-        """Keys of the second view."""
-        features = self.momentum_encoder.backbone(views.views[1])
-        keys = self.momentum_encoder.projector(features)
-        return Targets([features], [keys], embed_negatives(views.negatives, self.momentum_encoder, self))
-
-    def encode(self, views: Views) -> list[Tensor]:
-        """Features of the first view."""
-        return [self.backbone(views.views[0])]
-
-    def project(self, features: Sequence[Tensor]) -> list[Tensor]:
-        """Queries q."""
-        return [self.projector(features[0])]
 
     def loss(self, embeddings: Sequence[Tensor], targets: Targets, step: Step) -> Tensor:
-        """InfoNCE over the queue (eq. 1)."""
-        return info_nce(embeddings[0], targets.embeddings[0], self.queue.keys, self.temperature, targets.negatives)
-
-    def pairs(self, features: Sequence[Tensor], embeddings: Sequence[Tensor], targets: Targets) -> list[Pair]:
-        """One direction: queries against keys."""
-        head = self.momentum_encoder.projector
-        return [Pair(embeddings[0], targets.embeddings[0], targets.features[0], head, self.queue.keys)]
-
-    def observe(self, targets: Targets, embeddings: Sequence[Tensor]) -> None:
-        """The keys enter the queue after the loss, so that a positive is never among the negatives."""
-        self.queue.push(targets.embeddings[0])
-
-    def advance(self, step: Step) -> None:
-        """The key encoder follows (eq. 2)."""
-        self.momentum_encoder.follow(self.backbone, self.projector, self.momentum)
+        """Return InfoNCE over the queue (eq. 1)."""
+        (query,), (key,) = embeddings, targets.embeddings
+        return info_nce(query, key, self.queue.keys, self.temperature, targets.negatives)

@@ -21,19 +21,14 @@ class RandomEncoder(Method):
     }
 
     def __init__(self, backbone: Backbone):
-        super().__init__()
-        self.backbone = backbone.requires_grad_(False)
+        super().__init__(backbone.requires_grad_(False))
         self.nothing = nn.Parameter(torch.zeros(()))
         """What the optimiser has to move."""
 
-    def project(self, features: Sequence[Tensor]) -> list[Tensor]:
-        """The features as they are."""
-        return list(features)
-
     def loss(self, embeddings: Sequence[Tensor], targets: Targets, step: Step) -> Tensor:
-        """Zero, and so is its gradient."""
+        """Return zero, and so is its gradient."""
         return 0 * self.nothing
 
     def pairs(self, features: Sequence[Tensor], embeddings: Sequence[Tensor], targets: Targets) -> list[Pair]:
-        """Nothing is compared."""
+        """Return none: nothing is compared."""
         return []

@@ -7,9 +7,8 @@ from pydantic import PositiveInt
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from icl_msr.core.views import Views
 from icl_msr.losses.regression import repulsion, squared_distance
-from icl_msr.methods.base import Method, Pair, Step, Targets, embed_negatives
+from icl_msr.methods.base import Method, Pair, Step, Targets, crosswise
 from icl_msr.models.backbones import Backbone
 from icl_msr.models.heads import mlp
 
@@ -23,30 +22,24 @@ class SimSiam(Method):
     def __init__(
         self, backbone: Backbone, *, hidden_dim: PositiveInt, embedding_dim: PositiveInt, bottleneck_dim: PositiveInt
     ):
-        super().__init__()
-        self.backbone = backbone
-        self.projector = mlp(backbone.channels, hidden_dim, hidden_dim, embedding_dim, norm_last=True)
+        super().__init__(backbone, mlp(backbone.channels, hidden_dim, hidden_dim, embedding_dim, norm_last=True))
         self.predictor = mlp(embedding_dim, bottleneck_dim, embedding_dim)
 
-    def targets(self, views: Views) -> Targets:
-        """The embedded non-semantic negatives."""
-        return Targets(negatives=embed_negatives(views.negatives, lambda t: self.projector(self.backbone(t)), self))
-
     def project(self, features: Sequence[Tensor]) -> list[Tensor]:
-        """Predictions p = h(z) of both views, then their projections z = f(x): [p1, p2, z1, z2]."""
+        """Return predictions p = h(z) of both views, then their projections z = f(x): [p1, p2, z1, z2]."""
         projections = self.projector(torch.cat(list(features)))
         return [*self.predictor(projections).chunk(2), *projections.chunk(2)]
 
     def loss(self, embeddings: Sequence[Tensor], targets: Targets, step: Step) -> Tensor:
-        """Mean of both directions of 2 - 2 cos(p, z), which is 2 + 2 L of the paper (eq. 4; D = -cos)."""
+        """Return the mean of both directions of 2 - 2 cos(p, z), which is 2 + 2 L of the paper (eq. 4; D = -cos)."""
         first, second, key_first, key_second = embeddings
         attraction = squared_distance(first, key_second.detach()) + squared_distance(second, key_first.detach())
         return (attraction - repulsion(first, targets.negatives) - repulsion(second, targets.negatives)) / 2
 
     def pairs(self, features: Sequence[Tensor], embeddings: Sequence[Tensor], targets: Targets) -> list[Pair]:
-        """Each view's prediction against the other's projection; the stop-gradient is the key's whole side."""
-        predictions, projections, head = embeddings[:2], embeddings[2:], StopGradient(self.projector)
-        return [Pair(predictions[i], projections[j].detach(), features[j].detach(), head) for i, j in ((0, 1), (1, 0))]
+        """Return each view's prediction against the other's projection. The key's whole side has no gradient."""
+        keys, key_features = ([side.detach() for side in sides] for sides in (embeddings[2:], features))
+        return crosswise(embeddings[:2], keys, key_features, StopGradient(self.projector))
 
 
 class StopGradient(nn.Module):
@@ -57,7 +50,7 @@ class StopGradient(nn.Module):
         self.head = head
 
     def forward(self, features: Tensor) -> Tensor:
-        """(., c) to (., D)."""
+        """Return embeddings: (., c) to (., D)."""
         constants = {name: parameter.detach() for name, parameter in self.head.named_parameters()}
         embeddings: Tensor = functional_call(self.head, constants, features)
         return embeddings

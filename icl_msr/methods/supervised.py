@@ -7,9 +7,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from icl_msr.core.distributed import all_reduce_sum, world_size
+from icl_msr.core.errors import UserError
 from icl_msr.core.views import Views
 from icl_msr.losses.contrastive import full_precision
-from icl_msr.methods.base import Method, Pair, Step, Targets
+from icl_msr.methods.base import Method, Pair, Step, Targets, in_one_batch
 from icl_msr.models.backbones import Backbone
 
 
@@ -25,31 +26,35 @@ class Supervised(Method):
     }
 
     def __init__(self, backbone: Backbone, classes: int):
-        super().__init__()
-        self.backbone = backbone
+        if classes < 2:
+            raise UserError(
+                f"method=supervised learns to tell classes apart, and the data set has {classes or 'no'} "
+                f"class{'' if classes == 1 else 'es'}; choose another dataset, or a method that needs no labels."
+            )
+        super().__init__(backbone)
         self.classifier = nn.Linear(backbone.channels, classes)
 
     def targets(self, views: Views) -> Targets:
-        """The labels."""
+        """Return the labels."""
         return Targets(labels=views.labels)
 
     def project(self, features: Sequence[Tensor]) -> list[Tensor]:
-        """Logits (N, classes) of each view."""
-        return list(self.classifier(torch.cat(list(features))).chunk(len(features)))
+        """Return logits (N, classes) of each view."""
+        return in_one_batch(self.classifier, features)
 
     def loss(self, embeddings: Sequence[Tensor], targets: Targets, step: Step) -> Tensor:
-        """Cross-entropy, averaged over views."""
+        """Return cross-entropy, averaged over views."""
         assert targets.labels is not None
         return labelled_cross_entropy(torch.cat(list(embeddings)), targets.labels.repeat(len(embeddings)))
 
     def pairs(self, features: Sequence[Tensor], embeddings: Sequence[Tensor], targets: Targets) -> list[Pair]:
-        """No image is compared with another."""
+        """Return none: no image is compared with another."""
         return []
 
 
 @full_precision
 def labelled_cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
-    """Cross-entropy, averaged over the labelled rows of all ranks; 0 where there are none.
+    """Return cross-entropy, averaged over the labelled rows of all ranks; 0 where there are none.
 
     Args:
         logits: (N, classes).

@@ -8,11 +8,10 @@ import torch
 from pydantic import NonNegativeFloat, PositiveFloat, PositiveInt
 from torch import Tensor, nn
 
-from icl_msr.core.views import Views
 from icl_msr.losses.clustering import cosines, swapped_prediction
 from icl_msr.losses.contrastive import unit
 from icl_msr.losses.regression import repulsion
-from icl_msr.methods.base import Method, Pair, Step, Targets, embed_negatives
+from icl_msr.methods.base import Method, Step, Targets
 from icl_msr.models.backbones import Backbone
 from icl_msr.models.heads import mlp
 from icl_msr.models.momentum import Queue
@@ -41,25 +40,15 @@ class SwAV(Method):
         queue_size: PositiveInt,
         queue_from_epoch: NonNegativeFloat,
     ):
-        super().__init__()
-        self.backbone = backbone
-        self.projector = mlp(backbone.channels, hidden_dim, embedding_dim)
+        super().__init__(backbone, mlp(backbone.channels, hidden_dim, embedding_dim))
         self.prototypes = nn.Parameter(unit(torch.randn(prototypes, embedding_dim)))
         self.first_queue, self.second_queue = Queue(queue_size, embedding_dim), Queue(queue_size, embedding_dim)
         self.temperature: float = temperature
         self.epsilon, self.iterations = epsilon, sinkhorn_iterations
         self.freeze_epochs, self.queue_from_epoch = freeze_epochs, queue_from_epoch
 
-    def targets(self, views: Views) -> Targets:
-        """The embedded non-semantic negatives."""
-        return Targets(negatives=embed_negatives(views.negatives, lambda t: self.projector(self.backbone(t)), self))
-
-    def project(self, features: Sequence[Tensor]) -> list[Tensor]:
-        """z, all views in one batch."""
-        return list(self.projector(torch.cat(list(features))).chunk(len(features)))
-
     def loss(self, embeddings: Sequence[Tensor], targets: Targets, step: Step) -> Tensor:
-        """Swapped prediction (eq. 1 and 2); the queue helps to assign a small batch evenly (section 4.1)."""
+        """Return the swapped prediction (eq. 1 and 2). A queue helps to assign a small batch evenly (section 4.1)."""
         scores = cosines(torch.stack(list(embeddings)), self.prototypes)
         queued = None
         if step.epoch >= self.queue_from_epoch:
@@ -69,20 +58,16 @@ class SwAV(Method):
         first, second = embeddings[:2]
         return attraction - (repulsion(first, targets.negatives) + repulsion(second, targets.negatives)) / 2
 
-    def pairs(self, features: Sequence[Tensor], embeddings: Sequence[Tensor], targets: Targets) -> list[Pair]:
-        """Each global view's projection against the other's."""
-        return [Pair(embeddings[i], embeddings[j], features[j], self.projector) for i, j in ((0, 1), (1, 0))]
-
     def observe(self, targets: Targets, embeddings: Sequence[Tensor]) -> None:
-        """The projections of each global view enter its queue; it fills from the start, long before it is used."""
+        """Take the projections of each global view into its queue, which fills long before it is used."""
         self.first_queue.push(embeddings[0])
         self.second_queue.push(embeddings[1])
 
     def frozen(self, step: Step) -> Iterable[nn.Parameter]:
-        """The prototypes, for the first epochs: the projections first spread over random ones."""
+        """Return the prototypes, for the first epochs: the projections first spread over random ones."""
         return [self.prototypes] if step.epoch < self.freeze_epochs else []
 
     @torch.no_grad()
     def advance(self, step: Step) -> None:
-        """Prototypes return to the sphere: the loss sees their direction alone, and longer ones would turn slower."""
+        """Return prototypes to the sphere: the loss sees their direction alone, and longer ones would turn slower."""
         self.prototypes.copy_(unit(self.prototypes))

@@ -8,13 +8,13 @@ from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-import torchvision
 from pydantic import ConfigDict, validate_call
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from icl_msr.core.errors import UserError
+from icl_msr.core.folder import RunFolder
 
 
 class Origin(NamedTuple):
@@ -123,6 +123,8 @@ def resnet(image_size: int, *, name: str, stem: Literal["auto", "small", "standa
     Raises:
         UserError: torchvision has no ResNet of that name, or the weights do not fit.
     """
+    import torchvision  # here, because it takes as long as torch, and many a module needs no more than `Backbone`
+
     known = [n for n in torchvision.models.list_models() if n.startswith(("resnet", "resnext", "wide_resnet"))]
     if name not in known:
         raise UserError(f"backbone.name={name} is no torchvision ResNet; choose one of {', '.join(sorted(known))}.")
@@ -225,6 +227,8 @@ def with_weights(
     if weights is None:
         return backbone
     if weights == "torchvision" and torchvision_name:
+        import torchvision
+
         state = _download(lambda: torchvision.models.get_model(torchvision_name, weights="DEFAULT"), weights)
         state = {name: tensor for name, tensor in state.items() if not name.startswith("fc.")}
         if state["conv1.weight"].shape != backbone.net.get_parameter("conv1.weight").shape:
@@ -252,8 +256,10 @@ def read_weights(weights: str) -> dict[str, Tensor]:
     """The tensors of a .safetensors file, or of a run folder's encoder.
 
     Raises:
-        UserError: there are none.
+        UserError: there are none, or the run folder is of another format.
     """
+    if RunFolder(Path(weights)).begun:
+        RunFolder(Path(weights)).require_format()
     path = Path(weights) / "encoder.safetensors" if Path(weights).is_dir() else Path(weights)
     if not path.is_file():
         raise UserError(

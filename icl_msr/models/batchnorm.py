@@ -5,6 +5,8 @@ torch's BatchNorm has a wrong gradient (torch 2.15: its batch statistics count a
 all of them. This one is made of differentiable operations and one `gather` a layer.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TypeVar
 
 import torch
@@ -29,7 +31,7 @@ class GlobalBatchNorm(_BatchNorm):
             raise ValueError(f"expected (N, C) or (N, C, ...), got {tuple(input.shape)}")
 
     def forward(self, input: Tensor) -> Tensor:
-        """Normalises with the mean and the biased variance of the global batch."""
+        """Normalise with the mean and the biased variance of the global batch."""
         if not self.training:
             return super().forward(input)
         self._check_input_dim(input)
@@ -61,7 +63,7 @@ class GlobalBatchNorm(_BatchNorm):
 
     @torch.no_grad()
     def _track(self, mean: Tensor, variance: Tensor) -> None:
-        """Running statistics follow, with the unbiased variance, as torch's do."""
+        """Let running statistics follow, with the unbiased variance, as torch's do."""
         if self.running_mean is None or self.running_var is None or self.num_batches_tracked is None:
             return
         self.num_batches_tracked.add_(1)
@@ -71,7 +73,7 @@ class GlobalBatchNorm(_BatchNorm):
 
 
 def global_batch_norm(module: Kind) -> Kind:
-    """Turns every BatchNorm inside `module` into a `GlobalBatchNorm`, in place: same parameters, buffers and names.
+    """Turn every BatchNorm inside `module` into a `GlobalBatchNorm`, in place: same parameters, buffers and names.
 
     Raises:
         UserError: a layer is a BatchNorm of a kind of its own, whose extra work would be lost.
@@ -85,3 +87,16 @@ def global_batch_norm(module: Kind) -> Kind:
                 "train on one device, or choose a backbone with torch's BatchNorm or with another normalisation."
             )
     return module
+
+
+@contextmanager
+def frozen_statistics(module: nn.Module) -> Iterator[None]:
+    """Let BatchNorm layers inside `module` normalise as they do, and leave their running statistics alone."""
+    layers = [m for m in module.modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
+    for layer in layers:
+        layer.track_running_stats = False
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.track_running_stats = True

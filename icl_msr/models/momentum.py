@@ -3,14 +3,20 @@
 import copy
 import itertools
 import math
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
+from pydantic import Field
 from torch import Tensor, nn
 
 from icl_msr.core.distributed import gather
 from icl_msr.losses.contrastive import unit
 from icl_msr.models.backbones import Backbone
+
+Momentum = Annotated[float, Field(ge=0, le=1)]
+"""Share m of the old value in an exponential moving average."""
+Statistics = Literal["own", "online"]
+"""Whose running statistics a momentum encoder has."""
 
 
 class MomentumEncoder(nn.Module):
@@ -18,22 +24,42 @@ class MomentumEncoder(nn.Module):
 
     It stays in training mode, so that it normalises with batch statistics as its source does. Its running statistics,
     which matter where it is evaluated, are its `own`, or those of the `online` encoder.
+
+    Args:
+        backbone, projector: what is copied.
+        momentum: m of each step.
+        statistics: see above.
+        rising: m grows to 1 on a cosine over all of training (BYOL, section 3.2).
     """
 
-    def __init__(self, backbone: Backbone, projector: nn.Module, statistics: Literal["own", "online"]):
+    def __init__(
+        self,
+        backbone: Backbone,
+        projector: nn.Module,
+        momentum: float,
+        statistics: Statistics,
+        *,
+        rising: bool = False,
+    ):
         super().__init__()
-        self.statistics = statistics
+        self.momentum, self.statistics, self.rising = momentum, statistics, rising
         self.backbone = copy.deepcopy(backbone).requires_grad_(False)
         self.projector = copy.deepcopy(projector).requires_grad_(False)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Embeddings (N, D) of images (N, C, H, W)."""
+        """Return embeddings (N, D) of images (N, C, H, W)."""
         embeddings: Tensor = self.projector(self.backbone(images))
         return embeddings
 
     @torch.no_grad()
-    def follow(self, backbone: nn.Module, projector: nn.Module, momentum: float) -> None:
-        """theta_k <- m theta_k + (1 - m) theta_q, over all parameters at once."""
+    def follow(self, backbone: nn.Module, projector: nn.Module, progress: float) -> None:
+        """Move: theta_k <- m theta_k + (1 - m) theta_q, over all parameters at once.
+
+        Args:
+            backbone, projector: those that are trained.
+            progress: how much of training is over, from 0 to 1.
+        """
+        momentum = rising_momentum(self.momentum, progress) if self.rising else self.momentum
         mine: list[Tensor] = list(self.parameters())
         theirs: list[Tensor] = [*backbone.parameters(), *projector.parameters()]
         torch._foreach_lerp_(mine, theirs, 1 - momentum)
@@ -44,7 +70,7 @@ class MomentumEncoder(nn.Module):
 
 
 def rising_momentum(base: float, progress: float) -> float:
-    """From `base` to 1 on a cosine (BYOL, section 3.2)."""
+    """Return what lies on a cosine from `base` to 1 (BYOL, section 3.2)."""
     return 1 - (1 - base) * (math.cos(math.pi * progress) + 1) / 2
 
 
@@ -62,7 +88,7 @@ class Queue(nn.Module):
 
     @torch.no_grad()
     def push(self, keys: Tensor) -> None:
-        """Overwrites the oldest entries with this batch, (N, D) on each rank."""
+        """Overwrite the oldest entries with this batch, (N, D) on each rank."""
         everyone = gather(unit(keys))[-len(self.keys) :]
         slots = (self.position + torch.arange(len(everyone), device=self.keys.device)) % len(self.keys)
         # Not in place: autograd may still hold the keys of this step's loss.

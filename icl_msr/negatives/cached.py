@@ -9,7 +9,7 @@ from pydantic import NonNegativeFloat, PositiveFloat
 from icl_msr.core.errors import UserError
 from icl_msr.core.views import AlphaMode, AlphaSchedule
 from icl_msr.data.dataset import ArraySplit, Dataset, Split
-from icl_msr.data.folders import FileSplit
+from icl_msr.data.files import FileSplit
 
 
 class CachedNegatives:

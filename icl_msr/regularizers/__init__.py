@@ -1,6 +1,7 @@
 """Regularizers that any contrastive method can be trained with."""
 
+from icl_msr.regularizers.base import Pass, Regularizer
 from icl_msr.regularizers.bilevel import ordinary_gradient
 from icl_msr.regularizers.msr import MetaSemanticRegularizer
 
-__all__ = ["MetaSemanticRegularizer", "ordinary_gradient"]
+__all__ = ["MetaSemanticRegularizer", "Pass", "Regularizer", "ordinary_gradient"]

@@ -21,7 +21,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from icl_msr.core.distributed import average
 from icl_msr.core.views import Views
-from icl_msr.methods.base import Method, Output, Pair, Step, Targets, frozen_statistics
+from icl_msr.methods.base import Method, Output, Pair, Step, Targets
+from icl_msr.models.batchnorm import frozen_statistics
 
 Gradients = dict[str, Tensor]
 Features = Sequence[Tensor]
@@ -45,9 +46,10 @@ def scoped(method: Method, scope: Scope) -> Gradients:
     return {name: p for name, p in theta.items() if id(p) not in still}
 
 
-def norm(tensors: Any) -> float:
-    """Euclidean norm of many tensors taken as one vector."""
-    return float(torch.linalg.vector_norm(torch.stack(torch._foreach_norm([t.detach() for t in tensors]))))
+def norm(tensors: Any) -> Tensor:
+    """Euclidean norm () of many tensors taken as one vector, float64 on their device: nobody waits for it."""
+    length: Tensor = torch.linalg.vector_norm(torch.stack(torch._foreach_norm([t.detach() for t in tensors])))
+    return length.double()
 
 
 def gradients(loss: Tensor, theta: Mapping[str, Tensor]) -> Gradients:
@@ -120,7 +122,7 @@ def difference_tangent(
 ) -> tuple[Features, Features]:
     """Z and (Z(theta + eps v) - Z) / eps with eps = h |theta| / |v|: one ordinary pass more where Z is known."""
     moving, constant = _split(method, v)
-    eps = h * norm(moving.values()) / max(norm(v[name] for name in moving), 1e-30)
+    eps = h * norm(moving.values()) / norm(v[name] for name in moving).clamp(min=1e-30)
     # TF32's rounding would be as large as the difference.
     with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
         if features is None:

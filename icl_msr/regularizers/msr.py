@@ -16,23 +16,26 @@ L_ct does not depend on phi, so with v = grad L_ct(theta') the first term is the
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Annotated, Any, Literal
 
 import torch
 from omegaconf import OmegaConf
 from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
+from typing_extensions import override
 
-from icl_msr.core.config import build, check_node, config_dir
+from icl_msr.core.config import GIVEN, build, check_node, config_dir
 from icl_msr.core.distributed import average, gather, rank
 from icl_msr.core.errors import UserError
 from icl_msr.core.views import Views
 from icl_msr.losses.contrastive import full_precision, unit
-from icl_msr.methods.base import Method, Pair, Step, Targets, frozen_statistics
-from icl_msr.models.batchnorm import GlobalBatchNorm
+from icl_msr.methods.base import Method, Output, Pair, Step, Targets
+from icl_msr.models.batchnorm import GlobalBatchNorm, frozen_statistics
+from icl_msr.regularizers.base import Pass, Regularizer
 from icl_msr.regularizers.bilevel import (
     Features,
     Gradients,
@@ -45,6 +48,7 @@ from icl_msr.regularizers.bilevel import (
     gradients,
     meta_pass,
     norm,
+    ordinary_gradient,
     outer_gradient,
     replay,
     scoped,
@@ -53,7 +57,7 @@ from icl_msr.regularizers.bilevel import (
 from icl_msr.regularizers.strata import StrataNetwork, diversity, random_partition, uniform, uniformity
 
 
-class MetaSemanticRegularizer(nn.Module):
+class MetaSemanticRegularizer(Regularizer):
     """f_msr, its loss for the encoder and its own bi-level step.
 
     The paper's symbols name the keys: `lam` and `gamma` weight L_msr and L_uni, `n` strata, `u` sharpens L_uni.
@@ -128,28 +132,31 @@ class MetaSemanticRegularizer(nn.Module):
         """
         node: Any = OmegaConf.to_container(OmegaConf.load(config_dir() / "regularizer" / "msr.yaml"))
         node |= {"seed": seed, **keys}
-        check_node("regularizer", node)
-        regularizer: MetaSemanticRegularizer = build(node, channels, method_temperature)
+        check_node("regularizer", node, GIVEN["regularizer"])
+        regularizer: MetaSemanticRegularizer = build(node, channels=channels, method_temperature=method_temperature)
         return regularizer
 
     # ------------------------------------------------------------------------------------------ the loss for theta
 
     def strata(self, images: Tensor) -> Tensor:
-        """A(X): un-augmented, normalised images (N, 3, H, W) to (N, S, c), rows of unit length."""
+        """Return A(X): un-augmented, normalised images (N, 3, H, W) to (N, S, c), rows of unit length."""
         if self.network is None:
             fixed: Tensor = self.get_buffer("fixed")
             return fixed.expand(len(images), -1, -1)
         strata: Tensor = self.network(images)
         return strata
 
-    def forward(self, images: Tensor, pairs: Sequence[Pair]) -> Tensor:
-        """L_msr for the encoder: f_msr is held fixed."""
+    def forward(self, views: Views, output: Output, step: Step) -> Tensor:
+        """Return lambda L_msr for the encoder: f_msr is held fixed."""
         with torch.no_grad():
-            strata = self.strata(images)
-        return self.penalty(pairs, strata)
+            strata = self.strata(views.images)
+        penalty = self.penalty(output.pairs, strata)
+        if step.logs:
+            output.log |= {"loss/msr": penalty.detach(), **_named(self.diagnostics(views.images, output.pairs))}
+        return self.lam * penalty
 
     def penalty(self, pairs: Sequence[Pair], strata: Tensor) -> Tensor:
-        """L_msr (eq. 3-6), averaged over anchors and directions.
+        """Return L_msr (eq. 3-6), averaged over anchors and directions.
 
         Only the positive is reweighted. Global average pooling commutes with channel weights, so the pooled features
         are reweighted and no feature map is ever copied. Strata enter as sqrt(c) a_t (ours): a uniform a_t is then
@@ -162,13 +169,13 @@ class MetaSemanticRegularizer(nn.Module):
 
     @torch.no_grad()
     def diagnostics(self, images: Tensor, pairs: Sequence[Pair]) -> dict[str, Tensor]:
-        """For the log: `loss_t`, what L_msr would be with stratum t alone, and `diversity` of the strata."""
+        """Return numbers for the log: `loss_t`, L_msr with stratum t alone, and `diversity` of the strata."""
         strata = self.strata(images)
         alone = -torch.stack([log_p.mean(0) for log_p in self._log_p(pairs, strata)]).mean(0)  # (S,)
         return {**diversity(strata), **{f"loss_{t}": loss for t, loss in enumerate(alone, start=1)}}
 
     def _log_p(self, pairs: Sequence[Pair], strata: Tensor) -> list[Tensor]:
-        """log e_t / (e_t + neg), (N, S), of each direction."""
+        """Return log e_t / (e_t + neg), (N, S), of each direction."""
         found = []
         for pair in pairs:
             reweighted = math.sqrt(strata.shape[-1]) * strata * pair.key_features[:, None]  # (N, S, c)
@@ -179,7 +186,7 @@ class MetaSemanticRegularizer(nn.Module):
 
     @full_precision
     def _against_negatives(self, positives: Tensor, pair: Pair, pairs: Sequence[Pair]) -> Tensor:
-        """log e_t / (e_t + neg), (N, S), of one direction, from the reweighted positives (N, S, D)."""
+        """Return log e_t / (e_t + neg), (N, S), of one direction, from the reweighted positives (N, S, D)."""
         anchor = unit(pair.anchor)
         log_p = torch.einsum("nd,nsd->ns", anchor, positives) / self.temperature
         if self.negatives != "none":
@@ -187,7 +194,7 @@ class MetaSemanticRegularizer(nn.Module):
         return log_p
 
     def _log_negatives(self, pair: Pair, pairs: Sequence[Pair], anchor: Tensor) -> Tensor:
-        """log neg(i, j), (N,): over the method's bank, else over the other images' keys on all ranks."""
+        """Return log neg(i, j), (N,): over the method's bank, else over the other images' keys on all ranks."""
         if pair.bank is not None and self.negatives == "method":
             return torch.logsumexp(anchor @ unit(pair.bank).T / self.temperature, dim=1)
         # "printed": keys of the other view only, as in eq. 4; "all": of both views, 2N - 2, as the paper's prose says.
@@ -201,8 +208,28 @@ class MetaSemanticRegularizer(nn.Module):
     # ------------------------------------------------------------------------------------------ the step of phi
 
     def due(self, step: Step) -> bool:
-        """Whether phi moves at this optimiser step."""
+        """Return whether phi moves at this optimiser step."""
         return self.optimizer is not None and self.schedule == "every" and step.index % self.every == 0
+
+    @override
+    def before_step(self, batch: Pass) -> dict[str, Tensor]:
+        return self._step(batch, ordinary_gradient(batch.method)) if self.due(batch.step) else {}
+
+    @override
+    def after_epoch(self, batches: Iterable[Pass]) -> dict[str, Tensor]:
+        log: dict[str, Tensor] = {}
+        if self.optimizer is not None and self.schedule == "per_epoch":
+            for batch in batches:
+                log = self._step(batch, None)
+        return log
+
+    def _step(self, batch: Pass, inner: Mapping[str, Tensor] | None) -> dict[str, Tensor]:
+        features = batch.output.features if batch.output is not None and batch.precision is None else None
+        # A gradient in fp16 would need a scale of its own.
+        precision = batch.precision if batch.precision is torch.bfloat16 else None
+        step = replace(batch.step, logs=False)  # passes that are repeated log nothing
+        arguments = (batch.method, batch.views, batch.targets, step, inner, batch.learning_rate)
+        return _named(self.meta_step(*arguments, features, precision))
 
     def meta_step(
         self,
@@ -214,8 +241,8 @@ class MetaSemanticRegularizer(nn.Module):
         learning_rate: float,
         features: Features | None = None,
         precision: torch.dtype | None = None,
-    ) -> dict[str, float]:
-        """One step of phi on a batch; nothing of the method moves.
+    ) -> dict[str, Tensor]:
+        """Move phi by one step on a batch; nothing of the method moves.
 
         Args:
             method, views, targets, step: what the ordinary step was computed from.
@@ -226,7 +253,7 @@ class MetaSemanticRegularizer(nn.Module):
             precision: of the ordinary step's autocast, if it has one; v is computed in it, all else in full precision.
 
         Returns:
-            Norms of both parts of phi's gradient, and alpha, for the log.
+            Norms of both parts of phi's gradient, and alpha, for the log: () on the device, so that nobody waits.
 
         Raises:
             UserError: the method's precision, or a layer of its heads, makes the meta gradient wrong.
@@ -234,7 +261,7 @@ class MetaSemanticRegularizer(nn.Module):
         assert self.network is not None
         assert self.optimizer is not None
         phi = list(self.phi.values())
-        log = {}
+        log: dict[str, Tensor] = {}
         if self.weights == "meta":
             require_exact(method)
         with meta_pass(method, views.images.device):
@@ -244,7 +271,7 @@ class MetaSemanticRegularizer(nn.Module):
             apart = strata if self.uniformity_trains == "all" else self.network.assign(seen.detach())
             spread = self.gamma * uniformity(apart, self.u)
             gradient = average(torch.autograd.grad(spread, phi, retain_graph=True, materialize_grads=True))
-            log["uniformity"] = float(average([spread.detach()])[0]) / self.gamma if self.gamma else 0.0
+            log["uniformity"] = average([spread.detach()])[0] / (self.gamma or 1)
             log["uniformity_grad_norm"] = norm(gradient)
             if self.weights != "uniform_only":
                 if self.weights == "joint":
@@ -264,18 +291,18 @@ class MetaSemanticRegularizer(nn.Module):
         self.optimizer.zero_grad(set_to_none=True)
         return log
 
-    def step_size(self, method: Method, inner: Mapping[str, Tensor], learning_rate: float) -> float:
-        """alpha of the virtual step: `lr`, or r |theta| / |g|, which means the same under any optimiser."""
-        if self.alpha == "lr":
-            return learning_rate
+    def step_size(self, method: Method, inner: Mapping[str, Tensor], learning_rate: float) -> Tensor:
+        """Return alpha of the virtual step: `lr`, or r |theta| / |g|, which means the same under any optimiser."""
         theta = scoped(method, self.scope)
-        return self.relative_step * norm(theta.values()) / max(norm(inner[name] for name in theta), 1e-12)
+        if self.alpha == "lr":
+            return next(iter(theta.values())).new_full((), learning_rate, dtype=torch.float64)
+        return self.relative_step * norm(theta.values()) / norm(inner[name] for name in theta).clamp(min=1e-12)
 
     def inner_gradient(self, method: Method, views: Views, targets: Targets, step: Step) -> Gradients:
-        """Gradient of L_to = L_ct + lambda L_msr by theta, zero for what the method holds still at this step."""
+        """Return the gradient of L_to = L_ct + lambda L_msr, zero for what the method holds still at this step."""
         theta = trainable(method)
         output = replay(method, views, targets, step)
-        inner = gradients(output.loss + self.lam * self.forward(views.images, output.pairs), theta)
+        inner = gradients(output.loss + self(views, output, step), theta)
         frozen = {id(p) for p in method.frozen(step)}
         return {name: torch.zeros_like(g) if id(theta[name]) in frozen else g for name, g in inner.items()}
 
@@ -286,11 +313,11 @@ class MetaSemanticRegularizer(nn.Module):
         targets: Targets,
         step: Step,
         inner: Mapping[str, Tensor],
-        alpha: float,
+        alpha: Tensor,
         features: Features | None = None,
         precision: torch.dtype | None = None,
     ) -> list[Tensor]:
-        """d/dphi L_ct(theta - alpha d/dtheta L_to(theta, phi)), one tensor a parameter of f_msr; see `bilevel`."""
+        """Return d/dphi L_ct(theta - alpha d/dtheta L_to(theta, phi)), a tensor for each of phi; see `bilevel`."""
         assert self.network is not None
         theta = scoped(method, self.scope)
         penalty = partial(self.penalty, strata=self.strata(views.images))
@@ -319,20 +346,25 @@ class MetaSemanticRegularizer(nn.Module):
         signal = torch.autograd.grad(self.lam * along, list(self.phi.values()))
         return [-alpha * s for s in average(signal)]
 
-    # ------------------------------------------------------------------------------------------ phi's Adam is state
+    # ----------------------------------------------------------- phi's Adam travels in the state dict
 
+    @override
     def get_extra_state(self) -> dict[str, Any]:
-        """phi's optimiser travels in the state dict, so that every checkpoint has it."""
         return {} if self.optimizer is None else dict(self.optimizer.state_dict())
 
+    @override
     def set_extra_state(self, state: dict[str, Any]) -> None:
-        """See `get_extra_state`."""
         if self.optimizer is not None:
             self.optimizer.load_state_dict(state)
 
 
+def _named(numbers: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Give numbers the names that they have in the log."""
+    return {f"msr/{name}": number for name, number in numbers.items()}
+
+
 def require_exact(method: Method) -> None:
-    """Heads are differentiated through their forward mode.
+    """Check that heads can be differentiated through their forward mode.
 
     Raises:
         UserError: the method is of half precision, or torch's BatchNorm, whose tangent has a wrong gradient, is in one.

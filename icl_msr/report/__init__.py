@@ -5,21 +5,20 @@ python -m icl_msr.report PATH...
 
 from pathlib import Path
 
-from icl_msr.report.output import gap_table, matrix_table, print_summary, send, write_summary
+from icl_msr.core.storage import atomic_write
+from icl_msr.report.output import print_summary, send, write_summary
 from icl_msr.report.page import run_page
 from icl_msr.report.runs import Run
 from icl_msr.report.summary import Summary, summarise
+from icl_msr.report.tables import tables
 
-__all__ = [
-    "Summary",
-    "gap_table",
-    "matrix_table",
-    "print_summary",
-    "send",
-    "summarise",
-    "write_report",
-    "write_summary",
-]
+__all__ = ["Summary", "has_page", "print_summary", "send", "summarise", "tables", "write_report", "write_summary"]
+
+
+def has_page(run: Path) -> bool:
+    """Whether the whole `report.html` of a run lies in its folder."""
+    file = run / "report.html"
+    return file.is_file() and file.read_bytes().rstrip().endswith(b"</html>")
 
 
 def write_report(run: Path) -> Path:
@@ -29,5 +28,5 @@ def write_report(run: Path) -> Path:
         UserError: the folder has no readable `results.json`.
     """
     file = run / "report.html"
-    file.write_text(run_page(Run.load(run)), encoding="utf-8")
+    atomic_write(file, run_page(Run.load(run)))
     return file

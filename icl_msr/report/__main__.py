@@ -4,10 +4,8 @@ import argparse
 import sys
 from pathlib import Path
 
-from rich.console import Console
-
 from icl_msr.core.errors import UserError
-from icl_msr.report import gap_table, matrix_table, print_summary, send, summarise, words, write_report, write_summary
+from icl_msr.report import print_summary, send, summarise, tables, words, write_report, write_summary
 from icl_msr.report.runs import Run, is_run
 
 
@@ -43,15 +41,19 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _report(paths: list[Path], out: Path | None, against: str | None, project: str | None) -> None:
+    from rich.console import Console
+
     # A pipe or a log file has no width of its own.
     console = Console(width=None if sys.stdout.isatty() else 120)
     if len(paths) == 1 and out is None and is_run(paths[0]):
         if project:
             raise UserError("--wandb sends tables of several runs; a single run is sent by logger=wandb as it trains.")
         written = [write_report(paths[0])]
-        results = Run.load(paths[0]).results
-        console.print(matrix_table(results), gap_table(results) or "")
-        console.print(" ".join(words.answer(results)))
+        outcome = Run.load(paths[0]).outcome
+        for table in tables(outcome):
+            if not table.folded:
+                console.print(table.rich())
+        console.print("\n" + " ".join(words.answer(outcome)))
     else:
         summary = summarise(paths, against)
         print_summary(summary, console)

@@ -5,15 +5,15 @@ import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
-
-import numpy as np
-from scipy.stats import norm
-from scipy.stats import t as student
+from typing import TYPE_CHECKING, Literal
 
 from icl_msr.core.errors import UserError
-from icl_msr.report.runs import Run
-from icl_msr.report.summary import Configuration, Metric, measurements
+from icl_msr.core.records import ACCURACY, Measurement
+from icl_msr.report.runs import GAIN, Run
+from icl_msr.report.summary import Configuration
+
+if TYPE_CHECKING:
+    import numpy as np
 
 
 @dataclass(frozen=True)
@@ -44,20 +44,24 @@ class Compared:
 
     configuration: Configuration
     against: Configuration
-    differences: Mapping[Metric, Difference]
+    differences: Mapping[Measurement, Difference]
 
 
 def paired(values: Sequence[float]) -> Difference | None:
-    """Of differences in points, one for each seed, by Student's t; None of fewer than two."""
+    """Average differences in points, one for each seed, by Student's t; None of fewer than two."""
+    from scipy.special import stdtrit
+
     n = len(values)
     if n < 2:
         return None
     mean, error = statistics.fmean(values), statistics.stdev(values) / math.sqrt(n)
-    reach, power = (float(student.ppf(p, n - 1)) for p in (0.975, 0.8))
+    reach, power = (float(stdtrit(n - 1, p)) for p in (0.975, 0.8))
     return Difference(mean, mean - reach * error, mean + reach * error, "seeds", n, (reach + power) * error)
 
 
-def compare(rows: Sequence[Configuration], metrics: Sequence[Metric], against: str | None = None) -> list[Compared]:
+def compare(
+    rows: Sequence[Configuration], metrics: Sequence[Measurement], against: str | None = None
+) -> list[Compared]:
     """Every configuration of one data set minus its baseline, in those of the `metrics` that both have.
 
     The baseline of a row is the one with the same labels but `none` wherever a label may be none; of rows without such
@@ -107,18 +111,20 @@ def _baseline(row: Configuration, rows: Sequence[Configuration]) -> Configuratio
     return next((other for other in rows if may_be_none and other.labels == plain), rows[0])
 
 
-def _difference(row: Configuration, base: Configuration, metric: Metric) -> Difference | None:
-    ours, theirs = ({run.results.seed: run for run in part.runs} for part in (row, base))
+def _difference(row: Configuration, base: Configuration, metric: Measurement) -> Difference | None:
+    ours, theirs = ({run.outcome.seed: run for run in part.runs} for part in (row, base))
     seeds = sorted(ours.keys() & theirs.keys())
-    pairs = [(measurements(ours[seed].results), measurements(theirs[seed].results)) for seed in seeds]
+    pairs = [(ours[seed].numbers, theirs[seed].numbers) for seed in seeds]
     values = [mine[metric] - other[metric] for mine, other in pairs if metric in mine and metric in other]
-    if len(seeds) == 1 and not metric.is_gap:
+    if len(seeds) == 1 and metric.kind == ACCURACY.kind and metric.encoder != GAIN:
         return over_images(ours[seeds[0]], theirs[seeds[0]], metric)
     return paired(values)
 
 
-def over_images(run: Run, other: Run, metric: Metric) -> Difference | None:
-    """Of the accuracies of two runs on the same images; None where their predictions are not there to be compared."""
+def over_images(run: Run, other: Run, metric: Measurement) -> Difference | None:
+    """Compare accuracies of two runs on the same images; None where their predictions are not there to be compared."""
+    import numpy as np
+
     hits = [_hits(part.path, metric) for part in (run, other)]
     if hits[0] is None or hits[1] is None or not np.array_equal(hits[0][0], hits[1][0]):
         return None
@@ -128,24 +134,25 @@ def over_images(run: Run, other: Run, metric: Metric) -> Difference | None:
     # A split may show each image several times, one showing after the other: images are what is drawn, not showings.
     apart = 100 * (hits[0][1].astype(float) - hits[1][1]).reshape(-1, n).mean(0)
     mean, error = float(apart.mean()), float(apart.std(ddof=1)) / math.sqrt(n)
-    reach, power = (float(norm.ppf(p)) for p in (0.975, 0.8))
+    reach, power = (statistics.NormalDist().inv_cdf(p) for p in (0.975, 0.8))
     return Difference(mean, mean - reach * error, mean + reach * error, "images", n, (reach + power) * error)
 
 
-def _images(run: Run, metric: Metric) -> int:
+def _images(run: Run, metric: Measurement) -> int:
     """How many a split shows, as the accuracy says; 0 where that is not known."""
-    found = (a.n for a in run.results.accuracies if Metric(a.split, a.classifier, a.fitted_on, a.encoder) == metric)
+    found = (record.n for record in run.outcome.records.where(metric.kind) if record.identity == metric)
     return next(found, None) or 0
 
 
-def _hits(folder: Path, metric: Metric) -> tuple[np.ndarray, np.ndarray] | None:
+def _hits(folder: Path, metric: Measurement) -> "tuple[np.ndarray, np.ndarray] | None":
     """(labels, whether the prediction is right) of a run's test images."""
+    import numpy as np
+
     file = folder / "predictions.npz"
-    key = f"{metric.encoder}/{metric.classifier}/{metric.fitted_on}/{metric.quantity}"
+    key, labels = f"{metric.encoder}/{metric.name}", f"labels/{metric.split}"
     if not file.exists():
         return None
     with np.load(file) as saved:
-        if key not in saved or f"labels/{metric.quantity}" not in saved:
+        if key not in saved or labels not in saved:
             return None
-        labels = saved[f"labels/{metric.quantity}"]
-        return labels, saved[key] == labels
+        return saved[labels], saved[key] == saved[labels]

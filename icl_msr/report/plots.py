@@ -6,13 +6,13 @@ import re
 import textwrap
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from matplotlib import rc_context
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
-
+from icl_msr.core.figures import plain
 from icl_msr.report.runs import Curve
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 # Drawn in the light page's colours; the dark page's are exchanged one for one in the SVG.
 CARD, INK, MUTED, RULE = "#ffffff", "#1d2125", "#6b7177", "#e3e4e1"
@@ -85,14 +85,14 @@ def dots(
     title: str, rows: Sequence[str], series: Sequence[Series], unit: str, reference: float | None = None, note: str = ""
 ) -> Plot:
     """Horizontal dot plot: one row a label, the first at the top; `reference` is a dashed vertical line."""
-    labels = ["\n".join(textwrap.wrap(row, 26)) for row in rows]
+    labels = ["\n".join(textwrap.wrap(plain(row), 26)) for row in rows]
 
-    def draw(axes: Axes) -> None:
+    def draw(axes: "Axes") -> None:
         for s, entry in enumerate(series):
             colour = MUTED if entry.colour is None else SERIES[entry.colour]
             shift = (s - (len(series) - 1) / 2) * 0.62 / max(len(series), 1)
             face = colour if entry.filled else CARD
-            label: str | None = entry.name
+            label: str | None = plain(entry.name)
             for row, dot in enumerate(entry.dots):
                 if dot is None:
                     continue
@@ -118,19 +118,21 @@ def dots(
     return _plot(draw, title, note, 4.2, 1.0 + max(len(rows), 2) * row_height)
 
 
-def lines(title: str, curves: dict[str, Curve], log: bool = False, note: str = "", zero: bool = False) -> Plot:
-    """Curves over the optimiser's steps."""
+def lines(
+    title: str, curves: dict[str, Curve], log: bool = False, note: str = "", zero: bool = False, axis: str = "step"
+) -> Plot:
+    """Curves over the optimiser's steps, or over another `axis`."""
 
-    def draw(axes: Axes) -> None:
+    def draw(axes: "Axes") -> None:
         for i, (name, curve) in enumerate(curves.items()):
             steps, values = _thin(curve)
             marker = "o" if len(steps) <= 30 else ""
-            axes.plot(steps, values, marker=marker, ms=2.5, lw=1.5, color=SERIES[i % 6], label=_short(name))
+            axes.plot(steps, values, marker=marker, ms=2.5, lw=1.5, color=SERIES[i % 6], label=plain(_short(name)))
         if log:
             axes.set_yscale("log")
         elif zero:
             axes.set_ylim(bottom=0)
-        axes.set_xlabel("step")
+        axes.set_xlabel(axis)
         axes.grid(axis="y")
         if len(curves) > 1:
             _legend(axes, columns=3)
@@ -142,10 +144,10 @@ def race(title: str, curves: dict[str, Curve], unit: str, note: str = "") -> Plo
     """Curves of many competitors over the optimiser's steps, named in the order of their last values."""
     order = sorted(curves, key=lambda name: -curves[name].values[-1])
 
-    def draw(axes: Axes) -> None:
+    def draw(axes: "Axes") -> None:
         for i, name in enumerate(order):
             style = ("-", (0, (5, 2)), (0, (1, 1.5)), (0, (6, 2, 1, 2)))[i // len(SERIES) % 4]
-            axes.plot(*_thin(curves[name]), lw=1.4, ls=style, color=SERIES[i % len(SERIES)], label=name)
+            axes.plot(*_thin(curves[name]), lw=1.4, ls=style, color=SERIES[i % len(SERIES)], label=plain(name))
         axes.set_xlabel("step")
         axes.set_ylabel(unit)
         axes.grid(axis="y")
@@ -167,12 +169,15 @@ def _thin(curve: Curve, points: int = 400) -> tuple[list[float], list[float]]:
     return [sum(s) / len(s) for s, _ in chunks], [sum(v) / len(v) for _, v in chunks]
 
 
-def _legend(axes: Axes, columns: int) -> None:
+def _legend(axes: "Axes", columns: int) -> None:
     axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=columns, borderaxespad=0.2)
 
 
-def _plot(draw: Callable[[Axes], None], title: str, note: str, width: float, height: float) -> Plot:
+def _plot(draw: "Callable[[Axes], None]", title: str, note: str, width: float, height: float) -> Plot:
     """`width` and `height` in inches: text is 9 pt where the plot is shown at that width."""
+    from matplotlib import rc_context
+    from matplotlib.figure import Figure
+
     with rc_context(STYLE):
         figure = Figure(figsize=(width, height), layout="constrained")
         draw(figure.add_subplot())

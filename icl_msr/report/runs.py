@@ -1,113 +1,21 @@
-"""Run folders, read from disk: no model is loaded and nothing is computed but percentages."""
+"""Run folders, read from disk: no model is loaded and nothing is computed."""
 
 import csv
 import json
 import math
 import os
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from omegaconf import OmegaConf
-from pydantic import BaseModel, ConfigDict, ValidationError
-
 from icl_msr.core.errors import UserError
+from icl_msr.core.folder import RunFolder
+from icl_msr.core.records import TRAINED, UNTRAINED, Measurement, Outcome
 
-
-class Accuracy(BaseModel):
-    """Top-1 of one classifier on one split, as fractions, with its 95 % interval over the n images."""
-
-    encoder: str
-    classifier: str
-    fitted_on: str
-    split: str
-    top1: float
-    low: float | None = None
-    high: float | None = None
-    n: int | None = None
-    top5: float | None = None
-
-
-class Gap(BaseModel):
-    """Difference of two accuracies in percentage points, with its 95 % interval over images."""
-
-    encoder: str
-    classifier: str
-    fitted_on: str
-    gap: str
-    points: float
-    low: float | None = None
-    high: float | None = None
-
-
-class Share(BaseModel):
-    """The share of one stratum's map on the object, as a fraction, with its 95 % interval over images.
-
-    `by_place`: what a map that does not see the object would have there; `excess`: the rest, with its interval.
-    """
-
-    stratum: str
-    share: float
-    low: float
-    high: float
-    by_place: float
-    excess: float
-    excess_low: float
-    excess_high: float
-
-
-class Difference(BaseModel):
-    """How much the strata that differ most on half of the images differ on the other half, with its interval."""
-
-    more: str
-    less: str
-    points: float
-    low: float
-    high: float
-
-
-class Look(BaseModel):
-    """Where the strata look, on n images of a split whose objects cover `area` of them on average."""
-
-    split: str
-    n: int
-    area: float
-    shares: list[Share]
-    difference: Difference | None = None
-
-
-class Results(BaseModel):
-    """`results.json`. What a page can do without may be missing."""
-
-    model_config = ConfigDict(extra="ignore")
-
-    seed: int
-    name: str = "run"
-    choices: dict[str, str | None] = {}
-    train_on: str | None = None
-    classes: list[str] = []
-    chance: float | None = None
-    derived: dict[str, Any] = {}
-    parameters: int | None = None
-    wall_time_s: float | None = None
-    images_per_second: float | None = None
-    peak_memory_mb: float | None = None
-    first: dict[str, float | None] = {}
-    final: dict[str, float | None] = {}
-    accuracies: list[Accuracy] = []
-    gaps: list[Gap] = []
-    probes: list[dict[str, Any]] = []
-    per_class: list[dict[str, Any]] = []
-    health: list[dict[str, Any]] = []
-    corruptions: list[dict[str, Any]] = []
-    shape: list[dict[str, Any]] = []
-    decodability: list[dict[str, Any]] = []
-    textures: list[dict[str, Any]] = []
-    similarity: list[dict[str, Any]] = []
-    labelled: list[dict[str, Any]] = []
-    strata: Look | None = None
+GAIN = "gain"
+"""In place of an encoder: the trained one minus the untrained one."""
 
 
 class Curve(NamedTuple):
@@ -129,32 +37,25 @@ class Run:
     """One finished run folder; the rest of its files is read when asked for."""
 
     path: Path
-    results: Results
+    outcome: Outcome
 
     @classmethod
     def load(cls, path: Path) -> "Run":
         """Read `results.json` of a run folder.
 
         Raises:
-            UserError: the file is missing, or is not a run's.
+            UserError: the file is missing, or is not a run's, or the folder is of another format.
         """
-        file = path / "results.json"
-        try:
-            return cls(path, Results.model_validate_json(file.read_bytes()))
-        except FileNotFoundError:
-            raise UserError(
-                f"{path} has no results.json: the run failed or has not ended; give the folder of a finished run"
-            ) from None
-        except ValidationError as error:
-            where = ".".join(map(str, error.errors()[0]["loc"])) or "the file"
-            raise UserError(
-                f"{file} cannot be read ({where}: {error.errors()[0]['msg']}); "
-                "repeat the run or remove it from the folders given"
-            ) from None
+        folder = RunFolder(path)
+        if folder.done and folder.environment.exists():
+            folder.require_format()
+        return cls(path, Outcome.load(path))
 
     @cached_property
     def config(self) -> dict[str, Any]:
         """The composed config, interpolations left as written."""
+        from omegaconf import OmegaConf
+
         file = self.path / "config.yaml"
         content = OmegaConf.to_container(OmegaConf.load(file)) if file.exists() else {}
         return {str(key): value for key, value in content.items()} if isinstance(content, dict) else {}
@@ -175,16 +76,31 @@ class Run:
         return read_curves(self.path / "metrics.csv")
 
     @cached_property
+    def numbers(self) -> dict[Measurement, float]:
+        """The findings by the record without its number, as people read them, and what training added to each."""
+        found = {record.identity: record.shown for record in self.outcome.records.findings()}
+        known = {record: value for record, value in found.items() if value is not None and math.isfinite(value)}
+        untrained = {replace(record, encoder=TRAINED): known[record] for record in known if record.encoder == UNTRAINED}
+        gains = {
+            replace(record, encoder=GAIN): value - untrained[record]
+            for record, value in known.items()
+            if record in untrained
+        }
+        return known | gains
+
+    @cached_property
     def pictures(self) -> list[Picture]:
-        """PNGs of `figures/`, those with a caption first and in the captions' order."""
+        """The PNGs that lie in `figures/` itself, those with a caption first and in the captions' order."""
         folder = self.path / "figures"
         captions = _json(folder / "captions.json")
-        names = [*captions, *sorted(file.name for file in folder.glob("*.png") if file.name not in captions)]
-        return [Picture(folder / name, captions.get(name, "")) for name in names if (folder / name).exists()]
+        there = {file.name: file for file in sorted(folder.glob("*.png")) if file.is_file() and not file.is_symlink()}
+        names = [*(name for name in captions if name in there), *(name for name in there if name not in captions)]
+        pictures = [Picture(there[name], str(captions.get(name, ""))) for name in names]
+        return [picture for picture in pictures if picture.file.read_bytes().startswith(b"\x89PNG")]
 
 
 def read_curves(file: Path) -> dict[str, Curve]:
-    """Columns of a `metrics.csv` without their empty cells, by step; none where there is no file."""
+    """Read the columns of a `metrics.csv` without their empty cells, by step; none where there is no file."""
     curves: dict[str, Curve] = {}
     if file.exists():
         with file.open(newline="") as rows:
@@ -212,7 +128,7 @@ def is_run(path: Path) -> bool:
 
 
 def find_runs(paths: Iterable[Path]) -> tuple[list[Run], list[Failed]]:
-    """All runs in the folders given, at any depth, each once.
+    """Find all runs in the folders given, at any depth, each once.
 
     Raises:
         UserError: a path does not exist, or no run is inside any.
@@ -260,5 +176,8 @@ def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def _json(file: Path) -> dict[str, Any]:
-    content = json.loads(file.read_text()) if file.exists() else {}
+    try:
+        content = json.loads(file.read_bytes())
+    except (OSError, ValueError):  # a page can do without
+        return {}
     return content if isinstance(content, dict) else {}

@@ -1,36 +1,20 @@
 """Many runs -> one row per configuration, mean and standard deviation over seeds."""
 
-import math
 import statistics
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-from icl_msr.report.runs import Failed, Results, Run, find_runs, flatten
+from icl_msr.core.records import ACCURACY, CHANCE, GAP, MEANINGS, TRAINED, UNTRAINED, Classifier, Measurement
+from icl_msr.report.runs import GAIN, Failed, Run, find_runs, flatten
+from icl_msr.report.words import LOSSES, main_classifiers
 
-GAIN = "trained - untrained"
 CONDITIONS = [("full", "full"), ("full", "fg"), ("fg", "fg"), ("fg", "full")]
 """(pre-trained on, tested on), in the paper's order."""
 SAME_CONFIGURATION = ("seed", "logger")
 """Top-level config entries that two runs of one configuration may differ in."""
-
-
-class Metric(NamedTuple):
-    """What was measured: `quantity` is a split (accuracy, %) or a gap (points)."""
-
-    quantity: str
-    classifier: str
-    fitted_on: str
-    encoder: str = "trained"
-
-    @property
-    def is_gap(self) -> bool:
-        """Whether this is a difference between splits, where less is better."""
-        return " - " in self.quantity or self.quantity == "bg_gap"
-
-    def __str__(self) -> str:
-        return f"{self.quantity} [{self.classifier} fitted on {self.fitted_on}, {self.encoder}]"
 
 
 @dataclass(frozen=True)
@@ -65,7 +49,8 @@ class Configuration:
     runs: list[Run]
     labels: dict[str, str]
     """What tells this configuration from the others on the same data set."""
-    metrics: dict[Metric, Statistic]
+    metrics: dict[Measurement, Statistic]
+    """By the record without its number; a gain is a record whose encoder is `GAIN`."""
 
     @property
     def dataset(self) -> str:
@@ -84,7 +69,7 @@ class TwoByTwo:
 
     dataset: str
     labels: dict[str, str]
-    classifier: str
+    classifier: Classifier
     cells: dict[tuple[str, str], Statistic]
     """(pre-trained on, tested on) -> accuracy; each either `full` or `fg`."""
 
@@ -126,9 +111,9 @@ def summarise(paths: Iterable[Path], against: str | None = None) -> Summary:
     superseded = []
     for run in sorted(runs, key=lambda run: (run.path / "results.json").stat().st_mtime):
         seeds = groups.setdefault(_identity(run), {})
-        if run.results.seed in seeds:
-            superseded.append(seeds[run.results.seed].path)
-        seeds[run.results.seed] = run
+        if run.outcome.seed in seeds:
+            superseded.append(seeds[run.outcome.seed].path)
+        seeds[run.outcome.seed] = run
     members = [[seeds[seed] for seed in sorted(seeds)] for seeds in groups.values()]
     configurations = []
     for dataset in dict.fromkeys(_dataset(seeds[0]) for seeds in members):
@@ -139,85 +124,100 @@ def summarise(paths: Iterable[Path], against: str | None = None) -> Summary:
     return Summary(configurations, _join_conditions(configurations), failed, superseded, against)
 
 
-def measurements(results: Results) -> dict[Metric, float]:
-    """All accuracies (%) and gaps (points) of a run, and by how much the trained encoder is above the untrained."""
-    found = {Metric(a.split, a.classifier, a.fitted_on, a.encoder): 100 * a.top1 for a in results.accuracies}
-    found |= {Metric(g.gap, g.classifier, g.fitted_on, g.encoder): g.points for g in results.gaps}
-    gains = {}
-    for metric, value in found.items():
-        reference = metric._replace(encoder="untrained")
-        if metric.encoder == "trained" and reference in found:
-            gains[metric._replace(encoder=GAIN)] = value - found[reference]
-    return {metric: value for metric, value in (found | gains).items() if math.isfinite(value)}
+def heading(record: Measurement) -> tuple[str, str]:
+    """Name a column of a table of many runs: (what, how)."""
+    usual = record.kind in (ACCURACY.kind, GAP.kind)
+    what = GAP.labels.get(record.splits, record.splits.replace(" - ", " − "))
+    if not usual:
+        what = " ".join(filter(None, (record.kind, record.metric, record.splits, *map(str, record.factors.values()))))
+    fitted = "" if record.fitted_on == "train" else record.fitted_on
+    encoder = "" if record.encoder == TRAINED else record.encoder
+    return what, ", ".join(filter(None, (str(record.classifier or ""), fitted, encoder)))
 
 
-def main_classifiers(metrics: Iterable[Metric]) -> tuple[str | None, str | None]:
-    """The linear probe, or else what was fine-tuned, and the first kNN preset, where measured."""
-    names = list(dict.fromkeys(metric.classifier for metric in metrics))
-    fitted = (name for kind in ("linear", "finetune") for name in names if name.startswith(kind))
-    return next(fitted, None), next((name for name in names if name.startswith("knn")), None)
+def accuracy(split: str, classifier: Classifier | None, fitted_on: str, encoder: str = TRAINED) -> Measurement:
+    """An accuracy without its number, to look one up."""
+    known = partial(Measurement, kind=ACCURACY.kind, value=None, split=split, classifier=classifier)
+    return known(fitted_on=fitted_on, encoder=encoder)
 
 
-def headline(configurations: list[Configuration]) -> list[Metric]:
-    """The few metrics a reader looks for first, of those measured on this data set.
+def headline(configurations: list[Configuration]) -> list[Measurement]:
+    """The few numbers a reader looks for first, of those measured on this data set.
 
     Accuracy as usually reported, what a probe that cannot use the background reads of the object, what training added,
     and how much is lost with the background.
     """
-    measured = dict.fromkeys(metric for c in configurations for metric in c.metrics)
+    every = dict.fromkeys(record for c in configurations for record in c.metrics)
+    measured = {record: record for record in every if record.kind in (ACCURACY.kind, GAP.kind)}
     linear, knn = main_classifiers(measured)
-    splits = {metric.quantity for metric in measured if not metric.is_gap}
-    either = linear or knn or ""
+    splits = {record.split for record in measured if record.kind == ACCURACY.kind}
+    either = linear or knn
+
+    def gap(split: str, minus: str) -> Measurement:
+        return replace(accuracy(split, either, "train"), kind=GAP.kind, minus=minus, unit="points")
+
     if "mixed_rand" in splits:
         wanted = [
-            Metric("original", either, "train"),
-            Metric("mixed_rand", either, "balanced"),
-            Metric("mixed_rand", knn or either, "train"),
-            Metric("mixed_rand", knn or either, "train", GAIN),
-            Metric("bg_gap", either, "train"),
-            Metric("only_bg - chance", either, "train"),
+            accuracy("original", either, "train"),
+            accuracy("mixed_rand", either, "balanced"),
+            accuracy("mixed_rand", knn or either, "train"),
+            accuracy("mixed_rand", knn or either, "train", GAIN),
+            gap("mixed_same", "mixed_rand"),
+            gap("only_bg", CHANCE),
         ]
     elif "fg" in splits:
         wanted = [
-            Metric("full", either, "train"),
-            Metric("fg", either, "train"),
-            Metric("full - fg", either, "train"),
-            Metric("full", knn or either, "train"),
-            Metric("full", knn or either, "train", GAIN),
+            accuracy("full", either, "train"),
+            accuracy("fg", either, "train"),
+            gap("full", "fg"),
+            accuracy("full", knn or either, "train"),
+            accuracy("full", knn or either, "train", GAIN),
         ]
     else:
-        main = (
-            linear,
-            knn,
-            *(m.classifier for m in measured if m.classifier.startswith(("linear-", "finetune", "head"))),
-        )
-        wanted = [metric for metric in measured if metric.encoder != "untrained" and metric.classifier in main]
+        alike = [r for r in measured if r.classifier and r.classifier.family in ("linear", "finetune", "head")]
+        main = {linear, knn, *(record.classifier for record in alike if record.classifier != linear)}
+        wanted = [record for record in measured if record.encoder != UNTRAINED and record.classifier in main]
         if "corrupted" in splits:  # the columns of Ge et al. 2021, which leave no room for others
-            wanted = [metric for metric in wanted if metric.encoder == "trained" and not metric.is_gap]
-    return [metric for metric in dict.fromkeys(wanted) if metric in measured]
+            wanted = [record for record in wanted if record.encoder == TRAINED and record.kind == ACCURACY.kind]
+    return [measured[record] for record in dict.fromkeys(wanted) if record in measured]
 
 
-def best(metric: Metric, configurations: list[Configuration]) -> Configuration | None:
+def best(record: Measurement, configurations: list[Configuration]) -> Configuration | None:
     """The configuration with the best mean: highest accuracy or gap nearest to zero; none among fewer than two.
 
     And none where more is not better or worse: what is told from a background or a texture, and gains of gaps.
     """
-    candidates = [c for c in configurations if metric in c.metrics]
-    neutral = metric.quantity.startswith(("conflict_", "only_")) and metric.quantity != "only_fg"
-    if len(candidates) < 2 or neutral or (metric.is_gap and metric.encoder == GAIN):
+    candidates = [c for c in configurations if record in c.metrics]
+    less = record.better == "less"
+    if len(candidates) < 2 or record.better == "neither" or (less and record.encoder == GAIN):
         return None
-    return max(candidates, key=lambda c: -abs(c.metrics[metric].mean) if metric.is_gap else c.metrics[metric].mean)
+    return max(candidates, key=lambda c: -abs(c.metrics[record].mean) if less else c.metrics[record].mean)
+
+
+def comparison(rows: list[Configuration]) -> str:
+    """Which configuration of one data set relies least on the background; empty where that was not measured."""
+    gaps = {(record.split, record.minus): record for record in headline(rows)}
+    gap = next((gaps[splits] for splits in LOSSES if splits in gaps), None)
+    # Pre-training on the foreground alone is another question.
+    measured = [row for row in rows if gap in row.metrics and row.runs[0].outcome.train_on != "fg"]
+    if gap is None or len(measured) < 2:
+        return ""
+    least, *_, most = sorted(measured, key=lambda row: row.metrics[gap].mean)
+    return (
+        f"When {MEANINGS[gap.split, gap.minus]}, {least.label} loses least on average, {least.metrics[gap]} points, "
+        f"and {most.label} most, {most.metrics[gap]} points."
+    )
 
 
 def _dataset(run: Run) -> str:
-    return run.results.choices.get("dataset") or "data"
+    return run.outcome.choices.get("dataset") or "data"
 
 
 def _settings(run: Run) -> tuple[dict[str, str], dict[str, str]]:
     """(choice of every config group, every dotted key of the config), without what one configuration may vary."""
     choices = {
         group: str(choice).lower() if choice is None else choice
-        for group, choice in run.results.choices.items()
+        for group, choice in run.outcome.choices.items()
         if group not in SAME_CONFIGURATION and not group.startswith("hydra")
     }
     config = {key: value for key, value in run.config.items() if key not in SAME_CONFIGURATION}
@@ -252,7 +252,7 @@ def _differing(runs: list[Run]) -> list[str]:
 
 def _labels(run: Run, columns: list[str]) -> dict[str, str]:
     choices, keys = _settings(run)
-    return {column: choices.get(column, keys.get(column, "–")) for column in columns} or {"run": run.results.name}
+    return {column: choices.get(column, keys.get(column, "–")) for column in columns} or {"run": run.outcome.name}
 
 
 def _order(label: str) -> tuple[int, float, str]:
@@ -263,12 +263,12 @@ def _order(label: str) -> tuple[int, float, str]:
         return (0 if label == "none" else 2), 0.0, label
 
 
-def _statistics(runs: list[Run]) -> dict[Metric, Statistic]:
-    values: dict[Metric, list[float]] = {}
+def _statistics(runs: list[Run]) -> dict[Measurement, Statistic]:
+    values: dict[Measurement, list[float]] = {}
     for run in runs:
-        for metric, value in measurements(run.results).items():
-            values.setdefault(metric, []).append(value)
-    return {metric: Statistic(tuple(seen)) for metric, seen in values.items()}
+        for record, value in run.numbers.items():
+            values.setdefault(record, []).append(value)
+    return {record: Statistic(tuple(seen)) for record, seen in values.items()}
 
 
 def _join_conditions(configurations: list[Configuration]) -> list[TwoByTwo]:
@@ -280,19 +280,20 @@ def _join_conditions(configurations: list[Configuration]) -> list[TwoByTwo]:
         choices, keys = _settings(run)
         rest = sorted((key, value) for key, value in keys.items() if key != condition)
         pair = pairs.setdefault((tuple(sorted(choices.items())), tuple(rest)), {})
-        pair[run.results.train_on or "full"] = configuration
+        pair[run.outcome.train_on or "full"] = configuration
     tables = []
     for pair in pairs.values():
         if not {"full", "fg"} <= pair.keys():
             continue
         labels = {key: value for key, value in pair["full"].labels.items() if key != condition}
-        for classifier in dict.fromkeys(metric.classifier for metric in pair["full"].metrics):
+        accuracies = [record for record in pair["full"].metrics if record.kind == ACCURACY.kind]
+        for classifier in dict.fromkeys(record.classifier for record in accuracies):
             cells = {
-                (trained, tested): pair[trained].metrics.get(Metric(tested, classifier, "train"))
+                (trained, tested): pair[trained].metrics.get(accuracy(tested, classifier, "train"))
                 for trained, tested in CONDITIONS
             }
             complete = {key: cell for key, cell in cells.items() if cell is not None}
-            if len(complete) == 4:
-                labels = labels or {"run": pair["full"].runs[0].results.name}
+            if len(complete) == 4 and classifier is not None:
+                labels = labels or {"run": pair["full"].runs[0].outcome.name}
                 tables.append(TwoByTwo(pair["full"].dataset, labels, classifier, complete))
     return tables

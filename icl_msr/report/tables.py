@@ -1,213 +1,197 @@
-"""What an evaluation measured beside accuracies and gaps, as tables: for the terminal, and for the report's page."""
+"""Records as tables and plots, by their layout: whatever was measured, known here or not."""
 
-from collections.abc import Sequence
-from typing import Any, Protocol
+from collections.abc import Iterable, Sequence
+from typing import Any
 
-from rich.table import Table
+from icl_msr.core.records import ACCURACY, GAP, TRAINED, UNTRAINED, ByClass, Layout, Measurement, Outcome
+from icl_msr.core.tables import Cell, Column, Line, Table
+from icl_msr.report import plots, words
+from icl_msr.report.plots import Dot, Plot, Series
+from icl_msr.report.runs import Curve
 
 SHOWN = 20
 """Classes in a table, the best and the worst where there are more."""
+NARROW = 5
+"""Columns of numbers with which a terminal still has room for intervals."""
+SERIES = 4
+"""Series in a plot; where there are more, the main classifiers are drawn."""
 
 
-class Measured(Protocol):
-    """`suite.Results`, or what was read back from results.json."""
-
-    corruptions: list[Any]
-    shape: list[Any]
-    decodability: list[Any]
-    similarity: list[Any]
-    textures: list[Any]
-    health: list[Any]
-    labelled: list[Any]
+def tables(outcome: Outcome) -> list[Table]:
+    """Make a table of every kind of record that has a layout, and those of the classes."""
+    records = outcome.records
+    first = sorted(records.layouts, key=lambda kind: kind not in (ACCURACY.kind, GAP.kind))
+    found = [lay_out(records.layouts[kind], records.where(kind), outcome.chance) for kind in first]
+    return [table for table in found if table.lines] + class_tables(records.by_class, outcome.classes)
 
 
-def tables(results: Measured) -> list[Table]:
-    """One for each kind of measure that was taken."""
-    kinds = (
-        labelled_table,
-        corruption_table,
-        shape_table,
-        decodability_table,
-        texture_table,
-        similarity_table,
-        health_table,
+def lay_out(layout: Layout, records: Sequence[Measurement], chance: float | None = None) -> Table:
+    """Make the table of records of one kind; the coldest colour of cells is that of `chance`."""
+    lines: dict[tuple[Any, ...], dict[tuple[Any, ...], Measurement]] = {}
+    for record in records:
+        cells = lines.setdefault(_told(record, layout.rows), {})
+        cells[_told(record, layout.columns)] = record
+    columns = _ordered({_told(record, layout.columns): record for record in records}, layout.columns)
+    words_of = [Column(layout.labels.get(by, by), words=True) for by in layout.rows]
+    counts = [Column(layout.count)] if layout.count else []
+    heads = [_head(layout, column) for column in columns]
+    notes = (
+        [Column(layout.notes, words=True, prose=True)]
+        if layout.notes and any(record.note for record in records)
+        else []
     )
-    return [table for kind in kinds if (table := kind(results)) is not None]
+    low = chance or 0.0
+    high = max([record.value or 0.0 for record in records] + [low + 0.01])
+    body = []
+    for key in _ordered({key: next(iter(cells.values())) for key, cells in lines.items()}, layout.rows):
+        found = lines[key]
+        first = next(iter(found.values()))
+        line = [_word(layout, value) for value in key]
+        if counts:
+            line.append(Cell("–" if first.n is None else f"{first.n:,}", first.n))
+        for column in columns:
+            cell = found.get(column)
+            heat = None if cell is None or not layout.heat else ((cell.value or 0.0) - low) / (high - low)
+            line.append(_number(cell, heat, margin=not layout.heat and len(columns) <= NARROW))
+        if notes:
+            note = "; ".join(dict.fromkeys(record.note for record in found.values() if record.note))
+            line.append(Cell(note, note))
+        body.append(Line(line, faint="encoder" in layout.rows and first.encoder == UNTRAINED))
+    every = [*words_of, *counts, *heads, *notes]
+    return Table(layout.kind, layout.title, every, body, about=layout.about, folded=layout.folded)
 
 
-def _table(title: str, *left: str) -> Table:
-    table = Table(title=f"\n{title}", title_justify="left", box=None, padding=(0, 1, 0, 0))
-    for column in left:
-        table.add_column(column, no_wrap=True)
-    return table
+def _told(record: Measurement, by: Sequence[str]) -> tuple[Any, ...]:
+    return tuple(record.told(one) for one in by)
 
 
-def _number(value: float | None, digits: int) -> str:
-    return "–" if value is None else f"{value:.{digits}f}".replace("-", "−")
+def _ordered(keys: dict[tuple[Any, ...], Measurement], by: Sequence[str]) -> list[tuple[Any, ...]]:
+    """Keys by each of their parts in turn, as they came; the linear probe and the trained encoder stand first."""
+    ranks: list[dict[Any, int]] = []
+    for place, field in enumerate(by):
+        seen: dict[Any, bool] = {}
+        for key, record in keys.items():
+            linear = record.classifier is not None and record.classifier.family == "linear"
+            later = (field == "classifier" and not linear) or (field == "encoder" and record.encoder != TRAINED)
+            seen.setdefault(key[place], later)
+        ranks.append({value: rank for rank, value in enumerate(sorted(seen, key=seen.__getitem__))})
+    return sorted(keys, key=lambda key: [rank[part] for rank, part in zip(ranks, key, strict=True)])
 
 
-def _percent(value: float | None) -> str:
-    return _number(None if value is None else 100 * value, 1)
+def _label(layout: Layout, value: Any) -> str:
+    text = "" if value is None else f"{value:g}" if isinstance(value, float) else str(value)
+    return layout.labels.get(text, text)
 
 
-def labelled_table(results: Measured) -> Table | None:
-    """Which images classifiers were fitted with, where those were only some; None else."""
-    rows = [row for row in results.labelled if row["fraction"] < 1]
-    if not rows:
+def _word(layout: Layout, value: Any) -> Cell:
+    return Cell(_label(layout, value), value, layout.details.get(str(value), ""))
+
+
+def _head(layout: Layout, column: Sequence[Any]) -> Column:
+    first, *rest = (value for value in column if value is not None)
+    detail = ", ".join(_label(layout, value) for value in rest)
+    return Column(_label(layout, first), detail, layout.details.get(str(first), ""))
+
+
+def _number(record: Measurement | None, heat: float | None, *, margin: bool) -> Cell:
+    if record is None:
+        return Cell()
+    low, high = record.scaled(record.low), record.scaled(record.high)
+    known = low is not None and high is not None and record.value is not None
+    half = f"±{(high - low) / 2:.1f}" if known and margin else ""  # type: ignore[operator]
+    text = words.number(record, record.value)
+    detail = words.interval(record) if known else ""
+    return Cell(text, record.value, detail, half, heat=None if heat is None else min(max(heat, 0.0), 1.0))
+
+
+def charts(layout: Layout, records: Sequence[Measurement], chance: float | None = None) -> list[Plot]:
+    """Draw the plots that the layout asks for, one a panel; `chance` is a dashed line among accuracies."""
+    chart = layout.chart
+    if chart is None:
+        return []
+    chosen = [record for record in records if all(record.told(by) == value for by, value in chart.where.items())]
+    panels: dict[Any, list[Measurement]] = {}
+    for record in chosen:
+        panels.setdefault(record.told(chart.panel) if chart.panel else None, []).append(record)
+    drawn = []
+    for value, found in panels.items():
+        panel = layout.labels.get(chart.panel, chart.panel)
+        title = f"{panel} {_label(layout, value)}".capitalize() if chart.panel else layout.title.removesuffix(", %")
+        unit = {"fraction": "%", "points": "points"}.get(found[0].unit, "")
+        series = _series(found, chart.series)
+        places = list(dict.fromkeys(record.told(chart.axis) for record in found))
+        at = {key: {record.told(chart.axis): record for record in line} for key, line in series.items()}
+        names = {key: ", ".join(_label(layout, part) for part in key if part is not None) for key in series}
+        if chart.shape == "lines":
+            values = {
+                name: Curve(
+                    [float(place) for place in places if place in at[key]],
+                    [at[key][place].shown or 0.0 for place in places if place in at[key]],
+                )
+                for key, name in names.items()
+            }
+            drawn.append(plots.lines(title, values, note=chart.note, axis=layout.labels.get(chart.axis, chart.axis)))
+            continue
+        reference = 0.0 if unit == "points" else 100 * chance if layout.kind == ACCURACY.kind and chance else None
+        kinds = list(dict.fromkeys(tuple(p for p in key if p not in (TRAINED, UNTRAINED)) for key in series))
+        dots = [
+            Series(
+                names[key],
+                [_dot(at[key].get(place)) for place in places],
+                None if UNTRAINED in key else kinds.index(tuple(p for p in key if p != TRAINED)),
+                UNTRAINED not in key,
+                "oDs^"[kinds.index(tuple(p for p in key if p not in (TRAINED, UNTRAINED))) % 4],
+            )
+            for key in series
+        ]
+        rows = [_label(layout, place) for place in places]
+        drawn.append(plots.dots(title, rows, dots, unit, reference, note=chart.note))
+    return drawn
+
+
+def _series(records: Iterable[Measurement], by: Sequence[str]) -> dict[tuple[Any, ...], list[Measurement]]:
+    series: dict[tuple[Any, ...], list[Measurement]] = {}
+    for record in records:
+        series.setdefault(_told(record, by), []).append(record)
+    main = words.main_classifiers(record for line in series.values() for record in line)
+    if len(series) > SERIES and any(main):
+        series = {key: line for key, line in series.items() if line[0].classifier in main}
+    return {key: series[key] for key in _ordered({key: line[0] for key, line in series.items()}, by)}
+
+
+def _dot(record: Measurement | None) -> Dot | None:
+    if record is None or record.value is None:
         return None
-    table = _table("Labels used", "part", "chosen by")
-    for column in ("images", "classes", "images of\na class"):
-        table.add_column(column, justify="right")
-    table.add_column("note")
-    for row in rows:
-        each = str(row["most"]) if row["fewest"] == row["most"] else f"{row['fewest']} to {row['most']}"
-        name = f"{100 * row['fraction']:g} %"
-        table.add_row(name, row["chosen_by"], str(row["n"]), str(row["classes"]), each, row["note"])
-    return table
+    return Dot(record.shown or 0.0, record.scaled(record.low), record.scaled(record.high))
 
 
-def corruption_table(results: Measured) -> Table | None:
-    """Accuracy under each corruption, by severity and in the mean over severities; None where that was not measured."""
-    if not results.corruptions:
-        return None
-    table = _table("Accuracy under corruptions, %", "corruption", "classifier", "encoder")
-    severities = sorted({row["severity"] for row in results.corruptions if row["severity"] is not None})
-    for column in (*map(str, severities), "mean"):
-        table.add_column(column, justify="right")
-    cells: dict[tuple[str, str, str], dict[int | None, str]] = {}
-    for row in results.corruptions:
-        key = (row["corruption"], row["classifier"], row["encoder"])
-        cells.setdefault(key, {})[row["severity"]] = _percent(row["top1"])
-    names = list(dict.fromkeys(corruption for corruption, _, _ in cells))
-    for key in sorted(cells, key=lambda key: (names.index(key[0]), not key[1].startswith("linear"), key[1])):
-        shown = [cells[key].get(severity, "") for severity in (*severities, None)]
-        table.add_row(*key, *shown, style="dim" * (key[2] == "untrained"))
-    return table
-
-
-def shape_table(results: Measured) -> Table | None:
-    """Shape bias; None where that was not measured."""
-    if not results.shape:
-        return None
-    table = _table("Shape bias on cue-conflict images, %", "classifier", "encoder")
-    for column in ("images", "classes", "shape bias", "95 % interval", "taken for\nshape", "taken for\ntexture"):
-        table.add_column(column, justify="right")
-    for row in results.shape:
-        known = (str(row["n"]), str(len(row["classes"])))
-        bounds = "–" if row["low"] is None else f"{_percent(row['low'])} to {_percent(row['high'])}"
-        cells = (*known, _percent(row["shape_bias"]), bounds, _percent(row["shape"]), _percent(row["texture"]))
-        table.add_row(row["classifier"], row["encoder"], *cells, style="dim" * (row["encoder"] == "untrained"))
-    return table
-
-
-def decodability_table(results: Measured) -> Table | None:
-    """What linear probes read of shape and texture inside the stimuli; None where that was not measured."""
-    if not results.decodability:
-        return None
-    chance = _percent(results.decodability[0]["chance"])
-    table = _table(f"Read from the features of the stimuli, % (chance {chance})", "cue", "encoder")
-    for column in ("accuracy", "95 % interval", "n"):
-        table.add_column(column, justify="right")
-    for row in results.decodability:
-        cells = (_percent(row["accuracy"]), f"{_percent(row['low'])} to {_percent(row['high'])}", str(row["n"]))
-        table.add_row(row["cue"], row["encoder"], *cells, style="dim" * (row["encoder"] == "untrained"))
-    return table
-
-
-def similarity_table(results: Measured) -> Table | None:
-    """How alike two encoders are; None where that was not measured."""
-    if not results.similarity:
-        return None
-    table = _table("Alike", "encoder", "and", "images of")
-    for column in ("n", "CKA", "shared\nneighbours, %", "chance, %"):
-        table.add_column(column, justify="right")
-    for row in results.similarity:
-        cells = (str(row["n"]), _number(row["cka"], 3), _percent(row["shared_neighbours"]), _percent(row["chance"]))
-        style = "dim" * (row["encoder"] == "untrained")
-        table.add_row(row["encoder"], row["other"], row["split"], *cells, style=style)
-    return table
-
-
-def texture_table(results: Measured) -> Table | None:
-    """Accuracy on non-semantic versions of the test images, and the classes told best; None where not measured."""
-    if not results.textures:
-        return None
-    chances = {row["level"]: row["chance"] for row in results.textures}
-    table = _table("Told from what is left of an image without its content, %", "images", "classifier", "encoder")
-    for level, chance in chances.items():
-        table.add_column(f"{level}\n(chance {_percent(chance)})", justify="right")
-    table.add_column("told best")
-    rows: dict[tuple[str, str, str], dict[str, Any]] = {}
-    for row in results.textures:
-        rows.setdefault((row["images"], row["classifier"], row["encoder"]), {})[row["level"]] = row
-    names = list(dict.fromkeys(images for images, _, _ in rows))
-    for key in sorted(rows, key=lambda key: (names.index(key[0]), not key[1].startswith("linear"), key[1])):
-        told = {name: value for name, value in rows[key]["fine"]["by_class"].items() if value}
-        best = ", ".join(f"{name} {100 * told[name]:.0f}" for name in sorted(told, key=lambda name: -told[name])[:3])
-        cells = [_percent(rows[key][level]["top1"]) for level in chances]
-        table.add_row(*key, *cells, best, style="dim" * (key[2] == "untrained"))
-    return table
-
-
-def health_table(results: Measured) -> Table | None:
-    """How well each encoder uses its space; None where that was not measured."""
-    if not results.health:
-        return None
-    table = _table("Representation", "encoder", "images of")
-    for column in ("n", "channels", "effective\nrank", "std\n(1 spread)", "uniformity", "alignment"):
-        table.add_column(column, justify="right")
-    for row in results.health:
-        cells = (str(row["n"]), str(row["channels"]), _number(row["effective_rank"], 1))
-        table.add_row(
-            row["encoder"], row["split"], *cells, _number(row["feature_std"], 2), _number(row["spread"], 2),
-            _number(row.get("alignment"), 2),
-            style="dim" * (row["encoder"] == "untrained"),
-        )  # fmt: skip
-    return table
-
-
-def class_tables(per_class: Sequence[Any], classes: Sequence[str]) -> list[Table]:
-    """Accuracy by class and the largest confusions on the first test split.
+def class_tables(by_class: Sequence[ByClass], classes: Sequence[str]) -> list[Table]:
+    """Make tables of the accuracy by class and of the largest confusions on the first test split.
 
     Of the trained encoder and the linear probe, or the first classifier where there is none, fitted on train.
     """
-    rows = [row for row in per_class if (row["encoder"], row["fitted_on"]) == ("trained", "train")]
+    rows = [row for row in by_class if (row.encoder, row.fitted_on, row.classes) == (TRAINED, "train", None)]
     if not rows:
         return []
-    row = next((row for row in rows if row["classifier"].startswith("linear")), rows[0])
-    where = f"{row['split']}, {row['classifier']}"
-    known = [
-        (accuracy, name) for accuracy, name in zip(row["accuracies"], classes, strict=False) if accuracy is not None
-    ]
-    ranked = sorted(known, key=lambda pair: -pair[0])
-    if len(ranked) > SHOWN:
+    row = next((row for row in rows if row.classifier.family == "linear"), rows[0])
+    where = f"{row.split}, {row.classifier}"
+    named = zip(row.accuracies, classes, strict=False)
+    ranked = sorted(((value, name) for value, name in named if value is not None), key=lambda pair: -pair[0])
+    few = f": the best and the worst {SHOWN // 2} of {len(ranked)}" if len(ranked) > SHOWN else ""
+    if few:
         ranked = ranked[: SHOWN // 2] + ranked[-SHOWN // 2 :]
-        where += f": the best and the worst {SHOWN // 2} of {len(known)}"
     taken: dict[str, str] = {}
-    for true, predicted, images in row["confused"]:
+    for true, predicted, images in row.confused:
         taken.setdefault(true, f"{predicted} ({images})")
-    by_class = _table(f"Classes ({where})", "class")
-    for column in ("accuracy, %", "most often taken for"):
-        by_class.add_column(column, justify="right")
-    for accuracy, name in ranked:
-        by_class.add_row(name, _percent(accuracy), taken.get(name, ""))
-    confusions = _table(f"Largest confusions ({row['split']}, {row['classifier']})", "class", "taken for")
-    confusions.add_column("images", justify="right")
-    for true, predicted, images in row["confused"]:
-        confusions.add_row(true, predicted, str(images))
-    return [by_class, confusions]
-
-
-def top_five_table(accuracies: Sequence[Any]) -> Table | None:
-    """Top-5 beside top-1, where there are more than five classes."""
-    rows = [row for row in accuracies if row.top5 is not None]
-    if not rows:
-        return None
-    table = _table("Top-5 accuracy, %", "split", "classifier", "fitted on", "encoder")
-    for column in ("top-1", "top-5"):
-        table.add_column(column, justify="right")
-    for row in rows:
-        cells = (_percent(row.top1), _percent(row.top5))
-        style = "dim" * (row.encoder == "untrained")
-        table.add_row(row.split, row.classifier, row.fitted_on, row.encoder, *cells, style=style)
-    return table
+    first = Column("class", words=True)
+    heads = [first, Column("accuracy, %"), Column("most often taken for", words=True)]
+    lines = [
+        Line([Cell(name, name), Cell(f"{100 * value:.1f}", value), Cell(taken.get(name, ""), taken.get(name, ""))])
+        for value, name in ranked
+    ]
+    pairs = [Line([Cell(str(part), part) for part in pair]) for pair in row.confused]
+    columns = [first, Column("taken for", words=True), Column("images")]
+    return [
+        Table("classes", f"Classes ({where}{few})", heads, lines, folded=True),
+        Table("confusions", f"Largest confusions ({where})", columns, pairs, folded=True),
+    ]

@@ -1,28 +1,34 @@
 """Numbers said in words."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from statistics import median
 from typing import Any
 
-from icl_msr.report.runs import Accuracy, Curve, Gap, Look, Results, Share
-from icl_msr.report.summary import Configuration, Metric, headline, main_classifiers
+from icl_msr.core.records import ACCURACY, GAP, MEANINGS, TRAINED, UNTRAINED, Classifier, Measurement, Outcome, Records
+from icl_msr.report.runs import Curve
 
-GAPS = {
-    "bg_gap": ("mixed_same − mixed_rand", "the background is swapped for one of a random class"),
-    "original - mixed_rand": ("original − mixed_rand", "the background is swapped for one of a random class"),
-    "original - only_fg": ("original − only_fg", "the background is taken away"),
-    "full - fg": ("full − fg", "everything but the object is taken away"),
-    "fg - crop": ("fg − crop", "gained by cropping to the object and not anywhere"),
-    "only_bg - chance": ("only_bg − chance", "above chance from the background alone"),
-}
-"""Gap -> (the difference in plain symbols, what happens to the image)."""
-LOSSES = ("bg_gap", "original - mixed_rand", "full - fg", "original - only_fg")
+LOSSES = (("mixed_same", "mixed_rand"), ("original", "mixed_rand"), ("full", "fg"), ("original", "only_fg"))
 """Gaps that measure the reliance on the background, the most telling first."""
 
 
-def percent(fraction: float) -> str:
+def number(record: Measurement, value: float | None) -> str:
+    """Write a value as people read it, in the unit of its record."""
+    shown = record.scaled(value)
+    if shown is None:
+        return "–"
+    if record.unit == "points":
+        return points(shown)
+    digits = ",.0f" if record.unit == "count" else ".1f" if record.unit == "fraction" else _digits(shown)
+    return f"{shown:{digits}}".replace("-", "−")
+
+
+def _digits(value: float) -> str:
+    return ".3g" if abs(value) < 0.01 else ".3f" if abs(value) < 10 else ",.1f"
+
+
+def percent(fraction: float | None) -> str:
     """0.412 -> 41.2 %."""
-    return f"{100 * fraction:.1f} %"
+    return "–" if fraction is None else f"{100 * fraction:.1f} %"
 
 
 def points(value: float) -> str:
@@ -30,9 +36,10 @@ def points(value: float) -> str:
     return f"{value:+.1f}".replace("-", "−")
 
 
-def interval(low: float | None, high: float | None, scale: float = 1) -> str:
+def interval(record: Measurement) -> str:
     """`9.8 to 14.7`; empty where unknown."""
-    return "" if low is None or high is None else f"{scale * low:.1f} to {scale * high:.1f}".replace("-", "−")
+    low, high = record.scaled(record.low), record.scaled(record.high)
+    return "" if low is None or high is None else f"{low:.1f} to {high:.1f}".replace("-", "−")
 
 
 def duration(seconds: float) -> str:
@@ -42,191 +49,177 @@ def duration(seconds: float) -> str:
     return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s" if minutes else f"{rest} s"
 
 
-def fitted(fitted_on: str) -> str:
-    """What a classifier was fitted on."""
-    return {
-        "train": "the training set",
-        "balanced": "the balanced split",
-        "own": "data of its own",
-    }.get(fitted_on, fitted_on)
+def main_classifiers(records: Iterable[Measurement]) -> tuple[Classifier | None, Classifier | None]:
+    """The linear probe, or else what was fine-tuned, and the first kNN preset, where measured."""
+    found = list(dict.fromkeys(record.classifier for record in records if record.classifier is not None))
+    fitted = (one for family in ("linear", "finetune") for one in found if one.family == family)
+    return next(fitted, None), next((one for one in found if one.family == "knn"), None)
 
 
-def find_accuracy(results: Results, split: str, classifier: str, fitted_on: str, encoder: str) -> Accuracy | None:
-    """The one accuracy asked for, where measured."""
-    key = (split, classifier, fitted_on, encoder)
-    return next((a for a in results.accuracies if (a.split, a.classifier, a.fitted_on, a.encoder) == key), None)
-
-
-def find_gap(results: Results, gap: str, classifier: str, fitted_on: str, encoder: str) -> Gap | None:
-    """The one gap asked for, where measured."""
-    key = (gap, classifier, fitted_on, encoder)
-    return next((g for g in results.gaps if (g.gap, g.classifier, g.fitted_on, g.encoder) == key), None)
-
-
-def main_classifier(results: Results) -> str | None:
+def main_classifier(records: Records) -> Classifier | None:
     """The classifier the answer is about: the linear probe, else what was fine-tuned, else kNN."""
-    linear, knn = main_classifiers(Metric(a.split, a.classifier, a.fitted_on) for a in results.accuracies)
+    linear, knn = main_classifiers(records.where(ACCURACY.kind))
     return linear or knn
 
 
-def answer(results: Results) -> list[str]:
+def telling_gap(records: Records, classifier: Classifier, encoder: str = TRAINED) -> Measurement | None:
+    """The most telling gap of the classifier fitted on train, where any was measured."""
+    known = {"classifier": str(classifier), "fitted_on": "train", "encoder": encoder}
+    gaps = (records.find(GAP.kind, split=split, minus=minus, **known) for split, minus in LOSSES)
+    return next((gap for gap in gaps if gap is not None), None)
+
+
+def answer(outcome: Outcome) -> list[str]:
     """How much the encoder relies on the object and how much on the background: sentences, the main one first."""
-    classifier = main_classifier(results)
+    records = outcome.records
+    classifier = main_classifier(records)
+    if classifier is None and records.where("health"):
+        return [
+            "This run had no labels of two or more classes, so nothing can be said about object and background; what "
+            "needs no label is below."
+        ]
     if classifier is None:
         return ["This run was not evaluated, so nothing can be said about object and background."]
-    gaps = (find_gap(results, name, classifier, "train", "trained") for name in LOSSES)
-    gap = next((gap for gap in gaps if gap is not None), None)
-    who = f"A {'linear probe' if classifier.startswith('linear') else f'{classifier} classifier'} on the frozen encoder"
-    if classifier.startswith("finetune"):
+    linear = classifier.family == "linear"
+    who = f"A {'linear probe' if linear else f'{classifier} classifier'} on the frozen encoder"
+    if classifier.family == "finetune":
         who = "The fine-tuned encoder"
-    if classifier.endswith("%"):
-        who += f" with {classifier.rpartition('-')[2].replace('%', ' %')} of the labels"
-    shape = _shape(results)
-    splits = {a.split for a in results.accuracies if a.fitted_on != "stimuli"}
+    if classifier.fraction < 1:
+        who += f" with {100 * classifier.fraction:g} % of the labels"
+    shape = _shape(records)
+    splits = {record.split for record in records.where(ACCURACY.kind) if record.fitted_on != "stimuli"}
     if shape and splits <= {"conflict_shape", "conflict_texture"}:
         return shape
+    gap = telling_gap(records, classifier)
     if gap is None:
         return [
             "Object and background were not told apart here, so the run cannot tell which of the two "
             "the encoder relies on.",
-            *_elsewhere(results, classifier, who),
+            *_elsewhere(records, classifier, who),
             *shape,
         ]
-    untrained = find_gap(results, gap.gap, classifier, "train", "untrained")
-    sentences = [f"{who} {_lost(gap)} when {GAPS[gap.gap][1]}{_significance(gap)}."]
+    untrained = telling_gap(records, classifier, UNTRAINED)
+    sentences = [f"{who} {_lost(gap)} when {MEANINGS[gap.split, gap.minus]}{_significance(gap)}."]
     if untrained:
         sentences.append(f"On the untrained encoder it {_lost(untrained)}.")
-    return [*sentences, *_alone(results, classifier), *_decodable(results, classifier), *shape]
+    return [*sentences, *_alone(outcome, classifier), *_decodable(records, classifier), *shape]
 
 
-def comparison(rows: list[Configuration]) -> str:
-    """Which configuration of one data set relies least on the background; empty where that was not measured."""
-    gap = next((metric for name in LOSSES for metric in headline(rows) if metric.quantity == name), None)
-    # Pre-training on the foreground alone is another question.
-    measured = [row for row in rows if gap in row.metrics and row.runs[0].results.train_on != "fg"]
-    if gap is None or len(measured) < 2:
-        return ""
-    least, *_, most = sorted(measured, key=lambda row: row.metrics[gap].mean)
-    return (
-        f"When {GAPS[gap.quantity][1]}, {least.label} loses least on average, {least.metrics[gap]} points, "
-        f"and {most.label} most, {most.metrics[gap]} points."
-    )
+def _lost(gap: Measurement) -> str:
+    value, low, high = gap.value or 0.0, gap.low, gap.high
+    verb, bounds = "loses", interval(gap)
+    if value < 0 and low is not None and high is not None:
+        bounds = f"{-high:.1f} to {-low:.1f}".replace("-", "−")
+    if value < 0:
+        verb = "gains"
+    return f"{verb} {abs(value):.1f} points" + (f" (95 % interval {bounds})" if bounds else "")
 
 
-def _lost(gap: Gap) -> str:
-    verb = "loses" if gap.points >= 0 else "gains"
-    low, high = (gap.low, gap.high) if gap.points >= 0 or gap.low is None or gap.high is None else (-gap.high, -gap.low)
-    bounds = interval(low, high)
-    return f"{verb} {abs(gap.points):.1f} points" + (f" (95 % interval {bounds})" if bounds else "")
-
-
-def _significance(gap: Gap) -> str:
+def _significance(gap: Measurement) -> str:
     if gap.low is None or gap.high is None or not gap.low <= 0 <= gap.high:
         return ""
     return ": not distinguishable from no loss at all"
 
 
-def _elsewhere(results: Results, classifier: str, who: str) -> list[str]:
+def _elsewhere(records: Records, classifier: Classifier, who: str) -> list[str]:
     """Accuracy on the first test split, and what is lost on others."""
-    scores = [
-        a for a in results.accuracies if (a.classifier, a.fitted_on, a.encoder) == (classifier, "train", "trained")
-    ]
+    known = {"classifier": str(classifier), "fitted_on": "train", "encoder": TRAINED}
+    scores = records.where(ACCURACY.kind, **known)
     if not scores:
         return []
-    lost = [
-        f"{_lost(gap)} on {gap.gap.partition(' - ')[2]}"
-        for gap in results.gaps
-        if (gap.classifier, gap.fitted_on, gap.encoder) == (classifier, "train", "trained")
-        and gap.gap.startswith(f"{scores[0].split} - ")
-    ]
-    others = "" if lost else "".join(f", {percent(a.top1)} on {a.split}" for a in scores[1:])
-    first = f"{who} reaches {percent(scores[0].top1)} on {scores[0].split}{others}."
+    gaps = records.where(GAP.kind, split=scores[0].split, **known)
+    lost = [f"{_lost(gap)} on {gap.minus}" for gap in gaps]
+    others = "" if lost else "".join(f", {percent(record.value)} on {record.split}" for record in scores[1:])
+    first = f"{who} reaches {percent(scores[0].value)} on {scores[0].split}{others}."
     return [first, f"It {', '.join(lost)}."] if lost else [first]
 
 
-def _alone(results: Results, classifier: str) -> list[str]:
+def _alone(outcome: Outcome, classifier: Classifier) -> list[str]:
     """What object and background are each good for alone."""
-    fg = find_accuracy(results, "only_fg", classifier, "train", "trained")
-    bg = find_accuracy(results, "only_bg", classifier, "train", "trained")
+    known = {"classifier": str(classifier), "fitted_on": "train", "encoder": TRAINED}
+    fg, bg = (outcome.records.find(ACCURACY.kind, split=split, **known) for split in ("only_fg", "only_bg"))
     if fg is None or bg is None:
         return []
-    chance = "" if results.chance is None else f"; chance is {percent(results.chance)}"
+    chance = "" if outcome.chance is None else f"; chance is {percent(outcome.chance)}"
     return [
-        f"It names {percent(fg.top1)} of the images from the object alone "
-        f"and {percent(bg.top1)} from the background alone{chance}."
+        f"It names {percent(fg.value)} of the images from the object alone "
+        f"and {percent(bg.value)} from the background alone{chance}."
     ]
 
 
-def _decodable(results: Results, classifier: str) -> list[str]:
+def _decodable(records: Records, classifier: Classifier) -> list[str]:
     """Whether the object can be read from the features by a probe to which the background is of no use."""
-    trained = find_accuracy(results, "mixed_rand", classifier, "balanced", "trained")
+    known = {"split": "mixed_rand", "classifier": str(classifier), "fitted_on": "balanced"}
+    trained, untrained = (records.find(ACCURACY.kind, encoder=encoder, **known) for encoder in (TRAINED, UNTRAINED))
     if trained is None:
         return []
-    untrained = find_accuracy(results, "mixed_rand", classifier, "balanced", "untrained")
-    bounds = interval(trained.low, trained.high, 100)
-    text = (
-        "The object itself is in the features to this degree: a probe fitted where the background says nothing about "
-        f"the class is right on {percent(trained.top1)} of the images with a random background"
-    )
+    bounds = interval(trained)
     return [
-        text
+        "The object itself is in the features to this degree: a probe fitted where the background says nothing about "
+        f"the class is right on {percent(trained.value)} of the images with a random background"
         + (f" (95 % interval {bounds})" if bounds else "")
-        + (f", against {percent(untrained.top1)} for the untrained encoder." if untrained else ".")
+        + (f", against {percent(untrained.value)} for the untrained encoder." if untrained else ".")
     ]
 
 
-def _shape(results: Results) -> list[str]:
+def _shape(records: Records) -> list[str]:
     """What decides where shape and texture contradict each other, and what can be read of both."""
-    biased = next((row for row in results.shape if row["encoder"] == "trained" and row["shape_bias"] is not None), None)
-    read = {row["cue"]: row for row in results.decodability if row["encoder"] == "trained"}
+    biased = next(
+        (r for r in records.where("shape", metric="shape_bias", encoder=TRAINED) if r.value is not None), None
+    )
+    read = records.where("decodability", metric="accuracy", encoder=TRAINED)
+    chance = records.find("decodability", metric="chance")
     sentences = []
     if biased is not None:
-        whose = (
-            "its own classifier"
-            if biased["classifier"] == "head"
-            else f"a {biased['classifier']} classifier on the encoder"
-        )
+        known = {"classifier": str(biased.classifier), "encoder": TRAINED}
+        decided = records.find("shape", metric="decided", **known)
+        head = biased.classifier is not None and biased.classifier.family == "head"
+        whose = "its own classifier" if head else f"a {biased.classifier} classifier on the encoder"
+        images = "images" if decided is None else f"{decided.value:.0f} images"
         sentences.append(
             f"Where shape and texture contradict each other, {whose} goes by the shape in "
-            f"{percent(biased['shape_bias'])} (95 % interval {interval(biased['low'], biased['high'], 100)}) of the "
-            f"{biased['decided']} images that it names by either."
+            f"{percent(biased.value)} (95 % interval {interval(biased)}) of the {images} that it names by either."
         )
-    if read:
-        both = " and ".join(f"the {cue} of {percent(row['accuracy'])}" for cue, row in read.items())
-        chance = percent(next(iter(read.values()))["chance"])
-        sentences.append(f"Fitted to other stimuli, probes read {both}; chance is {chance}.")
-    return [sentence[0].upper() + sentence[1:] for sentence in sentences]
+    if read and chance:
+        both = " and ".join(f"the {record.told('cue')} of {percent(record.value)}" for record in read)
+        sentences.append(f"Fitted to other stimuli, probes read {both}; chance is {percent(chance.value)}.")
+    return sentences
 
 
 CLEARLY = 0.1
 """Of the object's area: how far the whole interval must be from a map that does not see the object."""
 
 
-def strata(look: Look) -> list[str]:
-    """Whether a stratum looks at the background only, and whether strata differ: sentences."""
-    named = [share for share in look.shares if share.stratum.isdigit()]
-    outside = [share for share in named if share.excess_high < -CLEARLY * look.area]
-    inside = [share for share in named if share.excess_low > CLEARLY * look.area]
+def strata(records: Records) -> list[str]:
+    """Whether a stratum looks at the background only, and whether strata differ: sentences; none where not measured."""
+    area, apart = records.find("strata_area"), records.find("strata_apart", metric="difference")
+    if area is None or area.value is None:
+        return []
+    excess = [record for record in records.where("strata", metric="excess") if isinstance(record.told("stratum"), int)]
+    clearly = 100 * CLEARLY * area.value  # points
+    outside = [record for record in excess if (record.high or 0) < -clearly]
+    inside = [record for record in excess if (record.low or 0) > clearly]
     if outside:
-        least = min(outside, key=lambda share: share.excess)
+        least = min(outside, key=lambda record: record.value or 0).told("stratum")
+        share, place = (records.where("strata", metric=m, stratum=least)[0].value for m in ("share", "by_place"))
         first = (
             f"{_these(outside).capitalize()} clearly less activation on the object than a map that does not see it: "
-            f"stratum {least.stratum} has {percent(least.share)} instead of {percent(least.by_place)}"
+            f"stratum {least} has {percent(share)} instead of {percent(place)}"
         )
     else:
         first = "No stratum avoids the object: none has clearly less activation there than a map that does not see it"
     first += f"; {_these(inside)} clearly more." if inside else ", and none has clearly more."
-    gap = look.difference
-    if gap is None:
+    if apart is None or apart.value is None:
         return [first]
-    apart = f"{points(100 * gap.points)} points (95 % interval {interval(gap.low, gap.high, 100)})"
-    if gap.low <= CLEARLY * look.area:
-        return [first, f"All strata look at about the same place: the two that differ most are {apart} apart."]
-    return [first, f"They differ: stratum {gap.more} has more of it on the object than stratum {gap.less}: {apart}."]
+    by = f"{points(apart.value)} points (95 % interval {interval(apart)})"
+    if (apart.low or 0) <= clearly:
+        return [first, f"All strata look at about the same place: the two that differ most are {by} apart."]
+    more, less = (int(records.where("strata_apart", metric=m)[0].value or 0) for m in ("more", "less"))
+    return [first, f"They differ: stratum {more} has more of it on the object than stratum {less}: {by}."]
 
 
-def _these(shares: Sequence[Share]) -> str:
-    names = [share.stratum for share in shares]
+def _these(records: Sequence[Measurement]) -> str:
+    names = [str(record.told("stratum")) for record in records]
     if len(names) == 1:
         return f"stratum {names[0]} has"
     return f"strata {', '.join(names[:-1])} and {names[-1]} have"

@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from lightning_fabric.plugins.io.torch_io import TorchCheckpointIO
+from typing_extensions import override
 
 from icl_msr.core.storage import replacing
 from icl_msr.models.checkpoint import read_checkpoint
@@ -17,6 +18,7 @@ class AtomicCheckpoint(TorchCheckpointIO):
     it, and moves it from there: across file systems that is a copy, which a kill leaves half done.
     """
 
+    @override
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
         """Writes beside the old file, then takes its place.
 
@@ -27,6 +29,6 @@ class AtomicCheckpoint(TorchCheckpointIO):
         with replacing(path, f"continue with resume={path.parent.parent}") as file:
             torch.save(checkpoint, file)
 
+    @override
     def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: bool | None = True) -> dict[str, Any]:
-        """See `read_checkpoint`: always to the CPU, always data alone."""
         return read_checkpoint(Path(path))

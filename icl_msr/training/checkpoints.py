@@ -10,10 +10,14 @@ from typing import Any
 import pytorch_lightning as pl
 import torch
 import torch.distributed as dist
+from pydantic import PositiveFloat, PositiveInt
 from pytorch_lightning.callbacks import Checkpoint
+from typing_extensions import override
 
 from icl_msr.core.distributed import world_size
 from icl_msr.core.errors import PREEMPTED
+from icl_msr.core.folder import RunFolder
+from icl_msr.training.progress import last_epoch
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
@@ -28,46 +32,61 @@ class Checkpoints(Checkpoint):
     Lightning calls a `Checkpoint` after all other callbacks, so the queues have taken the batch in.
     """
 
-    def __init__(self, file: Path, *, every_n_epochs: int, every_n_minutes: float | None):
-        self.file, self.every_n_epochs, self.every_n_minutes = file, every_n_epochs, every_n_minutes
+    def __init__(self, checkpoint: Path, *, every_n_epochs: PositiveInt, every_n_minutes: PositiveFloat | None):
+        self.file, self.every_n_epochs, self.every_n_minutes = checkpoint, every_n_epochs, every_n_minutes
         self.signal: signal.Signals | None = None
         self._signalled_at = 0.0
         self._handlers: dict[signal.Signals, Any] = {}
         self._saved_at = time.monotonic()
         self._stop = False
+        self._ended = False
 
+    @override
+    def state_dict(self) -> dict[str, Any]:
+        # Whether a callback had stopped the run, such as early stopping: it then ends again at once.
+        return {"ended": self._ended}
+
+    @override
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._ended = state_dict["ended"]
+
+    @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Takes the signals over: Lightning's own handler calls a collective wherever the program happens to be."""
+        # Takes the signals over: Lightning's own handler calls a collective wherever the program happens to be.
+        trainer.should_stop |= self._ended
         self._saved_at = time.monotonic()
         self._handlers = {number: signal.signal(number, self._note) for number in SIGNALS}
 
+    @override
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Between two optimiser steps; after the last batch of an epoch, the epoch's end is waited for."""
+        # Between two optimiser steps; after the last batch of an epoch, the epoch's end is waited for. Only Lightning's
+        # loop knows whether gradients are being accumulated.
         loop = trainer.fit_loop.epoch_loop
         if not (loop.batch_progress.is_last_batch or loop._should_accumulate()):
             minutes = (time.monotonic() - self._saved_at) / 60
             self._save(trainer, due=self.every_n_minutes is not None and minutes >= self.every_n_minutes)
 
+    @override
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """The end of an epoch, or of all."""
-        done = trainer.current_epoch + 1
-        self._save(trainer, due=done % self.every_n_epochs == 0 or done == trainer.max_epochs)
+        self._save(trainer, due=(trainer.current_epoch + 1) % self.every_n_epochs == 0 or last_epoch(trainer))
 
+    @override
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        """Only now has Lightning logged what belongs to the last step."""
+        # Only now has Lightning logged what belongs to the last step.
         self._leave_if_told(trainer)
 
+    @override
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Signals mean again what they meant before."""
+        # Signals mean again what they meant before.
         self._give_signals_back()
         self._leave_if_told(trainer)
 
+    @override
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        """See `on_train_end`."""
         self._give_signals_back()
 
     def _note(self, number: int, frame: FrameType | None) -> None:
@@ -82,12 +101,15 @@ class Checkpoints(Checkpoint):
         self._handlers = {}
 
     def _save(self, trainer: pl.Trainer, due: bool) -> None:
-        """If any rank is due or was told to stop: on all ranks alike."""
+        """Write if any rank is due or was told to stop: on all ranks alike. A `fast_dev_run` writes nothing."""
+        if trainer.fast_dev_run:  # type: ignore[attr-defined]
+            return
         decision = torch.tensor([due, self.signal is not None], dtype=torch.int32, device=trainer.strategy.root_device)
         if world_size() > 1:
             dist.all_reduce(decision, dist.ReduceOp.MAX)
         due, self._stop = decision.bool().tolist()
         if due or self._stop:
+            self._ended = trainer.should_stop
             trainer.save_checkpoint(self.file)
             self._saved_at = time.monotonic()
 
@@ -96,10 +118,5 @@ class Checkpoints(Checkpoint):
             return
         if trainer.is_global_zero:
             cause = self.signal.name if self.signal else "a signal to another rank"
-            print(
-                f"Stopped by {cause} after {trainer.global_step} steps; all is saved. "
-                f"Continue with: python -m icl_msr.run resume={self.file.parents[1]}",
-                file=sys.stderr,
-                flush=True,
-            )
+            print(RunFolder(self.file.parents[1]).farewell(cause, trainer.global_step), file=sys.stderr, flush=True)
         sys.exit(PREEMPTED if trainer.is_global_zero else 0)

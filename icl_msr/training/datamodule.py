@@ -1,8 +1,11 @@
 """From a data set to batches of `Views` on the training device."""
 
 import itertools
-from collections.abc import Iterator, Sequence
+import shutil
+import warnings
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 import pytorch_lightning as pl
@@ -13,14 +16,18 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from torch.utils.data import Dataset as TorchDataset
 from torchvision.transforms.v2 import functional as F
+from typing_extensions import override
 
 from icl_msr.augment import Augmentation
 from icl_msr.core.errors import UserError
 from icl_msr.core.randomness import keys, permutation
 from icl_msr.core.views import AlphaMode, AlphaSchedule, NonSemantic, Views
 from icl_msr.data.dataset import ArraySplit, Dataset, Split, normalise
-from icl_msr.data.folders import FileSplit
+from icl_msr.data.files import FileSplit
 from icl_msr.negatives.cached import CachedNegatives
+
+SHARED_MEMORY = Path("/dev/shm")
+"""Where Linux keeps the tensors that processes share."""
 
 NEGATIVES = -2
 """The view number of the negatives' keys."""
@@ -41,6 +48,21 @@ class Batch(NamedTuple):
     textures: Tensor | None = None
     """(N, 3, s, s) uint8, the first view's crops of the cached textures, if there are."""
 
+    def as_arrays(self) -> "Batch":
+        """Return the pixels as numpy arrays: these go from a worker through a pipe, tensors through shared memory."""
+        return self._each(Tensor.numpy)
+
+    def as_tensors(self) -> "Batch":
+        """Undo `as_arrays`."""
+        return self._each(torch.as_tensor)
+
+    def _each(self, change: Callable[[Any], Any]) -> "Batch":
+        return self._replace(
+            images=None if self.images is None else change(self.images),
+            crops=None if self.crops is None else [change(view) for view in self.crops],
+            textures=None if self.textures is None else change(self.textures),
+        )
+
 
 class Negatives(Protocol):
     """A generator of non-semantic negatives; see `NonSemantic` for what it says of them."""
@@ -50,8 +72,8 @@ class Negatives(Protocol):
     alpha_mode: AlphaMode
     alpha_schedule: AlphaSchedule
 
-    def __call__(self, query: Tensor, keys: Tensor) -> Tensor:
-        """Query (N, C, H, W), keys int64 (N,); returns (N, m, C, H, W)."""
+    def __call__(self, query: Tensor, keys: Tensor) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
+        """Query (N, C, H, W), keys int64 (N,); returns (N, m, C, H, W), and numbers () for the log if there are any."""
         ...
 
 
@@ -61,7 +83,9 @@ class EpochBatches:
     All ranks together see the batches that one rank would see; what does not fill a batch is left out.
     """
 
-    def __init__(self, length: int, batch_size: int, seed: int, rank: int = 0, world_size: int = 1) -> None:
+    def __init__(
+        self, length: int, batch_size: int, seed: int, rank: int = 0, world_size: int = 1, fixed: bool = False
+    ) -> None:
         if batch_size > length:
             raise UserError(
                 f"The batch size {batch_size} is larger than the {length} training images; set it to {length} or less."
@@ -73,6 +97,8 @@ class EpochBatches:
             )
         self.length, self.batch_size, self.seed = length, batch_size, seed
         self.rank, self.share = rank, batch_size // world_size
+        self.fixed = fixed
+        """Whether every epoch has the order of the first one, as `Trainer(overfit_batches=...)` asks for."""
         self.epoch = 0
         self.first = 0
         """The first batch of the epoch that is wanted: a resumed run leaves out those that it has seen."""
@@ -81,7 +107,7 @@ class EpochBatches:
         return self.length // self.batch_size
 
     def __iter__(self) -> Iterator[Batch]:
-        order = permutation(self.seed, self.epoch, self.length)
+        order = permutation(self.seed, 0 if self.fixed else self.epoch, self.length)
         for batch in range(self.first, len(self)):
             start = batch * self.batch_size + self.rank * self.share
             yield Batch(self.epoch, order[start : start + self.share])
@@ -127,19 +153,21 @@ class DataModule(pl.LightningDataModule):
             self._first_view = replace(augmentation, views=augmentation.views[:1])
         self._labels = dataset.train.labels
 
+    @override
     def train_dataloader(self) -> "_TrainLoader":
-        """The loader of this rank."""
+        # The loader of this rank.
         self._training = self._loader()
         return self._training
 
+    @override
     def teardown(self, stage: str) -> None:
-        """Let the workers go. Left to the garbage collector, each of them would be waited for."""
+        # Let the workers go. Left to the garbage collector, each of them would be waited for.
         if self._training is not None:
             self._training.close()
             self._training = None
 
+    @override
     def on_exception(self, exception: BaseException) -> None:
-        """See `teardown`."""
         self.teardown("fit")
 
     def _loader(self) -> "_TrainLoader":
@@ -150,12 +178,17 @@ class DataModule(pl.LightningDataModule):
         if isinstance(train, FileSplit):
             textures = self._textures if isinstance(self._textures, FileSplit) else None
             source = _Crops(train, textures, self.augmentation, self.seed, self.dataset.image_size)
-        batches = EpochBatches(len(train), self.batch_size, self.seed, trainer.global_rank, trainer.world_size)
+        fixed = bool(trainer.overfit_batches)  # type: ignore[attr-defined]
+        batches = EpochBatches(len(train), self.batch_size, self.seed, trainer.global_rank, trainer.world_size, fixed)
         workers = self.num_workers if isinstance(train, FileSplit) else 0
+        if isinstance(source, _Crops) and workers:
+            ranks_here = trainer.world_size // trainer.num_nodes
+            source.piped = _too_small_for(source.bytes_of(batches.share) * (2 * workers + 1) * ranks_here)
         loader = DataLoader(
             source,
             batch_size=None,
             sampler=batches,
+            collate_fn=_as_it_is,  # the default makes tensors of arrays, in the worker
             num_workers=workers,
             persistent_workers=workers > 0,
             pin_memory=trainer.strategy.root_device.type == "cuda",
@@ -169,10 +202,11 @@ class DataModule(pl.LightningDataModule):
         for batch in itertools.islice(loader.loader, batches):
             if isinstance(batch, UserError):
                 raise batch
-            yield self.views(move_data_to_device(batch, device))
+            yield self.views(move_data_to_device(batch.as_tensors(), device))
 
+    @override
     def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
-        """A `Batch` on the device to its `Views`; anything else stays as it is."""
+        # A `Batch` on the device to its `Views`; anything else stays as it is.
         return self.views(batch) if isinstance(batch, Batch) else batch
 
     @torch.no_grad()
@@ -181,16 +215,17 @@ class DataModule(pl.LightningDataModule):
         data, index = self.dataset, batch.positions
         images = self._images("train", data.train, index) if batch.images is None else batch.images
         views = self._augmented(self.augmentation, images if batch.crops is None else batch.crops, batch)
-        negatives, of = None, self.negatives
+        negatives, of, log = None, self.negatives, dict[str, Tensor]()
         if of is not None:
             if isinstance(of, CachedNegatives):
                 textures = batch.textures
                 source = self._images("textures", self._textures, index) if textures is None else [textures]
                 rows = self._augmented(self._first_view, source, batch)[0][:, None]
             else:
-                rows = of(views[0], keys(self.seed, batch.epoch, index, NEGATIVES))
+                made = of(views[0], keys(self.seed, batch.epoch, index, NEGATIVES))
+                rows, log = made if isinstance(made, tuple) else (made, log)
             rows = self._laid_out(rows.flatten(0, 1)).view_as(rows)
-            negatives = NonSemantic(rows, of.alpha, of.repulsion, of.alpha_mode, of.alpha_schedule)
+            negatives = NonSemantic(rows, of.alpha, of.repulsion, of.alpha_mode, of.alpha_schedule, log)
         whole = normalise(images, data.mean, data.std)
         self._labels = self._labels.to(index.device)
         return Views(
@@ -239,7 +274,7 @@ class _TrainLoader:
         for batch in self.loader:
             if isinstance(batch, UserError):
                 raise batch
-            yield batch
+            yield batch.as_tensors()
 
     def close(self) -> None:
         """Drop the DataLoader, which ends its workers."""
@@ -251,6 +286,24 @@ class _TrainLoader:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """See `state_dict`."""
+
+
+def _as_it_is(batch: Any) -> Any:
+    return batch
+
+
+def _too_small_for(needed: int) -> bool:
+    """Is less shared memory free than the batches of the workers take, in bytes? A worker would wait for ever."""
+    if not SHARED_MEMORY.is_dir():
+        return False
+    free = shutil.disk_usage(SHARED_MEMORY).free
+    if needed > free:
+        warnings.warn(
+            f"The workers need {needed / 1e6:,.0f} MB of shared memory, and {SHARED_MEMORY} has {free / 1e6:,.0f} MB "
+            "free: batches go through pipes, which is slower. In Docker, --shm-size gives more.",
+            stacklevel=2,
+        )
+    return needed > free
 
 
 class _Indices(TorchDataset[Batch]):
@@ -268,6 +321,13 @@ class _Crops(TorchDataset[Any]):
     ) -> None:
         self.split, self.textures, self.augmentation, self.seed = split, textures, augmentation, seed
         self.sizes = [recipe.size or size for recipe in augmentation.recipes]
+        self.piped = False
+        """Do batches go to the trainer through pipes? It takes two copies more than shared memory."""
+
+    def bytes_of(self, images: int) -> int:
+        """Return how much memory the pixels of so many images take."""
+        sides = [self.split.image_size, *self.sizes, *([self.sizes[0]] if self.textures is not None else [])]
+        return 3 * images * sum(side**2 for side in sides)
 
     def __getitem__(self, batch: Batch) -> Batch | UserError:
         """The batch with its pixels; an error goes back as a value, as a worker would wrap it in its traceback."""
@@ -286,11 +346,12 @@ class _Crops(TorchDataset[Any]):
                     textures += self._cut(decoded, part, batch.epoch, self.sizes[:1])[0]
         except UserError as error:
             return error
-        return batch._replace(
+        done = batch._replace(
             images=torch.stack(images),
             crops=[torch.stack(view) for view in crops],
             textures=torch.stack(textures) if textures else None,
         )
+        return done.as_arrays() if self.piped else done
 
     def _cut(self, decoded: list[Tensor], index: Tensor, epoch: int, sizes: Sequence[int]) -> list[list[Tensor]]:
         """The crops of the first views, of those sizes."""

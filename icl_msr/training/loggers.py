@@ -7,20 +7,23 @@ import os
 import secrets
 import shutil
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Protocol, runtime_checkable
 
 from pytorch_lightning.loggers import TensorBoardLogger
 from pytorch_lightning.loggers.logger import Logger
 from pytorch_lightning.utilities import rank_zero_only
+from typing_extensions import override
 
 from icl_msr.core.errors import UserError
 from icl_msr.core.ranks import is_first
+from icl_msr.core.records import Outcome
 from icl_msr.core.storage import atomic_write
+from icl_msr.core.tables import Table
 
 MODES = ("online", "offline", "disabled")
 """What the variable `WANDB_MODE` may say."""
@@ -44,6 +47,17 @@ class About:
     """Optimiser steps done when the run was continued; None for a fresh start."""
 
 
+@runtime_checkable
+class Dashboard(Protocol):
+    """A logger that also takes what a run ends with. Lightning's own loggers take the curves alone."""
+
+    def conclude(self, folder: Path) -> None:
+        """Take the results and the pictures of a finished run."""
+
+    def close(self, exit_code: int) -> None:
+        """Learn how the run ended."""
+
+
 class MetricsFile(Logger):
     """`metrics.csv`: a row whenever something is logged, on the disk at once.
 
@@ -59,23 +73,26 @@ class MetricsFile(Logger):
             done = about.resumed_at or 0
             self._write([row for row in self._rows() if row["step"] and int(row["step"]) < done])
 
+    @override
     @property
     def name(self) -> str:
-        """See Lightning."""
         return ""
 
+    @override
     @property
     def version(self) -> str:
-        """See Lightning."""
         return ""
 
+    @override
     @rank_zero_only
     def log_hyperparams(self, *_: Any, **__: Any) -> None:
-        """They stand in `config.yaml`."""
+        # They stand in `config.yaml`.
+        pass
 
+    @override
     @rank_zero_only
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
-        """One row."""
+        # One row.
         row = {**metrics, "step": step}
         if row.keys() - set(self.columns):
             self.columns = ["epoch", "step", *sorted({*self.columns, *row} - {"epoch", "step"})]
@@ -102,22 +119,9 @@ class MetricsFile(Logger):
 
 def figures(folder: Path) -> dict[str, tuple[Path, str]]:
     """The run's pictures: name to file and caption."""
-    captions = json.loads((folder / "figures" / "captions.json").read_text())
+    file = folder / "figures" / "captions.json"
+    captions = json.loads(file.read_text()) if file.exists() else {}
     return {Path(file).stem: (folder / "figures" / file, caption) for file, caption in captions.items()}
-
-
-def final_numbers(folder: Path) -> dict[str, float]:
-    """The numbers of `results.json` by name: logged values, accuracies of the trained encoder, gaps, the metric."""
-    results = json.loads((folder / "results.json").read_text())
-    numbers = dict(results["final"])
-    for row in results["accuracies"]:
-        if row["encoder"] == "trained":
-            numbers["/".join((row["classifier"], row["fitted_on"], row["split"]))] = row["top1"]
-    for row in results["gaps"]:
-        if row["encoder"] == "trained":
-            numbers["/".join((row["classifier"], row["fitted_on"], row["gap"]))] = row["points"]
-    numbers |= {name: results[name] for name in ("images_per_second", "peak_memory_mb", "wall_time_s")}
-    return {**numbers, "metric": results["metric"]["value"]}
 
 
 class WeightsAndBiases(Logger):
@@ -151,36 +155,34 @@ class WeightsAndBiases(Logger):
             with self._forgiving():
                 self._begin(wanted)
 
+    @override
     @property
     def name(self) -> str:
-        """See Lightning."""
         return self.project
 
+    @override
     @property
     def version(self) -> str | None:
-        """The run's id."""
+        # The run's id.
         return None if self.run is None else str(self.run.id)
 
+    @override
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
-        """One point of every curve."""
+        # One point of every curve.
         if self._listens():
             with self._forgiving():
                 self.run.log({**metrics, "trainer/global_step": step})
 
+    @override
     def log_hyperparams(self, *_: Any, **__: Any) -> None:
-        """The config was sent at the start."""
+        # The config was sent at the start.
+        pass
 
     def conclude(self, folder: Path) -> None:
         """Summary, pictures, tables and artifacts of a finished run."""
         if self._listens():
             with self._forgiving():
                 self._conclude(folder)
-
-    def log_tables(self, tables: Mapping[str, Sequence[dict[str, Any]]]) -> None:
-        """Tables by name, each of rows by column; a row may lack a column."""
-        if self._listens():
-            with self._forgiving():
-                self._log_tables(tables)
 
     def close(self, exit_code: int) -> None:
         """The run ends here, well or not."""
@@ -259,29 +261,25 @@ class WeightsAndBiases(Logger):
         import wandb
 
         run = self.run
-        run.summary.update(final_numbers(folder))
-        results = json.loads((folder / "results.json").read_text())
+        outcome = Outcome.load(folder)
+        run.summary.update(outcome.numbers())
         run.log({name: wandb.Image(str(file), caption=caption) for name, (file, caption) in figures(folder).items()})
-        tables = {name: results[name] for name in ("accuracies", "gaps")}
-        tables["strata_on_object"] = (results.get("strata") or {}).get("shares")
-        self._log_tables(tables)
+        for kind, rows in outcome.records.rows().items():
+            table = Table.of(kind, rows)
+            run.log(
+                {f"records/{kind}": wandb.Table(columns=list(table.heads), data=table.data, allow_mixed_types=True)}
+            )
         if self.artifacts:
             files = {"checkpoint": ("checkpoints/last.ckpt",), "encoder": ("encoder.safetensors", "encoder.json")}
             for kind, names in files.items():
+                there = [folder / name for name in names if (folder / name).exists()]  # a run may keep no checkpoint
+                if not there:
+                    continue
                 artifact = wandb.Artifact(f"{kind}-{run.id}", type="model" if kind == "checkpoint" else kind)
-                for name in names:
-                    kept = self._keep(folder / name)
+                for file in there:
+                    kept = self._keep(file)
                     artifact.add_file(str(kept), name=kept.name, policy="immutable")
                 run.log_artifact(artifact)
-
-    def _log_tables(self, tables: Mapping[str, Sequence[dict[str, Any]]]) -> None:
-        import wandb
-
-        for name, rows in tables.items():
-            if rows:
-                columns: list[Any] = list(dict.fromkeys(key for row in rows for key in row))
-                data = [[row.get(key) for key in columns] for row in rows]
-                self.run.log({name: wandb.Table(columns=columns, data=data)})
 
     def _keep(self, file: Path) -> Path:
         """A second name for a file as it is now: a run with more epochs replaces it, perhaps before it is uploaded."""
@@ -316,9 +314,8 @@ class TensorBoard(TensorBoardLogger):
         """Final numbers and pictures."""
         from matplotlib.image import imread
 
-        for name, value in final_numbers(folder).items():
-            if value is not None:
-                self.experiment.add_scalar(f"final/{name}", value)
+        for name, value in Outcome.load(folder).numbers().items():
+            self.experiment.add_scalar(f"final/{name}", value)
         for name, (file, _) in figures(folder).items():
             self.experiment.add_image(name, imread(file)[..., :3], dataformats="HWC")
 

@@ -5,7 +5,9 @@ from typing import Any
 import pytorch_lightning as pl
 import torch
 import torch.nn.functional as F
+from pydantic import PositiveInt
 from torch import Tensor, nn
+from typing_extensions import override
 
 from icl_msr.core.distributed import gather
 from icl_msr.data.dataset import Dataset
@@ -13,14 +15,15 @@ from icl_msr.evaluation.features import extract
 from icl_msr.evaluation.knn import knn_predict
 from icl_msr.evaluation.linear import hold_out
 from icl_msr.training.module import Pretraining
+from icl_msr.training.progress import last_epoch
 
 
 class OnlineEvaluation(pl.Callback):
     """Logs `online/knn` (preset dino) and `online/probe` every few epochs.
 
     The probe is softmax regression from zero on detached features, trained with Adam on every batch beside the encoder,
-    the same on all ranks. The held-out images are pre-trained on without their labels; neither the probe nor the kNN
-    bank ever sees those.
+    the same on all ranks; there is none where the labels are those of another data set. The held-out images are
+    pre-trained on without their labels; neither the probe nor the kNN bank ever sees those.
     """
 
     def __init__(
@@ -28,16 +31,19 @@ class OnlineEvaluation(pl.Callback):
         dataset: Dataset,
         channels: int,
         *,
-        every_n_epochs: int,
+        every_n_epochs: PositiveInt,
         seed: int,
-        bank: int = 4000,
-        queries: int = 1000,
+        bank: PositiveInt,
+        queries: PositiveInt,
     ):
-        self.dataset, self.every_n_epochs = dataset, every_n_epochs
+        self.dataset, self.every_n_epochs = dataset.evaluated, every_n_epochs
+        self.probed = dataset.labelled is None
+        """Is the probe trained? It sees the features of training images, which must have the labels."""
+        dataset = dataset.evaluated
         train = dataset.train
         fit, self.held = hold_out(len(train), min(queries / len(train), 0.5), seed)
         self.fit = fit[train.labels.cpu()[fit] >= 0]
-        self.held = self.held[train.labels.cpu()[self.held] >= 0]
+        self.held = self.held[train.labels.cpu()[self.held] >= 0] if dataset.classified else self.held[:0]
         self.bank = self.fit[torch.linspace(0, len(self.fit) - 1, min(bank, len(self.fit))).long()]
         self.fits = torch.zeros(len(train), dtype=torch.bool)
         self.fits[self.fit] = True
@@ -46,29 +52,32 @@ class OnlineEvaluation(pl.Callback):
         nn.init.zeros_(self.probe.bias)
         self.optimizer = torch.optim.Adam(self.probe.parameters(), lr=3e-3)
 
+    @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """To the training device."""
         device = trainer.strategy.root_device
         self.probe.to(device)
         self.fits = self.fits.to(device)
 
+    @override
     def state_dict(self) -> dict[str, Any]:
-        """The probe and its Adam, for the checkpoint."""
         return {"probe": self.probe.state_dict(), "optimizer": self.optimizer.state_dict()}
 
+    @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """See `state_dict`."""
         self.probe.load_state_dict(state_dict["probe"])
         self.optimizer.load_state_dict(state_dict["optimizer"])
 
+    @override
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """One step of the probe."""
+        if not self.probed:
+            return
         assert isinstance(pl_module, Pretraining)
-        assert pl_module.batch is not None
-        views = pl_module.batch.views
-        features = gather(pl_module.batch.output.features[0].detach().float())
+        assert pl_module.latest is not None
+        assert pl_module.latest.output is not None
+        views = pl_module.latest.views
+        features = gather(pl_module.latest.output.features[0].detach().float())
         labels = gather(views.labels.masked_fill(~self.fits[views.index], -1))
         features = F.layer_norm(features, features.shape[1:])
         with torch.enable_grad():
@@ -78,14 +87,18 @@ class OnlineEvaluation(pl.Callback):
             loss.backward()  # type: ignore[no-untyped-call]
             self.optimizer.step()
 
+    @override
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Both accuracies on the held-out images, measured by the first rank."""
-        last = trainer.current_epoch + 1 == trainer.max_epochs
-        if ((trainer.current_epoch + 1) % self.every_n_epochs and not last) or not len(self.held):
-            return
-        if not trainer.is_global_zero:
+        due = (trainer.current_epoch + 1) % self.every_n_epochs == 0 or last_epoch(trainer)
+        if not due or not len(self.held):
             return
         assert isinstance(pl_module, Pretraining)
+        # Measured by the first rank, and known to all: a callback that watches a value must decide alike on all ranks.
+        accuracies = self.accuracies(pl_module) if trainer.is_global_zero else {}
+        pl_module.log_dict(trainer.strategy.broadcast(accuracies))
+
+    def accuracies(self, pl_module: Pretraining) -> dict[str, float]:
+        """Return the accuracies of kNN and probe on the held-out images."""
         device = pl_module.device
         features = self._features(pl_module, torch.cat([self.bank, self.held]))
         bank, queries = features[: len(self.bank)], features[len(self.bank) :]
@@ -94,8 +107,8 @@ class OnlineEvaluation(pl.Callback):
         knn = knn_predict(bank, train_labels[self.bank.to(device)], queries, "dino", len(self.dataset.classes))
         with torch.no_grad():
             probe = self.probe(F.layer_norm(queries, queries.shape[1:])).argmax(1)
-        pl_module.log("online/knn", (knn == labels).float().mean(), rank_zero_only=True)
-        pl_module.log("online/probe", (probe == labels).float().mean(), rank_zero_only=True)
+        found = {"online/knn": _share(knn == labels), "online/probe": _share(probe == labels)}
+        return found if self.probed else {"online/knn": found["online/knn"]}
 
     def _features(self, module: Pretraining, index: Tensor) -> Tensor:
         data = self.dataset
@@ -109,3 +122,7 @@ class OnlineEvaluation(pl.Callback):
             label="online features",
             index=index,
         ).to(module.device)
+
+
+def _share(hits: Tensor) -> float:
+    return float(hits.float().mean())

@@ -1,102 +1,163 @@
-"""Optimisers and schedules as pure functions of the optimiser step."""
+"""Any torch optimiser with any schedule; our schedules are functions of the optimiser step."""
 
 import math
-from typing import Any, Literal
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from pydantic import NonNegativeFloat, NonNegativeInt, PositiveFloat
 from torch import nn
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LambdaLR
+from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
-from icl_msr.core.errors import UserError
-
-
-def _lars() -> Any:
-    try:
-        from timm.optim.lars import Lars
-    except ImportError:
-        raise UserError(
-            "optimizer=lars needs timm, which is not installed; type: pip install 'icl-msr[timm]'."
-        ) from None
-    return Lars
+if TYPE_CHECKING:  # a mistake in an optimiser is answered without it
+    import pytorch_lightning as pl
 
 
 class Optimization:
-    """Builds the optimiser and its learning-rate schedule.
+    """Builds the optimiser of a module and its learning-rate schedule.
 
-    The effective learning rate is `lr` times (global batch / 256) if `scale_lr` is linear (Goyal et al. 2017). LARS is
-    timm's (You et al. 2017): a layer learns at lr r with r = `trust_coefficient` |w| / (|g| + decay |w|), or at the
-    smaller of lr and r if `trust_clip` (LARC). What is free of decay is free of this adaptation too.
-
-    Raises:
-        UserError: LARS without timm.
+    Args:
+        optimizer: called with `params`, such as `partial(torch.optim.Adam, lr=1e-3)`.
+        schedule: called with `optimizer`, `total_steps`, `steps_per_epoch` and `global_batch`, such as
+            `partial(cosine, warmup_steps=100)`; what it returns ticks once an optimiser step.
+        bias_and_norm: arguments of the optimiser that biases and the scales of normalisation layers get instead.
     """
 
     def __init__(
         self,
-        *,
-        name: Literal["sgd", "adam", "adamw", "lars"],
-        lr: PositiveFloat,
-        weight_decay: NonNegativeFloat,
-        momentum: NonNegativeFloat,
-        scale_lr: Literal["none", "linear"],
-        decay_bias_and_norm: bool,
-        schedule: Literal["constant", "cosine", "drops"],
-        drop_at: list[NonNegativeInt],
-        drop_factor: PositiveFloat,
-        warmup_steps: NonNegativeInt,
-        warmup_epochs: NonNegativeFloat,
-        trust_coefficient: PositiveFloat,
-        trust_clip: bool,
+        optimizer: Callable[..., Optimizer],
+        schedule: Callable[..., LRScheduler],
+        bias_and_norm: Mapping[str, Any] | None = None,
     ):
-        if name == "lars":
-            _lars()
-        self.name, self.lr, self.weight_decay, self.momentum = name, lr, weight_decay, momentum
-        self.scale_lr, self.decay_bias_and_norm = scale_lr, decay_bias_and_norm
-        self.schedule, self.drop_at, self.drop_factor = schedule, drop_at, drop_factor
-        self.warmup_steps, self.warmup_epochs = warmup_steps, warmup_epochs
-        self.trust = {"trust_coeff": trust_coefficient, "trust_clip": trust_clip}
-
-    def effective_lr(self, global_batch: int) -> float:
-        """The learning rate after warm-up."""
-        return self.lr * global_batch / 256 if self.scale_lr == "linear" else self.lr
-
-    def factor(self, step: int, total_steps: int, steps_per_epoch: float) -> float:
-        """Share of the effective learning rate that holds at optimiser step 0 .. total_steps - 1."""
-        warmup = max(self.warmup_steps, round(self.warmup_epochs * steps_per_epoch))
-        if step < warmup:
-            return (step + 1) / warmup
-        if self.schedule == "cosine":
-            return (1 + math.cos(math.pi * (step - warmup) / max(total_steps - warmup, 1))) / 2
-        if self.schedule == "drops":
-            passed = sum(0 < total_steps - epochs * steps_per_epoch <= step for epochs in self.drop_at)
-            return float(self.drop_factor**passed)
-        return 1.0
+        self.optimizer, self.schedule, self.bias_and_norm = optimizer, schedule, dict(bias_and_norm or {})
 
     def build(
         self, module: nn.Module, global_batch: int, total_steps: int, steps_per_epoch: float
-    ) -> tuple[Optimizer, LambdaLR]:
-        """Optimiser over the module's trainable parameters, and the schedule that ticks once an optimiser step.
+    ) -> tuple[Optimizer, LRScheduler]:
+        """Return the optimiser of the module's trainable parameters, and the schedule that ticks with its steps.
 
-        `drop_at` counts epochs before the end (ICL-MSR, section 6.2: x 0.2 at 50 and 25 epochs before the end); a drop
-        that would lie before the beginning of a short run is left out.
+        Args:
+            module: the first parameter group has its weights, the second one its biases and norms.
+            global_batch: images of an optimiser step, on all devices together.
+            total_steps: optimiser steps of the whole training.
+            steps_per_epoch: optimiser steps of an epoch.
         """
-        decayed: list[nn.Parameter] = []
-        free: list[nn.Parameter] = []
+        weights: list[nn.Parameter] = []
+        vectors: list[nn.Parameter] = []  # biases and the scales of normalisation layers
         for parameter in module.parameters():
             if parameter.requires_grad:
-                # Biases and the scales of normalisation layers are the vectors of a network.
-                (decayed if parameter.ndim > 1 or self.decay_bias_and_norm else free).append(parameter)
-        groups: list[dict[str, Any]] = [{"params": decayed}, {"params": free, "weight_decay": 0.0}]
-        lr = self.effective_lr(global_batch)
-        optimizer: Optimizer
-        if self.name == "sgd":
-            optimizer = torch.optim.SGD(groups, lr, momentum=self.momentum, weight_decay=self.weight_decay)
-        elif self.name == "lars":
-            groups[0]["always_adapt"] = True  # else no decay would mean plain SGD
-            optimizer = _lars()(groups, lr, momentum=self.momentum, weight_decay=self.weight_decay, **self.trust)
-        else:
-            kind = torch.optim.Adam if self.name == "adam" else torch.optim.AdamW
-            optimizer = kind(groups, lr, weight_decay=self.weight_decay)
-        return optimizer, LambdaLR(optimizer, lambda step: self.factor(step, total_steps, steps_per_epoch))
+                (weights if parameter.ndim > 1 or not self.bias_and_norm else vectors).append(parameter)
+        groups = [{"params": weights}, {"params": vectors, **self.bias_and_norm}]
+        optimizer = self.optimizer(params=[group for group in groups if group["params"]])
+        keys = {"total_steps": total_steps, "steps_per_epoch": steps_per_epoch, "global_batch": global_batch}
+        return optimizer, self.schedule(optimizer=optimizer, **keys)
+
+    def learning_rate(self, step: int, global_batch: int, total_steps: int, steps_per_epoch: float) -> float | None:
+        """Return the learning rate of an optimiser step, from 0; None for a schedule that depends on the past."""
+        _, schedule = self.build(_example(), global_batch, total_steps, steps_per_epoch)
+        return rate_at(schedule, step)
+
+    def effective_lr(self, global_batch: int) -> float:
+        """Return the learning rate that the schedule starts from: after warm-up, and scaled where it scales."""
+        optimizer, _ = self.build(_example(), global_batch, 1000, 100)
+        return float(optimizer.param_groups[0]["initial_lr"])
+
+
+def _example() -> nn.Module:
+    """Something to learn, of no random numbers."""
+    return nn.ParameterList([torch.zeros(1, 1), torch.zeros(1)])
+
+
+def steps_per_epoch(trainer: "pl.Trainer") -> int:
+    """Return the optimiser steps of an epoch; how many batches there are is known once the loader is made."""
+    if trainer.num_training_batches == math.inf:
+        trainer.fit_loop.setup_data()
+    return math.ceil(trainer.num_training_batches / trainer.accumulate_grad_batches)
+
+
+def rate_at(schedule: LRScheduler, step: int) -> float | None:
+    """Return the learning rate of the first parameter group at an optimiser step; None if it depends on the past."""
+    return float(schedule.base_lrs[0] * schedule.lr_lambdas[0](step)) if isinstance(schedule, LambdaLR) else None
+
+
+def follow(schedule: LRScheduler) -> None:
+    """Set the learning rates to what the schedule says of its step, as after resuming with another length."""
+    if isinstance(schedule, LambdaLR):
+        for group, rate, factor in zip(
+            schedule.optimizer.param_groups, schedule.base_lrs, schedule.lr_lambdas, strict=True
+        ):
+            group["lr"] = rate * factor(schedule.last_epoch)
+
+
+def constant(
+    optimizer: Optimizer,
+    total_steps: int,
+    steps_per_epoch: float,
+    global_batch: int,
+    *,
+    warmup_steps: NonNegativeInt,
+    warmup_epochs: NonNegativeFloat,
+    scale_lr: Literal["none", "linear"],
+) -> LambdaLR:
+    """Return a schedule that stays at the optimiser's learning rate after a linear warm-up.
+
+    The warm-up lasts for `warmup_steps` or `warmup_epochs`, whichever is longer. `scale_lr` of `linear` multiplies the
+    learning rate by global batch / 256 (Goyal et al. 2017).
+    """
+    warmup = max(warmup_steps, round(warmup_epochs * steps_per_epoch))
+    return _warmed(optimizer, warmup, lambda step: 1.0, global_batch, scale_lr)
+
+
+def cosine(
+    optimizer: Optimizer,
+    total_steps: int,
+    steps_per_epoch: float,
+    global_batch: int,
+    *,
+    warmup_steps: NonNegativeInt,
+    warmup_epochs: NonNegativeFloat,
+    scale_lr: Literal["none", "linear"],
+) -> LambdaLR:
+    """Return a schedule that falls to zero on half a cosine; warm-up and scale as in `constant`."""
+    warmup = max(warmup_steps, round(warmup_epochs * steps_per_epoch))
+
+    def factor(step: int) -> float:
+        return (1 + math.cos(math.pi * (step - warmup) / max(total_steps - warmup, 1))) / 2
+
+    return _warmed(optimizer, warmup, factor, global_batch, scale_lr)
+
+
+def drops(
+    optimizer: Optimizer,
+    total_steps: int,
+    steps_per_epoch: float,
+    global_batch: int,
+    *,
+    drop_at: list[NonNegativeInt],
+    drop_factor: PositiveFloat,
+    warmup_steps: NonNegativeInt,
+    warmup_epochs: NonNegativeFloat,
+    scale_lr: Literal["none", "linear"],
+) -> LambdaLR:
+    """Return a schedule that is multiplied by `drop_factor` some epochs before the end; the rest as in `constant`.
+
+    A drop that would lie before the beginning of a short run is left out. ICL-MSR (section 6.2) multiplies by 0.2 at 50
+    and at 25 epochs before the end.
+    """
+    warmup = max(warmup_steps, round(warmup_epochs * steps_per_epoch))
+
+    def factor(step: int) -> float:
+        passed = sum(0 < total_steps - epochs * steps_per_epoch <= step for epochs in drop_at)
+        return float(drop_factor**passed)
+
+    return _warmed(optimizer, warmup, factor, global_batch, scale_lr)
+
+
+def _warmed(
+    optimizer: Optimizer, warmup: int, factor: Callable[[int], float], global_batch: int, scale_lr: str
+) -> LambdaLR:
+    if scale_lr == "linear":
+        for group in optimizer.param_groups:
+            group["lr"] *= global_batch / 256
+    return LambdaLR(optimizer, lambda step: (step + 1) / warmup if step < warmup else factor(step))

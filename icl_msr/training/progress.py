@@ -1,10 +1,24 @@
 """Speed, and a line an epoch where no progress bar can be drawn."""
 
+import math
 import time
 from datetime import timedelta
 from typing import Any
 
 import pytorch_lightning as pl
+from typing_extensions import override
+
+from icl_msr.training.optimization import steps_per_epoch
+
+
+def ends_now(trainer: pl.Trainer) -> bool:
+    """Return whether no further batch is trained on: a callback has stopped the run, or all its steps are done."""
+    return trainer.should_stop or trainer.global_step == trainer.max_steps
+
+
+def last_epoch(trainer: pl.Trainer) -> bool:
+    """Return whether the epoch that ends is the last one."""
+    return trainer.current_epoch + 1 == trainer.max_epochs or ends_now(trainer)
 
 
 class Throughput(pl.Callback):
@@ -18,13 +32,13 @@ class Throughput(pl.Callback):
         self._began = time.perf_counter()
         self._since: float | None = None
 
+    @override
     def state_dict(self) -> dict[str, float]:
-        """A continued run goes on counting."""
         elapsed = self.earlier + time.perf_counter() - self._began
         return {"seconds": self.seconds, "images": self.images, "elapsed": elapsed}
 
+    @override
     def load_state_dict(self, state_dict: dict[str, float]) -> None:
-        """See `state_dict`."""
         self.seconds, self.images = state_dict["seconds"], int(state_dict["images"])
         self.earlier = state_dict["elapsed"]
 
@@ -33,14 +47,15 @@ class Throughput(pl.Callback):
         """Images a second over the run so far."""
         return self.images / max(self.seconds, 1e-9)
 
+    @override
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """The clock starts."""
         self._since = time.perf_counter()
 
+    @override
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Counts; the first batch, which warms caches and allocators up, is left out."""
+        # Counts; the first batch, which warms caches and allocators up, is left out.
         now = time.perf_counter()
         if self._since is not None and trainer.global_step > 1:
             self.seconds += now - self._since
@@ -51,22 +66,23 @@ class Throughput(pl.Callback):
 
 
 class EpochLines(pl.Callback):
-    """One line an epoch: loss, online accuracies, speed, time left."""
+    """Prints a line an epoch where no progress bar is drawn: loss, online accuracies, speed, time left."""
 
     def __init__(self, throughput: Throughput):
         self.throughput = throughput
         self._began = 0.0
         self._first_epoch = 0
 
+    @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """The clock starts."""
         self._began, self._first_epoch = time.perf_counter(), trainer.current_epoch
 
+    @override
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Prints the line."""
-        if not trainer.is_global_zero:
+        if not trainer.is_global_zero or trainer.progress_bar_callback is not None:
             return
-        done, total = trainer.current_epoch + 1, trainer.max_epochs or 0
+        done = trainer.current_epoch + 1
+        total = math.ceil(trainer.estimated_stepping_batches / steps_per_epoch(trainer))
         seconds = (time.perf_counter() - self._began) / (done - self._first_epoch) * (total - done)
         shown = {name: float(value) for name, value in trainer.callback_metrics.items()}
         parts = [f"epoch {done:>{len(str(total))}}/{total}"]

@@ -1,21 +1,20 @@
 """Mistakes on the command line: exit code 2, one sentence that names the key and a way out, and nothing written.
 
-`python tests/test_command.py` prints the table: every wrong command line and its sentence.
+`PYTHONPATH=tests python tests/cli/test_command.py` prints the table: every wrong command line and its sentence.
 """
 
 import fcntl
-import logging
+import json
 import os
 import shutil
 import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
-from contextlib import chdir, nullcontext, redirect_stderr, redirect_stdout
-from io import StringIO
+from contextlib import chdir, nullcontext
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, NamedTuple
+from typing import Any
 from unittest.mock import patch
 
 import numpy as np
@@ -24,38 +23,16 @@ import pytorch_lightning as pl
 import torch
 from omegaconf import DictConfig
 from PIL import Image
-from tiny import DATA, MODEL
+from support.inprocess import Answer, execute
+from support.tiny import DATA, MODEL
 
 from icl_msr.cli import assemble, job
-from icl_msr.cli.command import main
-from icl_msr.cli.job import run
+from icl_msr.core.config import Settings
 from icl_msr.core.errors import UserError
+from icl_msr.core.folder import FORMAT
 from icl_msr.training.module import Pretraining
 
-
-class Answer(NamedTuple):
-    code: int
-    out: str
-    err: str
-
-
 Command = Callable[..., Answer]
-
-
-def execute(*words: str, job: Callable[[DictConfig], float] = run) -> Answer:
-    """`python -m icl_msr.run` in this process, its loggers put back as they were."""
-    handlers, level, out, err = logging.root.handlers[:], logging.root.level, StringIO(), StringIO()
-    with redirect_stdout(out), redirect_stderr(err), patch.object(sys, "argv", ["icl_msr.run"]):
-        try:
-            code = main(job, words)
-        except SystemExit as end:
-            code = int(end.code or 0)
-        finally:
-            for handler in [h for h in logging.root.handlers if h not in handlers]:
-                handler.close()
-            logging.root.handlers[:] = handlers
-            logging.root.setLevel(level)
-    return Answer(code, out.getvalue(), err.getvalue())
 
 
 @pytest.fixture
@@ -94,7 +71,16 @@ BEFORE_ANYTHING_IS_BUILT = [
     ("+method.foo=1", "method.foo", "of MoCo", "temperature"),
     ("+foo=1", "foo", "choose one of augment"),
     ("+seed=1", "seed", "leave the plus out"),
-    ("++trainer.max_epoch=3", "trainer.max_epoch", "did you mean max_epochs?"),
+    ("++trainer.max_epoch=3", "trainer.max_epoch", "of Trainer; did you mean max_epochs"),
+    ("+trainer.max_epoch=3", "trainer.max_epoch", "of Trainer; did you mean max_epochs"),
+    ("trainer.devices=2", "trainer.devices", "type hardware.devices=<number>"),
+    ("+trainer.logger=true", "trainer.logger", "type logger=[wandb,tensorboard]"),
+    (
+        "optimizer._target_=torch.optim.SGD +optimizer.momentun=0.9",
+        "optimizer.momentun",
+        "of SGD; did you mean momentum?",
+    ),
+    ("+callbacks.lr={_target_:pytorch_lightning.callbacks.LearningRateMonitor,x:1}", "callbacks.lr.x", "log_momentum"),
     ("method.temperature=${foo}", "method.temperature", "'foo' not found", "${seed}"),
     ("seed=${oc.env:NOT_THERE}", "seed cannot be filled in", "'NOT_THERE' not found"),
     ("hydra.run.dir=${foo}", "hydra.run.dir", "'foo' not found"),
@@ -104,7 +90,7 @@ BEFORE_ANYTHING_IS_BUILT = [
     ("method.temperature=-1", "method.temperature=-1", "greater than 0"),
     ("trainer.max_epochs=abc", "trainer.max_epochs", '"abc"', "a whole number"),
     ("trainer.gradient_clip_val=abc", "trainer.gradient_clip_val", "a number or null"),
-    ("trainer=3", "trainer=3", "a mapping"),
+    ("trainer=3", "trainer=3 does not exist", "choose one of default"),
     ("regularizer.weights=foo", "regularizer.weights", "meta, uniform_only, random, random_net, ones or joint"),
     ("regularizer.width=12", "regularizer.width=12", "a multiple of 8"),
     ("loader.batch_size=1", "loader.batch_size=1", "at least 2"),
@@ -113,8 +99,8 @@ BEFORE_ANYTHING_IS_BUILT = [
     ("dataset.rho=2", "dataset.rho=2", "at most 1"),
     ("dataset.cache=3", "dataset.cache=3", "text or null"),
     ("hardware.channels_last=maybe", "hardware.channels_last", "true or false"),
-    ("evaluation.knn=[foo]", "evaluation.knn.0", '"foo"', "wmse, icl, instdisc or dino"),
-    ("evaluation.learning_rates=[]", "evaluation.learning_rates=[]", "1 or more"),
+    ("evaluation.knn=[foo]", "evaluation.default.knn.0", '"foo"', "wmse, icl, instdisc or dino"),
+    ("evaluation.learning_rates=[]", "evaluation.default.learning_rates=[]", "1 or more"),
     ("augment.scale=[0.5,0.2]", "augment.scale=[0.5, 0.2]", "must not be larger"),
     ("augment.scale=[0.5]", "augment.scale=[0.5]", "2 or more"),
     ("augment.views=[{blurr:1}]", "augment.views.0", "'blurr'", "blur"),
@@ -123,7 +109,17 @@ BEFORE_ANYTHING_IS_BUILT = [
     # words
     ("a b", "a b", "key=value"),
     ("method.temperature=[1", "method.temperature=[1", "key=value"),
+    ("method.temperature=a=b", "cannot be read", """method.temperature='"a=b"'"""),
+    ("dataset.root=/a(1)", "cannot be read", """dataset.root='"/a(1)"'"""),
+    ("dataset.root=/o'b", "cannot be read", """dataset.root='"/o'"'"'b"'"""),
+    ("dataset.root=/a,b", "has several values", "add -m", """dataset.root='"/a,b"'"""),
     ("seed=0,1", "seed=0,1", "add -m"),
+    ("evaluation=light,default", "has several values", "evaluation=[light,default]", "add -m"),
+    ("evaluation=[light,mocco]", "evaluation=mocco does not exist", "choose one of"),
+    ("evaluation=[light,corruptions] evaluation.imags=3", "evaluation.corruptions.imags", "corruptions.images"),
+    ("-m evaluation=corruptions,default evaluation.images=0", "evaluation.corruptions.images=0", "greater than 0"),
+    ("-m seed=0,1 evaluation.imags=3", "evaluation.default.imags", "is not a key"),
+    ("augment=[small,colour]", "augment=[small,colour]", "augment takes one"),
     ("--seed=3", "--seed=3", "seed=<value>"),
     ("--cfg foo", "--cfg", "'job'"),
     # several words
@@ -220,6 +216,8 @@ def make_runs() -> None:
         "list": "- 1",
         "nothing": "",
         "loose": config.replace("seed: 0", "seed: ${nothing}", 1),
+        "old": None,
+        "future": None,
     }
     for name, content in contents.items():
         shutil.copytree("run", name)
@@ -229,6 +227,9 @@ def make_runs() -> None:
         elif content is not None:
             Path(name, "config.yaml").write_bytes(content.encode() if isinstance(content, str) else content)
     os.truncate("cut-short/checkpoints/last.ckpt", 1000)
+    facts = json.loads(Path("run/environment.json").read_text())
+    Path("future/environment.json").write_text(json.dumps({**facts, "format": FORMAT + 1, "icl_msr": "9.1.0"}))
+    Path("old/environment.json").write_text(json.dumps({**facts, "format": None, "icl_msr": "0.1.0"}))
     fcntl.flock(os.open("locked", os.O_RDONLY), fcntl.LOCK_EX)  # until this process ends
 
 
@@ -244,6 +245,12 @@ IN_THE_WORLD = [
     ("dataset=imagefolder dataset.root=nowhere", "There is no folder nowhere", "dataset.root"),
     ("dataset=imagefolder dataset.root=hollow", "hollow/c has no images", "remove it"),
     ("dataset=imagefolder dataset.root=cut", "cut/a/0.png cannot be read as an image", "Truncated", "replace"),
+    ("dataset=imagefolder dataset.root=~/photos", "There is no folder /proc/me/photos"),
+    ("dataset=arrays dataset.path=[~/a.npz,'~/b.npz']", "There is no file /proc/me/a.npz"),
+    ("backbone.weights=~/a.safetensors", "backbone.weights=/proc/me/a.safetensors"),
+    ("hydra.run.dir=~/run seed=5", "/proc/me cannot be written"),
+    ("resume=~/run", "resume=/proc/me/run is no run"),
+    ("resume='~/run'", "resume=/proc/me/run is no run"),
     # models and batches
     ("loader.batch_size=100", "loader.batch_size=100", "64 or less"),
     ("loader.batch_size=16 method.queue_size=12", "method.queue_size=12", "one batch", "16 or more"),
@@ -251,7 +258,7 @@ IN_THE_WORLD = [
     ("method=simclr augment.views=[{},{},{}]", "augment.views lists 3 views", "SimCLR takes 2"),
     ("evaluation=shape evaluation.stimuli=stimuli evaluation.head=true", "evaluation.head=true", "encoder=timm:NAME"),
     ("metric=accuracy", "metric=accuracy will not be measured", "online/knn"),
-    ("metric=online/knn trainer.online_every_n_epochs=0", "metric=online/knn will not be measured", "auto"),
+    ("metric=online/knn ~callbacks.online", "metric=online/knn will not be measured", "auto"),
     # machines
     ("hardware.accelerator=gpu hardware.devices=99", "99 GPU", "hardware=cpu"),
     ("hardware=ddp hardware.accelerator=cpu loader.batch_size=9", "loader.batch_size=9", "2 devices", "8"),
@@ -275,6 +282,11 @@ IN_THE_WORLD = [
     ("resume=other-program", f"other-program/{CHECKPOINT} is no checkpoint of icl_msr"),
     ("resume=other-network", f"other-network/{CHECKPOINT} belongs to another config"),
     ("resume=weights-only", f"weights-only/{CHECKPOINT} holds no state of the optimiser", "backbone.weights"),
+    ("resume=old", "old does not say its format", "reads format 2", "use icl-msr 0.1.0"),
+    ("resume=future", "future has format 3", "reads format 2", "use icl-msr 9.1.0"),
+    ("hydra.run.dir=future", "future has format 3", "reads format 2"),
+    ("backbone.weights=future", "future has format 3", "reads format 2"),
+    ("evaluation=similarity evaluation.other=old", "old does not say its format"),
     ("resume=locked", "locked is being written by another process"),
     *((f"resume={name}", name, *DAMAGED) for name in ("no-yaml", "binary", "latin", "list", "nothing", "loose")),
 ]
@@ -330,6 +342,7 @@ def test_mistakes_about_the_world_are_answered_too(
 ) -> None:
     monkeypatch.setattr(pl.Trainer, "fit", lambda *_, **__: pytest.fail("training began"))
     monkeypatch.chdir(world)
+    monkeypatch.setenv("HOME", "/proc/me")
 
     def content() -> dict[Path, int | None]:
         return {path: path.stat().st_mtime_ns if path.is_file() else None for path in world.rglob("*")}
@@ -358,15 +371,18 @@ def test_devices_in_a_sweep_need_processes(command: Command) -> None:
 
 def test_what_was_trained_outlives_a_failure_after_it(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
     """Once the disk is full, once the program is at fault; the same command goes on."""
-    words = [*SMALL, "trainer.max_epochs=1", "trainer.online_every_n_epochs=0", "hydra.run.dir=run"]
-    picture = Path("run/figures/views.png")
-    picture.parent.mkdir(parents=True)
-    picture.symlink_to("/dev/full")
+    words = [*SMALL, "trainer.max_epochs=1", "~callbacks.online", "hydra.run.dir=run"]
+    Path("run").mkdir()
+    Path("run/.results.json.tmp").symlink_to("/dev/full")
     code, _, err = command(*words)
     run_folder = Path("run").resolve()
-    assert (code, err) == (2, f"The disk of {run_folder} is full; free space and continue with resume={run_folder}.\n")
+    kept = "the previous results.json, if any, is kept"
+    assert (code, err) == (
+        2,
+        f"The disk of {run_folder} is full; {kept}: free space and continue with resume={run_folder}.\n",
+    )
+    assert not Path("run/results.json").exists()
     trained = Path("run", CHECKPOINT).read_bytes()
-    picture.unlink()
 
     def fails(*_: Any) -> None:
         raise RuntimeError("a bug")
@@ -384,7 +400,7 @@ def test_what_was_trained_outlives_a_failure_after_it(command: Command, monkeypa
 def test_a_sweep_goes_on_after_a_mistake(command: Command) -> None:
     seen: list[int] = []
 
-    def job(config: DictConfig) -> float:
+    def job(settings: Settings, config: DictConfig) -> float:
         seen.append(config.seed)
         if config.seed == 0:
             raise UserError("seed=0 is bad luck; take another.")
@@ -397,7 +413,7 @@ def test_a_sweep_goes_on_after_a_mistake(command: Command) -> None:
 
 
 def test_a_fault_of_the_program_is_not_hidden(command: Command) -> None:
-    def job(config: DictConfig) -> float:
+    def job(settings: Settings, config: DictConfig) -> float:
         raise ValueError("a bug")
 
     with pytest.raises(ValueError, match="a bug"):
@@ -407,7 +423,7 @@ def test_a_fault_of_the_program_is_not_hidden(command: Command) -> None:
 def test_timm_models_have_a_short_name(command: Command) -> None:
     found: list[DictConfig] = []
 
-    def job(config: DictConfig) -> float:
+    def job(settings: Settings, config: DictConfig) -> float:
         found.append(config)
         return 0.0
 

@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,20 +17,21 @@ import torchvision
 from omegaconf import OmegaConf
 from PIL import Image, ImageOps
 from safetensors.torch import load_file, save_file
-from tiny import DATA, MODEL, composed, trained
-from tiny import dataset as tiny_dataset
+from support.tiny import DATA, MODEL, composed, trained
+from support.tiny import dataset as tiny_dataset
 
 from icl_msr import __version__
 from icl_msr.cli.order import find
 from icl_msr.core.config import build, check
+from icl_msr.core.folder import RunFolder
 from icl_msr.core.imagenet import IMAGENET_MEAN, IMAGENET_STD
+from icl_msr.core.records import Measurement, Outcome
 from icl_msr.evaluate import main
 from icl_msr.evaluation.features import extract
 from icl_msr.evaluation.sixteen import SIXTEEN
 from icl_msr.models.exported import export_encoder, load_encoder
 from icl_msr.models.foreign import foreign_encoder, untrained_copy
 from icl_msr.report.__main__ import main as report
-from icl_msr.report.runs import Run
 from icl_msr.training.checkpoint import AtomicCheckpoint
 from icl_msr.training.checkpoints import Checkpoints
 
@@ -48,7 +50,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     images = {"image_size": data.image_size, "mean": data.mean, "std": data.std, "dataset": data.name}
     choices = {"method": "moco", "regularizer": "none", "dataset": "confounded", "evaluation": "default"}
     about = {"name": "moco-none", "images": images, "choices": choices, "icl_msr": __version__}
-    (folder / "environment.json").write_text(json.dumps(about))
+    RunFolder(folder).write_facts(about)
     export_encoder(module.method.backbone, folder.parent / "exported", {**images, "choices": choices})
     return folder.parent
 
@@ -78,6 +80,10 @@ def results(folder: str | Path) -> dict[str, Any]:
     return content
 
 
+def records(folder: str | Path, kind: str, **known: Any) -> list[Measurement]:
+    return Outcome.load(Path(folder)).records.where(kind, **known)
+
+
 def test_a_run_of_an_older_version_lacks_keys_of_its_data_set(runs: Path, tmp_path: Path) -> None:
     """Its config is completed with today's values, which are those that it had without saying so."""
     old = tmp_path / "old"
@@ -87,7 +93,7 @@ def test_a_run_of_an_older_version_lacks_keys_of_its_data_set(runs: Path, tmp_pa
     OmegaConf.save(config, old / "config.yaml")
     assert main([f"run={old}", *FAST, "to=a"]) == 0
     assert main([f"run={runs}/run", *FAST, "to=b"]) == 0
-    assert results("a")["accuracies"] == results("b")["accuracies"]
+    assert records("a", "accuracy") == records("b", "accuracy")
 
 
 @pytest.mark.slow
@@ -122,16 +128,16 @@ def test_a_run_gives_the_numbers_of_its_own_evaluation(runs: Path, capsys: pytes
     exported = f"encoder={runs}/exported/encoder.safetensors"
     assert main([exported, *DATA, "seed=3", *words, "to=c"]) == 0
     found = [results(folder) for folder in "abc"]
-    for part in ("accuracies", "gaps", "per_class", "health"):
+    for part in ("records", "by_class", "layouts"):
         assert found[0][part] == found[1][part] == found[2][part]
+    assert {"accuracy", "gap", "health"} <= found[0]["records"].keys()
     assert found[0]["seed"] == found[0]["evaluation_seed"] == 3
-    assert {row["encoder"] for row in found[0]["accuracies"]} == {"trained", "untrained"}
+    assert {record.encoder for record in records("a", "accuracy")} == {"trained", "untrained"}
 
     backbone, _ = load_encoder(runs / "exported")
-    evaluation = build(check(composed("evaluation=light")).evaluation)
-    own = evaluation(backbone, tiny_dataset(), device="cpu", seed=3).records()
-    ours = [row for row in found[0]["accuracies"] if row["encoder"] == "trained"]
-    assert ours == json.loads(json.dumps(own["accuracies"]))
+    evaluation = build(check(composed("evaluation=light")).evaluation["light"])
+    own = evaluation(backbone, tiny_dataset(), device="cpu", seed=3).records
+    assert records("a", "accuracy", encoder="trained") == own.where("accuracy")
 
 
 @pytest.mark.parametrize("name", ["torchvision:resnet18", "timm:test_vit", "torchvision:mobilenet_v3_small"])
@@ -142,8 +148,8 @@ def test_foreign_encoders_with_random_weights(name: str, photos: Path) -> None:
     assert main([*words, "to=again", "cache=null"]) == 0
     assert main([*words, "to=other", "seed=1"]) == 0
     one, again = results("one"), results("again")
-    assert one["accuracies"] == again["accuracies"]
-    assert one["per_class"] == again["per_class"]
+    assert one["records"] == again["records"]
+    assert one["by_class"] == again["by_class"]
     assert one["classes"] == ["cat", "dog"]
     identities = [
         json.loads(Path(to, "environment.json").read_text())["encoder"]["identity"] for to in ("one", "other")
@@ -189,20 +195,23 @@ def test_the_classifier_of_a_whole_file(photos: Path, capsys: pytest.CaptureFixt
     words.append("encoder=torchvision:resnet18")
     assert main([*words, "weights=whole.safetensors", "evaluation.head=true", "to=runs/whole"]) == 0
     assert "Fitted on data of its own" in Path("runs/whole/report.html").read_text()
-    found = results("runs/whole")
-    probe, head = found["shape"]
-    assert (probe["classifier"], probe["n"], len(probe["classes"])) == ("linear", 4, 2)
-    assert (head["classifier"], head["fitted_on"], head["n"], len(head["classes"])) == ("head", "own", n, 16)
+    probe, head = (
+        {record.metric: record for record in records("runs/whole", "shape", classifier=name)}
+        for name in ("linear", "head")
+    )
+    assert (probe["classes"].n, probe["classes"].value) == (4, 2)
+    assert (head["classes"].fitted_on, head["classes"].n, head["classes"].value) == ("own", n, 16)
     assert n == 24
     assert shape > 0
     assert texture > 0
-    assert head["decided"] == shape + texture < n
-    assert head["shape_bias"] == pytest.approx(shape / (shape + texture))
-    assert head["shape"] == pytest.approx(shape / n)
+    assert head["decided"].value == shape + texture < n
+    assert head["shape_bias"].value == pytest.approx(shape / (shape + texture))
+    assert head["shape"].value == pytest.approx(shape / n)
     assert report(["runs"]) == 0
     assert "head" in capsys.readouterr().out
     assert main([*words, "weights=encoder.safetensors", "to=runs/encoder"]) == 0
-    assert results("runs/encoder")["accuracies"] == [row for row in found["accuracies"] if row["fitted_on"] != "own"]
+    whole = [record for record in records("runs/whole", "accuracy") if record.fitted_on != "own"]
+    assert records("runs/encoder", "accuracy") == whole
 
     assert main([*words, "weights=encoder.safetensors", "evaluation.head=true", "to=not"]) == 2
     assert capsys.readouterr().err == (
@@ -234,7 +243,7 @@ def test_who_has_a_classifier(
         assert not Path("it").exists()
         assert not list(Path(".cache").rglob("*.safetensors"))  # nothing was done for it
     else:
-        assert [row["n"] for row in results("it")["shape"] if row["classifier"] == "head"] == [4]
+        assert {record.n for record in records("it", "shape", classifier="head")} == {4}
 
 
 @pytest.mark.parametrize(("name", "size"), [("timm:test_vit", 160), ("torchvision:inception_v3", 299)])
@@ -252,10 +261,10 @@ def test_features_are_kept(photos: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     with monkeypatch.context() as patched:
         patched.setattr("icl_msr.evaluation.cache.extract", None)
         assert main([*words, "to=two"]) == 0
-    assert results("one")["accuracies"] == results("two")["accuracies"]
+    assert records("one", "accuracy") == records("two", "accuracy")
     kept[0].write_bytes(b"cut short")
     assert main([*words, "to=three"]) == 0
-    assert results("one")["accuracies"] == results("three")["accuracies"]
+    assert records("one", "accuracy") == records("three", "accuracy")
     assert len(kept[0].read_bytes()) > 1000
     assert main([*words, "seed=5", "to=four"]) == 0  # other weights
     assert len(list(Path(".cache/icl-msr/features").rglob("*.safetensors"))) == 8
@@ -298,13 +307,11 @@ def test_several_evaluations_at_once_and_their_report(
     assert main([*words, "hardware=cpu", "to=runs/with"]) == 0
     assert "fog" in capsys.readouterr().out
     found = results("runs/with")
-    assert [row["split"] for row in found["accuracies"] if row["encoder"] == "trained"] == [
-        "test",
-        "clean",
-        "corrupted",
-    ]
-    assert len(found["corruptions"]) == 2 * (2 * 2 + 2 + 1)  # encoders; corruptions by severity, alone, together
-    assert {row["n"] for row in found["corruptions"]} == {5}
+    accuracies = records("runs/with", "accuracy", encoder="trained")
+    assert [record.split for record in accuracies] == ["test", "clean", "corrupted"]
+    corruptions = records("runs/with", "corruption")
+    assert len(corruptions) == 2 * (2 * 2 + 2 + 1)  # encoders; corruptions by severity, alone, together
+    assert {record.n for record in corruptions} == {5}
     assert found["choices"] == {
         "method": "moco",
         "regularizer": "none",
@@ -316,7 +323,7 @@ def test_several_evaluations_at_once_and_their_report(
     assert saved["trained/linear/train/corrupted"].shape == (5 * 4,)
     assert main(["encoder=torchvision:resnet18", "weights=null", *words[1:], "hardware=cpu", "to=runs/other"]) == 0
     assert "report.html" in capsys.readouterr().out
-    assert Run.load(Path("runs/with")).results.accuracies
+    assert records("runs/with", "accuracy")
     assert report(["runs"]) == 0
     table = capsys.readouterr().out
     assert f"imagefolder {photos.name}" in table
@@ -340,31 +347,31 @@ def test_the_table_of_five_columns(photos: Path, capsys: pytest.CaptureFixture[s
     columns = ["clean", "corrupted", "drawn", "negative"]
     assert main([*words, "encoder=torchvision:resnet18", "evaluation=robustness", *few, "to=runs/a"]) == 0
     out = capsys.readouterr().out
-    found = {row["split"]: row for row in results("runs/a")["accuracies"]}
+    found: dict[str, Any] = {record.split: record for record in records("runs/a", "accuracy")}
     assert list(found) == columns
     heading, row = out[out.index("classifier") :].splitlines()[:2]
     assert heading.split()[-4:] == columns
-    assert row.split() == ["train", "linear", "trained", *(f"{100 * found[name]['top1']:.1f}" for name in columns)]
-    corruptions = results("runs/a")["corruptions"]
-    each = [row["top1"] for row in corruptions if row["severity"] and row["corruption"] != "mean"]
-    assert found["corrupted"]["top1"] == pytest.approx(np.mean(each))
-    assert [found[name]["n"] for name in columns] == [8, 8, 7, 7]
+    assert row.split() == ["train", "linear", "trained", *(f"{100 * found[name].value:.1f}" for name in columns)]
+    each = [record.value for record in records("runs/a", "corruption") if record.told("severity") != "mean"]
+    assert len(each) == 4
+    assert found["corrupted"].value == pytest.approx(np.mean(each))
+    assert [found[name].n for name in columns] == [8, 8, 7, 7]
 
     assert main([*words, "encoder=torchvision:resnet18", "evaluation=default", "evaluation.knn=[]", "to=usual"]) == 0
-    usual = {row["split"]: row for row in results("usual")["accuracies"]}
+    usual = {record.split: record for record in records("usual", "accuracy")}
     for name, other in (("clean", "test"), ("drawn", "drawn"), ("negative", "negative")):
-        assert {**found[name], "split": ""} == {**usual[other], "split": ""}
+        assert replace(found[name], split="") == replace(usual[other], split="")
 
     assert main([*words, "encoder=torchvision:mnasnet0_5", "evaluation=robustness", *few, "to=runs/b"]) == 0
     page = Path("runs/b/report.html").read_text()
-    table = page[page.index('<table id="matrix">') :]
+    table = page[page.index('<table class="accuracy">') :]
     assert re.findall(r"<th>(\w+)", table[: table.index("</thead>")]) == columns
     assert report(["runs"]) == 0
     markdown = Path("runs/summary.md").read_text().splitlines()
     header, first = (line.strip("| ").split(" | ") for line in (markdown[2], markdown[5]))
     assert first[0] == "torchvision:resnet18"
     assert header[-4:] == [f"{name} (linear)" for name in columns]
-    assert first[-4:] == [f"{100 * found[name]['top1']:.1f}" for name in columns]
+    assert [cell.strip("*") for cell in first[-4:]] == [f"{100 * found[name].value:.1f}" for name in columns]
 
 
 def test_what_is_left_without_content(runs: Path, photos: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -373,10 +380,12 @@ def test_what_is_left_without_content(runs: Path, photos: Path, capsys: pytest.C
     words += ["evaluation.generators.patch.largest=30", "~evaluation.generators.texture", "evaluation.untrained=false"]
     assert main(words) == 0
     assert "only_phase" in capsys.readouterr().out
-    found = results("it")
     shown = ["test", "only_patch", "only_phase"]
-    assert [row["images"] for row in found["textures"] if row["classifier"] == "linear"] == shown
-    assert {tuple(row["by_class"]) for row in found["textures"]} == {("cat", "dog")}
+    told = records("it", "texture", classifier="linear", metric="accuracy")
+    assert [record.told("images") for record in told] == shown
+    assert {row.split for row in Outcome.load(Path("it")).records.by_class} == set(shown)
+    assert results("it")["classes"] == ["cat", "dog"]
+    assert any("cat" in record.note or "dog" in record.note for record in told)
     saved = Path("it", "config.yaml").read_text()
     assert "largest: 30" in saved
 
@@ -390,10 +399,10 @@ def test_transfer(runs: Path, photos: Path) -> None:
     assert found["classes"] == ["cat", "dog"]
     assert found["choices"]["pretrained_on"] == "confounded"
     assert found["choices"]["dataset"] == f"imagefolder {photos.name}"
-    top1 = {row["classifier"]: row["top1"] for row in found["accuracies"] if row["encoder"] == "trained"}
+    top1 = {str(record.classifier): record.value for record in records("photos", "accuracy", encoder="trained")}
     assert list(top1) == ["knn-dino", "knn-wmse", "linear", "linear-moco"]
     assert top1["linear"] == 1  # cats are dark, dogs are light
-    assert {(probe["encoder"], probe["classifier"]) for probe in found["probes"]} == {
+    assert {(probe.encoder, str(probe.classifier)) for probe in records("photos", "choice")} == {
         (encoder, classifier) for encoder in ("trained", "untrained") for classifier in ("linear", "linear-moco")
     }
 
@@ -406,11 +415,11 @@ def test_some_of_the_labels_and_fine_tuning(runs: Path, photos: Path, capsys: py
     out = capsys.readouterr().out
     assert "Labels used" in out
     assert "one image of each is used" in out
-    found = results("some")
-    names = [row["classifier"] for row in found["accuracies"] if row["encoder"] == "trained"]
+    names = [str(record.classifier) for record in records("some", "accuracy", encoder="trained")]
     assert names == ["linear-1%", "finetune-1%", "linear-50%", "finetune-50%"]
-    assert [part["n"] for part in found["labelled"]] == [2, 12]
-    assert "labelled-50%.txt" in [part["file"] for part in found["labelled"]]
+    used = records("some", "labels", metric="images")
+    assert [record.value for record in used] == [2, 12]
+    assert "labelled-50%.txt" in [record.told("file") for record in used]
     chosen = Path("some/labelled-50%.txt").read_text().split()
     assert len(chosen) == 12
     assert set(chosen) < {f"{name}/{i}.png" for name in ("cat", "dog") for i in range(12)}
@@ -418,10 +427,10 @@ def test_some_of_the_labels_and_fine_tuning(runs: Path, photos: Path, capsys: py
 
     files = "evaluation.files=[some/labelled-1%.txt,some/labelled-50%.txt]"
     assert main([*words, "evaluation=semi_supervised", fractions, files, "to=again"]) == 0
-    assert results("again")["accuracies"] == found["accuracies"]
+    assert records("again", "accuracy") == records("some", "accuracy")
 
     assert main([*words, "evaluation=[light,finetune]", "to=all"]) == 0
-    names = [row["classifier"] for row in results("all")["accuracies"] if row["encoder"] == "trained"]
+    names = [str(record.classifier) for record in records("all", "accuracy", encoder="trained")]
     assert names == ["knn-dino", "finetune"]
     assert not list(Path("all").glob("labelled*"))
 

@@ -12,10 +12,11 @@ from typing import Any
 import pytest
 import torch
 from omegaconf import OmegaConf
-from tiny import DATA, MODEL, composed, trained
+from support.tiny import DATA, MODEL, composed, trained
 
 from icl_msr import __version__
 from icl_msr.core.errors import UserError
+from icl_msr.core.folder import FORMAT, RunFolder
 from icl_msr.export import main
 from icl_msr.methods import Method
 from icl_msr.models.backbones import Backbone
@@ -45,7 +46,7 @@ def train(folder: Path, *words: str) -> Trained:
     module, _ = trained(*words, callbacks=[keep], plugins=[AtomicCheckpoint()])
     OmegaConf.save(composed(*DATA, *MODEL, *words), folder / "config.yaml")
     about = {"images": IMAGES, "choices": CHOICES, "icl_msr": __version__}
-    (folder / "environment.json").write_text(json.dumps(about))
+    RunFolder(folder).write_facts(about)
     return Trained(folder, module.method.eval())
 
 
@@ -130,7 +131,7 @@ def test_the_same_is_written_again_and_other_weights_are_not(run: Trained, capsy
 
 
 def no_images(folder: Path) -> None:
-    (folder / "environment.json").write_text('{"commit": null}')
+    (folder / "environment.json").write_text(f'{{"format": {FORMAT}}}')
 
 
 def another_backbone(folder: Path) -> None:
@@ -151,7 +152,7 @@ def lost_package(folder: Path) -> None:
         (lambda folder: (folder / "config.yaml").unlink(), (), ["is no run: it holds no config.yaml"]),
         (lambda folder: shutil.rmtree(folder / "checkpoints"), (), ["There is no checkpoint", "last.ckpt"]),
         (lambda folder: (folder / "checkpoints/last.ckpt").write_bytes(b"PK"), (), ["last.ckpt is damaged"]),
-        (lambda folder: (folder / "environment.json").unlink(), (), ["environment.json does not say what images"]),
+        (lambda folder: (folder / "environment.json").unlink(), (), ["does not say its format"]),
         (no_images, (), ["environment.json does not say what images"]),
         (another_backbone, (), ["cannot be rebuilt", "config.yaml"]),
         (lost_package, (), ["cannot be rebuilt", "config.yaml", "No module named 'mypkg'"]),

@@ -2,6 +2,7 @@
 
 import math
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -15,16 +16,20 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from programs import Programs, same, slurm_batch, steps, until
-from tiny import DATA, MODEL, pieces
+from support.programs import Programs, same, slurm_batch, steps, until
+from support.tiny import DATA, MODEL, pieces
 
+import icl_msr
 from icl_msr.cli import processes
 from icl_msr.cli.command import main
+from icl_msr.cli.footprint import Footprint, new_folder
 from icl_msr.cli.job import run
 from icl_msr.cli.processes import clean_environment, in_folder, run_ranks
 from icl_msr.core.config import config_dir
 from icl_msr.core.ranks import is_first, is_rank, outside_world_size
-from icl_msr.report.runs import Run
+from icl_msr.core.records import Outcome
+
+CHECKOUT = Path(icl_msr.__file__).parents[1]
 
 # ------------------------------------------------------------------------------------------ what a process is told
 
@@ -62,6 +67,10 @@ SITUATIONS: list[tuple[dict[str, str], int | None, bool]] = [
     ({**slurm_batch(1), "SLURM_STEP_ID": "0"}, None, True),
     ({**slurm_batch(4), "SLURM_STEP_ID": "0"}, 4, True),
     ({**slurm_batch(4), "SLURM_STEP_ID": "0", "SLURM_PROCID": "2"}, 4, False),
+    ({**slurm_batch(4), "SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": "2"}, 2, True),
+    ({**slurm_batch(4), "SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": "1"}, None, True),
+    ({**slurm_batch(4), "SLURM_STEP_ID": str(0xFFFFFFFA)}, None, True),  # the shell of salloc
+    ({**slurm_batch(4), "SLURM_STEP_ID": str(0xFFFFFFFB), "SLURM_STEP_NUM_TASKS": "1"}, None, True),
     ({**slurm_batch(4), "RANK": "1", "WORLD_SIZE": "2"}, 2, False),  # our ranks in a batch script
 ]
 
@@ -294,10 +303,16 @@ def test_the_leash(fake: Path) -> None:
 
 # ----------------------------------------------------------------------------------------------- the real program
 
-TRAINING = [*DATA, *MODEL, "trainer.log_every_n_steps=1", "logger=csv", "trainer.online_every_n_epochs=0"]
+TRAINING = [*DATA, *MODEL, "trainer.log_every_n_steps=1", "logger=csv", "~callbacks.online"]
 MOCO = ["method=moco", "method.queue_size=20", "regularizer=msr", "regularizer.every=2", "negatives=patch"]
 # Adam would turn the rounding of a gradient that is nearly zero into a whole step.
-GENTLE = ["loader.batch_size=16", "optimizer=sgd", "optimizer.lr=0.003", "regularizer.lr=1e-4"]
+GENTLE = [
+    "loader.batch_size=16",
+    "optimizer=sgd",
+    "optimizer.lr=0.003",
+    "schedule.scale_lr=linear",
+    "regularizer.lr=1e-4",
+]
 SHORT = [*TRAINING, *MOCO, *GENTLE, "evaluation=light", "trainer.max_epochs=2"]
 LONG = [*TRAINING, "method=simclr", "regularizer=none", "evaluation=none", "trainer.max_epochs=1000"]
 ONE = ["hardware=cpu", "hardware.precision=32-true"]
@@ -371,9 +386,9 @@ def test_two_ranks_train_like_one(pair: Pair) -> None:
 
 
 def test_accuracies_do_not_depend_on_the_number_of_ranks(pair: Pair) -> None:
-    one, two = Run.load(pair.one).results, Run.load(pair.two).results
-    assert len(one.accuracies) > 4
-    assert [row.top1 for row in two.accuracies] == [row.top1 for row in one.accuracies]
+    one, two = (Outcome.load(path).records.where("accuracy") for path in (pair.one, pair.two))
+    assert len(one) > 4
+    assert [row.value for row in two] == [row.value for row in one]
 
 
 def test_two_ranks_look_like_one(pair: Pair) -> None:
@@ -477,8 +492,83 @@ def test_a_signal_saves_and_resume_continues_bit_for_bit(pair: Pair, programs: P
     whole, continued = weights(pair.two), weights(folder)
     for key in ("state_dict", "optimizer_states", "lr_schedulers", "global_step", "loops"):
         same(whole[key], continued[key], key)
-    accuracies = [Run.load(path).results.accuracies for path in (pair.two, folder)]
+    accuracies = [Outcome.load(path).records.where("accuracy") for path in (pair.two, folder)]
     assert accuracies[0] == accuracies[1]
+
+
+def test_a_signal_in_the_evaluation_is_answered_as_in_training(programs: Programs, tmp_path: Path) -> None:
+    """And the evaluation is done by the command that it names."""
+    folder = tmp_path / "run"
+    slow = ["evaluation=default", "evaluation.probe_epochs=100000", "evaluation.untrained=false"]
+    short = ["trainer.max_epochs=1", "method=simclr", "regularizer=none", "evaluation.learning_rates=[1e-3]"]
+    program = programs.start(*TRAINING, *slow, *short, f"hydra.run.dir={folder}")
+    until(lambda: (folder / "encoder.json").exists() or program.process.poll() is not None)
+    program.send(signal.SIGTERM)
+    assert program.wait() == 75, program.err
+    said = f"Stopped by SIGTERM; all is saved. Continue with: python -m icl_msr.run resume={folder}\n"
+    assert program.err == said
+    assert not (folder / "results.json").exists()
+
+
+@pytest.mark.parametrize("lines", [0, 2])
+def test_a_run_outlives_the_reader_of_its_output(lines: int, programs: Programs, tmp_path: Path) -> None:
+    """As of `| head`: what it prints goes nowhere, and all else is done."""
+    folder = tmp_path / "run"
+    short = ["trainer.max_epochs=1", "method=simclr", "regularizer=none", "evaluation=none"]
+    program = programs.start(*TRAINING, *short, f"hydra.run.dir={folder}", out=subprocess.PIPE)
+    assert program.process.stdout is not None
+    read = [program.process.stdout.readline() for _ in range(lines)]
+    program.process.stdout.close()
+    assert program.wait() == 0, program.err
+    assert program.err == ""
+    assert all(read)
+    assert (folder / "report.html").exists()
+
+
+RACE = """
+import os, sys
+import icl_msr.run as R
+words = sys.argv[1:]
+first = os.fork() == 0
+sys.argv = ["icl_msr.run", *words, "seed=0" if first else "seed=1"]
+code = R.main(R.run)
+if not first:
+    os.wait()
+print("code", code, flush=True)
+os._exit(code)
+"""
+
+
+def test_a_new_folder_has_no_other_owner(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Footprint, "made", [])
+    names = [new_folder(f"{tmp_path}/a/b") for _ in range(3)]
+    assert names == [f"{tmp_path}/a/b", f"{tmp_path}/a/b-2", f"{tmp_path}/a/b-3"]
+    Path(names[1], "file").touch()
+    Footprint.erase()
+    assert [str(path) for path in tmp_path.rglob("*")] == [f"{tmp_path}/a", names[1], f"{names[1]}/file"]
+    (tmp_path / "c").touch()
+    assert new_folder(f"{tmp_path}/c/d") == f"{tmp_path}/c/d"  # Hydra then says that it cannot be made
+
+
+@pytest.mark.slow
+def test_two_seeds_that_start_together_are_never_mixed(programs: Programs, tmp_path: Path) -> None:
+    """In one folder, the second is refused, also after the first has ended; without a folder, each has its own."""
+    (tmp_path / "race.py").write_text(RACE)
+    short = [*TRAINING, "trainer.max_epochs=1", "method=simclr", "regularizer=none", "evaluation=none"]
+    both = programs.start(*short, "hydra.run.dir=same", module="race", PYTHONPATH=f"{tmp_path}:{CHECKOUT}")
+    both.wait()
+    assert sorted(line for line in both.out.splitlines() if line.startswith("code")) == ["code 0", "code 2"]
+    (line,) = both.err.splitlines()
+    (seed,) = re.findall(r"same holds a run with seed=(\d), and \d was asked for", line)
+    config = (tmp_path / "same" / "config.yaml").read_text()
+    assert f"seed: {seed}\n" in config
+    assert Outcome.load(tmp_path / "same").seed == int(seed)
+    assert "Continuing" not in both.out
+
+    apart = programs.start(*short, module="race", PYTHONPATH=f"{tmp_path}:{CHECKOUT}")
+    assert apart.wait() == 0, apart.err
+    folders = list((tmp_path / "runs").glob("*/*"))
+    assert sorted(Outcome.load(folder).seed for folder in folders) == [0, 1]
 
 
 @pytest.mark.slow

@@ -10,13 +10,13 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import DATA, MODEL
+from support.tiny import DATA, MODEL
 
 KILLS = 20
 COMMAND = [
     *(sys.executable, "-m", "icl_msr.run", *DATA, *MODEL, "dataset.train=256", "logger=csv", "evaluation=light"),
     *("method=moco", "method.queue_size=50", "regularizer=msr", "regularizer.every=2", "negatives=patch"),
-    *("trainer.max_epochs=5", "trainer.log_every_n_steps=1", "trainer.checkpoint_every_n_minutes=0.0001"),
+    *("trainer.max_epochs=5", "trainer.log_every_n_steps=1", "callbacks.checkpoints.every_n_minutes=0.0001"),
 ]
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
 

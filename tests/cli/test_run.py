@@ -1,12 +1,7 @@
 """One whole run and one sweep: what they leave, and that it can be used."""
 
 import json
-import logging
 import re
-import sys
-from contextlib import redirect_stderr, redirect_stdout
-from dataclasses import dataclass
-from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -15,66 +10,28 @@ import pytest
 import torch
 from omegaconf import DictConfig, OmegaConf
 from safetensors.torch import load_file
-from tiny import DATA, MODEL, composed, pieces
+from support.inprocess import TRAINER, WORDS, Finished, finish
+from support.tiny import DATA, composed, pieces
+from support.written import accuracy, outcome
 
-from icl_msr.cli.assemble import assemble, build_as, derive
-from icl_msr.cli.command import main
-from icl_msr.cli.conclude import metric
-from icl_msr.cli.job import run
+from icl_msr.cli.assemble import assemble, build_as, derive, make_optimization
 from icl_msr.core.config import check, fingerprint
 from icl_msr.core.errors import UserError
+from icl_msr.core.records import Outcome, chosen_metric
 from icl_msr.evaluation.suite import Results
 from icl_msr.models.backbones import tiny
 from icl_msr.report import summarise
 from icl_msr.training.hardware import Hardware
-from icl_msr.training.optimization import Optimization
-
-WORDS = [*DATA, *MODEL, "negatives=patch", "evaluation=light", "logger=csv"]
-TRAINER = ["trainer.max_epochs=2", "trainer.limit_train_batches=3", "trainer.log_every_n_steps=1"]
-
-
-@dataclass
-class Finished:
-    folder: Path
-    values: list[float]
-    printed: str
-    complaints: str
-
-    def json(self, name: str) -> dict[str, Any]:
-        content: dict[str, Any] = json.loads((self.folder / name).read_text())
-        return content
-
-
-def execute(folder: Path, *words: str, code: int = 0) -> Finished:
-    """The program in this process, its loggers put back as they were; `code` is the exit code that it should have."""
-    values: list[float] = []
-
-    def job(config: DictConfig) -> float:
-        values.append(run(config))
-        return values[-1]
-
-    handlers, level = logging.root.handlers[:], logging.root.level
-    folders = [f"hydra.run.dir={folder}/run", f"hydra.sweep.dir={folder}/sweep"]
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", ["icl_msr.run"])
-        with redirect_stdout(StringIO()) as out, redirect_stderr(StringIO()) as err:
-            ended = main(job, [*WORDS, *TRAINER, *folders, *words])
-    for handler in [h for h in logging.root.handlers if h not in handlers]:
-        handler.close()
-    logging.root.handlers[:] = handlers
-    logging.root.setLevel(level)
-    assert ended == code, err.getvalue()
-    return Finished(folder / ("sweep" if "-m" in words else "run"), values, out.getvalue(), err.getvalue())
 
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Finished:
-    return execute(tmp_path_factory.mktemp("one"))
+    return finish(tmp_path_factory.mktemp("one"))
 
 
 @pytest.fixture(scope="module")
 def sweep(tmp_path_factory: pytest.TempPathFactory) -> Finished:
-    return execute(tmp_path_factory.mktemp("many"), "-m", "seed=0,1")
+    return finish(tmp_path_factory.mktemp("many"), "-m", "seed=0,1")
 
 
 def test_the_folder_is_complete(finished: Finished) -> None:
@@ -126,21 +83,17 @@ def test_results_are_consistent(finished: Finished) -> None:
     assert results["derived"]["total_steps"] == 6
     assert results["derived"]["steps_per_epoch"] == 3
     assert results["parameters"] == sum(p.numel() for p in tiny(32, weights=None).parameters())
-    accuracies = results["accuracies"]
-    assert {a["encoder"] for a in accuracies} == {"trained", "untrained"}
+    accuracies = Outcome.load(finished.folder).records.where("accuracy")
+    assert {a.encoder for a in accuracies} == {"trained", "untrained"}
     for a in accuracies:
-        name = "/".join(a[key] for key in ("encoder", "classifier", "fitted_on", "split"))
-        assert a["top1"] == pytest.approx((predictions[name] == predictions[f"labels/{a['split']}"]).mean())
+        name = f"{a.encoder}/{a.classifier}/{a.fitted_on}/{a.split}"
+        assert a.value == pytest.approx((predictions[name] == predictions[f"labels/{a.split}"]).mean())
 
 
 def test_the_returned_value_is_the_metric(finished: Finished) -> None:
-    (expected,) = (
-        a["top1"]
-        for a in finished.json("results.json")["accuracies"]
-        if (a["encoder"], a["classifier"], a["fitted_on"], a["split"])
-        == ("trained", "knn-dino", "balanced", "mixed_rand")
-    )
-    assert finished.values == [expected]
+    known = {"encoder": "trained", "classifier": "knn-dino", "fitted_on": "balanced", "split": "mixed_rand"}
+    (expected,) = Outcome.load(finished.folder).records.where("accuracy", **known)
+    assert finished.values == [expected.value]
 
 
 def test_the_checkpoint_is_plain_and_whole(finished: Finished) -> None:
@@ -205,7 +158,7 @@ def test_a_sweep_makes_one_table(sweep: Finished) -> None:
     summary = summarise([sweep.folder])
     assert not summary.failed
     (configuration,) = summary.configurations
-    assert [run.results.seed for run in configuration.runs] == [0, 1]
+    assert [run.outcome.seed for run in configuration.runs] == [0, 1]
     assert all(statistic.n == 2 for statistic in configuration.metrics.values())
 
 
@@ -213,14 +166,14 @@ def test_a_sweep_makes_one_table(sweep: Finished) -> None:
 @pytest.mark.parametrize("backbone", ["resnet18", "timm:test_vit"])
 @pytest.mark.parametrize("method", ["simclr", "byol"])
 def test_other_backbones_run(backbone: str, method: str, tmp_path: Path) -> None:
-    done = execute(tmp_path, f"method={method}", "seed=1", f"backbone={backbone}")
+    done = finish(tmp_path, f"method={method}", "seed=1", f"backbone={backbone}")
     assert done.values[0] >= 0
 
 
 def test_a_run_without_evaluation_or_regularizer(tmp_path: Path) -> None:
-    done = execute(tmp_path, "regularizer=none", "evaluation=none", "trainer.online_every_n_epochs=0")
+    done = finish(tmp_path, "regularizer=none", "evaluation=none", "~callbacks.online")
     assert np.isnan(done.values[0])
-    assert done.json("results.json")["accuracies"] == []
+    assert done.json("results.json")["records"] == {}
     assert (done.folder / "report.html").exists()
 
 
@@ -230,8 +183,9 @@ def settings(*words: str) -> Any:
 
 def test_derived_numbers() -> None:
     words = ("loader.batch_size=10", "trainer.accumulate_grad_batches=4", "trainer.max_epochs=3", "optimizer=sgd")
+    words += ("schedule.scale_lr=linear",)
     chosen = settings(*words)
-    optimization = build_as(Optimization, chosen.optimizer)
+    optimization = make_optimization(chosen)
     numbers = {
         "training_images": 128,
         "global_batch": 40,
@@ -250,33 +204,27 @@ def test_derived_numbers() -> None:
 
 def test_a_group_must_give_what_it_is_for() -> None:
     with pytest.raises(
-        UserError, match=r"icl_msr\.training\.optimization\.Optimization gives Optimization, and a Results is needed"
+        UserError, match=r"icl_msr\.training\.hardware\.Hardware gives Hardware, and a Results is needed"
     ):
-        build_as(Results, settings().optimizer)
-
-
-def accuracy(name: str, top1: float, encoder: str = "trained") -> Any:
-    classifier, fitted_on, split = name.split("/")
-    return {"encoder": encoder, "classifier": classifier, "fitted_on": fitted_on, "split": split, "top1": top1}
+        build_as(Results, settings().hardware)
 
 
 def test_the_metric_of_a_sweep() -> None:
     final = {"online/knn": 0.1, "loss": 3.0}
-    results = Results(
-        accuracies=[
-            accuracy("knn-dino/balanced/mixed_rand", 0.2),
-            accuracy("linear/train/mixed_rand", 0.3),
-            accuracy("linear/balanced/original", 0.4),
-            accuracy("linear/balanced/mixed_rand", 0.5),
-            accuracy("linear/balanced/mixed_rand", 0.6, encoder="untrained"),
-        ]
+    results = outcome(
+        accuracy("mixed_rand", 0.2, "knn-dino", "balanced"),
+        accuracy("mixed_rand", 0.3),
+        accuracy("original", 0.4, fitted_on="balanced"),
+        accuracy("mixed_rand", 0.5, fitted_on="balanced"),
+        accuracy("mixed_rand", 0.6, fitted_on="balanced", encoder="untrained"),
+        final=final,
     )
-    assert metric("auto", final, results) == ("linear/balanced/mixed_rand", 0.5)
-    assert metric("linear/train/mixed_rand", final, results) == ("linear/train/mixed_rand", 0.3)
-    assert metric("loss", final, results) == ("loss", 3.0)
-    assert metric("auto", final, Results()) == ("online/knn", 0.1)
+    assert chosen_metric("auto", results) == ("linear/balanced/mixed_rand", 0.5)
+    assert chosen_metric("linear/train/mixed_rand", results) == ("linear/train/mixed_rand", 0.3)
+    assert chosen_metric("loss", results) == ("loss", 3.0)
+    assert chosen_metric("auto", outcome(final=final)) == ("online/knn", 0.1)
     # Not yet logged in a run that was too short for it.
-    name, value = metric("online/probe", final, results)
+    name, value = chosen_metric("online/probe", results)
     assert name == "online/probe"
     assert np.isnan(value)
 
@@ -298,7 +246,19 @@ def test_a_run_may_end_with_a_comparison_of_encoders_alone(
     finished: Finished, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Strata are looked at by a bootstrap, which this evaluation has not."""
-    monkeypatch.setitem(globals(), "WORDS", [word for word in WORDS if word != "evaluation=light"])
-    found = execute(tmp_path, "evaluation=similarity", f"evaluation.other={finished.folder}")
+    monkeypatch.setattr("support.inprocess.WORDS", [word for word in WORDS if word != "evaluation=light"])
+    found = finish(tmp_path, "evaluation=similarity", f"evaluation.other={finished.folder}")
     results = json.loads((found.folder / "results.json").read_text())
-    assert [row["encoder"] for row in results["similarity"]] == ["trained", "untrained"]
+    assert {row["encoder"] for row in results["records"]["similarity"]} == {"trained", "untrained"}
+
+
+def test_two_evaluations_of_one_run(finished: Finished, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Their results stand beside each other, and a key goes to the one that has it."""
+    monkeypatch.setattr("support.inprocess.WORDS", [word for word in WORDS if word != "evaluation=light"])
+    own = ("evaluation=[light,similarity]", f"evaluation.other={finished.folder}", "evaluation.untrained=false")
+    found = finish(tmp_path, "regularizer=none", "trainer.max_epochs=1", *own)
+    assert found.json("results.json")["choices"]["evaluation"] == "light+similarity"
+    records = Outcome.load(found.folder).records
+    assert {record.encoder for record in records.where("similarity")} == {"trained"}
+    assert {record.encoder for record in records.where("accuracy")} == {"trained"}
+    assert {str(record.classifier) for record in records.where("accuracy")} == {"knn-dino"}

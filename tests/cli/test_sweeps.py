@@ -1,7 +1,6 @@
 """Sweeps: jobs as processes, each with its folder and exit code, and nothing that is done is done again."""
 
 import json
-import logging
 import math
 import os
 import re
@@ -16,12 +15,13 @@ from hydra.core.plugins import Plugins
 from hydra.plugins.sweeper import Sweeper
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, OmegaConf
-from programs import Programs, steps, until
-from test_loggers import sent
-from tiny import DATA, MODEL
+from support.inprocess import loggers_put_back
+from support.programs import Programs, steps, until
+from support.tiny import DATA, MODEL
+from support.uploads import sent
 
 from icl_msr.cli import processes, sweeps
-from icl_msr.cli.command import main
+from icl_msr.cli.command import Job, main
 from icl_msr.cli.job import run
 from icl_msr.cli.processes import clean_environment
 from icl_msr.cli.sweeps import checked_job, job_type, sweep_folder
@@ -78,9 +78,8 @@ def command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.Captu
     monkeypatch.setattr(processes, "MODULE", "fake_job")
     monkeypatch.setattr(sys, "argv", ["icl_msr.run"])
     monkeypatch.chdir(tmp_path)
-    handlers, level = logging.root.handlers[:], logging.root.level
 
-    def call(*words: str, job: Callable[[DictConfig], float] = run) -> Answer:
+    def call(*words: str, job: Job = run) -> Answer:
         try:
             code = main(job, ["-m", *words])
         except SystemExit as end:
@@ -88,9 +87,8 @@ def command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.Captu
         out, err = capfd.readouterr()
         return Answer(code, out.splitlines(), err.splitlines())
 
-    yield call
-    logging.root.handlers[:] = handlers
-    logging.root.setLevel(level)
+    with loggers_put_back():
+        yield call
 
 
 def began(folder: Path) -> int:
@@ -242,8 +240,10 @@ def record(root: Path, name: str, command: list[str], finished: bool) -> str:
 def test_a_sweep_finds_its_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     root, mine = tmp_path / "sweeps", ["-m", "seed=0,1"]
     monkeypatch.setattr(sys, "argv", ["icl_msr.run", *mine])
-    assert Path(sweep_folder(str(root))).parent == root
-    assert not root.exists()
+    new = Path(sweep_folder(str(root)))
+    assert new.parent == root
+    assert list(new.iterdir()) == []
+    assert sweep_folder(str(root)) != str(new)  # also within the same second
     record(root, "2026-01-01_00-00-00", mine, finished=True)
     record(root, "2026-01-03_00-00-00", ["-m", "seed=0,1,2"], finished=False)
     assert sweep_folder(str(root)) > f"{root}/2026-01-04"
@@ -302,7 +302,7 @@ def test_what_a_run_is_called(monkeypatch: pytest.MonkeyPatch) -> None:
 
 # ----------------------------------------------------------------------------------------------------- the real program
 
-TRAINING = [*DATA, *MODEL, "trainer.log_every_n_steps=1", "trainer.online_every_n_epochs=1", "evaluation=none"]
+TRAINING = [*DATA, *MODEL, "trainer.log_every_n_steps=1", "callbacks.online.every_n_epochs=1", "evaluation=none"]
 SIMPLE = [*TRAINING, "method=simclr", "regularizer=none", "logger=csv"]
 
 

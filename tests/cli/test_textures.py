@@ -9,14 +9,15 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from programs import Programs, until
-from tiny import DATA, dataset, trained
+from support.programs import Programs, until
+from support.tiny import DATA, dataset, trained
 
 from icl_msr import textures
+from icl_msr.cli import quilting
 from icl_msr.core.errors import UserError
 from icl_msr.core.randomness import keys
 from icl_msr.data.dataset import Dataset
-from icl_msr.data.folders import FileSplit
+from icl_msr.data.files import FileSplit
 from icl_msr.data.sources import read_image
 from icl_msr.negatives import TextureNegatives
 from icl_msr.training.datamodule import NEGATIVES
@@ -61,7 +62,7 @@ def photographs(tmp_path: Path) -> Dataset:
 
 
 def test_textures_are_sewn_from_the_raw_images(photographs: Dataset, tmp_path: Path) -> None:
-    assert textures.write(photographs, generator(), tmp_path / "cache", 5, CPU) == (10, 0)
+    assert quilting.write(photographs, generator(), tmp_path / "cache", 5, CPU) == (10, 0)
     key = keys(5, 0, torch.arange(10), NEGATIVES)
     assert isinstance(photographs.train, FileSplit)
     raw = torch.stack([photographs.train.image(i) for i in range(10)])
@@ -75,7 +76,7 @@ def test_textures_are_sewn_from_the_raw_images(photographs: Dataset, tmp_path: P
 
 def test_sound_files_are_kept_and_others_replaced(photographs: Dataset, tmp_path: Path) -> None:
     base = tmp_path / "cache"
-    textures.write(photographs, generator(), base, 5, CPU)
+    quilting.write(photographs, generator(), base, 5, CPU)
     whole = content(base)
     (base / "a" / "000.png").unlink()
     (base / "b" / "001.png").write_bytes(whole["b/001.png"][:-20])
@@ -86,33 +87,33 @@ def test_sound_files_are_kept_and_others_replaced(photographs: Dataset, tmp_path
     (base / "a" / "004.png").write_bytes(flipped)
     (base / "a" / ".004.png.tmp").write_bytes(b"half")  # what a kill leaves
     before = (base / "a" / "006.png").stat().st_mtime_ns
-    assert textures.write(photographs, generator(), base, 5, CPU) == (5, 5)
+    assert quilting.write(photographs, generator(), base, 5, CPU) == (5, 5)
     assert {name: data for name, data in content(base).items() if not name.endswith(".tmp")} == whole
     assert (base / "a" / "006.png").stat().st_mtime_ns == before
-    assert textures.write(photographs, generator(), base, 5, CPU) == (0, 10)
+    assert quilting.write(photographs, generator(), base, 5, CPU) == (0, 10)
 
 
 def test_images_that_are_smaller_than_an_example(tmp_path: Path) -> None:
     files = write_images(tmp_path / "data", 2, side=8)
     small = Dataset("small", ("a", "b"), 32, FileSplit(files, torch.arange(2), 32), {})
-    assert textures.write(small, generator(), tmp_path / "cache", 0, CPU) == (2, 0)
+    assert quilting.write(small, generator(), tmp_path / "cache", 0, CPU) == (2, 0)
 
 
 def test_a_folder_with_other_textures_is_refused(tmp_path: Path) -> None:
-    textures.claim(tmp_path, {"seed": 0, "block": 36})
-    textures.claim(tmp_path, {"seed": 0, "block": 36})
+    quilting.claim(tmp_path, {"seed": 0, "block": 36})
+    quilting.claim(tmp_path, {"seed": 0, "block": 36})
     with pytest.raises(UserError, match=r"holds textures with seed=0, and 1 was asked for; .*--to FOLDER"):
-        textures.claim(tmp_path, {"seed": 1, "block": 36})
+        quilting.claim(tmp_path, {"seed": 1, "block": 36})
 
 
 def test_training_reads_what_was_written(tmp_path: Path) -> None:
     """Arrays have no names; their numbers take the place."""
-    textures.write(dataset(), generator(), tmp_path / "train", 0, CPU)
+    quilting.write(dataset(), generator(), tmp_path / "train", 0, CPU)
     words = ("method=moco", "regularizer=none", "negatives=cached", f"negatives.folder={tmp_path}")
     module, trainer = trained(*words)
     assert trainer.global_step == 2
-    assert module.batch is not None
-    assert module.batch.targets.negatives is not None
+    assert module.latest is not None
+    assert module.latest.targets.negatives is not None
 
 
 # Real processes

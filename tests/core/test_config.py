@@ -5,16 +5,28 @@ from pkgutil import resolve_name
 from typing import Annotated, Any, Literal
 
 import pytest
+import pytorch_lightning as pl
 from hydra import compose, initialize_config_dir
 from hydra._internal.core_plugins.basic_launcher import BasicLauncher
 from hydra.core.global_hydra import GlobalHydra
 from hydra.plugins.launcher import Launcher
 from omegaconf import DictConfig, OmegaConf
 from pydantic import Field, PositiveFloat, PositiveInt
-from tiny import composed
+from support.tiny import composed
 
 from icl_msr.cli.sweeps import ProcessLauncher
-from icl_msr.core.config import build, check, config_dir, fingerprint, suggestion
+from icl_msr.core.config import (
+    GIVEN,
+    OWNED,
+    PLURAL,
+    build,
+    check,
+    check_node,
+    config_dir,
+    fingerprint,
+    suggestion,
+    with_new_keys,
+)
 from icl_msr.core.errors import UserError
 
 FILES = sorted(file.relative_to(config_dir()) for file in config_dir().glob("*/**/*.yaml"))
@@ -24,31 +36,51 @@ MANDATORY = {
     "dataset=arrays": ["dataset.path=images.npz"],
     "dataset=coco": ["dataset.root=coco"],
     "dataset=imagefolder": ["dataset.root=images"],
+    "dataset=images": ["dataset.root=images"],
+    "dataset=imagenet9": ["dataset.root=images"],
+    "dataset=tiny_imagenet": ["dataset.root=images"],
+    "dataset=oxford_pets": ["dataset.root=images"],
+    "dataset=huggingface": ["dataset.name=images"],
     "backbone=timm": ["backbone.name=resnet18"],
     "negatives=cached": ["negatives.folder=textures"],
-    "evaluation=shape": ["evaluation.stimuli=stimuli"],
-    "evaluation=similarity": ["evaluation.other=timm:resnet18"],
+    "evaluation=shape": ["evaluation.shape.stimuli=stimuli"],
+    "evaluation=similarity": ["evaluation.similarity.other=timm:resnet18"],
 }
-GROUPS = ["augment", "backbone", "dataset", "evaluation", "hardware", "logger", "method", "negatives", "optimizer"]
+GROUPS = ["augment", "backbone", "callbacks", "dataset", "evaluation", "hardware", "logger", "method", "negatives"]
+GROUPS += ["optimizer", "schedule", "trainer"]
 
 
 @pytest.mark.parametrize("choice", CHOICES)
 def test_every_choice_composes_and_fits_its_target(choice: str) -> None:
     settings = check(composed(choice, *MANDATORY.get(choice, [])))
-    for node in settings.groups().values():
-        if node["_target_"] is None:
+    for group, _, node in settings.nodes():
+        if not (node["_target_"] or "").startswith("icl_msr."):
             continue
-        keywords = [
-            p for p in inspect.signature(resolve_name(node["_target_"])).parameters.values() if p.kind is p.KEYWORD_ONLY
-        ]
-        assert {p.name for p in keywords} == node.keys() - {"_target_"}
-        # One place for every default: the YAML files.
-        assert all(p.default is p.empty for p in keywords), node["_target_"]
+        parameters = inspect.signature(resolve_name(node["_target_"])).parameters.values()
+        ours = [p for p in parameters if p.name not in GIVEN.get(group, ()) or p.name in node]
+        assert {p.name for p in ours} == node.keys() - {"_target_"}
+        # One place for every default: the YAML files. Where Python has one too, it is the same.
+        assert all(p.default is p.empty or p.default == node[p.name] for p in ours), node["_target_"]
+
+
+def test_every_argument_of_lightnings_trainer_is_a_key_or_owned() -> None:
+    node = check(composed()).trainer
+    arguments = inspect.signature(pl.Trainer).parameters.keys()
+    assert arguments == (node.keys() - {"_target_"}) | OWNED["trainer"].keys()
+    assert not node.keys() & OWNED["trainer"].keys()
+
+
+@pytest.mark.parametrize("name", OWNED["trainer"])
+def test_what_the_program_decides_is_refused_with_the_reason(name: str) -> None:
+    with pytest.raises(UserError, match=rf"^trainer\.{name} cannot be set, the program decides it: [^.]") as error:
+        check(composed(f"+trainer.{name}=1"))
+    assert OWNED["trainer"][name] in str(error.value)
 
 
 def test_there_are_choices_of_every_group() -> None:
     groups = check(composed()).groups()
     assert groups.keys() == {"regularizer", *GROUPS}
+    assert set(PLURAL) <= groups.keys()
     assert groups.keys() <= {file.parts[0] for file in OURS} <= groups.keys() | {"experiment"}
 
 
@@ -75,7 +107,7 @@ def test_every_file_says_what_it_is(file: Any) -> None:
 
 
 def component(
-    images: int,
+    classes: int,
     *,
     rate: PositiveFloat,
     count: PositiveInt | None,
@@ -86,11 +118,20 @@ def component(
     sizes: Annotated[list[PositiveInt], Field(min_length=2, max_length=3)],
     options: dict[str, Any],
 ) -> dict[str, Any]:
-    return {"images": images} | locals()
+    return {"classes": classes} | locals()
 
 
 def other(*, size: PositiveInt) -> int:
     return size
+
+
+def foreign(a, size: "NoSuchType" = 3, flag: bool = None, shape: tuple[int, int] = (1, 2)) -> Any:  # type: ignore  # noqa
+    """As libraries are: not annotated, for type checkers alone, wrongly, or with what no YAML file can hold."""
+    return a, size, flag, shape
+
+
+def anything(*, head: Any, **options: Any) -> Any:
+    return head, options
 
 
 KEYS: dict[str, Any] = {
@@ -115,11 +156,120 @@ def checked(**changes: Any) -> Any:
 def test_what_fits_is_built() -> None:
     for changes in ({}, {"count": 3}, {"name": ["a", "b"]}, {"layout": False}, {"rate": 1}, {"options": {"a": 1}}):
         node = checked(**changes).method
-        built = build(node, 7)
-        assert built["images"] == 7
+        built = build(node, classes=7, mean=0.5)
+        assert built["classes"] == 7
         assert {name: built[name] for name in node if name != "_target_"} == {
             name: value for name, value in {**KEYS, **changes}.items() if name != "_target_"
         }
+
+
+def test_a_node_overrules_what_is_handed_over() -> None:
+    assert build({**KEYS, "classes": 3}, classes=7)["classes"] == 3
+    assert build({"_target_": f"{__name__}.other", "size": 3}, classes=7) == 3
+
+
+def test_nodes_are_built_inside_of_values() -> None:
+    """Nested, in lists and mappings, partial, with positional arguments."""
+    inner = {"_target_": f"{__name__}.other", "size": 3}
+    late = {"_target_": f"{__name__}.foreign", "_partial_": True, "flag": True}
+    node = {"_target_": f"{__name__}.anything", "head": [inner, {"x": inner}], "late": late, "more": 1}
+    check_node("method", node)
+    head, options = build(node)
+    assert head == [3, {"x": 3}]
+    assert options["more"] == 1
+    assert options["late"](1, size=2) == (1, 2, True, (1, 2))
+    layers = {"_target_": "torch.nn.Sequential", "_args_": [{"_target_": "torch.nn.Linear", "_args_": [3, 4]}]}
+    check_node("method.head", layers)
+    assert [(layer.in_features, layer.out_features) for layer in build(layers)] == [(3, 4)]
+
+
+def test_what_is_handed_over_does_not_reach_nested_nodes() -> None:
+    node = {"_target_": f"{__name__}.anything", "head": {"_target_": f"{__name__}.anything", "head": 1}}
+    assert build(node, classes=7) == ((1, {}), {})
+
+
+FOREIGN = [
+    ({"a": 1, "size": "x", "flag": None, "shape": [1, 2, 3]}, None),
+    ({}, "method.a is missing; add method.a=<value>."),
+    ({"a": 1, "flag": 3}, "method.flag=3 is not allowed; it should be true or false or null."),
+    ({"a": 1, "szie": 3}, "method.szie is not a key of foreign; did you mean size?"),
+    ({"a": 1, "b": 3}, "method.b is not a key of foreign; choose one of a, flag, shape, size."),
+    ({"a": {"_target_": f"{__name__}.other"}}, "method.a.size is missing; add method.a.size=<value>."),
+    ({"a": [{"_target_": f"{__name__}.other", "size": -1}]}, "method.a.0.size=-1 is not allowed; it should be greater"),
+    ({"a": {"_target_": f"{__name__}.nothing"}}, f"method.a._target_={__name__}.nothing cannot be imported"),
+]
+
+
+@pytest.mark.parametrize(("keys", "sentence"), FOREIGN)
+def test_foreign_targets_are_checked_by_their_signature(keys: dict[str, Any], sentence: str | None) -> None:
+    node = {"_target_": f"{__name__}.foreign", **keys}
+    if sentence is None:
+        check_node("method", node)
+    else:
+        with pytest.raises(UserError) as error:
+            check_node("method", node)
+        assert str(error.value).startswith(sentence)
+        assert "\n" not in str(error.value)
+
+
+STOP = "pytorch_lightning.callbacks.EarlyStopping"
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (
+            ["optimizer=sgd", "+optimizer.momentun=0.9"],
+            "optimizer.momentun is not a key of SGD; did you mean momentum?",
+        ),
+        (["optimizer.lr=fast"], 'optimizer.lr="fast" is not allowed; it should be a number.'),
+        (["+optimizer.eps=small"], 'optimizer.eps="small" is not allowed; it should be a number.'),
+        (["+bias_and_norm.weight_decya=0"], "bias_and_norm.weight_decya is not a key of Adam; did you mean weight_dec"),
+        (["++trainer.max_epoch=3"], "trainer.max_epoch is not a key of Trainer; did you mean max_epochs"),
+        (["+callbacks.stop=3"], "callbacks.stop names no _target_; add callbacks.stop._target_=<class>."),
+        ([f"+callbacks.stop={{_target_: {STOP}}}"], "callbacks.stop.monitor is missing"),
+        (
+            [f"+callbacks.stop={{_target_: {STOP}, monitor: a, patiense: 3}}"],
+            "callbacks.stop.patiense is not a key of EarlyStopping; did you mean patience?",
+        ),
+        (["++logger.wandb.projet=x"], "logger.wandb.projet is not a key of WeightsAndBiases; did you mean project?"),
+    ],
+)
+def test_classes_of_torch_and_lightning_are_checked_too(words: list[str], sentence: str) -> None:
+    with pytest.raises(UserError) as error:
+        check(composed(*words))
+    assert str(error.value).startswith(sentence)
+    assert "\n" not in str(error.value)
+
+
+def test_new_keys_of_a_saved_config() -> None:
+    """At the root and where the target is the same; what was taken away stays away."""
+    today = {
+        "seed": 0,
+        "loader": {"batch_size": 4, "num_workers": 2},
+        "method": {"_target_": "a", "x": 1, "y": 2},
+        "optimizer": {"_target_": "a", "lr": 1},
+        "bias_and_norm": {"weight_decay": 0.0},
+        "callbacks": {"online": {"_target_": "c", "n": 1, "m": 2}, "lines": {"_target_": "d"}},
+        "schedule": {"_target_": "new"},
+    }
+    saved = {
+        "seed": 5,
+        "loader": {"batch_size": 8},
+        "method": {"_target_": "a", "x": 3},
+        "optimizer": {"_target_": "b"},
+        "bias_and_norm": {},
+        "callbacks": {"online": {"_target_": "c", "n": 7}, "mine": {"_target_": "e"}},
+    }
+    assert with_new_keys(saved, today) == {
+        "seed": 5,
+        "loader": {"batch_size": 8, "num_workers": 2},
+        "method": {"_target_": "a", "x": 3, "y": 2},
+        "optimizer": {"_target_": "b"},
+        "bias_and_norm": {},
+        "callbacks": {"online": {"_target_": "c", "n": 7, "m": 2}, "mine": {"_target_": "e"}},
+        "schedule": {"_target_": "new"},
+    }
 
 
 @pytest.mark.parametrize(

@@ -1,24 +1,25 @@
 """W ranks, each with its own part of the batch, equal one process on the whole batch: values and all derivatives.
 
-`python tests/test_distributed.py` prints the table.
+`PYTHONPATH=tests python tests/core/test_distributed.py` prints the table.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-from ranks import Ranks
+from support.exactness import TOLERANCE, error, flat, mine, my_views
+from support.ranks import Ranks
+from support.toys import METHODS, make_method, make_regularizer, make_views, skip_refused
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
-from toys import METHODS, make_method, make_regularizer, make_views, skip_refused
 
 from icl_msr.core.distributed import all_reduce_sum, average, gather, rank, world_size
 from icl_msr.core.errors import UserError
 from icl_msr.core.views import Views
 from icl_msr.methods import Method, Step
-from icl_msr.methods.base import Targets, frozen_statistics
-from icl_msr.models.batchnorm import GlobalBatchNorm, global_batch_norm
+from icl_msr.methods.base import Targets
+from icl_msr.models.batchnorm import GlobalBatchNorm, frozen_statistics, global_batch_norm
 from icl_msr.regularizers import MetaSemanticRegularizer
 from icl_msr.regularizers.bilevel import trainable
 
@@ -37,34 +38,6 @@ REGULARIZERS: dict[str, dict[str, Any]] = {
 QUICK = ("none", "meta", "difference")
 """The other kinds are slow tests."""
 IMAGES = 8
-TOLERANCE = 1e-8
-
-
-@pytest.fixture(scope="module", params=[2, pytest.param(4, marks=pytest.mark.slow)])
-def ranks(request: pytest.FixtureRequest) -> Iterator[Ranks]:
-    pool = Ranks(request.param)
-    yield pool
-    pool.close()
-
-
-def error(found: Tensor, expected: Tensor) -> float:
-    """max|g - g_ref| / max|g_ref|."""
-    assert found.shape == expected.shape
-    if not expected.any():
-        return float(found.abs().max())
-    return float((found - expected).abs().max().detach() / expected.abs().max().detach())
-
-
-def mine(rows: Tensor) -> Tensor:
-    """This rank's part of the global batch; everything with one process."""
-    return rows.chunk(world_size())[rank()]
-
-
-def my_views(views: Views) -> Views:
-    negatives = views.negatives
-    if negatives is not None:
-        negatives.rows = mine(negatives.rows)
-    return Views(mine(views.images), [mine(v) for v in views.views], mine(views.index), mine(views.labels), negatives)
 
 
 # ---------------------------------------------------------------------------------------------- one optimiser step
@@ -81,7 +54,7 @@ class Training(nn.Module):
         output = self.method(views, targets, STEP)
         loss: Tensor = output.loss
         if self.regularizer is not None:
-            loss = loss + self.regularizer.lam * self.regularizer(views.images, output.pairs)
+            loss = loss + self.regularizer(views, output, STEP)
         return loss
 
 
@@ -117,10 +90,6 @@ def one_step(name: str, kind: str, negatives: int) -> dict[str, dict[str, Tensor
 def groups(kind: str, negatives: int) -> list[str]:
     """What a method must not refuse."""
     return [*(["regularizer"] if kind != "none" else []), *(["negatives"] if negatives else [])]
-
-
-def flat(tensors: dict[str, Tensor]) -> Tensor:
-    return torch.cat([t.double().flatten() for t in tensors.values()])
 
 
 @pytest.mark.parametrize("negatives", [0, 2])

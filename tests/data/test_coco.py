@@ -8,15 +8,16 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from programs import Programs
-from tiny import composed
+from support.programs import Programs
+from support.tiny import composed
 from torch import Tensor
 
 from icl_msr.core.config import check
 from icl_msr.core.errors import UserError
 from icl_msr.data.coco import coco, single_targets
 from icl_msr.data.dataset import ArraySplit, Dataset
-from icl_msr.data.folders import FileSplit, imagefolder
+from icl_msr.data.files import FileSplit
+from icl_msr.data.folders import imagefolder
 
 CATEGORIES = {18: "dog", 1: "person", 17: "wine glass"}
 """In the order of the file, which is not that of the numbers."""
@@ -247,7 +248,7 @@ def test_wrong_keys_are_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any], words: str
 ) -> None:
     monkeypatch.chdir(make(tmp_path))
-    monkeypatch.setattr("icl_msr.data.folders.read_image", lambda *_: pytest.fail("an image was read"))
+    monkeypatch.setattr("icl_msr.data.files.read_image", lambda *_: pytest.fail("an image was read"))
     with pytest.raises(UserError, match=words):
         coco(**{"root": ".", **keys(), "classes": 3, **changes})
 
@@ -310,5 +311,6 @@ def test_the_whole_program(tmp_path: Path) -> None:
     finally:
         programs.close()
     results = json.loads((tmp_path / "run/results.json").read_text())
-    assert {row["split"] for row in results["accuracies"]} >= {"full", "fg", "crop", "only_fg", "only_bg"}
-    assert {row["gap"] for row in results["gaps"]} >= {"full - fg", "fg - crop"}
+    assert {row["split"] for row in results["records"]["accuracy"]} >= {"full", "fg", "crop", "only_fg", "only_bg"}
+    gaps = results["records"]["gap"]
+    assert {(row["split"], row["minus"]) for row in gaps} >= {("full", "fg"), ("fg", "crop")}

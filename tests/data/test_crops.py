@@ -2,7 +2,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from icl_msr.data.crops import boxes_of, crop_to_boxes, moved, square_boxes
+from icl_msr.data.crops import boxes_around, crop_to_boxes, moved, square_boxes
 
 
 def images(n: int, height: int, width: int) -> Tensor:
@@ -13,7 +13,7 @@ def test_boxes_enclose_the_mask() -> None:
     masks = torch.zeros(2, 6, 8, dtype=torch.bool)
     masks[0, 2:5, 1:4] = True
     masks[0, 5, 7] = True
-    assert boxes_of(masks).tolist() == [[1, 2, 8, 6], [0, 0, 8, 6]]  # an empty mask: the whole image
+    assert boxes_around(masks).tolist() == [[1, 2, 8, 6], [0, 0, 8, 6]]  # an empty mask: the whole image
 
 
 def test_squares_stay_inside_and_keep_the_box() -> None:

@@ -15,7 +15,8 @@ from torchvision import datasets as torchvision_datasets
 
 from icl_msr.core.errors import UserError
 from icl_msr.data.arrays import arrays
-from icl_msr.data.folders import FileSplit, imagefolder
+from icl_msr.data.files import FileSplit
+from icl_msr.data.folders import imagefolder
 from icl_msr.data.sources import fit, read_image, statistics
 from icl_msr.data.torchvision_sets import CIFAR100, cifar10, stl10
 

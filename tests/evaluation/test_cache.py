@@ -4,13 +4,13 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
-from ranks import Ranks
+from support.ranks import Ranks
 from torch import Tensor
 
 from icl_msr.core.distributed import rank
 from icl_msr.core.errors import UserError
 from icl_msr.data.dataset import ArraySplit
-from icl_msr.data.folders import FileSplit
+from icl_msr.data.files import FileSplit
 from icl_msr.evaluation.cache import FeatureCache, encoder_identity, split_identity
 from icl_msr.models.backbones import Backbone, tiny
 

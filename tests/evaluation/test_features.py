@@ -2,7 +2,7 @@ import copy
 
 import pytest
 import torch
-from ranks import Ranks
+from support.ranks import Ranks
 from torch import Tensor, nn
 
 from icl_msr.core.errors import UserError

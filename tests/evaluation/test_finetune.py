@@ -4,6 +4,7 @@ import copy
 import json
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from torch.nn.functional import cross_entropy
 from icl_msr.core.errors import UserError
 from icl_msr.core.randomness import permutation
 from icl_msr.data.dataset import ArraySplit, Dataset
-from icl_msr.data.folders import FileSplit
+from icl_msr.data.files import FileSplit
 from icl_msr.evaluation.finetune import FineTuning, augmented, fine_tune
 from icl_msr.evaluation.suite import Evaluation, Results
 from icl_msr.models.backbones import tiny
@@ -83,7 +84,8 @@ def random_backgrounds(dataset: Dataset) -> Dataset:
 
 
 def top1(results: Results, encoder: str = "trained") -> dict[str, float]:
-    return {row["classifier"]: row["top1"] for row in results.accuracies if row["encoder"] == encoder}
+    accuracies = results.records.where("accuracy", encoder=encoder)
+    return {str(row.classifier): row.value for row in accuracies if row.value is not None}
 
 
 def test_learns_what_is_not_in_the_features(make: Make, random_backgrounds: Dataset) -> None:
@@ -245,17 +247,18 @@ def test_photographs(make: Make, photos: Dataset) -> None:
 def test_records(make: Make, dataset: Dataset, object_encoder: nn.Module, background_encoder: nn.Module) -> None:
     evaluation = make(fractions=[0.02, 0.1], knn=["dino"], tune_epochs=1)
     results = evaluation(object_encoder, dataset, device="cpu", seed=0, untrained_encoder=background_encoder)
-    json.dumps(results.records(), allow_nan=False)
-    names = ["/".join((r["classifier"], r["fitted_on"], r["split"])) for r in results.accuracies]
+    json.dumps(results.records.to_json(), allow_nan=False)
+    accuracies = results.records.where("accuracy")
+    names = [record.name for record in accuracies]
     assert names == 2 * evaluation.names(dataset)
     kinds = [f"{kind}-{part}%" for part in (2, 10) for kind in ("knn-dino", "linear", "finetune")]
     assert list(dict.fromkeys(name.partition("/")[0] for name in names)) == kinds
-    assert {gap["classifier"] for gap in results.gaps} == set(kinds)
-    assert len(results.by_class) == len(results.accuracies)
-    for row in results.accuracies:
-        key = "/".join([row["encoder"], row["classifier"], row["fitted_on"], row["split"]])
-        assert row["top1"] == pytest.approx(
-            np.mean(results.predictions[key] == results.predictions[f"labels/{row['split']}"])
+    assert {str(gap.classifier) for gap in results.records.where("gap")} == set(kinds)
+    assert len(results.records.by_class) == len(accuracies)
+    for row in accuracies:
+        key = "/".join([row.encoder, str(row.classifier), row.fitted_on, row.split])
+        assert row.value == pytest.approx(
+            np.mean(results.predictions[key] == results.predictions[f"labels/{row.split}"])
         )
     # The frozen part is what the standard evaluation would find with these labels alone.
     assert isinstance(dataset.train, ArraySplit)
@@ -266,12 +269,13 @@ def test_records(make: Make, dataset: Dataset, object_encoder: nn.Module, backgr
         probe_held_out=0.2, bootstrap=100, untrained=False, batch_size=64,
     )  # fmt: skip
     alone = standard(object_encoder, Dataset("few", dataset.classes, 8, few, dataset.tests), device="cpu", seed=0)
-    ours = [row for row in results.accuracies if row["encoder"] == "trained" and row["classifier"].endswith("-10%")]
-    for row in alone.accuracies:
-        same = {**row, "classifier": f"{row['classifier']}-10%"}
-        assert same in ours
-    assert [(row["n"], row["fewest"]) for row in results.labelled] == [(8, 2), (40, 10)]
-    assert {(c["classifier"], c["encoder"]) for c in results.choices} == {
+    ours = [row for row in accuracies if row.encoder == "trained"]
+    for row in alone.records.where("accuracy"):
+        assert row.classifier is not None
+        assert replace(row, classifier=replace(row.classifier, fraction=0.1)) in ours
+    used = {(row.told("part"), row.metric): row.value for row in results.records.where("labels")}
+    assert [(used[part, "images"], used[part, "fewest"]) for part in ("2%", "10%")] == [(8, 2), (40, 10)]
+    assert {(str(c.classifier), c.encoder) for c in results.records.where("choice")} == {
         (f"linear-{part}%", encoder) for part in (2, 10) for encoder in ("trained", "untrained")
     }
 
@@ -281,17 +285,18 @@ def test_a_grid_is_decided_on_a_held_out_part(make: Make, random_backgrounds: Da
     results = make(linear=False, tune_epochs=40, tune_learning_rates=grid)(
         Blind(), random_backgrounds, device="cpu", seed=0
     )
-    (chosen,) = results.choices
-    assert chosen["classifier"] == "finetune"
-    assert chosen["learning_rate"] == 1e-2
-    held = chosen["held_out_accuracies"]
-    assert list(held) == ["1e-06", "0.01", "1e+30"]
-    assert held["0.01"] > 0.8 > 0.5 > held["1e-06"]
-    assert held["1e+30"] < 0.5
-    assert chosen["note"] == ""
+    (chosen,) = results.records.where("choice", metric="chosen")
+    assert str(chosen.classifier) == "finetune"
+    assert chosen.value == 1e-2
+    tried = results.records.where("choice", metric="held_out")
+    held: dict[float, Any] = {record.told("learning_rate"): record.value for record in tried}
+    assert list(held) == [1e-6, 1e-2, 1e30]
+    assert held[1e-2] > 0.8 > 0.5 > held[1e-6]
+    assert held[1e30] < 0.5
+    assert chosen.note == ""
     alone = make(linear=False, tune_epochs=40)(Blind(), random_backgrounds, device="cpu", seed=0)
-    assert alone.choices == []
-    assert alone.accuracies == results.accuracies
+    assert alone.records.where("choice") == []
+    assert alone.records.where("accuracy") == results.records.where("accuracy")
 
 
 def test_what_diverges_says_so(make: Make, random_backgrounds: Dataset) -> None:
@@ -318,9 +323,12 @@ def test_lists_are_followed(make: Make, dataset: Dataset, object_encoder: nn.Mod
     chosen.save(tmp_path)
     file = tmp_path / "labelled-10%.txt"
     again = make(fractions=[0.1], tune_epochs=1, files=[str(file)])(object_encoder, dataset, device="cpu", seed=5)
-    assert again.accuracies == chosen.accuracies
+    assert again.records.where("accuracy") == chosen.records.where("accuracy")
     assert again.lists == chosen.lists
-    assert again.labelled == [{**chosen.labelled[0], "chosen_by": str(file)}]
+    expected = [
+        replace(record, factors={**record.factors, "chosen_by": str(file)}) for record in chosen.records.where("labels")
+    ]
+    assert again.records.where("labels") == expected
     with np.load(tmp_path / "predictions.npz") as saved:
         assert "trained/finetune-10%/train/original" in saved
 

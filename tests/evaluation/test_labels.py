@@ -9,7 +9,7 @@ from torch import Tensor
 
 from icl_msr.core.errors import UserError
 from icl_msr.data.dataset import ArraySplit, Dataset
-from icl_msr.data.folders import FileSplit
+from icl_msr.data.files import FileSplit
 from icl_msr.evaluation.labels import Part, balanced_part, listed_part, names, percent, require_labels
 
 
@@ -40,11 +40,13 @@ def test_parts_are_balanced_seeded_and_inside_one_another(labels: Tensor) -> Non
         assert part.index.tolist() == sorted(set(part.index.tolist()))
     assert torch.equal(small.index, balanced_part(dataset, 0.05, seed=3).index)
     assert not torch.equal(small.index, balanced_part(dataset, 0.05, seed=4).index)
-    assert (small.suffix, small.file) == ("-5%", "labelled-5%.txt")
-    assert small.record(labels) == {
-        "fraction": 0.05, "n": 20, "classes": 4, "fewest": 5, "most": 5, "chosen_by": "seed 3",
-        "file": "labelled-5%.txt", "note": "",
-    }  # fmt: skip
+    assert small.file == "labelled-5%.txt"
+    records = small.records(labels)
+    found = {"images": 20, "classes": 4, "fewest": 5, "most": 5}
+    assert {record.metric: record.value for record in records} == found
+    for record in records:
+        assert record.factors == {"part": "5%", "chosen_by": "seed 3", "file": "labelled-5%.txt"}
+        assert record.note == ""
 
 
 def test_every_image_is_as_likely_as_another(labels: Tensor) -> None:
@@ -62,7 +64,8 @@ def test_all_labels_and_images_without_one(labels: Tensor) -> None:
     labels[::3] = -1
     everything = balanced_part(data(labels), 1, seed=0)
     assert torch.equal(everything.index, (labels >= 0).nonzero()[:, 0])
-    assert (everything.suffix, everything.file) == ("", "")
+    assert everything.file == ""
+    assert everything.records(labels) == []
     some = balanced_part(data(labels), 0.1, seed=0)
     assert (labels[some.index] >= 0).all()
     assert per_class(some, labels) == [round(0.1 * int((labels >= 0).sum()) / 4)] * 4

@@ -4,7 +4,7 @@ from typing import Any
 import pytest
 import torch
 from sklearn.linear_model import LogisticRegression
-from tiny import composed
+from support.tiny import composed
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
@@ -124,10 +124,10 @@ def test_moco_is_their_loop(blobs: Blobs) -> None:
     ],
 )
 def test_the_papers_settings(name: str, values: dict[str, Any]) -> None:
-    node = check(composed(f"evaluation={name}")).evaluation
+    node = check(composed(f"evaluation={name}")).evaluation[name]
     assert {key: node[key] for key in values} == values
     evaluation = build(node)
-    assert evaluation.classifiers[-1] == f"linear-{values['probe']}"
+    assert str(evaluation.classifiers[-1]) == f"linear-{values['probe']}"
 
 
 def test_schedules() -> None:

@@ -15,6 +15,7 @@ from icl_msr.data.dataset import ArraySplit, Dataset, normalise
 from icl_msr.evaluation.cache import FeatureCache
 from icl_msr.evaluation.shape import ShapeAndTexture, folds_by_instance, read_stimuli
 from icl_msr.evaluation.sixteen import SIXTEEN
+from icl_msr.evaluation.suite import Results
 
 CLASSES, SIZE = ["bear", "cat", "clock", "dog"], 16
 COLOURS = torch.tensor([[230, 40, 40], [40, 230, 40], [60, 60, 240], [220, 220, 60]])
@@ -98,34 +99,51 @@ def make(stimuli: Path) -> Callable[..., ShapeAndTexture]:
 Make = Callable[..., ShapeAndTexture]
 
 
+def shape_rows(results: Results) -> dict[str, dict[str, Any]]:
+    """What was found of each classifier."""
+    rows: dict[str, dict[str, Any]] = {}
+    for record in results.records.where("shape"):
+        row = rows.setdefault(str(record.classifier), {"n": record.n})
+        row[record.metric] = record.value
+        if record.metric == "classes":
+            row["names"] = record.note
+    return rows
+
+
 @pytest.mark.parametrize(("encoder", "bias"), [(Silhouette(), 1.0), (Texture(), 0.0)])
 def test_encoders_that_see_one_cue_alone(make: Make, natural: Dataset, encoder: nn.Module, bias: float) -> None:
     results = make()(encoder, natural, device="cpu", seed=0)
-    json.dumps(results.records(), allow_nan=False)
-    names = {"/".join((r["classifier"], r["fitted_on"], r["split"])) for r in results.accuracies}
+    json.dumps(results.records.to_json(), allow_nan=False)
+    names = {record.name for record in results.records.where("accuracy")}
     assert names == set(make().names(natural))
-    for row, gap in zip(results.shape, results.gaps, strict=True):
-        assert gap["points"] == pytest.approx(100 * (row["shape"] - row["texture"]), abs=1e-4)
-    assert [row["classifier"] for row in results.shape] == ["knn-icl", "linear"]
-    for row in results.shape:
+    rows = shape_rows(results)
+    for row, gap in zip(rows.values(), results.records.where("gap"), strict=True):
+        assert gap.value == pytest.approx(100 * (row["shape"] - row["texture"]), abs=1e-4)
+    assert list(rows) == ["knn-icl", "linear"]
+    for row in rows.values():
         assert row["n"] == 36
-        assert row["classes"] == CLASSES
+        assert row["names"] == ", ".join(CLASSES)
+        assert row["classes"] == len(CLASSES)
         assert row["decided"] >= 30
         assert row["shape_bias"] == pytest.approx(bias, abs=0.05)
         assert row["shape"] + row["texture"] == pytest.approx(row["decided"] / row["n"])
-    shape, texture = results.decodability
-    assert (shape["cue"], texture["cue"]) == ("shape", "texture")
-    seen, unseen = (shape, texture) if bias else (texture, shape)
+    read = results.records.where("decodability")
+    assert list(dict.fromkeys(record.told("cue") for record in read)) == ["shape", "texture"]
+    assert {record.n for record in read} == {36}
+    seen, unseen = (
+        {record.metric: record.value for record in read if record.told("cue") == cue}
+        for cue in (("shape", "texture") if bias else ("texture", "shape"))
+    )
     assert seen["accuracy"] > 0.9
     assert unseen["accuracy"] < 0.5
     assert seen["chance"] == 0.25
     assert seen["folds"] == 3  # instances of a class
-    assert seen["n"] == 36
 
 
 def test_both_cues_can_be_read_from_features_that_hold_both(make: Make, natural: Dataset) -> None:
     results = make(knn=[])(Both(), natural, device="cpu", seed=0, untrained_encoder=Nothing())
-    by = {(row["encoder"], row["cue"]): row["accuracy"] for row in results.decodability}
+    read = results.records.where("decodability", metric="accuracy")
+    by = {(record.encoder, record.told("cue")): record.value for record in read}
     assert min(by["trained", "shape"], by["trained", "texture"]) > 0.9
     assert max(by["untrained", "shape"], by["untrained", "texture"]) < 0.5
 
@@ -136,14 +154,14 @@ def test_classes_that_the_data_does_not_cover(make: Make, natural: Dataset) -> N
     evaluation = make(same={"cat": ["kitten", "cat_and_such"]})
     assert "linear/train/conflict_shape" in evaluation.names(natural)
     results = evaluation(Silhouette(), natural, device="cpu", seed=0)
-    for row in results.shape:
-        assert row["classes"] == ["bear", "cat"]
+    for row in shape_rows(results).values():
+        assert row["names"] == "bear, cat"
         assert row["n"] == 6  # bear on cat and cat on bear, three of each
     natural.classes = ["a", "b", "c", "d"]
     alone = make()(Silhouette(), natural, device="cpu", seed=0)
-    assert alone.shape == []
+    assert alone.records.where("shape") == []
     assert make().names(natural) == ["linear/stimuli/shape", "linear/stimuli/texture"]
-    assert len(alone.decodability) == 2
+    assert len(alone.records.where("decodability", metric="accuracy")) == 2
 
 
 def test_what_is_read_of_the_names(stimuli: Path) -> None:
@@ -192,15 +210,16 @@ def test_a_classifier_that_sees_one_cue_alone(
     evaluation = make(head=True)
     evaluation.require(Nothing())
     results = evaluation(Nothing(), natural, device="cpu", seed=0, untrained_encoder=Nothing())
-    names = {"/".join((r["classifier"], r["fitted_on"], r["split"])) for r in results.accuracies}
+    names = {record.name for record in results.records.where("accuracy")}
     assert names == set(evaluation.names(natural))
-    (row,) = results.shape
-    assert (row["encoder"], row["classifier"], row["fitted_on"]) == ("trained", "head", "own")
-    assert row["classes"] == list(SIXTEEN)
+    rows = results.records.where("shape")
+    assert {(row.encoder, str(row.classifier), row.fitted_on) for row in rows} == {("trained", "head", "own")}
+    row = shape_rows(results)["head"]
+    assert row["names"] == ", ".join(SIXTEEN)
     assert row["n"] == 36
     assert row["decided"] >= 30
     assert row["shape_bias"] == pytest.approx(bias, abs=0.05)
-    assert [gap["classifier"] for gap in results.gaps] == ["head"]
+    assert [str(gap.classifier) for gap in results.records.where("gap")] == ["head"]
 
 
 def test_classes_that_are_none_of_the_sixteen(make: Make, natural: Dataset, tmp_path: Path) -> None:
@@ -229,7 +248,7 @@ def test_mistakes(make: Make, natural: Dataset, stimuli: Path, tmp_path: Path) -
 
 
 def test_batch_size_and_cache_do_not_matter(make: Make, natural: Dataset, tmp_path: Path) -> None:
-    one = make()(Both(), natural, device="cpu", seed=0).records()
-    assert make(batch_size=7)(Both(), natural, device="cpu", seed=0).records() == one
+    one = make()(Both(), natural, device="cpu", seed=0).records
+    assert make(batch_size=7)(Both(), natural, device="cpu", seed=0).records == one
     cache = FeatureCache(tmp_path / "cache")
-    assert make()(Both(), natural, device="cpu", seed=0, extractor=cache).records() == one
+    assert make()(Both(), natural, device="cpu", seed=0, extractor=cache).records == one

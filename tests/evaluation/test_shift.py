@@ -45,48 +45,48 @@ def make() -> Make:
     return build
 
 
-def rows(results: Results, classifier: str = "linear", encoder: str = "trained") -> dict[tuple[str, int | None], Any]:
-    found = [row for row in results.corruptions if row["classifier"] == classifier and row["encoder"] == encoder]
-    return {(row["corruption"], row["severity"]): row for row in found}
+def rows(results: Results, classifier: str = "linear", encoder: str = "trained") -> dict[tuple[str, int | str], Any]:
+    found = results.records.where("corruption", classifier=classifier, encoder=encoder)
+    return {(row.told("corruption"), row.told("severity")): row for row in found}
 
 
 def test_what_is_measured(make: Make, dataset: Dataset, object_encoder: nn.Module) -> None:
     evaluation = make()
     results = evaluation(object_encoder, dataset, device="cpu", seed=0, untrained_encoder=object_encoder)
-    json.dumps(results.records(), allow_nan=False)
+    json.dumps(results.records.to_json(), allow_nan=False)
     found = rows(results)
     assert list(found) == [
         *(("gaussian_noise", severity) for severity in (1, 3, 5)),
         *(("brightness", severity) for severity in (1, 3, 5)),
-        *(("gaussian_noise", None), ("brightness", None), ("mean", None)),
+        *(("gaussian_noise", "mean"), ("brightness", "mean"), ("mean", "mean")),
     ]
-    assert all(row["n"] == 50 and row["low"] <= row["top1"] <= row["high"] for row in found.values())
+    assert all(row.n == 50 and row.low <= row.value <= row.high for row in found.values())
     for name in ("brightness", "gaussian_noise"):
-        each = [found[name, severity]["top1"] for severity in (1, 3, 5)]
-        assert found[name, None]["top1"] == pytest.approx(np.mean(each))
-    assert found["mean", None]["top1"] == pytest.approx(
-        np.mean([found[name, None]["top1"] for name in ("brightness", "gaussian_noise")])
+        each = [found[name, severity].value for severity in (1, 3, 5)]
+        assert found[name, "mean"].value == pytest.approx(np.mean(each))
+    assert found["mean", "mean"].value == pytest.approx(
+        np.mean([found[name, "mean"].value for name in ("brightness", "gaussian_noise")])
     )
     # A class is a grey level, which brightness changes.
-    assert found["brightness", 5]["top1"] < 0.6 < found["gaussian_noise", 1]["top1"]
-    by_split = {row["split"]: row for row in results.accuracies if row["classifier"] == "linear"}
-    assert by_split["clean"]["top1"] == 1
-    assert by_split["corrupted"]["top1"] == found["mean", None]["top1"]
-    names = {"/".join((r["classifier"], r["fitted_on"], r["split"])) for r in results.accuracies}
+    assert found["brightness", 5].value < 0.6 < found["gaussian_noise", 1].value
+    by_split = {row.split: row for row in results.records.where("accuracy", classifier="linear")}
+    assert by_split["clean"].value == 1
+    assert by_split["corrupted"].value == found["mean", "mean"].value
+    names = {record.name for record in results.records.where("accuracy")}
     assert names == set(evaluation.names(dataset))
-    (gap,) = (g for g in results.gaps if g["classifier"] == "linear" and g["encoder"] == "trained")
-    assert gap["points"] == pytest.approx(100 * (1 - found["mean", None]["top1"]), abs=1e-4)
-    assert gap["low"] <= gap["points"] <= gap["high"]
+    (gap,) = results.records.where("gap", classifier="linear", encoder="trained")
+    assert gap.value == pytest.approx(100 * (1 - found["mean", "mean"].value), abs=1e-4)
+    assert gap.low <= gap.value <= gap.high  # type: ignore[operator]
     predicted, labels = (results.predictions[key] for key in ("trained/linear/train/corrupted", "labels/corrupted"))
-    assert np.mean(predicted == labels) == pytest.approx(found["mean", None]["top1"])
+    assert np.mean(predicted == labels) == pytest.approx(found["mean", "mean"].value)
 
 
 def test_the_loss_is_counted_from_the_clean_images(make: Make, dataset: Dataset, object_encoder: nn.Module) -> None:
     results = make(severities=[5], knn=[])(object_encoder, dataset, device="cpu", seed=0)
     found = rows(results)
-    assert found["gaussian_noise", 5]["top1"] < 1
-    (gap,) = results.gaps
-    assert gap["points"] == pytest.approx(100 * (1 - found["mean", None]["top1"]), abs=1e-4)
+    assert found["gaussian_noise", 5].value < 1
+    (gap,) = results.records.where("gap")
+    assert gap.value == pytest.approx(100 * (1 - found["mean", "mean"].value), abs=1e-4)
 
 
 def test_shifted_splits_beside_the_corruptions(make: Make, dataset: Dataset, background_encoder: nn.Module) -> None:
@@ -95,18 +95,16 @@ def test_shifted_splits_beside_the_corruptions(make: Make, dataset: Dataset, bac
     alone = make(images=200)(background_encoder, dataset, device="cpu", seed=0)
     evaluation = make(images=200, shifted=True)
     found = evaluation(background_encoder, dataset, device="cpu", seed=0)
-    assert found.corruptions == alone.corruptions
-    linear = {row["split"]: row for row in found.accuracies if row["classifier"] == "linear"}
+    assert found.records.where("corruption") == alone.records.where("corruption")
+    linear = {row.split: row for row in found.records.where("accuracy", classifier="linear")}
     assert list(linear) == ["clean", "corrupted", "mixed_same", "mixed_rand"]
-    assert {"/".join((r["classifier"], r["fitted_on"], r["split"])) for r in found.accuracies} == set(
-        evaluation.names(dataset)
-    )
-    assert (linear["clean"]["top1"], linear["mixed_same"]["top1"]) == (1, 1)
+    assert {record.name for record in found.records.where("accuracy")} == set(evaluation.names(dataset))
+    assert (linear["clean"].value, linear["mixed_same"].value) == (1, 1)
     predicted = found.predictions["trained/linear/train/mixed_rand"]
     right = np.mean(predicted == dataset.tests["mixed_rand"].labels.numpy())
-    assert linear["mixed_rand"]["top1"] == pytest.approx(right)
+    assert linear["mixed_rand"].value == pytest.approx(right)
     assert right < 0.5
-    gaps = {gap["gap"]: gap["points"] for gap in found.gaps if gap["classifier"] == "linear"}
+    gaps = {gap.splits: gap.value for gap in found.records.where("gap", classifier="linear")}
     assert list(gaps) == ["clean - corrupted", "clean - mixed_same", "clean - mixed_rand"]
     assert gaps["clean - mixed_rand"] == pytest.approx(100 * (1 - right))
 
@@ -139,8 +137,8 @@ def test_images_are_those_of_the_corruption(dataset: Dataset) -> None:
 
 
 def test_batch_size_does_not_matter(make: Make, dataset: Dataset, object_encoder: nn.Module) -> None:
-    one = make()(object_encoder, dataset, device="cpu", seed=3).records()
-    assert make(batch_size=7)(object_encoder, dataset, device="cpu", seed=3).records() == one
+    one = make()(object_encoder, dataset, device="cpu", seed=3).records
+    assert make(batch_size=7)(object_encoder, dataset, device="cpu", seed=3).records == one
 
 
 def test_a_split_that_is_not_there(make: Make, dataset: Dataset) -> None:

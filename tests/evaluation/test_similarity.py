@@ -60,13 +60,15 @@ def test_an_encoder_is_like_itself_and_fed_as_it_was_trained(other: Path, images
     fed.mean, fed.std = (0.5,) * 3, (0.25,) * 3
     torch.manual_seed(1)
     stranger = tiny(32, weights=None)
-    rows = similarity(same, fed, device="cpu", seed=0, untrained_encoder=stranger).similarity
-    assert [row["encoder"] for row in rows] == ["trained", "untrained"]
-    assert rows[0]["cka"] == pytest.approx(1, abs=1e-6)
-    assert rows[0]["shared_neighbours"] == 1
-    assert rows[1]["cka"] < 0.999
-    assert rows[1]["shared_neighbours"] < 1
-    assert rows[0]["chance"] == pytest.approx(5 / 39)
+    records = similarity(same, fed, device="cpu", seed=0, untrained_encoder=stranger).records.where("similarity")
+    found = {(record.encoder, record.metric): record.value for record in records}
+    assert list(dict.fromkeys(encoder for encoder, _ in found)) == ["trained", "untrained"]
+    assert {record.told("other") for record in records} == {"other"}
+    assert found["trained", "cka"] == pytest.approx(1, abs=1e-6)
+    assert found["trained", "shared_neighbours"] == 1
+    assert found["untrained", "cka"] < 0.999  # type: ignore[operator]
+    assert found["untrained", "shared_neighbours"] < 1  # type: ignore[operator]
+    assert found["trained", "chance"] == pytest.approx(5 / 39)
 
 
 def test_mistakes(other: Path, images: Dataset) -> None:

@@ -1,6 +1,7 @@
 """Where strata look, on maps and masks made by hand."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -8,12 +9,21 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.io import write_png
 
+from icl_msr.core.records import Records
 from icl_msr.data.dataset import ArraySplit, Dataset, Split
-from icl_msr.data.folders import FileSplit
+from icl_msr.data.files import FileSplit
 from icl_msr.evaluation.metrics import Bootstrap
-from icl_msr.evaluation.strata_maps import Found, look, masks_of, measure, on_object, split_with_masks, weighted_maps
+from icl_msr.evaluation.strata_maps import (
+    Found,
+    masks_of,
+    measure,
+    on_object,
+    split_with_masks,
+    strata_records,
+    weighted_maps,
+)
 from icl_msr.models.backbones import Backbone
-from icl_msr.report import runs, words
+from icl_msr.report import words
 
 BOOTSTRAP = Bootstrap(200, seed=0)
 MEAN, STD = (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)
@@ -53,6 +63,14 @@ def found(strata: Tensor, split: Split | None = None, images: int = 1000, batch_
         images=images,
         batch_size=batch_size,
     )
+
+
+def by_stratum(records: Records) -> dict[str | int, dict[str, Any]]:
+    """The records of each stratum by metric."""
+    rows: dict[str | int, dict[str, Any]] = {}
+    for record in records.where("strata"):
+        rows.setdefault(record.told("stratum"), {})[record.metric] = record
+    return rows
 
 
 def test_a_share_is_a_sum_over_pixels() -> None:
@@ -101,22 +119,26 @@ def test_channels_that_fire_on_the_object_or_on_the_background() -> None:
     expected = (covered * other).sum((1, 2, 3)) / covered.sum((1, 2, 3)) - area.roll(1)
     torch.testing.assert_close(place[:, 1], expected, rtol=1e-4, atol=1e-4)
 
-    seen = look(Found(shares, place, areas), "toys", BOOTSTRAP)
-    rows = {row["stratum"]: row for row in seen["shares"]}
-    assert list(rows) == ["all channels", "1", "2", "3"]
+    seen = strata_records(Found(shares, place, areas), "toys", BOOTSTRAP)
+    rows = by_stratum(seen)
+    assert list(rows) == ["all channels", 1, 2, 3]
+    mean_area = seen.find("strata_area")
+    assert mean_area is not None
+    assert mean_area.value is not None
     for column, row in enumerate(rows.values()):
-        assert row["share"] == pytest.approx(float(shares[:, column].mean()))
-        assert row["by_place"] == pytest.approx(seen["area"] + float(place[:, column].mean()), abs=1e-6)
-        assert row["excess"] == pytest.approx(row["share"] - row["by_place"], abs=1e-6)
-        assert row["low"] <= row["share"] <= row["high"]
-    assert rows["2"]["excess_high"] < 0 < rows["1"]["excess_low"]
-    assert rows["3"]["excess"] == pytest.approx(0, abs=1e-6)
-    difference = seen["difference"]
+        assert row["share"].value == pytest.approx(float(shares[:, column].mean()))
+        assert row["by_place"].value == pytest.approx(mean_area.value + float(place[:, column].mean()), abs=1e-6)
+        assert row["excess"].value == pytest.approx(100 * (row["share"].value - row["by_place"].value), abs=1e-4)
+        assert row["share"].low <= row["share"].value <= row["share"].high
+    assert rows[2]["excess"].high < 0 < rows[1]["excess"].low
+    assert rows[3]["excess"].value == pytest.approx(0, abs=1e-4)
+    difference = seen.find("strata_apart")
     assert difference is not None
-    assert (difference["more"], difference["less"]) == ("1", "2")
+    assert [record.value for record in seen.where("strata_apart")[1:]] == [1, 2]  # more, less
     halves = shares[1::2]
-    assert difference["points"] == pytest.approx(float((halves[:, 1] - halves[:, 2]).mean()))
-    said = " ".join(words.strata(runs.Look.model_validate(seen)))
+    assert difference.value == pytest.approx(100 * float((halves[:, 1] - halves[:, 2]).mean()))
+    assert "40 images of toys" in seen.layouts["strata"].about
+    said = " ".join(words.strata(seen))
     assert "Stratum 2 has clearly less activation on the object than a map that does not see it" in said
     assert "; stratum 1 has clearly more" in said
     assert "They differ: stratum 1 has more of it on the object than stratum 2" in said
@@ -134,38 +156,45 @@ def test_a_map_that_sees_nothing_is_not_said_to_avoid_objects_where_it_is_faint(
     area = masks.float().mean((1, 2))
     shares = on_object(maps, masks).expand(-1, 2)
     place = on_object(maps, masks.roll(1, 0)).expand(-1, 2) - area.roll(1)[:, None]
-    seen = look(Found(shares, place, area), "toys", BOOTSTRAP)
-    assert seen["shares"][1]["share"] < 0.6 * seen["area"]
-    assert seen["shares"][1]["excess"] == pytest.approx(0, abs=1e-6)
-    assert words.strata(runs.Look.model_validate(seen))[0].startswith("No stratum avoids the object")
+    seen = strata_records(Found(shares, place, area), "toys", BOOTSTRAP)
+    row = by_stratum(seen)[1]
+    assert row["share"].value < 0.6 * float(area.mean())
+    assert row["excess"].value == pytest.approx(0, abs=1e-4)
+    assert words.strata(seen)[0].startswith("No stratum avoids the object")
 
 
 def test_equal_strata_do_not_differ_and_one_stratum_has_none_to_differ_from() -> None:
-    seen = look(found(torch.ones(3, 3) / 3**0.5), "toys", BOOTSTRAP)
-    assert seen["difference"] is not None
-    assert seen["difference"]["points"] == 0
-    assert all(row["share"] == pytest.approx(seen["shares"][0]["share"]) for row in seen["shares"])
-    said = words.strata(runs.Look.model_validate(seen))
+    seen = strata_records(found(torch.ones(3, 3) / 3**0.5), "toys", BOOTSTRAP)
+    difference = seen.find("strata_apart")
+    assert difference is not None
+    assert difference.value == 0
+    first, *others = (row["share"].value for row in by_stratum(seen).values())
+    assert others == [pytest.approx(first)] * 3
+    said = words.strata(seen)
     assert "All strata look at about the same place" in said[1]
-    alone = look(found(torch.ones(1, 3) / 3**0.5), "toys", BOOTSTRAP)
-    assert alone["difference"] is None
-    assert len(words.strata(runs.Look.model_validate(alone))) == 1
+    alone = strata_records(found(torch.ones(1, 3) / 3**0.5), "toys", BOOTSTRAP)
+    assert alone.find("strata_apart") is None
+    assert len(words.strata(alone)) == 1
 
 
 def test_the_largest_of_many_equal_differences_is_not_called_one() -> None:
     """40 strata that look at random: the two that differ most do so by chance, and not on other images."""
     torch.manual_seed(0)
     noise = 0.2 + 0.05 * torch.randn(300, 41)
-    seen = look(Found(noise, 0 * noise, torch.full((300,), 0.2)), "toys", BOOTSTRAP)
-    assert seen["difference"] is not None
-    assert seen["difference"]["low"] < 0.002
+    difference = strata_records(Found(noise, 0 * noise, torch.full((300,), 0.2)), "toys", BOOTSTRAP).find(
+        "strata_apart"
+    )
+    assert difference is not None
+    assert difference.value is not None
+    assert difference.low is not None
+    assert difference.low < 0.2
     spread = noise[:, 1:].mean(0)
-    assert seen["difference"]["points"] < float(spread.max() - spread.min()) / 2
+    assert difference.value < 100 * float(spread.max() - spread.min()) / 2
 
 
 def test_a_dead_stratum_is_left_out() -> None:
     strata = torch.stack([torch.ones(3), torch.zeros(3)])
-    assert [row["stratum"] for row in look(found(strata), "toys", BOOTSTRAP)["shares"]] == ["all channels", "1"]
+    assert list(by_stratum(strata_records(found(strata), "toys", BOOTSTRAP))) == ["all channels", 1]
 
 
 def test_the_images_are_spread_over_the_split_and_those_without_an_object_left_out() -> None:

@@ -18,7 +18,7 @@ from icl_msr.data.dataset import ArraySplit, Dataset
 from icl_msr.evaluation.cache import FeatureCache, split_identity
 from icl_msr.evaluation.metrics import Bootstrap
 from icl_msr.evaluation.suite import Results
-from icl_msr.evaluation.texture_only import NonSemanticVersions, TextureImages, by_name, read_superclasses
+from icl_msr.evaluation.texture_only import NonSemanticVersions, TextureImages, read_superclasses, told_apart
 from icl_msr.negatives import PatchNegatives, TextureNegatives
 
 CLASSES, SIZE = ["red bar", "red dot", "blue bar", "blue dot"], 32
@@ -84,11 +84,13 @@ def make() -> Make:
 
 
 def rows(results: Results, level: str, classifier: str = "linear") -> dict[str, Any]:
-    return {
-        row["images"]: row
-        for row in results.textures
-        if (row["level"], row["classifier"], row["encoder"]) == (level, classifier, "trained")
-    }
+    found: dict[str, Any] = {}
+    for record in results.records.where("texture", level=level, classifier=classifier, encoder="trained"):
+        found.setdefault(record.told("images"), {})[record.metric] = record.value
+    for row in results.records.by_class:
+        if (str(row.classifier), row.encoder, row.classes is None) == (classifier, "trained", level == "fine"):
+            found[row.split]["by_class"] = dict(zip(row.classes or CLASSES, row.accuracies, strict=True))
+    return found
 
 
 def test_colours_are_told_from_what_is_left_and_shapes_are_not(make: Make, dataset: Dataset) -> None:
@@ -101,28 +103,28 @@ def test_colours_are_told_from_what_is_left_and_shapes_are_not(make: Make, datas
 
     evaluation = make()
     results = evaluation(Both(), dataset, device="cpu", seed=0, untrained_encoder=Shape())
-    json.dumps(results.records(), allow_nan=False)
+    json.dumps(results.records.to_json(), allow_nan=False)
     fine, coarse = rows(results, "fine"), rows(results, "coarse")
     assert list(fine) == list(coarse) == ["all", "only_patch", "only_phase", "only_texture"]
-    assert fine["all"]["top1"] > 0.95
+    assert fine["all"]["accuracy"] > 0.95
     for name in list(fine)[1:]:
-        assert coarse[name]["top1"] > 0.95
-        assert fine[name]["top1"] < 0.75
+        assert coarse[name]["accuracy"] > 0.95
+        assert fine[name]["accuracy"] < 0.75
         assert list(fine[name]["by_class"]) == CLASSES
         assert list(coarse[name]["by_class"]) == ["red", "blue"]
-        assert fine[name]["top1"] == pytest.approx(np.mean(list(fine[name]["by_class"].values())))
+        assert fine[name]["accuracy"] == pytest.approx(np.mean(list(fine[name]["by_class"].values())))
     assert {row["chance"] for row in fine.values()} == {0.25}
     assert {row["chance"] for row in coarse.values()} == {0.5}
-    names = {"/".join((r["classifier"], r["fitted_on"], r["split"])) for r in results.accuracies}
+    names = {record.name for record in results.records.where("accuracy")}
     assert names == set(evaluation.names(dataset))
-    for accuracy in results.accuracies:
-        where = f"{accuracy['encoder']}/{accuracy['classifier']}/train/{accuracy['split']}"
-        predicted, labels = results.predictions[where], results.predictions[f"labels/{accuracy['split']}"]
-        assert accuracy["top1"] == pytest.approx(np.mean(predicted == labels))
-    of = ("only_patch - chance", "linear", "trained")
-    (gap,) = (row for row in results.gaps if (row["gap"], row["classifier"], row["encoder"]) == of)
-    assert gap["points"] == pytest.approx(100 * (fine["only_patch"]["top1"] - 0.25), abs=1e-4)
-    assert gap["low"] <= gap["points"] <= gap["high"]
+    for record in results.records.where("accuracy"):
+        predicted = results.predictions[f"{record.encoder}/{record.classifier}/train/{record.split}"]
+        labels = results.predictions[f"labels/{record.split}"]
+        assert record.value == pytest.approx(np.mean(predicted == labels))
+    known = {"split": "only_patch", "minus": "chance", "classifier": "linear", "encoder": "trained"}
+    (gap,) = results.records.where("gap", **known)
+    assert gap.value == pytest.approx(100 * (fine["only_patch"]["accuracy"] - 0.25), abs=1e-4)
+    assert gap.low <= gap.value <= gap.high  # type: ignore[operator]
 
 
 def test_images_are_those_of_the_generator(dataset: Dataset) -> None:
@@ -158,22 +160,22 @@ def test_a_noise_that_leaves_the_range_is_cut(dataset: Dataset) -> None:
 
 def test_classes_of_one_name_count_as_one() -> None:
     predicted, labels = torch.tensor([0, 1, 2, 2, 1, 3]), torch.tensor([0, 0, 0, 2, 1, 1])
-    fine = by_name(predicted, labels, ["a", "b", "c", "d"], Bootstrap(10, 0))
-    assert fine["by_class"] == {"a": 1 / 3, "b": 1 / 2, "c": 1.0, "d": None}
-    assert fine["top1"] == pytest.approx(3 / 6)
-    coarse = by_name(predicted, labels, ["x", "x", "y", "y"], Bootstrap(10, 0))
-    assert coarse["by_class"] == {"x": 3 / 5, "y": 1.0}
-    assert coarse["top1"] == pytest.approx(4 / 6)
-    uneven = by_name(predicted, labels, ["x", "x", "x", "y"], Bootstrap(10, 0))
-    assert uneven["chance"] == pytest.approx(0.75)  # all images are of x, which has three of four classes
+    fine = told_apart(predicted, labels, ["a", "b", "c", "d"], Bootstrap(10, 0))
+    assert fine.by_name == {"a": 1 / 3, "b": 1 / 2, "c": 1.0, "d": None}
+    assert fine.accuracy.value == pytest.approx(3 / 6)
+    coarse = told_apart(predicted, labels, ["x", "x", "y", "y"], Bootstrap(10, 0))
+    assert coarse.by_name == {"x": 3 / 5, "y": 1.0}
+    assert coarse.accuracy.value == pytest.approx(4 / 6)
+    uneven = told_apart(predicted, labels, ["x", "x", "x", "y"], Bootstrap(10, 0))
+    assert uneven.chance == pytest.approx(0.75)  # all images are of x, which has three of four classes
 
 
 def test_batch_size_and_cache_do_not_matter(make: Make, dataset: Dataset, tmp_path: Path) -> None:
-    one = make()(Colour(), dataset, device="cpu", seed=0).records()
-    assert make(batch_size=9)(Colour(), dataset, device="cpu", seed=0).records() == one
+    one = make()(Colour(), dataset, device="cpu", seed=0).records
+    assert make(batch_size=9)(Colour(), dataset, device="cpu", seed=0).records == one
     cache = FeatureCache(tmp_path / "cache")
-    assert make()(Colour(), dataset, device="cpu", seed=0, extractor=cache).records() == one
-    assert make()(Colour(), dataset, device="cpu", seed=1).records() != one
+    assert make()(Colour(), dataset, device="cpu", seed=0, extractor=cache).records == one
+    assert make()(Colour(), dataset, device="cpu", seed=1).records != one
 
 
 def test_superclasses_from_a_file(make: Make, dataset: Dataset, tmp_path: Path) -> None:
@@ -183,7 +185,7 @@ def test_superclasses_from_a_file(make: Make, dataset: Dataset, tmp_path: Path) 
     dataset.superclasses = ["red", "red", "blue", "blue"]
     results = make(superclasses=str(file), split="few")(Colour(), dataset, device="cpu", seed=0)
     assert list(rows(results, "coarse")["only_patch"]["by_class"]) == ["bar", "dot"]
-    assert {row["split"] for row in results.textures} == {"few"}
+    assert {record.split for record in results.records.where("texture")} == {"few"}
 
 
 def test_mistakes(make: Make, dataset: Dataset, tmp_path: Path) -> None:

@@ -3,9 +3,10 @@
 from functools import cache
 
 import pytest
-from tiny import composed
-from toys import METHODS
+from support.tiny import composed
+from support.toys import METHODS
 
+from icl_msr.cli.assemble import make_optimization
 from icl_msr.core.config import Settings, build, check, config_dir
 
 CIFAR10 = sorted(file.stem for file in (config_dir() / "experiment" / "cifar10").glob("*.yaml"))
@@ -58,14 +59,23 @@ def test_a_recipe_can_be_built(name: str) -> None:
     settings = recipe(name)
     assert settings.dataset["_target_"].endswith(".cifar10")
     assert settings.backbone["name"] == "resnet18"
-    method = build(settings.method, build(settings.backbone, 32), 10, [0.5] * 3, [0.25] * 3)
+    method = build(
+        settings.method,
+        backbone=build(settings.backbone, image_size=32),
+        classes=10,
+        mean=[0.5] * 3,
+        std=[0.25] * 3,
+    )
     fewest, most = method.takes
     assert fewest <= len(build(settings.augment).views) <= most
-    assert (build(settings.regularizer, method.channels, method.temperature) is not None) == (name in MSR)
+    assert (
+        build(settings.regularizer, channels=method.channels, method_temperature=method.temperature) is not None
+    ) == (name in MSR)
     assert (build(settings.negatives) is not None) == (name == "moco_patch")
     epoch = 50_000 // settings.loader.batch_size
-    optimization = build(settings.optimizer)
-    optimizer, _ = optimization.build(method, settings.loader.batch_size, epoch * settings.trainer.max_epochs, epoch)
+    optimizer, _ = make_optimization(settings).build(
+        method, settings.loader.batch_size, epoch * settings.trainer["max_epochs"], epoch
+    )
     held = {parameter for group in optimizer.param_groups for parameter in group["params"]}
     assert held == {parameter for parameter in method.parameters() if parameter.requires_grad}
 
@@ -75,7 +85,7 @@ def test_rates_are_those_published(name: str) -> None:
     settings = recipe(name)
     batch, rate = RATES[name]
     assert settings.loader.batch_size == batch
-    assert build(settings.optimizer).effective_lr(batch) == pytest.approx(rate, rel=1e-12)
+    assert make_optimization(settings).effective_lr(batch) == pytest.approx(rate, rel=1e-12)
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -103,9 +113,10 @@ def test_the_small_image_recipe_is_inherited(name: str) -> None:
     settings = recipe(name)
     assert (settings.method["hidden_dim"], settings.method["embedding_dim"]) == (1024, 64)
     assert settings.method.get("temperature", 0.5) == (0.1 if name == "ressl" else 0.5)
-    assert settings.trainer.max_epochs == 1000
-    schedule = {"schedule": "drops", "warmup_steps": 500, "drop_at": [50, 25], "drop_factor": 0.2, "weight_decay": 1e-6}
-    assert settings.optimizer == settings.optimizer | schedule
+    assert settings.trainer["max_epochs"] == 1000
+    assert settings.optimizer == settings.optimizer | {"_target_": "torch.optim.Adam", "weight_decay": 1e-6}
+    drops = {"warmup_steps": 500, "drop_at": [50, 25], "drop_factor": 0.2}
+    assert settings.schedule == settings.schedule | {"_target_": "icl_msr.training.optimization.drops", **drops}
     weak = {"jitter_probability": 0.0, "gray": 0.0, "blur": 0.0, "solarize": 0.0}
     assert settings.augment["views"] == ([{}, weak] if name == "ressl" else [{}, {}])
     drawn = {"scale": [0.2, 1.0], "jitter": [0.4, 0.4, 0.4, 0.1], "gray": 0.1, "blur": 0.0}
@@ -115,12 +126,14 @@ def test_the_small_image_recipe_is_inherited(name: str) -> None:
 @pytest.mark.parametrize("name", ["moco", "moco_v3", "simsiam", "barlow_twins", "vicreg", "nnclr", "swav", "dino"])
 def test_solo_learns_schedule_is_inherited(name: str) -> None:
     settings = recipe(name)
-    assert settings.trainer.max_epochs == 1000
-    optimizer = settings.optimizer
-    assert optimizer == optimizer | {"schedule": "cosine", "warmup_epochs": 10.0, "scale_lr": "linear"}
+    assert settings.trainer["max_epochs"] == 1000
+    optimizer, schedule = settings.optimizer, settings.schedule
+    cosine = {"_target_": "icl_msr.training.optimization.cosine", "warmup_epochs": 10.0, "scale_lr": "linear"}
+    assert schedule == schedule | cosine
     plain = name in ("moco", "simsiam")
-    assert (optimizer["name"], optimizer["decay_bias_and_norm"]) == (("sgd", True) if plain else ("lars", False))
-    assert plain or (optimizer["trust_coefficient"], optimizer["trust_clip"]) == (0.02, True)
+    assert optimizer["_target_"] == ("torch.optim.SGD" if plain else "timm.optim.Lars")
+    assert settings.bias_and_norm == ({} if plain else {"weight_decay": 0.0, "always_adapt": False})
+    assert plain or (optimizer["trust_coeff"], optimizer["trust_clip"]) == (0.02, True)
 
 
 @pytest.mark.parametrize("name", ["any_lars", "moco_v3", "barlow_twins", "nnclr", "dino"])

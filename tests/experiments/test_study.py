@@ -1,17 +1,16 @@
 """Grids of runs: what is left to do, and the statistics of the table."""
 
-import importlib.util
 import json
 import statistics
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
 from scipy.stats import ttest_rel
-from tiny import DATA, MODEL
+from support.tiny import DATA, MODEL
 
-FILE = Path(__file__).parents[2] / "experiments" / "study.py"
+from experiments import study
+
 GRID = """
 common: regularizer=none loader.batch_size=8
 large: dataset.train=$many
@@ -22,16 +21,6 @@ rows:
   other: {words: method=byol $large, seeds: [3], baseline: plain}
   elsewhere: {words: method=byol dataset.root=$folder}
 """
-
-
-@pytest.fixture(scope="module")
-def study() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("study", FILE)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 @pytest.fixture
@@ -50,7 +39,7 @@ def record(folder: Path, row: str, seed: int, **metrics: float) -> None:
         file.write(json.dumps(content) + "\n")
 
 
-def test_rows_without_their_data_wait(study: ModuleType, folder: Path) -> None:
+def test_rows_without_their_data_wait(folder: Path) -> None:
     assert list(study.rows(folder, {})) == ["plain"]
     rows = study.rows(folder, {"many": "64"})
     assert list(rows) == ["plain", "other"]
@@ -59,7 +48,9 @@ def test_rows_without_their_data_wait(study: ModuleType, folder: Path) -> None:
     assert rows["other"]["seeds"] == [3]
 
 
-def test_only_what_is_missing_is_run(study: ModuleType, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_what_is_missing_is_run(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     asked = []
 
     def execute(folder: Path, name: str, words: list[str], then: dict[str, list[str]], seed: int) -> dict[str, Any]:
@@ -68,13 +59,20 @@ def test_only_what_is_missing_is_run(study: ModuleType, folder: Path, monkeypatc
 
     monkeypatch.setattr(study, "execute", execute)
     record(folder, "plain", 1)
+    left = "python -m icl_msr.run regularizer=none loader.batch_size=8 method="
+    study.main(["run", str(folder), "--dry", "many=64"])
+    assert capsys.readouterr().out.splitlines() == [
+        f"{left}simclr seed=0",
+        f"{left}byol dataset.train=64 seed=3",
+        "2 runs are left, 1 are done.",
+    ]
     study.run(folder, {"many": "64"}, jobs=2)
     assert sorted(asked) == [("other", 3), ("plain", 0)]
     study.run(folder, {"many": "64"}, jobs=2)
     assert len(asked) == 2
 
 
-def test_paired_differences(study: ModuleType) -> None:
+def test_paired_differences() -> None:
     first, second = [50.0, 52.0, 51.0, 55.0], [48.0, 51.5, 50.0, 52.0]
     values = [a - b for a, b in zip(first, second, strict=True)]
     low, high = ttest_rel(first, second).confidence_interval(0.95)
@@ -84,7 +82,7 @@ def test_paired_differences(study: ModuleType) -> None:
     assert not study.difference([1.0, -1.0, 0.5]).startswith("**")
 
 
-def test_rows_of_other_data_stand_in_tables_of_their_own(study: ModuleType, folder: Path) -> None:
+def test_rows_of_other_data_stand_in_tables_of_their_own(folder: Path) -> None:
     record(folder, "plain", 0, linear_train_full=50.0)
     record(folder, "plain", 1, linear_train_full=52.0)
     record(folder, "other", 0, linear_train_full=51.0)
@@ -98,7 +96,7 @@ def test_rows_of_other_data_stand_in_tables_of_their_own(study: ModuleType, fold
 
 
 @pytest.mark.slow
-def test_a_real_run_leaves_a_line(study: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_real_run_leaves_a_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     words = " ".join(
         [*DATA, *MODEL, "trainer.max_epochs=1", "trainer.log_every_n_steps=2", "evaluation=light", "logger=csv"]

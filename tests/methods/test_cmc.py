@@ -5,8 +5,8 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from support.toys import make_method, make_views
 from torch import Tensor
-from toys import make_method, make_views
 
 from icl_msr.core.views import NonSemantic
 from icl_msr.methods import CMC, Step

@@ -1,9 +1,9 @@
 """What is special to DCL: the weights of DCLW are a statistic of the batch, of all ranks together."""
 
 import torch
-from ranks import Ranks
+from support.ranks import Ranks
+from support.toys import make_method, make_views
 from torch import Tensor
-from toys import make_method, make_views
 
 from icl_msr.core.distributed import rank, world_size
 from icl_msr.losses.contrastive import decoupled, von_mises_fisher_weights
@@ -18,15 +18,11 @@ def on_this_rank(first: Tensor, second: Tensor) -> tuple[Tensor, Tensor, Tensor]
     return von_mises_fisher_weights(a, b, 0.5), loss.detach(), a.grad
 
 
-def test_the_weights_are_those_of_the_global_batch() -> None:
+def test_the_weights_are_those_of_the_global_batch(two_ranks: Ranks) -> None:
     first, second = torch.randn(2, 8, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     weights, loss, gradient = on_this_rank(first, second)
     torch.testing.assert_close(weights.mean(), torch.ones((), dtype=torch.float64))
-    pool = Ranks(2)
-    try:
-        found = list(zip(*pool(on_this_rank, first, second), strict=True))
-    finally:
-        pool.close()
+    found = list(zip(*two_ranks(on_this_rank, first, second), strict=True))
     torch.testing.assert_close(torch.cat(found[0]), weights)
     torch.testing.assert_close(torch.stack(found[1]).mean(), loss)
     torch.testing.assert_close(torch.cat(found[2]) / 2, gradient)

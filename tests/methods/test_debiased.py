@@ -1,7 +1,7 @@
 """What is special to debiased contrastive learning: without false negatives it is SimCLR."""
 
 import torch
-from toys import make_method, make_views
+from support.toys import make_method, make_views
 
 from icl_msr.methods import Step
 

@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from tiny import trained
-from toys import make_method, make_views
+from support.tiny import trained
+from support.toys import make_method, make_views
 
 from icl_msr.losses.clustering import self_distillation
 from icl_msr.losses.contrastive import unit

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from toys import make_method, make_views
+from support.toys import make_method, make_views
 
 from icl_msr.core.errors import UserError
 from icl_msr.losses.penalties import polarization

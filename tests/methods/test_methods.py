@@ -5,9 +5,9 @@ from dataclasses import replace
 
 import pytest
 import torch
+from support.toys import METHODS, make_method, make_views, skip_refused
 from torch import Tensor
 from torch.func import functional_call
-from toys import METHODS, make_method, make_views, skip_refused
 
 from icl_msr.methods import BYOL, Method, MoCo, Step, Targets
 from icl_msr.models.momentum import Queue, rising_momentum

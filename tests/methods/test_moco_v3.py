@@ -3,8 +3,8 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from support.toys import SMALL, SmoothBackbone, make_method, make_views
 from torch import Tensor, nn
-from toys import SMALL, SmoothBackbone, make_method, make_views
 
 from icl_msr.losses.contrastive import unit
 from icl_msr.methods import MoCoV3, Step

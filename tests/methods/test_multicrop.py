@@ -1,15 +1,14 @@
 """Methods that take local crops beside the two global ones: two sizes, two passes, one contract."""
 
-from collections.abc import Iterator
 from dataclasses import replace
 
 import pytest
 import torch
-from ranks import Ranks
-from test_distributed import TOLERANCE, error, flat, my_views
+from support.exactness import TOLERANCE, error, flat, my_views
+from support.ranks import Ranks
+from support.toys import make_method, make_regularizer, make_views
 from torch import Tensor
 from torch.func import functional_call
-from toys import make_method, make_regularizer, make_views
 
 from icl_msr.core.distributed import average, world_size
 from icl_msr.core.views import Views
@@ -83,13 +82,6 @@ def test_forward_mode_equals_double_backward(name: str) -> None:
     forward, double = both
     assert double.abs().max() > 0
     assert (forward - double).abs().max() <= 1e-9 * double.abs().max()
-
-
-@pytest.fixture(scope="module", params=[2, pytest.param(4, marks=pytest.mark.slow)])
-def ranks(request: pytest.FixtureRequest) -> Iterator[Ranks]:
-    pool = Ranks(request.param)
-    yield pool
-    pool.close()
 
 
 def two_steps(name: str) -> dict[str, dict[str, Tensor]]:

@@ -2,8 +2,8 @@
 
 import torch
 import torch.nn.functional as F
+from support.toys import make_method, make_views
 from torch import Tensor
-from toys import make_method, make_views
 
 from icl_msr.core.views import NonSemantic
 from icl_msr.losses.contrastive import unit
@@ -19,7 +19,7 @@ def test_loss_is_that_of_the_papers_pseudocode() -> None:
     p1, p2, z1, z2 = output.embeddings
 
     def slow(z: Tensor, p: Tensor) -> Tensor:
-        nearest = [max(method.queue.keys, key=lambda row: float(row @ query)) for query in z.detach()]
+        nearest = [max(method.support.keys, key=lambda row: float(row @ query)) for query in z.detach()]
         return F.cross_entropy(unit(torch.stack(nearest)) @ unit(p).T / method.temperature, torch.arange(len(p)))
 
     torch.testing.assert_close(output.loss, (slow(z1, p2) + slow(z2, p1)) / 2)
@@ -33,8 +33,8 @@ def test_the_first_views_projections_enter_the_support_set() -> None:
     predictions, projections = embeddings[:2], embeddings[2:]
     torch.testing.assert_close(predictions[0], method.predictor(torch.cat(projections)).chunk(2)[0])
     method.observe(targets, [e.detach() for e in embeddings])
-    torch.testing.assert_close(method.queue.keys[:6], unit(projections[0].detach()))
-    assert int(method.queue.position) == 6
+    torch.testing.assert_close(method.support.keys[:6], unit(projections[0].detach()))
+    assert int(method.support.position) == 6
 
 
 def test_non_semantic_negatives_push_the_prediction_away() -> None:

@@ -3,7 +3,7 @@
 import pytest
 import pytorch_lightning as pl
 import torch
-from tiny import pieces
+from support.tiny import pieces
 
 from icl_msr.methods import RandomEncoder
 from icl_msr.models.backbones import tiny
@@ -12,7 +12,7 @@ from icl_msr.training.module import Pretraining
 
 @pytest.mark.parametrize("optimizer", ["adam", "adamw", "sgd", "lars"])
 def test_training_moves_statistics_alone(optimizer: str) -> None:
-    words = (f"optimizer={optimizer}", "optimizer.weight_decay=0.5", "optimizer.decay_bias_and_norm=true")
+    words = (f"optimizer={optimizer}", "optimizer.weight_decay=0.5", "++bias_and_norm.weight_decay=0.5")
     _, other, loader = pieces("method=simclr", "regularizer=none", *words)
     method = RandomEncoder(tiny(32, weights=None))
     assert [name for name, p in method.named_parameters() if p.requires_grad] == ["nothing"]

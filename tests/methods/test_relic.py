@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from toys import SMALL, make_method, make_views
+from support.toys import SMALL, make_method, make_views
 
 from icl_msr.losses.contrastive import unit
 from icl_msr.methods import ReLIC, Step

@@ -4,8 +4,8 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import composed, pieces
-from toys import make_method, make_views
+from support.tiny import composed, pieces
+from support.toys import make_method, make_views
 
 from icl_msr.losses.relational import relation
 from icl_msr.methods import ReSSL, Step

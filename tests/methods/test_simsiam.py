@@ -2,7 +2,7 @@
 
 import torch
 from lightly.loss import NegativeCosineSimilarity
-from toys import make_method, make_regularizer, make_views
+from support.toys import make_method, make_regularizer, make_views
 
 from icl_msr.methods import Step
 from icl_msr.methods.simsiam import StopGradient
@@ -27,7 +27,7 @@ def test_no_gradient_reaches_the_projections() -> None:
     method, views = make_method("simsiam"), make_views()
     output = method(views, method.targets(views), STEP)
     regularizer = make_regularizer(method)
-    both = output.loss + regularizer(views.images, output.pairs)
+    both = output.loss + regularizer(views, output, STEP)
     gradients = torch.autograd.grad(both, output.embeddings, allow_unused=True, retain_graph=True)
     assert [g is None for g in gradients] == [False, False, True, True]
     assert all(not pair.key.requires_grad and not pair.key_features.requires_grad for pair in output.pairs)

@@ -1,7 +1,7 @@
 """Which embeddings the kernel sees, and where its random features come from."""
 
 import torch
-from toys import make_method, make_views
+from support.toys import make_method, make_views
 
 from icl_msr.losses.dependence import imq_frequencies, ssl_hsic
 from icl_msr.methods import Step

@@ -3,10 +3,10 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from ranks import Ranks
-from tiny import composed
+from support.ranks import Ranks
+from support.tiny import composed
+from support.toys import make_method, make_views
 from torch import Tensor
-from toys import make_method, make_views
 
 from icl_msr.cli.assemble import require_meaning
 from icl_msr.core.config import check
@@ -48,16 +48,11 @@ def on_this_rank() -> tuple[Tensor, Tensor]:
     return loss.detach(), torch.autograd.grad(loss, rows)[0]
 
 
-@pytest.mark.parametrize("size", [2, pytest.param(4, marks=pytest.mark.slow)])
-def test_ranks_with_different_numbers_of_labels_equal_one_process(size: int) -> None:
+def test_ranks_with_different_numbers_of_labels_equal_one_process(ranks: Ranks) -> None:
     loss, gradient = on_this_rank()
-    pool = Ranks(size)
-    try:
-        losses, gradients = zip(*pool(on_this_rank), strict=True)
-    finally:
-        pool.close()
+    losses, gradients = zip(*ranks(on_this_rank), strict=True)
     torch.testing.assert_close(torch.stack(losses).mean(), loss)
-    torch.testing.assert_close(torch.cat(gradients) / size, gradient)
+    torch.testing.assert_close(torch.cat(gradients) / ranks.size, gradient)
 
 
 def test_every_view_is_classified() -> None:

@@ -1,7 +1,7 @@
 """Where the sub-batches come from, and what is refused."""
 
 import pytest
-from toys import make_method, make_views
+from support.toys import make_method, make_views
 
 from icl_msr.core.errors import UserError
 from icl_msr.methods import Step

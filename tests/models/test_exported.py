@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny import dataset, trained
+from support.tiny import dataset, trained
 
 from icl_msr.core.errors import UserError
 from icl_msr.core.storage import atomic_write
@@ -155,7 +155,7 @@ def test_a_run_is_saved_and_continued_as_plain_data(method: str, tmp_path: Path)
             callbacks=[
                 Checkpoints(file, every_n_epochs=1, every_n_minutes=None),
                 throughput,
-                OnlineEvaluation(dataset(), 128, every_n_epochs=1, seed=0),
+                OnlineEvaluation(dataset(), 128, every_n_epochs=1, seed=0, bank=4000, queries=1000),
                 EpochLines(throughput),
             ],
             plugins=[AtomicCheckpoint()],

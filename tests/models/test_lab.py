@@ -146,11 +146,12 @@ def test_networks_of_other_kinds_are_refused(tmp_path: Path) -> None:
 
 
 ELSEWHERE = """
-import json, sys
+import json, os, sys
 sys.modules["icl_msr"] = None  # an import of it fails
 import torch
-images, rgb = torch.load("images.pt")
-for name in ("encoder", "encoder-l", "encoder-ab"):
+for folder, name in ((folder, name) for folder in sys.argv[1:] for name in ("encoder", "encoder-l", "encoder-ab")):
+    os.chdir(folder)
+    images, rgb = torch.load("images.pt")
     scope = {}
     exec(json.load(open(name + ".json"))["load"], scope)
     takes = {"encoder": lambda: images, "encoder-l": lambda: scope["to_lab"](rgb)[:, :1],
@@ -160,35 +161,44 @@ for name in ("encoder", "encoder-l", "encoder-ab"):
 """
 
 
-@pytest.fixture(params=["tiny", "resnet18"])
-def exported(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[LabBackbone, Path]:
-    backbone = LabBackbone(whole(request.param), MEAN, STD)
-    for _ in range(2):
-        backbone(torch.randn(4, 3, 32, 32))  # running statistics of their own
-    backbone.eval()
-    assert export_encoder(backbone, tmp_path, {"dataset": "toys"}) == tmp_path / "encoder.safetensors"
-    return backbone, tmp_path
+Exported = dict[str, tuple[LabBackbone, Path]]
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory: pytest.TempPathFactory) -> Exported:
+    """Two networks and the folders of their exports, by the name of the network."""
+    found = {}
+    for name in ("tiny", "resnet18"):
+        backbone, folder = LabBackbone(whole(name), MEAN, STD), tmp_path_factory.mktemp(name)
+        for _ in range(2):
+            backbone(torch.randn(4, 3, 32, 32))  # running statistics of their own
+        backbone.eval()
+        assert export_encoder(backbone, folder, {"dataset": "toys"}) == folder / "encoder.safetensors"
+        found[name] = backbone, folder
+    return found
 
 
 @torch.no_grad()
-def test_three_exports_load_without_this_package(exported: tuple[LabBackbone, Path]) -> None:
-    backbone, folder = exported
+def test_three_exports_load_without_this_package(exported: Exported) -> None:
     rgb = images() * torch.tensor(STD).view(1, 3, 1, 1) + torch.tensor(MEAN).view(1, 3, 1, 1)
-    torch.save((images(), rgb), folder / "images.pt")
-    command = [sys.executable, "-I", "-c", ELSEWHERE]
-    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
+    for _, folder in exported.values():
+        torch.save((images(), rgb), folder / "images.pt")
+    command = [sys.executable, "-I", "-c", ELSEWHERE, *(str(folder) for _, folder in exported.values())]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    of_l, of_ab = backbone(images()).chunk(2, dim=1)
-    for name, features in (("encoder", backbone(images())), ("encoder-l", of_l), ("encoder-ab", of_ab)):
-        torch.testing.assert_close(torch.load(folder / f"{name}.pt"), features, rtol=1e-4, atol=1e-5)
-        about = json.loads((folder / f"{name}.json").read_text())
-        assert "icl_msr" not in about["load"]
-        assert (about["channels"], about["dataset"]) == (features.shape[1], "toys")
+    for backbone, folder in exported.values():
+        of_l, of_ab = backbone(images()).chunk(2, dim=1)
+        for name, features in (("encoder", backbone(images())), ("encoder-l", of_l), ("encoder-ab", of_ab)):
+            torch.testing.assert_close(torch.load(folder / f"{name}.pt"), features, rtol=1e-4, atol=1e-5)
+            about = json.loads((folder / f"{name}.json").read_text())
+            assert "icl_msr" not in about["load"]
+            assert (about["channels"], about["dataset"]) == (features.shape[1], "toys")
 
 
 @torch.no_grad()
-def test_three_exports_load_with_it(exported: tuple[LabBackbone, Path]) -> None:
-    backbone, folder = exported
+@pytest.mark.parametrize("which", ["tiny", "resnet18"])
+def test_three_exports_load_with_it(which: str, exported: Exported) -> None:
+    backbone, folder = exported[which]
     again, _ = load_encoder(folder)
     assert isinstance(again, LabBackbone)
     assert torch.equal(again(images()), backbone(images()))

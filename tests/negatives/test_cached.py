@@ -10,7 +10,7 @@ from PIL import Image
 from icl_msr.augment import Augmentation
 from icl_msr.core.errors import UserError
 from icl_msr.data.dataset import ArraySplit, Dataset
-from icl_msr.data.folders import FileSplit
+from icl_msr.data.files import FileSplit
 from icl_msr.negatives import CachedNegatives
 from icl_msr.negatives.cached import texture_names
 from icl_msr.training.datamodule import Batch, DataModule

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from toys import make_regularizer, make_views, method_config, smooth
+from support.toys import FACTS, make_regularizer, make_views, method_config, smooth
 
 from icl_msr.core.config import build
 from icl_msr.methods import Step
@@ -16,7 +16,7 @@ OPTIONS = {"embed_dim": 16, "depth": 3, "num_heads": 2, "patch_size": 4, "drop_p
 def test_random_depth_is_replayed_in_every_pass(name: str) -> None:
     torch.manual_seed(0)
     backbone = timm_model(8, name="vit_tiny_patch16_224", options=OPTIONS, weights=None)
-    method = smooth(build(method_config(name), backbone, 3, (0.5,) * 3, (0.25,) * 3)).double().train()
+    method = smooth(build(method_config(name), backbone=backbone, **FACTS)).double().train()
     views, step, found = make_views(n=8), Step(0, 10, noise=3), {}
     for mode in ("double_backward", "exact", "difference"):
         regularizer = make_regularizer(method, mode=mode)

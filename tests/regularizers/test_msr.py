@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 import torch
+from support.toys import METHODS, make_method, make_regularizer, make_views, skip_refused
 from torch import Tensor
 from torch.func import functional_call
-from toys import METHODS, make_method, make_regularizer, make_views, skip_refused
 
 from icl_msr.core.errors import UserError
 from icl_msr.core.views import Views
@@ -239,15 +239,16 @@ def test_ones_makes_the_penalty_a_second_info_nce() -> None:
     method, views = make_method("moco"), make_views()
     output = method(views, method.targets(views), STEP)
     regularizer = make_regularizer(method, weights="ones")
-    torch.testing.assert_close(regularizer(views.images, output.pairs), output.loss)
+    torch.testing.assert_close(regularizer(views, output, STEP), regularizer.lam * output.loss)
 
 
 def test_without_negatives_only_the_positive_term_stays() -> None:
     method, views = make_method("byol"), make_views()
-    pairs = method(views, method.targets(views), STEP).pairs
+    output = method(views, method.targets(views), STEP)
     ones = make_regularizer(method, weights="ones", negatives="none")
-    expected = -torch.stack([(unit(p.anchor) * unit(p.head(p.key_features))).sum(1).mean() / 0.5 for p in pairs]).mean()
-    torch.testing.assert_close(ones(views.images, pairs), expected)
+    cosines = [(unit(p.anchor) * unit(p.head(p.key_features))).sum(1).mean() for p in output.pairs]
+    expected = -torch.stack(cosines).mean() / 0.5
+    torch.testing.assert_close(ones(views, output, STEP), ones.lam * expected)
 
 
 def test_a_frozen_head_passes_the_gradient_to_the_strata() -> None:
@@ -348,8 +349,8 @@ def test_controls_differ_in_nothing_but_phi() -> None:
     method, views = make_method("simclr"), make_views()
     random_net = make_regularizer(method, weights="random_net")
     meta = make_regularizer(method, weights="meta")
-    pairs = method(views, method.targets(views), STEP).pairs
-    assert torch.equal(meta(views.images, pairs), random_net(views.images, pairs))
+    output = method(views, method.targets(views), STEP)
+    assert torch.equal(meta(views, output, STEP), random_net(views, output, STEP))
 
 
 def test_random_partition_is_an_optimum_of_the_uniformity_loss() -> None:
@@ -392,7 +393,7 @@ def test_ordinary_gradient_is_the_inner_gradient(method: Method) -> None:
     targets = method.targets(views)
     inner = regularizer.inner_gradient(method, views, targets, STEP)
     output = method(views, targets, STEP)
-    (output.loss + regularizer.lam * regularizer(views.images, output.pairs)).backward()
+    (output.loss + regularizer(views, output, STEP)).backward()
     still = {id(p) for p in method.frozen(STEP)}
     for name, parameter in trainable(method).items():
         assert parameter.grad is not None

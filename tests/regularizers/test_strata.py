@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 import torch
-from ranks import Ranks
-from tiny import trained
+from support.ranks import Ranks
+from support.tiny import trained
+from support.toys import make_method, make_regularizer, make_views
 from torch import Tensor, nn
-from toys import make_method, make_regularizer, make_views
 
 from icl_msr.core.distributed import average
 from icl_msr.methods import Step

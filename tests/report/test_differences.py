@@ -2,21 +2,22 @@
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 from scipy.stats import ttest_rel
-from test_report import Page, write_run
+from support.written import Page, accuracy, save, write_run
 
 from icl_msr.core.errors import UserError
+from icl_msr.core.records import Outcome
 from icl_msr.report.__main__ import main
 from icl_msr.report.differences import chance, compare, paired
 from icl_msr.report.output import as_latex, as_markdown, write_summary
-from icl_msr.report.summary import Metric, headline, summarise
+from icl_msr.report.summary import headline, summarise
 
-METRIC = Metric("original", "linear", "train")
+METRIC = accuracy("original", 0.0).identity
 
 
 def test_paired_is_a_t_test() -> None:
@@ -92,7 +93,7 @@ def test_they_are_in_every_file(runs: Path, capsys: pytest.CaptureFixture[str]) 
     files = {file.name: file for file in write_summary(summary, runs)}
     assert files["summary.tex"].read_text() == tex
     saved = json.loads(files["summary.json"].read_text())["differences"]
-    (mine,) = (d for d in saved[-1]["differences"] if all(d[k] == v for k, v in METRIC._asdict().items()))
+    (mine,) = (d for d in saved[-1]["differences"] if (d["name"], d["encoder"]) == (METRIC.name, "trained"))
     assert mine["mean"] == pytest.approx(compared[-1].differences[METRIC].mean)
     page = Page(files["report.html"])
     page.assert_self_contained()
@@ -109,15 +110,12 @@ def predictions(folder: Path, right: list[bool], labels: list[int]) -> None:
     np.savez(folder / "predictions.npz", **content)
 
 
-def shown(rows: list[dict[str, Any]], n: int) -> list[dict[str, Any]]:
-    return [{**row, "n": n} for row in rows]
-
-
 def test_of_one_seed_images_are_paired(tmp_path: Path) -> None:
     for regularizer in ("none", "msr"):
         run = write_run(tmp_path / regularizer, "moco", regularizer, 0)
-        results = json.loads((run / "results.json").read_text())
-        (run / "results.json").write_text(json.dumps(results | {"accuracies": shown(results["accuracies"], 100)}))
+        results = Outcome.load(run)
+        results.records.measurements = [replace(record, n=100) for record in results.records.measurements]
+        save(run, results)
     labels = [k % 3 for k in range(100)]
     predictions(tmp_path / "none", [k < 50 for k in range(100)], labels)
     predictions(tmp_path / "msr", [k < 60 for k in range(100)], labels)

@@ -8,236 +8,25 @@ import os
 import re
 import shutil
 import statistics
-from html.parser import HTMLParser
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from typing import Any
 
-import matplotlib.image
 import numpy as np
 import pytest
-from omegaconf import OmegaConf
+from support.written import SPLITS, Page, accuracy, gap, outcome, save, top1, write_box_run, write_run
 
 from icl_msr.core.errors import UserError
+from icl_msr.core.folder import FORMAT
+from icl_msr.core.records import Measurement, Outcome, Records
+from icl_msr.evaluation.strata_maps import STRATA
 from icl_msr.report import summarise, words, write_report, write_summary
 from icl_msr.report.__main__ import main
 from icl_msr.report.output import as_markdown
 from icl_msr.report.page import _curve_plots, _mean_curve, _races
-from icl_msr.report.runs import Curve, Look, Results, Run
-from icl_msr.report.summary import GAIN, Metric, best, headline
-
-SPLITS = ("original", "mixed_same", "mixed_rand", "only_fg", "only_bg")
-LINEAR_TRAIN = {"classifier": "linear", "fitted_on": "train"}
-
-
-def top1(method: str, regularizer: str, seed: int, encoder: str, classifier: str, fitted_on: str, split: str) -> float:
-    """A plausible accuracy, the same at every call."""
-    base = {"original": 0.84, "mixed_same": 0.80, "mixed_rand": 0.47, "only_fg": 0.42, "only_bg": 0.55}[split]
-    if fitted_on == "balanced":
-        base = {"original": 0.58, "mixed_same": 0.57, "mixed_rand": 0.52, "only_fg": 0.50, "only_bg": 0.16}[split]
-    base += 0.04 * (regularizer == "msr") * (1 if split in ("mixed_rand", "only_fg") else -1)
-    base -= 0.03 * (classifier != "linear") + 0.02 * (method == "byol")
-    if encoder == "untrained":
-        base = 0.1 + 0.45 * (base - 0.1)
-    wobble = math.sin(hash((seed * 7, len(split), len(method))) % 97) * 0.012
-    return round(base + wobble, 4)
-
-
-def write_run(folder: Path, method: str = "moco", regularizer: str = "msr", seed: int = 0, **config: Any) -> Path:
-    """A whole run on the confounded data set."""
-    folder.mkdir(parents=True)
-    (folder / "figures").mkdir()
-    choices = {"method": method, "regularizer": regularizer, "negatives": "none", "backbone": "tiny"}
-    choices |= {"dataset": "confounded", "augment": "small", "optimizer": "adam", "hardware": "cpu", "logger": "csv"}
-    settings: dict[str, Any] = {
-        "seed": seed,
-        "method": {
-            "_target_": f"icl_msr.methods.{method}",
-            "temperature": 0.2,
-            "queue_size": 4096,
-            "momentum": 0.99,
-            "head": {"hidden": 512, "out": 128, "batch_norm": True},
-        },
-        "regularizer": {"_target_": f"icl_msr.regularizers.{regularizer}", "weight": 1.0, "gamma": 1.0, "strata": 6},
-        "negatives": None,
-        "backbone": {"_target_": "icl_msr.models.backbones.tiny", "stem": "small", "weights": None},
-        "dataset": {"_target_": "icl_msr.data.confounded", "rho": 0.9, "size": 32, "count": 20000, "train_on": "full"},
-        "augment": {"crop": {"scale": [0.2, 1.0], "ratio": [0.75, 1.3333333]}, "flip": 0.5, "gray": 0.1},
-        "optimizer": {"_target_": "torch.optim.Adam", "lr": 0.003, "weight_decay": 1e-6, "batch_size": 256},
-        "logger": {"version": str(folder)},
-        "trainer": {"max_epochs": 12, "precision": "32-true"},
-    }
-    for key, value in config.items():
-        group, _, name = key.partition("__")
-        settings[group][name] = value
-    OmegaConf.save(OmegaConf.create(settings), folder / "config.yaml")
-
-    accuracies = []
-    for encoder in ("trained", "untrained"):
-        for classifier in ("knn-dino", "linear"):
-            for fitted_on in ("train", "balanced"):
-                for split in SPLITS:
-                    value = top1(method, regularizer, seed, encoder, classifier, fitted_on, split)
-                    accuracies.append(
-                        {
-                            "encoder": encoder,
-                            "classifier": classifier,
-                            "fitted_on": fitted_on,
-                            "split": split,
-                            "top1": value,
-                            "low": value - 0.03,
-                            "high": value + 0.03,
-                            "n": 1000,
-                        }
-                    )
-    lookup = {(a["encoder"], a["classifier"], a["fitted_on"], a["split"]): a["top1"] for a in accuracies}
-    gaps = []
-    for encoder, classifier, fitted_on in dict.fromkeys(key[:3] for key in lookup):
-        at = {split: lookup[encoder, classifier, fitted_on, split] for split in SPLITS}
-        for name, points in (
-            ("bg_gap", at["mixed_same"] - at["mixed_rand"]),
-            ("original - mixed_rand", at["original"] - at["mixed_rand"]),
-            ("original - only_fg", at["original"] - at["only_fg"]),
-            ("only_bg - chance", at["only_bg"] - 0.1),
-        ):
-            points = round(100 * points, 4)
-            gaps.append(
-                {
-                    "encoder": encoder,
-                    "classifier": classifier,
-                    "fitted_on": fitted_on,
-                    "gap": name,
-                    "points": points,
-                    "low": points - 2.5,
-                    "high": points + 2.4,
-                }
-            )
-    results = {
-        "name": f"{method}-{regularizer}-none-confounded",
-        "choices": choices,
-        "seed": seed,
-        "derived": {"effective_learning_rate": 0.003, "total_steps": 936, "meta_interval": 4},
-        "parameters": 307_456,
-        "wall_time_s": 203.4,
-        "images_per_second": 2310.5,
-        "peak_memory_mb": 842.0,
-        "classes": ["disk", "ring", "square", "star", "heart", "moon", "cross", "arrow", "drop", "gear"],
-        "chance": 0.1,
-        "train_on": "full",
-        "first": {"online/knn": 0.31, "loss": 8.1},
-        "final": {"online/knn": 0.78, "loss": 5.2},
-        "accuracies": accuracies,
-        "gaps": gaps,
-        "probes": [
-            {"encoder": "trained", "fitted_on": "train", "learning_rate": 0.01, "held_out_top1": 0.83},
-            {"encoder": "trained", "fitted_on": "balanced", "learning_rate": 0.003, "held_out_top1": 0.55},
-        ],
-    }
-    (folder / "results.json").write_text(json.dumps(results))
-    (folder / "environment.json").write_text(
-        json.dumps(
-            {
-                "command": f"python -m icl_msr.run method={method} regularizer={regularizer} seed={seed}",
-                "commit": "95ada6b0c1",
-                "config_hash": "5f1d20aa",
-                "python": "3.11.9",
-                "torch": "2.9.0",
-                "hardware": "2 CPU cores",
-                "started": "2025-11-22T07:12:00",
-            }
-        )
-    )
-    load = "import torchvision\nfrom safetensors.torch import load_file\n\nencoder = torchvision.models.resnet18()\n"
-    (folder / "encoder.json").write_text(json.dumps({"load": load + 'encoder.load_state_dict(load_file("encoder"))'}))
-    write_metrics(folder / "metrics.csv")
-    noise = np.random.default_rng(0).uniform(size=(96, 480, 3))
-    matplotlib.image.imsave(folder / "figures/views.png", noise)
-    matplotlib.image.imsave(folder / "figures/strata.png", noise)
-    (folder / "figures/captions.json").write_text(
-        json.dumps({"strata.png": "Strata <a> & b", "views.png": "Two views."})
-    )
-    return folder
-
-
-def write_metrics(file: Path) -> None:
-    """Sparse rows, as Lightning's CSVLogger writes them."""
-    names = ["epoch", "step", "loss", "loss/contrastive", "loss/msr", "msr/meta_grad_norm", "msr/uniformity_grad_norm"]
-    names += ["msr/uniformity", "lr", "embedding_std", "images_per_second", "online/knn", "online/probe"]
-    random = np.random.default_rng(1)
-    with file.open("w", newline="") as out:
-        writer = csv.DictWriter(out, names)
-        writer.writeheader()
-        for step in range(0, 936, 4):
-            t, noise = step / 936, random.normal(scale=0.1)
-            row: dict[str, float] = {"epoch": step // 78, "step": step, "lr": 0.003 * min(1, 8 * t)}
-            row |= {"loss": 8 - 3 * t + noise, "loss/contrastive": 5 - 2 * t + noise, "loss/msr": 3 - t}
-            row |= {"msr/meta_grad_norm": 1e-3 * math.exp(-2 * t), "msr/uniformity_grad_norm": 0.3 * math.exp(-t)}
-            writer.writerow(row | {"msr/uniformity": -0.3 - t, "images_per_second": 2300 + 200 * noise})
-            if step % 78 == 0:
-                monitors = {
-                    "embedding_std": 0.05 + 0.02 * t,
-                    "online/knn": 0.3 + 0.5 * t,
-                    "online/probe": 0.35 + 0.4 * t,
-                }
-                writer.writerow({"epoch": step // 78, "step": step} | monitors)
-
-
-def write_box_run(folder: Path, train_on: str, full: float, fg: float, seed: int = 0) -> Path:
-    """A run on a data set with boxes."""
-    folder.mkdir(parents=True)
-    config = {"seed": seed, "method": {"temperature": 0.2}, "dataset": {"train_on": train_on}}
-    OmegaConf.save(OmegaConf.create(config), folder / "config.yaml")
-    accuracies = [
-        {"encoder": "trained", **LINEAR_TRAIN, "split": split, "top1": value}
-        for split, value in (("full", full), ("fg", fg))
-    ]
-    gap = {"encoder": "trained", **LINEAR_TRAIN, "gap": "full - fg", "points": 100 * (full - fg)}
-    choices = {"method": "moco", "dataset": "imagefolder"}
-    results = {"name": "moco", "choices": choices, "seed": seed, "train_on": train_on}
-    (folder / "results.json").write_text(json.dumps(results | {"accuracies": accuracies, "gaps": [gap]}))
-    return folder
-
-
-class Page(HTMLParser):
-    """What a test wants to know of a page."""
-
-    def __init__(self, file: Path) -> None:
-        super().__init__()
-        self.sources: list[str] = []
-        self.links: list[str] = []
-        self.tags: list[str] = []
-        self.open: list[str] = []
-        self.tables: dict[str, list[list[str]]] = {}
-        self.table: list[list[str]] = []
-        self.text = file.read_text()
-        self.feed(self.text)
-        assert not self.open, self.open
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        known = dict(attrs)
-        self.tags.append(tag)
-        if tag not in ("meta", "img", "source", "link", "br"):
-            self.open.append(tag)
-        self.sources += [known[name] or "" for name in ("src", "srcset") if name in known]
-        if "href" in known:
-            self.links.append(known["href"] or "")
-        if tag == "table":
-            self.table = self.tables[known.get("id") or known.get("class") or str(len(self.tables))] = []
-        elif tag == "tr":
-            self.table.append([])
-        elif tag in ("td", "th"):
-            self.table[-1].append("")
-
-    def handle_endtag(self, tag: str) -> None:
-        assert self.open.pop() == tag
-
-    def handle_data(self, data: str) -> None:
-        if {"td", "th"} & set(self.open):
-            self.table[-1][-1] += (" " if self.open[-1] == "small" else "") + data.strip()
-
-    def assert_self_contained(self) -> None:
-        assert all(source.startswith("data:image/") for source in self.sources)
-        assert not {"script", "link", "iframe"} & set(self.tags)
-        assert not re.search(r"url\(|@import|https?://", self.text)
+from icl_msr.report.runs import GAIN, Curve, Run
+from icl_msr.report.summary import best, headline
+from icl_msr.report.summary_tables import told
 
 
 def test_page_is_self_contained_and_its_numbers_are_the_files(tmp_path: Path) -> None:
@@ -252,68 +41,66 @@ def test_page_is_self_contained_and_its_numbers_are_the_files(tmp_path: Path) ->
     ]
     assert "Strata &lt;a&gt; &amp; b" in page.text
 
-    results = json.loads((run / "results.json").read_text())
-    rows, fitted_on = {}, ""
-    for row in page.tables["matrix"][1:]:
-        if len(row) == 1:
-            fitted_on = "balanced" if "balanced" in row[0] else "train"
-        else:
-            rows[row[0], row[1], fitted_on] = dict(zip(SPLITS, row[2:], strict=True))
+    records = Outcome.load(run).records
+    rows = {tuple(row[:3]): dict(zip(SPLITS, row[3:], strict=True)) for row in page.tables["accuracy"][1:]}
     assert len(rows) == 8
-    for a in results["accuracies"]:
-        interval = f"{100 * a['low']:.1f} to {100 * a['high']:.1f}"
-        assert rows[a["encoder"], a["classifier"], a["fitted_on"]][a["split"]] == f"{100 * a['top1']:.1f} {interval}"
-    shown = [cell.split(" ")[0].replace("−", "-") for row in page.tables["gaps"][1:] for cell in row[2:]]
-    assert sorted(shown) == sorted(f"{gap['points']:+.1f}" for gap in results["gaps"])
+    for a in records.where("accuracy"):
+        assert a.value is not None
+        interval = f"{100 * a.low:.1f} to {100 * a.high:.1f}"  # type: ignore[operator]
+        assert rows[a.fitted_on, str(a.classifier), a.encoder][a.split] == f"{100 * a.value:.1f} {interval}"
+    shown = [cell.split(" ")[0].replace("−", "-") for row in page.tables["gap"][1:] for cell in row[2:]]
+    assert sorted(shown) == sorted(f"{record.value:+.1f}" for record in records.where("gap"))
 
 
 def test_answer_names_the_loss_its_interval_and_the_untrained_encoder(tmp_path: Path) -> None:
     run = write_run(tmp_path / "run")
-    results = Results.model_validate_json((run / "results.json").read_text())
-    gap, untrained = (words.find_gap(results, "bg_gap", "linear", "train", e) for e in ("trained", "untrained"))
-    assert gap
+    results = Outcome.load(run)
+    known = {"split": "mixed_same", "minus": "mixed_rand", "classifier": "linear", "fitted_on": "train"}
+    lost, untrained = (results.records.find("gap", encoder=e, **known) for e in ("trained", "untrained"))
+    assert lost
     assert untrained
     said = " ".join(words.answer(results))
-    assert f"loses {gap.points:.1f} points (95 % interval {gap.low:.1f} to {gap.high:.1f})" in said
-    assert f"On the untrained encoder it loses {untrained.points:.1f} points" in said
-    balanced = words.find_accuracy(results, "mixed_rand", "linear", "balanced", "trained")
+    assert f"loses {lost.value:.1f} points (95 % interval {lost.low:.1f} to {lost.high:.1f})" in said
+    assert f"On the untrained encoder it loses {untrained.value:.1f} points" in said
+    known = {"split": "mixed_rand", "classifier": "linear", "fitted_on": "balanced", "encoder": "trained"}
+    balanced = results.records.find("accuracy", **known)
     assert balanced
-    assert f"right on {100 * balanced.top1:.1f} %" in said
-    gap.points, gap.low, gap.high = -1.0, -3.0, 1.5
+    assert balanced.value
+    assert f"right on {100 * balanced.value:.1f} %" in said
+    every = results.records.measurements
+    every[every.index(lost)] = replace(lost, value=-1.0, low=-3.0, high=1.5)
     said = words.answer(results)[0]
     assert "gains 1.0 points (95 % interval −1.5 to 3.0)" in said
     assert "not distinguishable" in said
 
 
 def test_what_is_said_of_shape_and_texture() -> None:
-    biased = {"encoder": "trained", "classifier": "linear", "fitted_on": "train", "classes": ["cat", "dog"], "n": 80}
-    biased |= {"decided": 40, "shape_bias": 0.65, "low": 0.5, "high": 0.8, "shape": 0.325, "texture": 0.175}
-    read = [
-        {"encoder": "trained", "cue": cue, "accuracy": value, "low": 0.1, "high": 0.9, "n": 80, "chance": 0.5}
-        for cue, value in (("shape", 0.75), ("texture", 0.25))
-    ]
-    row = {"encoder": "trained", **LINEAR_TRAIN, "top1": 0.325}
-    found = Results(seed=0, accuracies=[{**row, "split": "conflict_shape"}], shape=[biased], decodability=read)
+    right = accuracy("conflict_shape", 0.325)
+    bias = partial(Measurement, kind="shape", classifier=right.classifier, fitted_on="train", n=80)
+    biased = [bias(metric="shape_bias", value=0.65, low=0.5, high=0.8), bias(metric="decided", value=40, unit="count")]
+    read = partial(Measurement, kind="decodability", n=80)
+    cues = [read(value=value, factors={"cue": cue}) for cue, value in (("shape", 0.75), ("texture", 0.25))]
+    found = outcome(right, *biased, *cues, read(metric="chance", value=0.5))
     assert words.answer(found) == [
         "Where shape and texture contradict each other, a linear classifier on the encoder goes by the shape in 65.0 % "
         "(95 % interval 50.0 to 80.0) of the 40 images that it names by either.",
         "Fitted to other stimuli, probes read the shape of 75.0 % and the texture of 25.0 %; chance is 50.0 %.",
     ]
-    found.accuracies.insert(0, found.accuracies[0].model_copy(update={"split": "test"}))
+    found.records.measurements.insert(0, replace(right, split="test"))
     assert "were not told apart" in words.answer(found)[0]
     assert "goes by the shape" in " ".join(words.answer(found))
 
 
 def test_a_part_of_the_labels_is_said_and_texture_has_no_winner(tmp_path: Path) -> None:
-    row = {"encoder": "trained", "classifier": "linear-10%", "fitted_on": "train", "split": "test", "top1": 0.5}
-    said = words.answer(Results(seed=0, accuracies=[row]))
+    said = words.answer(outcome(accuracy("test", 0.5, "linear-10%")))
     assert "A linear probe on the frozen encoder with 10 % of the labels reaches 50.0 % on test." in said
     for name in ("none", "msr"):
         write_run(tmp_path / name, "moco", name)
     rows = summarise([tmp_path]).configurations
-    assert best(Metric("mixed_rand", "linear", "train"), rows) is not None
-    assert best(Metric("only_bg", "linear", "train"), rows) is None
-    assert best(Metric("bg_gap", "linear", "train", GAIN), rows) is None
+    assert best(accuracy("mixed_rand", 0.0).identity, rows) is not None
+    assert best(accuracy("only_bg", 0.0).identity, rows) is None
+    assert best(gap("mixed_same", "mixed_rand", 0.0).identity, rows) is not None
+    assert best(gap("mixed_same", "mixed_rand", 0.0, encoder=GAIN).identity, rows) is None
 
 
 def test_page_without_optional_parts(tmp_path: Path) -> None:
@@ -324,13 +111,12 @@ def test_page_without_optional_parts(tmp_path: Path) -> None:
     page.assert_self_contained()
     assert "not evaluated" in page.text
 
-    accuracy = {"encoder": "trained", **LINEAR_TRAIN, "split": "test", "top1": 0.5}
-    (run / "results.json").write_text(json.dumps({"seed": 0, "accuracies": [accuracy]}))
+    save(run, outcome(accuracy("test", 0.5)))
     (run / "metrics.csv").write_text("epoch,step,loss,msr/meta_grad_norm\n0,0,nan,0.0\n0,1,,\n")
     page = Page(write_report(run))
     assert "50.0 % on test" in page.text
     assert "were not told apart" in page.text
-    assert summarise([run]).configurations[0].metrics[Metric("test", "linear", "train")].mean == 50
+    assert summarise([run]).configurations[0].metrics[accuracy("test", 0.5).identity].mean == 50
 
 
 def test_one_row_a_configuration_with_mean_and_std_over_seeds(tmp_path: Path) -> None:
@@ -342,13 +128,13 @@ def test_one_row_a_configuration_with_mean_and_std_over_seeds(tmp_path: Path) ->
     assert [c.labels for c in summary.configurations] == [
         {"method": method, "regularizer": regularizer} for method in ("byol", "moco") for regularizer in ("none", "msr")
     ]
-    metric = Metric("mixed_rand", "linear", "train")
+    metric = accuracy("mixed_rand", 0.0).identity
     expected = [100 * top1("byol", "none", seed, "trained", "linear", "train", "mixed_rand") for seed in range(3)]
     statistic = summary.configurations[0].metrics[metric]
     assert statistic.values == pytest.approx(tuple(expected))
     assert statistic.mean == pytest.approx(sum(expected) / 3)
     assert statistic.std == pytest.approx(np.std(expected, ddof=1))
-    gain = summary.configurations[0].metrics[metric._replace(encoder=GAIN)]
+    gain = summary.configurations[0].metrics[replace(metric, encoder=GAIN)]
     reference = [100 * top1("byol", "none", seed, "untrained", "linear", "train", "mixed_rand") for seed in range(3)]
     assert gain.std == pytest.approx(statistics.stdev(a - b for a, b in zip(expected, reference, strict=True)))
 
@@ -358,8 +144,9 @@ def test_one_row_a_configuration_with_mean_and_std_over_seeds(tmp_path: Path) ->
         table = list(csv.DictReader(lines))
     assert len(table) == 4
     assert table[0]["seeds"] == "0 1 2"
-    assert float(table[0][str(metric)]) == pytest.approx(statistic.mean)
-    assert float(table[0][f"{metric} std"]) == pytest.approx(statistic.std)
+    assert told(metric) == "linear/train/mixed_rand"
+    assert float(table[0][told(metric)]) == pytest.approx(statistic.mean)
+    assert float(table[0][f"{told(metric)} std"]) == pytest.approx(statistic.std)
     everything = json.loads(files[2].read_text())
     assert [c["seeds"] for c in everything["configurations"]] == [[0, 1, 2]] * 4
     page = Page(files[3])
@@ -407,7 +194,7 @@ def test_keys_that_nobody_typed_tell_runs_apart_only_where_nothing_else_does(tmp
     labels = [tuple(c.labels.items()) for c in summarise([tmp_path]).configurations]
     assert (("method", "moco"), ("augment.gray", "0.2")) in labels
     file = tmp_path / "cmc" / "environment.json"
-    file.write_text(json.dumps({"command": "python -m icl_msr.run method=cmc +augment.gray=0.0"}))
+    file.write_text(json.dumps({"format": FORMAT, "command": "python -m icl_msr.run method=cmc +augment.gray=0.0"}))
     shutil.rmtree(tmp_path / "again")
     labels = [tuple(c.labels) for c in summarise([tmp_path]).configurations]
     assert labels == [("method", "augment.gray")] * 2
@@ -428,7 +215,7 @@ def test_full_and_fg_runs_join_into_the_two_by_two(tmp_path: Path) -> None:
         write_box_run(tmp_path / f"fg{seed}", "fg", 0.25, 0.50 + 0.04 * seed, seed)
     summary = summarise([tmp_path])
     (joined,) = summary.two_by_two
-    assert joined.classifier == "linear"
+    assert str(joined.classifier) == "linear"
     means = {condition: cell.mean for condition, cell in joined.cells.items()}
     assert means == pytest.approx({("full", "full"): 41, ("full", "fg"): 36, ("fg", "full"): 25, ("fg", "fg"): 52})
     assert joined.cells["fg", "fg"].std == pytest.approx(math.sqrt(8))
@@ -489,38 +276,42 @@ def test_unreadable_results_are_a_users_error(tmp_path: Path) -> None:
         write_report(tmp_path)
 
 
-LOOK: dict[str, Any] = {
-    "split": "original",
-    "n": 1000,
-    "area": 0.132,
-    "shares": [
-        {
-            "stratum": name,
-            "share": share,
-            "low": share - 0.004,
-            "high": share + 0.004,
-            "by_place": 0.1304,
-            "excess": share - 0.1304,
-            "excess_low": share - 0.1324,
-            "excess_high": share - 0.1284,
-        }
-        for name, share in (("all channels", 0.1333), ("1", 0.2051), ("2", 0.1042), ("3", 0.1317))
-    ],
-    "difference": {"more": "1", "less": "2", "points": 0.1011, "low": 0.095, "high": 0.107},
-}
+LAYOUT = replace(STRATA, about="1,000 images of original", labels={"1": "stratum 1"})
+NAMED = {"all channels": 13.33, 1: 20.51, 2: 10.42, 3: 13.17}
+
+
+def strata(excess: dict[int | str, tuple[float, float]] | None = None, low: float = 9.5, high: float = 10.7) -> Records:
+    """Shares and excesses by stratum, and the difference of the first two, with its interval."""
+    records = Records(layouts={"strata": LAYOUT})
+    records.measurements.append(Measurement(kind="strata_area", metric="area", value=0.132))
+    for name, share in NAMED.items():
+        record = partial(Measurement, kind="strata", factors={"stratum": name})
+        value, place = share / 100, 0.1304
+        least, most = (excess or {}).get(name, (share - 13.24, share - 12.84))
+        records.add(
+            LAYOUT,
+            record(metric="share", value=value, low=value - 0.004, high=value + 0.004),
+            record(metric="by_place", value=place),
+            record(metric="excess", value=share - 13.04, low=least, high=most, unit="points"),
+        )
+    apart = partial(Measurement, kind="strata_apart")
+    records.measurements.append(apart(metric="difference", value=10.11, low=low, high=high, unit="points"))
+    records.measurements += [apart(metric="more", value=1, unit="count"), apart(metric="less", value=2, unit="count")]
+    return records
 
 
 def test_page_says_where_the_strata_look(tmp_path: Path) -> None:
     run = write_run(tmp_path / "run")
-    results = json.loads((run / "results.json").read_text())
-    (run / "results.json").write_text(json.dumps(results | {"strata": LOOK}))
+    results = Outcome.load(run)
+    results.records.join(strata())
+    save(run, results)
     page = Page(write_report(run))
     page.assert_self_contained()
     assert page.tables["strata"][1:] == [
         ["all channels", "13.3 12.9 to 13.7", "13.0", "+0.3 0.1 to 0.5"],
         ["stratum 1", "20.5 20.1 to 20.9", "13.0", "+7.5 7.3 to 7.7"],
-        ["stratum 2", "10.4 10.0 to 10.8", "13.0", "−2.6 −2.8 to −2.4"],
-        ["stratum 3", "13.2 12.8 to 13.6", "13.0", "+0.1 −0.1 to 0.3"],
+        ["2", "10.4 10.0 to 10.8", "13.0", "−2.6 −2.8 to −2.4"],
+        ["3", "13.2 12.8 to 13.6", "13.0", "+0.1 −0.1 to 0.3"],
     ]
     assert (
         "Stratum 2 has clearly less activation on the object than a map that does not see it: stratum 2 has 10.4 % "
@@ -528,27 +319,21 @@ def test_page_says_where_the_strata_look(tmp_path: Path) -> None:
         "stratum 2: +10.1 points (95 % interval 9.5 to 10.7)." in page.text
     )
     assert "1,000 images of original" in page.text
-    assert "Activation on the object, because of it" in page.text
+    assert "Plot: Where the strata look" in page.text
     assert "strata" not in Page(write_report(write_run(tmp_path / "without"))).tables
 
 
 def test_strata_that_look_at_the_same_place_are_said_to() -> None:
-    look = Look.model_validate(LOOK)
-    for share in look.shares:
-        share.excess_low, share.excess_high = -0.012, 0.012  # a tenth of the area is 1.3 points
-    assert look.difference is not None
-    for low, high in ((-0.01, 0.03), (0.001, 0.004)):  # not distinguishable, or too little to matter
-        look.difference.low, look.difference.high = low, high
-        none, same = words.strata(look)
+    near = dict.fromkeys(NAMED, (-1.2, 1.2))  # a tenth of the area is 1.3 points
+    for low, high in ((-1.0, 3.0), (0.1, 0.4)):  # not distinguishable, or too little to matter
+        none, same = words.strata(strata(near, low, high))
         assert none.startswith("No stratum avoids the object: none has clearly less")
         assert none.endswith(", and none has clearly more.")
         assert same.startswith("All strata look at about the same place")
-    for share in look.shares[1:]:
-        share.excess_low, share.excess_high = 0.014, 0.02
-    assert words.strata(look)[0].endswith("; strata 1, 2 and 3 have clearly more.")
-    for share in look.shares[1:]:
-        share.excess_low, share.excess_high = -0.02, -0.014
-    assert words.strata(look)[0].startswith("Strata 1, 2 and 3 have clearly less activation on the object")
+    assert words.strata(strata(dict.fromkeys(NAMED, (1.4, 2.0))))[0].endswith("; strata 1, 2 and 3 have clearly more.")
+    less = words.strata(strata(dict.fromkeys(NAMED, (-2.0, -1.4))))[0]
+    assert less.startswith("Strata 1, 2 and 3 have clearly less activation on the object")
+    assert words.strata(Records()) == []
 
 
 def norms(meta: list[float], uniformity: list[float]) -> dict[str, Curve]:
@@ -607,6 +392,12 @@ def test_similarities_have_a_plot(tmp_path: Path) -> None:
     assert set(names) <= set(re.findall(r">(\w+)</text>", base64.b64decode(plot.light.split(",")[1]).decode()))
 
 
+def test_any_number_that_is_logged_has_a_curve(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run")
+    (run / "metrics.csv").write_text("step,loss,mine/first,mine/second\n0,1,2,3\n1,1,2,3\n2,1,2,3\n")
+    assert [plot.title for plot in _curve_plots(Run.load(run).curves)] == ["Loss and its parts", "Other numbers: mine"]
+
+
 def test_the_strata_have_curves(tmp_path: Path) -> None:
     run = write_run(tmp_path / "run")
     logged = {"entropy": 0.97, "overlap": 0.9, "variation": 0.01, "loss_1": 4.0, "loss_2": 4.1}
@@ -623,33 +414,25 @@ def test_the_strata_have_curves(tmp_path: Path) -> None:
 
 
 def test_what_is_lost_elsewhere_is_said() -> None:
-    row = {"encoder": "trained", "classifier": "linear", "fitted_on": "train"}
-    results = Results(
-        seed=0,
-        accuracies=[{**row, "split": name, "top1": top1} for name, top1 in (("test", 0.5), ("sketch", 0.2))],
-        gaps=[{**row, "gap": "test - sketch", "points": 30.0, "low": 25.0, "high": 35.0}],
-    )
+    both = [accuracy("test", 0.5), accuracy("sketch", 0.2)]
+    results = outcome(*both, gap("test", "sketch", 30.0, low=25.0, high=35.0))
     _, reached, lost = words.answer(results)
     assert reached == "A linear probe on the frozen encoder reaches 50.0 % on test."
     assert lost == "It loses 30.0 points (95 % interval 25.0 to 35.0) on sketch."
-    results.gaps = []
-    assert words.answer(results)[1].endswith("reaches 50.0 % on test, 20.0 % on sketch.")
+    assert words.answer(outcome(*both))[1].endswith("reaches 50.0 % on test, 20.0 % on sketch.")
 
 
 def test_fine_tuning_alone_is_said_and_compared(tmp_path: Path) -> None:
-    row = {"encoder": "trained", "fitted_on": "train", "split": "test"}
-    rows = [{**row, "classifier": name, "top1": 0.5} for name in ("finetune-1%", "finetune-10%")]
-    said = words.answer(Results(seed=0, accuracies=rows))[1]
+    rows = [accuracy("test", 0.5, name) for name in ("finetune-1%", "finetune-10%")]
+    said = words.answer(outcome(*rows))[1]
     assert said == "The fine-tuned encoder with 1 % of the labels reaches 50.0 % on test."
-    rows += [{**row, "classifier": name, "top1": 0.4} for name in ("linear-10%", "knn-dino", "knn-wmse")]
-    assert words.answer(Results(seed=0, accuracies=rows))[1].startswith(
+    rows += [accuracy("test", 0.4, name) for name in ("linear-10%", "knn-dino", "knn-wmse")]
+    assert words.answer(outcome(*rows))[1].startswith(
         "A linear probe on the frozen encoder with 10 % of the labels reaches 40"
     )
     for name in ("one", "two"):
         (tmp_path / name).mkdir()
-        choices = {"method": name, "dataset": "photos"}
-        content = {"seed": 0, "name": name, "choices": choices, "accuracies": rows}
-        (tmp_path / name / "results.json").write_text(json.dumps(content))
+        save(tmp_path / name, outcome(*rows, name=name, choices={"method": name, "dataset": "photos"}))
     assert main([str(tmp_path)]) == 0
     text = Page(tmp_path / "report.html").text
     assert all(name in text for name in ("finetune-1%", "finetune-10%", "linear-10%", "knn-dino"))

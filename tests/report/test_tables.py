@@ -1,85 +1,153 @@
+import base64
+import re
+from functools import partial
+from typing import Any
+
 from rich.console import Console
+from support.written import LINEAR, classifier
 
-from icl_msr.evaluation.suite import Results
-from icl_msr.report.tables import class_tables, tables
+from icl_msr.core.records import ByClass, Chart, Layout, Measurement, Outcome, Records
+from icl_msr.core.tables import Table
+from icl_msr.evaluation.labels import LABELS
+from icl_msr.evaluation.shape import DECODABILITY, SHAPE
+from icl_msr.evaluation.shift import CORRUPTION
+from icl_msr.evaluation.similarity import SIMILARITY
+from icl_msr.evaluation.texture_only import TEXTURE
+from icl_msr.report.tables import charts, class_tables, tables
 
-ROW = {"encoder": "trained", "classifier": "linear", "fitted_on": "train", "low": 0.1, "high": 0.3, "n": 20}
+
+def measure(layout: Layout, **known: Any) -> Any:
+    """Makes records of a layout."""
+    return partial(Measurement, **{"kind": layout.kind, "classifier": LINEAR, "fitted_on": "train", "n": 20, **known})
 
 
-def printed(results: Results) -> str:
-    console = Console(width=100, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
-    for table in tables(results):
-        console.print(table)
+def printed(*found: tuple[Layout, list[Measurement]], width: int = 120) -> str:
+    records = Records()
+    for layout, rows in found:
+        records.add(layout, *rows)
+    console = Console(width=width, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
+    for table in tables(Outcome(seed=0, records=records)):
+        console.print(table.rich())
     return console.export_text()
 
 
 def test_nothing_measured_nothing_shown() -> None:
-    assert tables(Results()) == []
+    assert tables(Outcome(seed=0)) == []
+    assert tables(Outcome(seed=0, records=Records(layouts={"shape": SHAPE}))) == []
 
 
 def test_numbers_are_those_of_the_rows() -> None:
+    top1 = measure(CORRUPTION, low=0.1, high=0.3)
     corruptions = [
-        {**ROW, "split": "test", "corruption": name, "severity": severity, "top1": top1}
-        for name, severity, top1 in (("fog", 1, 0.5), ("fog", 5, 0.25), ("fog", None, 0.375), ("mean", None, 0.375))
+        top1(value=value, factors={"corruption": name, "severity": severity})
+        for name, severity, value in (
+            ("fog", 1, 0.5),
+            ("fog", 5, 0.25),
+            ("fog", "mean", 0.375),
+            ("mean", "mean", 0.375),
+        )
     ]
-    shape = [
-        {**ROW, "classes": ["cat", "dog"], "decided": 8, "shape_bias": 0.625, "shape": 0.25, "texture": 0.15},
-        {**ROW, "encoder": "untrained", "classes": ["cat", "dog"], "decided": 0, "shape_bias": None, "low": None,
-         "high": None, "shape": 0.0, "texture": 0.0},
-    ]  # fmt: skip
+    shape = []
+    for encoder, decided, value, low, high, shares in (
+        ("trained", 8, 0.625, 0.1, 0.3, (0.25, 0.15)),
+        ("untrained", 0, None, None, None, (0.0, 0.0)),
+    ):
+        one = measure(SHAPE, encoder=encoder)
+        shape += [one(metric="classes", value=2, unit="count"), one(metric="decided", value=decided, unit="count")]
+        shape += [one(metric="shape_bias", value=value, low=low, high=high)]
+        shape += [one(metric=cue, value=share) for cue, share in zip(("shape", "texture"), shares, strict=True)]
+    read = measure(DECODABILITY, classifier=None, n=36)
     decodability = [
-        {"encoder": "trained", "cue": cue, "classes": 4, "n": 36, "folds": 3, "accuracy": accuracy, "low": 0.5,
-         "high": 0.9, "chance": 0.25}
-        for cue, accuracy in (("shape", 0.75), ("texture", 0.5))
-    ]  # fmt: skip
-    lines = printed(Results(corruptions=corruptions, shape=shape, decodability=decodability)).splitlines()
-    cells = [line.split() for line in lines]
-    assert ["fog", "linear", "trained", "50.0", "25.0", "37.5"] in cells
-    assert ["mean", "linear", "trained", "37.5"] in cells
-    assert ["linear", "trained", "20", "2", "62.5", "10.0", "to", "30.0", "25.0", "15.0"] in cells
-    assert ["linear", "untrained", "20", "2", "–", "–", "0.0", "0.0"] in cells
-    assert ["texture", "trained", "50.0", "50.0", "to", "90.0", "36"] in cells
-    assert any("chance 25.0" in line for line in lines)
+        record
+        for cue, value in (("shape", 0.75), ("texture", 0.5))
+        for record in (
+            read(value=value, low=0.5, high=0.9, factors={"cue": cue}),
+            read(metric="chance", value=0.25, factors={"cue": cue}),
+        )
+    ]
+    text = printed((CORRUPTION, corruptions), (SHAPE, shape), (DECODABILITY, decodability))
+    cells = [line.split() for line in text.splitlines()]
+    assert ["fog", "linear", "trained", "50.0", "±10.0", "25.0", "±10.0", "37.5", "±10.0"] in cells
+    assert ["mean", "linear", "trained", "–", "–", "37.5", "±10.0"] in cells
+    assert ["linear", "trained", "20", "2", "8", "62.5", "±10.0", "25.0", "15.0"] in cells
+    assert ["linear", "untrained", "20", "2", "0", "–", "0.0", "0.0"] in cells
+    assert ["texture", "trained", "36", "50.0", "±20.0", "25.0"] in cells
+
+
+BEST = "brick 100, zebra 90, grass 50"
 
 
 def test_the_classes_that_are_told_best_from_textures() -> None:
-    told = {"zebra": 0.9, "cat": 0.1, "brick": 1.0, "dog": None, "grass": 0.5}
     textures = [
-        {**ROW, "split": "test", "images": images, "level": level, "top1": top1, "chance": chance, "by_class": told}
+        record
         for images in ("test", "only_patch")
-        for level, top1, chance in (("fine", 0.25, 0.2), ("coarse", 0.5, 0.36))
+        for level, value, chance, note in (
+            ("fine", 0.25, 0.2, BEST),
+            ("coarse", 0.5, 0.36, ""),
+        )
+        for one in [measure(TEXTURE, factors={"images": images, "level": level})]
+        for record in (one(value=value, note=note), one(metric="chance", value=chance))
     ]
-    text = " ".join(printed(Results(textures=textures)).split())
-    assert "(chance 20.0) (chance 36.0)" in text
-    assert "only_patch linear trained 25.0 50.0 brick 100, zebra 90, grass 50" in text
+    text = " ".join(printed((TEXTURE, textures)).split())
+    assert f"only_patch linear trained 25.0 20.0 50.0 36.0 {BEST}" in text
 
 
 def test_the_labels_that_were_used() -> None:
-    row = {"n": 20, "classes": 4, "fewest": 5, "most": 5, "chosen_by": "seed 3", "file": "a", "note": ""}
-    rows = [{**row, "fraction": 0.05}, {**row, "fraction": 0.1, "fewest": 1, "note": "unlike"}, {**row, "fraction": 1}]
-    cells = [line.split() for line in printed(Results(labelled=rows)).splitlines()]
-    assert ["5", "%", "seed", "3", "20", "4", "5"] in cells
-    assert ["10", "%", "seed", "3", "20", "4", "1", "to", "5", "unlike"] in cells
-    assert not any(line[:1] == ["100"] for line in cells)
-    assert tables(Results(labelled=rows[2:])) == []
+    rows = []
+    for part, fewest, note in (("5%", 5, ""), ("10%", 1, "unlike")):
+        one = measure(LABELS, classifier=None, unit="count", factors={"part": part, "chosen_by": "seed 3"})
+        found = {"images": 20, "classes": 4, "fewest": fewest, "most": 5}
+        rows += [one(metric=name, value=n, note=note * (name == "images")) for name, n in found.items()]
+    cells = [line.split() for line in printed((LABELS, rows)).splitlines()]
+    assert ["5%", "seed", "3", "20", "4", "5", "5"] in cells
+    assert ["10%", "seed", "3", "20", "4", "1", "5", "unlike"] in cells
 
 
 def test_the_best_and_the_worst_classes_and_what_they_are_taken_for() -> None:
     classes = [f"c{k}" for k in range(30)]
-    row = {"encoder": "trained", "classifier": "linear", "fitted_on": "train", "split": "test"}
-    row |= {"accuracies": [k / 30 for k in range(29)] + [None], "confused": [("c0", "c7", 9), ("c0", "c8", 4)]}
-    other = {**row, "classifier": "knn-dino", "accuracies": [1.0] * 30}
+    accuracies = [k / 30 for k in range(29)] + [None]
+    known: Any = {"encoder": "trained", "fitted_on": "train", "split": "test"}
+    row = ByClass(**known, classifier=LINEAR, accuracies=accuracies, confused=[["c0", "c7", 9], ["c0", "c8", 4]])
+    other = ByClass(**known, classifier=classifier("knn-dino"), accuracies=[1.0] * 30)
     by_class, confusions = class_tables([other, row], classes)
-    names = list(by_class.columns[0].cells)
-    assert names == [f"c{k}" for k in (*range(28, 18, -1), *range(9, -1, -1))]
-    assert next(iter(by_class.columns[1].cells)) == "93.3"
-    assert list(by_class.columns[2].cells)[-2:] == ["", "c7 (9)"]
-    assert "best and the worst 10 of 29" in str(by_class.title)
-    assert [list(column.cells) for column in confusions.columns] == [["c0", "c0"], ["c7", "c8"], ["9", "4"]]
-    assert class_tables([{**row, "encoder": "untrained"}], classes) == []
+    columns = list(zip(*([cell.text for cell in line.cells] for line in by_class.lines), strict=True))
+    assert list(columns[0]) == [f"c{k}" for k in (*range(28, 18, -1), *range(9, -1, -1))]
+    assert columns[1][0] == "93.3"
+    assert list(columns[2])[-2:] == ["", "c7 (9)"]
+    assert "best and the worst 10 of 29" in by_class.title
+    assert confusions.data == [["c0", "c7", 9], ["c0", "c8", 4]]
+    assert class_tables([ByClass(**{**known, "encoder": "untrained"}, classifier=LINEAR, accuracies=[])], classes) == []
 
 
 def test_likeness() -> None:
-    row = {"encoder": "trained", "other": "timm:vit", "split": "test", "n": 50, "cka": 0.5, "shared_neighbours": 0.25}
-    lines = printed(Results(similarity=[{**row, "chance": 0.1}])).splitlines()
+    one = measure(SIMILARITY, classifier=None, split="test", n=50, factors={"other": "timm:vit"})
+    rows = [one(metric="cka", value=0.5, unit="number"), one(metric="shared_neighbours", value=0.25)]
+    lines = printed((SIMILARITY, [*rows, one(metric="chance", value=0.1)])).splitlines()
     assert ["trained", "timm:vit", "test", "50", "0.500", "25.0", "10.0"] in [line.split() for line in lines]
+
+
+def test_one_table_in_every_dress() -> None:
+    rows = [{"a": "x|y & <z>", "b": 0.5}, {"b": -1.5, "c": None}]
+    table = Table.of("it", rows)
+    assert table.csv() == "a,b,c\nx|y & <z>,0.5,\n,-1.5,\n"
+    assert table.heads == ["a", "b", "c"]
+    assert table.data == [["x|y & <z>", 0.5, None], [None, -1.5, None]]
+    assert "| x\\|y & <z> | 0.5 |" in table.markdown()
+    assert r"x|y \& <z> & 0.5 & " in table.latex("cap_tion")
+    assert r"cap\_tion" in table.latex("cap_tion")
+    assert "x|y &amp; &lt;z&gt;" in table.html()
+    assert "<z>" not in table.html()
+
+
+def test_lines_over_an_axis_of_numbers_and_names_that_mean_something_to_matplotlib() -> None:
+    chart = Chart(axis="dose", series=("drug",), shape="lines")
+    layout = Layout(kind="toy", title="Effect", rows=("drug",), columns=("dose",), chart=chart)
+    records = [
+        Measurement(kind="toy", value=dose / 10, factors={"drug": drug, "dose": dose})
+        for drug in ("$x^2_$", "_hidden")
+        for dose in (1, 2, 3)
+    ]
+    (plot,) = charts(layout, records)
+    drawn = base64.b64decode(plot.light.split(",")[1]).decode()
+    assert plot.title == "Effect"
+    assert {"dose", "$x^2_$", "_hidden"} <= {text.strip("\u200b") for text in re.findall(r">([^<>\n]+)</text>", drawn)}

@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 import pytest
 import pytorch_lightning as pl
 import torch
-from tiny import dataset, trained
+from support.tiny import dataset, trained
 
 from icl_msr.core.errors import PREEMPTED
 from icl_msr.training.checkpoints import Checkpoints
@@ -29,6 +29,7 @@ CASES = {
     ),
 }
 EPOCHS, BATCHES = 3, 5
+WATCH: dict[str, Any] = {"every_n_epochs": 1, "seed": 0, "bank": 4000, "queries": 1000}
 
 
 class Interrupt(pl.Callback):
@@ -47,7 +48,7 @@ def fit(
 ) -> dict[str, Any]:
     """The checkpoint at the end of a training."""
     checkpoints = Checkpoints(file, every_n_epochs=1, every_n_minutes=every_n_minutes)
-    watch = OnlineEvaluation(dataset(), 64 if "backbone=timm" in words else 128, every_n_epochs=1, seed=0)
+    watch = OnlineEvaluation(dataset(), 64 if "backbone=timm" in words else 128, **WATCH)
     trained(
         *words,
         callbacks=[checkpoints, Throughput(8), watch, *more],
@@ -89,6 +90,12 @@ def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     return words, fit(words, tmp_path_factory.mktemp("whole") / "last.ckpt")
 
 
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """What MoCo with MSR gives when nothing interrupts it."""
+    return fit(MSR, tmp_path_factory.mktemp("whole") / "last.ckpt")
+
+
 def the_same_training(whole: dict[str, Any], continued: dict[str, Any]) -> None:
     for part in ("state_dict", "optimizer_states", "lr_schedulers", "callbacks", "global_step", "epoch"):
         same(whole[part], continued[part], part)
@@ -116,8 +123,7 @@ class Break(pl.Callback):
             raise RuntimeError("out of memory")
 
 
-def test_checkpoints_by_the_clock(tmp_path: Path) -> None:
-    whole = fit(MSR, tmp_path / "whole.ckpt")
+def test_checkpoints_by_the_clock(whole: dict[str, Any], tmp_path: Path) -> None:
     for minutes, batches in ((None, 5), (1e-9, 8)):
         file = tmp_path / str(batches) / "checkpoints" / "last.ckpt"
         with pytest.raises(RuntimeError, match="out of memory"):
@@ -128,7 +134,7 @@ def test_checkpoints_by_the_clock(tmp_path: Path) -> None:
 
 def test_more_epochs(tmp_path: Path) -> None:
     """With a constant learning rate, two epochs and one more are three."""
-    words = (*MSR, "optimizer.schedule=constant")
+    words = (*MSR, "schedule=constant", "schedule.warmup_steps=0")
     whole = fit(words, tmp_path / "whole.ckpt")
     fit(words, tmp_path / "last.ckpt", epochs=2)
     continued = fit(words, tmp_path / "last.ckpt")
@@ -144,7 +150,7 @@ def test_more_epochs_stretch_the_schedule(tmp_path: Path) -> None:
         def on_train_batch_start(self, trainer: pl.Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
             self.seen.append(pl_module.learning_rate())
 
-    words = ("method=simclr", "regularizer=none", "optimizer.lr=1.0", "optimizer.name=sgd")
+    words = ("method=simclr", "regularizer=none", "optimizer=sgd", "optimizer.lr=1.0")
     fit(words, tmp_path / "last.ckpt", epochs=1)
     fit(words, tmp_path / "last.ckpt", Rates(), epochs=2)
     assert Rates.seen == pytest.approx([(1 + math.cos(math.pi * step / 10)) / 2 for step in range(5, 10)])

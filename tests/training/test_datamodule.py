@@ -1,6 +1,8 @@
 """Batches of views: order, ranks, workers, resuming."""
 
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,7 +13,8 @@ from PIL import Image
 from icl_msr.augment import Augmentation
 from icl_msr.core.errors import UserError
 from icl_msr.data.dataset import Dataset, normalise
-from icl_msr.data.folders import FileSplit
+from icl_msr.data.files import FileSplit
+from icl_msr.training import datamodule
 from icl_msr.training.datamodule import Batch, DataModule, EpochBatches
 
 MEAN, STD = (0.4, 0.5, 0.6), (0.2, 0.25, 0.3)
@@ -197,6 +200,26 @@ def test_a_broken_image_stops_training_in_one_sentence(files, tmp_path, num_work
     assert "\n" not in str(raised.value)
 
 
+@pytest.mark.filterwarnings("error:The workers need")
+@pytest.mark.parametrize("free", [0, 2**40])
+def test_batches_go_through_pipes_where_shared_memory_is_too_small(files, tmp_path, monkeypatch, free):
+    """The same batches; where there is room nothing is said and nothing changes."""
+    whole = fit(module(files), tmp_path)
+    monkeypatch.setattr(datamodule.shutil, "disk_usage", lambda _: SimpleNamespace(free=free))
+    sent = []
+    monkeypatch.setattr(Batch, "as_tensors", lambda self, true=Batch.as_tensors: sent.append(self) or true(self))
+    with (
+        nullcontext()
+        if free
+        else pytest.warns(UserWarning, match=r"need 0 MB of shared memory.*through pipes.*shm-size")
+    ):
+        other = fit(module(files, num_workers=2), tmp_path)
+    assert {type(batch.images) for batch in sent} == {torch.Tensor if free else np.ndarray}
+    for (_, left), (_, right) in zip(whole, other, strict=True):
+        assert torch.equal(left.views[0], right.views[0])
+        assert torch.equal(left.images, right.images)
+
+
 @pytest.mark.parametrize("when", ["in the epoch", "at its last step", "at its end"])
 @pytest.mark.parametrize("num_workers", [0, 2])
 def test_a_resumed_run_sees_what_it_had_not_seen(files, resident, tmp_path, when, num_workers):
@@ -212,3 +235,22 @@ def test_a_resumed_run_sees_what_it_had_not_seen(files, resident, tmp_path, when
     assert [epoch for epoch, _ in rest] == [epoch for epoch, _ in whole][step:]
     for (_, left), (_, right) in zip(rest, whole[step:], strict=True):
         assert torch.equal(left.views[0], right.views[0])
+
+
+def test_few_batches_to_overfit_are_the_same_in_every_epoch(resident, tmp_path):
+    """Their views are new ones all the same."""
+    seen = fit(module(resident), tmp_path, max_epochs=3, overfit_batches=2)
+    indices = order(seen)
+    assert indices[:2] == indices[2:4] == indices[4:]
+    assert indices[:2] == order(fit(module(resident), tmp_path, max_epochs=1))[:2]
+    assert not torch.equal(seen[0][1].views[0], seen[2][1].views[0])
+
+
+def test_the_trainer_needs_no_arguments_for_it(resident, tmp_path):
+    """Every default of Lightning's, its logger and its checkpoints; continued from one in the middle of an epoch."""
+    whole = Recorder()
+    saver = pl.callbacks.ModelCheckpoint(every_n_train_steps=3, save_top_k=-1)
+    pl.Trainer(max_epochs=2, default_root_dir=tmp_path, callbacks=[saver]).fit(whole, module(resident))
+    rest, path = Recorder(), saver.dirpath + "/epoch=1-step=6.ckpt"
+    pl.Trainer(max_epochs=2, default_root_dir=tmp_path).fit(rest, module(resident), ckpt_path=path)
+    assert order(rest.seen) == order(whole.seen)[6:]

@@ -3,14 +3,12 @@
 import csv
 import json
 import os
-import struct
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Iterator, Mapping
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from types import SimpleNamespace
@@ -23,14 +21,15 @@ import wandb
 from matplotlib.image import imread
 from omegaconf import OmegaConf
 from pytorch_lightning.utilities import rank_zero_only
+from support.inprocess import TRAINER, WORDS, Finished, finish
+from support.uploads import Sent, sent
+from support.written import write_run
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from test_report import write_run
-from test_run import TRAINER, WORDS, Finished, execute
-from wandb.proto.wandb_internal_pb2 import Record
 
 from icl_msr.cli import job as program
 from icl_msr.cli.job import closing
 from icl_msr.core.errors import UserError
+from icl_msr.core.records import Outcome, Records
 from icl_msr.report.__main__ import main as report
 from icl_msr.training.loggers import About, MetricsFile, TensorBoard, WeightsAndBiases
 
@@ -40,82 +39,6 @@ FRESH = About(name="a-run", group=None, job_type=None, config={"seed": 0}, resum
 
 def about(**changes: Any) -> About:
     return About(**{**vars(FRESH), **changes})
-
-
-@dataclass
-class Sent:
-    """One .wandb file: all that W&B's server would be sent."""
-
-    folder: Path
-    run: Any = None
-    config: dict[str, Any] = field(default_factory=dict)
-    history: list[dict[str, Any]] = field(default_factory=list)
-    summary: dict[str, Any] = field(default_factory=dict)
-    definitions: list[Any] = field(default_factory=list)
-    artifacts: dict[str, Any] = field(default_factory=dict)
-    exit_code: int | None = None
-
-
-def records(file: Path) -> Iterator[Any]:
-    """LevelDB's log format: blocks of 32 KiB, in them pieces of records (CRC, length, kind), each a protobuf."""
-    data = file.read_bytes()
-    assert data[:4] == b":W&B"
-    at, record = 7, b""
-    while at + 7 <= len(data):
-        if (left := -at % 32768) and left < 7:
-            at += left
-            continue
-        _, length, kind = struct.unpack_from("<IHB", data, at)
-        if at + 7 + length > len(data):
-            return  # still being written
-        record += data[at + 7 : at + 7 + length]
-        at += 7 + length
-        if kind in (1, 4):  # a whole record, or the last piece of one
-            yield Record.FromString(record)
-            record = b""
-
-
-def collect(items: Any, into: dict[str, Any]) -> dict[str, Any]:
-    """W&B's items, whose key is a name or a path, as nested dicts."""
-    for item in items:
-        *path, name = list(item.nested_key) or [item.key]
-        node = into
-        for part in path:
-            node = node.setdefault(part, {})
-        node[name] = json.loads(item.value_json)
-    return into
-
-
-def read(file: Path) -> Sent:
-    """One .wandb file."""
-    one = Sent(file.parent)
-    for record in records(file):
-        match record.WhichOneof("record_type"):
-            case "run":
-                one.run = record.run
-                collect(record.run.config.update, one.config)
-            case "history":
-                one.history.append(collect(record.history.item, {}))
-            case "summary":
-                collect(record.summary.update, one.summary)
-            case "metric":
-                one.definitions.append(record.metric)
-            case "artifact":
-                one.artifacts[record.artifact.type] = record.artifact
-            case "exit":
-                one.exit_code = record.exit.exit_code
-    return one
-
-
-def sent(folder: Path) -> list[Sent]:
-    """What waits for an upload in a run's folder, the oldest first. W&B writes the end a little later than it says."""
-    deadline = time.monotonic() + 60
-    while True:
-        files = sorted((folder / "wandb").glob("*run-*/*.wandb"), key=lambda file: file.stat().st_mtime_ns)
-        found = [read(file) for file in files]
-        if found[-1].exit_code is not None or time.monotonic() > deadline:
-            return found
-        time.sleep(0.05)
 
 
 def table(file: Path) -> list[dict[str, str]]:
@@ -162,13 +85,13 @@ def story(tmp_path_factory: pytest.TempPathFactory) -> Story:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(program, "evaluate", strict)
-        sweep = execute(folder, "-m", "logger=wandb", "trainer.max_epochs=1", "regularizer.lam=1.0,0.5", code=2)
+        sweep = finish(folder, "-m", "logger=wandb", "trainer.max_epochs=1", "regularizer.lam=1.0,0.5", code=2)
     job = sweep.folder / "0"
     (first,) = sent(job)
     (refused,) = sent(sweep.folder / "1")
     before = [(job / "wandb_id").read_text()]
     kept = {"rows": table(job / "metrics.csv"), "results": json.loads((job / "results.json").read_text())}
-    execute(folder, "logger=wandb", "regularizer.lam=1.0", f"hydra.run.dir={job}")  # two epochs
+    finish(folder, "logger=wandb", "regularizer.lam=1.0", f"hydra.run.dir={job}")  # two epochs
     _, continued = sent(job)
     return Story(
         sweep,
@@ -224,12 +147,11 @@ def test_the_history_is_what_stands_in_metrics_csv(story: Story) -> None:
 def test_the_summary_has_the_final_numbers(story: Story) -> None:
     summary, results = story.first.summary, story.results
     assert summary["metric"] == results["metric"]["value"] == story.sweep.values[0]
-    for row in results["accuracies"]:
-        if row["encoder"] == "trained":
-            assert summary["/".join((row["classifier"], row["fitted_on"], row["split"]))] == row["top1"]
-    for row in results["gaps"]:
-        if row["encoder"] == "trained":
-            assert summary["/".join((row["classifier"], row["fitted_on"], row["gap"]))] == row["points"]
+    records = Records.from_json(results)
+    for row in records.where("accuracy", encoder="trained"):
+        assert summary["/".join((str(row.classifier), row.fitted_on, row.split))] == row.value
+    for row in records.where("gap", encoder="trained"):
+        assert summary["/".join((str(row.classifier), row.fitted_on, f"{row.split} - {row.minus}"))] == row.value
     for name in ("images_per_second", "peak_memory_mb", "wall_time_s"):
         assert summary[name] == results[name]
     for name in ("loss", "online/knn"):
@@ -248,14 +170,14 @@ def test_pictures_are_logged(story: Story) -> None:
     assert np.array_equal(imread(shown), imread(story.folder / "figures" / file))
 
 
-@pytest.mark.parametrize("name", ["accuracies", "gaps", "strata_on_object"])
+@pytest.mark.parametrize("name", ["accuracy", "gap", "strata"])
 def test_final_tables_are_logged(name: str, story: Story) -> None:
-    rows = story.results["strata"]["shares"] if name == "strata_on_object" else story.results[name]
-    logged = next(row[name] for row in story.first.history if name in row)
+    rows = story.results["records"][name]
+    logged = next(row[f"records/{name}"] for row in story.first.history if f"records/{name}" in row)
     assert logged["_type"] == "table-file"
     content = json.loads((story.first.folder / "files" / logged["path"]).read_text())
-    assert content["columns"] == list(rows[0])
-    assert content["data"] == [list(row.values()) for row in rows]
+    assert content["columns"] == list(dict.fromkeys(key for row in rows for key in row))
+    assert content["data"] == [[row.get(key) for key in content["columns"]] for row in rows]
 
 
 def test_artifacts_stay_as_they_were(story: Story) -> None:
@@ -312,7 +234,7 @@ def wandb_logger(folder: Path, facts: About = FRESH, **changes: Any) -> WeightsA
 )
 def test_the_dashboard_learns_how_the_run_ended(error: BaseException | None, code: int, tmp_path: Path) -> None:
     logger = wandb_logger(tmp_path)
-    with pytest.raises(type(error)) if error else nullcontext(), closing(logger):
+    with pytest.raises(type(error)) if error else nullcontext(), closing([logger]):
         if error is not None:
             raise error
     (only,) = sent(tmp_path)
@@ -335,8 +257,8 @@ def test_only_the_first_rank_writes(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 def test_training_goes_on_where_wandb_cannot_write(tmp_path: Path) -> None:
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "wandb").write_text("a file, where W&B needs a folder")
-    few = ("regularizer=none", "evaluation=none", "trainer.max_epochs=1", "trainer.online_every_n_epochs=0")
-    done = execute(tmp_path, *few, "logger=wandb", "metric=loss")
+    few = ("regularizer=none", "evaluation=none", "trainer.max_epochs=1", "~callbacks.online")
+    done = finish(tmp_path, *few, "logger=wandb", "metric=loss")
     (line,) = done.complaints.splitlines()
     assert line.startswith("W&B cannot write (")
     assert line.endswith("; the run goes on without it.")
@@ -514,7 +436,7 @@ def test_wandb_is_imported_only_when_it_is_used(tmp_path: Path) -> None:
         "assert main(run, sys.argv[1:]) == 0\n"
         "assert 'wandb' not in sys.modules\n"
     )
-    few = ["regularizer=none", "evaluation=none", "trainer.max_epochs=1", "trainer.online_every_n_epochs=0"]
+    few = ["regularizer=none", "evaluation=none", "trainer.max_epochs=1", "~callbacks.online"]
     line = [
         sys.executable,
         "-c",
@@ -581,7 +503,7 @@ def scalars(found: EventAccumulator, name: str) -> list[tuple[int, float]]:
 
 def test_tensorboard_shows_curves_final_numbers_and_pictures(tmp_path: Path, story: Story) -> None:
     few = ("regularizer=none", "evaluation=none", "trainer.max_epochs=1")
-    done = execute(tmp_path, *few, "logger=tensorboard")
+    done = finish(tmp_path, *few, "logger=tensorboard")
     found = events(done.folder / "tensorboard")
     for name in ("loss", "lr", "online/knn"):
         rows = [row for row in table(done.folder / "metrics.csv") if row[name]]
@@ -596,10 +518,9 @@ def test_tensorboard_shows_curves_final_numbers_and_pictures(tmp_path: Path, sto
     picture = imread(story.folder / "figures" / "views.png")
     (shown,) = found.Images("views")
     assert (shown.height, shown.width) == picture.shape[:2]
-    results = json.loads((story.folder / "results.json").read_text())
-    row = next(row for row in results["accuracies"] if row["encoder"] == "trained")
-    name = "/".join((row["classifier"], row["fitted_on"], row["split"]))
-    assert scalars(found, f"final/{name}") == [(0, pytest.approx(row["top1"]))]
+    row = Outcome.load(story.folder).records.where("accuracy", encoder="trained")[0]
+    name = "/".join((str(row.classifier), row.fitted_on, row.split))
+    assert scalars(found, f"final/{name}") == [(0, pytest.approx(row.value))]
 
 
 def test_tensorboard_forgets_what_a_continued_run_repeats(tmp_path: Path) -> None:

@@ -1,25 +1,30 @@
 """The training loop: what moves, when, and that nothing else does."""
 
+import csv
 import itertools
+from pathlib import Path
 from typing import Any
 
 import pytest
 import pytorch_lightning as pl
 import torch
-from ranks import Ranks
-from tiny import AfterBatch, trained
+from pytorch_lightning.loggers import CSVLogger
+from support.ranks import Ranks
+from support.tiny import AfterBatch, trained
 from torch import Tensor, nn
 from torch.nn.functional import cosine_similarity
 
 from icl_msr.core.distributed import rank, world_size
 from icl_msr.core.views import Views
 from icl_msr.losses.contrastive import unit
-from icl_msr.methods import Method, MoCo, Step, Targets
+from icl_msr.methods import Method, MoCo, Output, SimCLR, Step, Targets
 from icl_msr.methods.base import Pair
-from icl_msr.regularizers import MetaSemanticRegularizer
+from icl_msr.negatives import PatchNegatives
+from icl_msr.regularizers import MetaSemanticRegularizer, Pass
 from icl_msr.regularizers.bilevel import meta_pass, norm
-from icl_msr.training import module as pretraining
-from icl_msr.training.module import Batch, Pretraining, similarities
+from icl_msr.training import monitors
+from icl_msr.training.module import Pretraining
+from icl_msr.training.monitors import similarities
 
 State = dict[str, Tensor]
 DROPOUT = ("backbone=timm", "backbone.name=test_vit", "+backbone.options.proj_drop_rate=0.5")
@@ -38,7 +43,7 @@ def equal(first: State, second: State) -> bool:
 
 
 def regularizer_of(module: Pretraining) -> MetaSemanticRegularizer:
-    assert module.regularizer is not None
+    assert isinstance(module.regularizer, MetaSemanticRegularizer)
     return module.regularizer
 
 
@@ -47,7 +52,7 @@ class Meta(pl.Callback):
 
     def __init__(self) -> None:
         self.calls: list[dict[str, Any]] = []
-        self.micro_batches: list[Batch] = []
+        self.micro_batches: list[Pass] = []
         """Those before the one that makes the step."""
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
@@ -69,7 +74,7 @@ class Meta(pl.Callback):
                 with meta_pass(method, torch.device("cpu")):
                     parts = [
                         regularizer.inner_gradient(method, batch.views, batch.targets, batch.step)
-                        for batch in [*self.micro_batches, pl_module.batch]
+                        for batch in [*self.micro_batches, pl_module.latest]
                     ]
                 call["expected"] = {name: sum(part[name] for part in parts) / len(parts) for name in inner}
             before = state(method)
@@ -82,7 +87,7 @@ class Meta(pl.Callback):
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Any, *_: Any) -> None:
         if trainer.fit_loop._should_accumulate():
-            self.micro_batches.append(pl_module.batch)
+            self.micro_batches.append(pl_module.latest)
 
 
 @pytest.fixture
@@ -131,7 +136,7 @@ def test_negatives_change_the_loss(method: str) -> None:
 
 def test_alpha_follows_its_schedule() -> None:
     """2 epochs of 2 batches: the loss sees 0, 1/4, 2/4, 3/4 of alpha."""
-    look = AfterBatch(lambda module: module.batch.targets.negatives if module.batch else None)
+    look = AfterBatch(lambda module: module.latest.targets.negatives if module.latest else None)
     words = ("method=moco", "regularizer=msr", "negatives=patch", "negatives.alpha_schedule=linear")
     trained(*words, callbacks=[look], max_epochs=2)
     assert [(seen.alpha, seen.repulsion) for seen in look.seen] == [(2.0 * k / 4, 0.25 * k / 4) for k in range(4)]
@@ -155,7 +160,7 @@ def draw_pairs(n: int, bank: int | None, first: int = 0) -> tuple[list[Pair], li
 def test_similarities_are_those_of_each_anchor(bank: int | None, anchors: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Anchor by anchor, and other by other; of the first ones alone where all would be too many."""
     n = 120
-    monkeypatch.setattr(pretraining, "CHUNK", anchors * (bank or n))
+    monkeypatch.setattr(monitors, "CHUNK", anchors * (bank or n))
     pairs, own = draw_pairs(n, bank)
     expected: dict[str, list[float]] = {"own": [], "positive": [], "others": [], "hardest": []}
     for pair, negatives in zip(pairs, own, strict=True):
@@ -167,14 +172,14 @@ def test_similarities_are_those_of_each_anchor(bank: int | None, anchors: int, m
             expected["others"] += cosines
             expected["hardest"] += cosines[-2 if bank is None else -3 :]  # of 119 or of 250
     found = similarities(pairs, own)
-    assert found.keys() == expected.keys()
+    assert found.keys() == {f"negatives/similarity_{name}" for name in expected}
     for name, values in expected.items():
-        assert float(found[name]) == pytest.approx(sum(values) / len(values), abs=1e-12)
+        assert float(found[f"negatives/similarity_{name}"]) == pytest.approx(sum(values) / len(values), abs=1e-12)
 
 
 def similarities_here(bank: int | None, anchors: int, first: int = 0) -> dict[str, Tensor]:
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(pretraining, "CHUNK", anchors * (bank or 120))
+        patched.setattr(monitors, "CHUNK", anchors * (bank or 120))
         return similarities(*draw_pairs(120, bank, first))
 
 
@@ -230,18 +235,18 @@ def test_momentum_encoders_follow_each_optimizer_step(method: str, start: AfterB
 def test_the_queue_takes_in_every_micro_batch() -> None:
     def look(module: Pretraining) -> tuple[int, int, Tensor]:
         assert isinstance(module.method, MoCo)
-        assert module.batch is not None
         queue = module.method.queue
         return module.global_step, int(queue.position), queue.keys[:24].clone()
 
-    seen = AfterBatch(look)  # called before the module's own callback, which pushes
+    seen = AfterBatch(look)
     words = ("method=moco", "regularizer=none", "trainer.accumulate_grad_batches=2")
     module, _ = trained(*words, callbacks=[seen], limit_train_batches=4)
-    assert [(step, position) for step, position, _ in seen.seen] == [(0, 0), (1, 8), (1, 16), (2, 24)]
+    # At a step, callbacks see the queue with the batch, since some of them write a checkpoint.
+    assert [(step, position) for step, position, _ in seen.seen] == [(0, 0), (1, 16), (1, 16), (2, 32)]
     assert isinstance(module.method, MoCo)
-    assert module.batch is not None
+    assert module.latest is not None
     assert int(module.method.queue.position) == 32
-    torch.testing.assert_close(module.method.queue.keys[24:32], unit(module.batch.targets.embeddings[0]))
+    torch.testing.assert_close(module.method.queue.keys[24:32], unit(module.latest.targets.embeddings[0]))
 
 
 def test_strata_move_at_their_due_steps_only() -> None:
@@ -274,7 +279,7 @@ def test_the_meta_step_is_handed_the_ordinary_gradient(method: str, accumulated:
 
 def test_the_per_epoch_schedule_moves_the_strata_alone(start: AfterBatch) -> None:
     meta = Meta()
-    indices = AfterBatch(lambda module: module.batch and module.batch.views.index)
+    indices = AfterBatch(lambda module: module.latest and module.latest.views.index)
     counts = AfterBatch(lambda module: module.global_step)
     before = AfterBatch(lambda module: (state(module.method), state(module.regularizer)))
     module, trainer = trained(
@@ -300,7 +305,7 @@ def test_the_per_epoch_schedule_moves_the_strata_alone(start: AfterBatch) -> Non
 
 def test_the_learning_rate_follows_the_optimizer_steps() -> None:
     look = AfterBatch(lambda module: module.learning_rate())
-    words = ("optimizer.lr=1.0", "optimizer.scale_lr=linear", "optimizer.name=sgd", "optimizer.warmup_steps=2")
+    words = ("optimizer=sgd", "optimizer.lr=1.0", "schedule.scale_lr=linear", "schedule.warmup_steps=2")
     more = ("method=simclr", "regularizer=none", "trainer.accumulate_grad_batches=2")
     trained(*words, *more, callbacks=[look], limit_train_batches=4, max_epochs=2)
     effective = 16 / 256
@@ -335,3 +340,49 @@ def test_mixed_precision_takes_steps() -> None:
     assert float(trainer.callback_metrics["loss"]) > 0
     assert all(call["method stays"] for call in meta.calls)
     assert {p.dtype for p in module.parameters()} == {torch.float32}
+
+
+# ---------------------------------------------------------------------------------------------- numbers for the log
+
+
+@pytest.fixture
+def talkative(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """A method and a generator of negatives with a number each. Returns who was asked for it, in order."""
+    asked: list[str] = []
+    plain = PatchNegatives.__call__
+
+    def of_method(self: SimCLR, output: Output, targets: Targets) -> dict[str, Tensor]:
+        asked.append("method")
+        assert not torch.is_grad_enabled()
+        return {"simclr/length": output.embeddings[0].norm(dim=1).mean()}
+
+    def of_generator(self: PatchNegatives, query: Tensor, keys: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        rows = plain(self, query, keys)
+        return rows, {"negatives/brightness": rows.mean()}
+
+    monkeypatch.setattr(SimCLR, "log", of_method)
+    monkeypatch.setattr(PatchNegatives, "__call__", of_generator)
+    return asked
+
+
+def test_numbers_of_a_method_and_of_a_generator_are_logged(talkative: list[str], tmp_path: Path) -> None:
+    """With no other file touched, they reach the loggers; the regularizer's repeated passes ask for none."""
+    logger = CSVLogger(tmp_path)
+    words = ("method=simclr", "negatives=patch", "regularizer.every=1", "regularizer.mode=exact")
+    module, _ = trained(*words, limit_train_batches=4, log_every_n_steps=2, logger=logger)
+    assert talkative == ["method", "method"]
+    logger.save()
+    with Path(logger.log_dir, "metrics.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [row["step"] for row in rows if row["simclr/length"]] == ["1", "3"]
+    assert module.latest is not None
+    views = module.latest.views
+    assert views.negatives is not None
+    assert float(rows[-1]["negatives/brightness"]) == pytest.approx(float(views.negatives.rows.mean()), rel=1e-5)
+
+
+def test_logging_changes_nothing(talkative: list[str]) -> None:
+    words = ("method=simclr", "negatives=patch", "regularizer.every=1")
+    often, never = (trained(*words, limit_train_batches=4, log_every_n_steps=n)[0] for n in (1, 0))
+    assert equal(state(often), state(never))
+    assert len(talkative) == 4

@@ -7,7 +7,7 @@ import pytest
 import pytorch_lightning as pl
 import torch
 import torch.nn.functional as F
-from tiny import AfterBatch, dataset, trained
+from support.tiny import AfterBatch, dataset, trained
 
 from icl_msr.data.dataset import ArraySplit, Dataset
 from icl_msr.evaluation.features import extract
@@ -18,7 +18,9 @@ WORDS = ("method=simclr", "regularizer.every=1")
 
 
 def online(data: Dataset | None = None, **keys: Any) -> OnlineEvaluation:
-    return OnlineEvaluation(data or dataset(), 128, **{"every_n_epochs": 1, "seed": 0, **keys})
+    return OnlineEvaluation(
+        data or dataset(), 128, **{"every_n_epochs": 1, "seed": 0, "bank": 4000, "queries": 1000, **keys}
+    )
 
 
 def relabelled(change: dict[int, int]) -> Dataset:
@@ -89,7 +91,7 @@ def test_every_few_epochs_and_at_the_end(every: int, expected: list[int]) -> Non
             seen.append(module.current_epoch)
             return super()._features(module, index)
 
-    callbacks: list[pl.Callback] = [Watch(dataset(), 128, every_n_epochs=every, seed=0)]
+    callbacks: list[pl.Callback] = [Watch(dataset(), 128, every_n_epochs=every, seed=0, bank=4000, queries=1000)]
     trained("method=simclr", "regularizer=none", callbacks=callbacks, max_epochs=3, limit_train_batches=1)
     assert seen == expected
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import pytorch_lightning as pl
-from tiny import AfterBatch, trained
+from support.tiny import AfterBatch, trained
 
 from icl_msr.training.progress import EpochLines, Throughput
 

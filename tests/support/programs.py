@@ -50,19 +50,19 @@ class Programs:
     def __init__(self, folder: Path):
         self.folder, self.mark, self.count = folder, secrets.token_hex(8), 0
 
-    def start(self, *words: str, module: str = "icl_msr.run", **environment: str) -> Program:
-        """`python -m icl_msr.run <words>`."""
+    def start(self, *words: str, module: str = "icl_msr.run", out: int | None = None, **environment: str) -> Program:
+        """`python -m icl_msr.run <words>`, its output in a file unless it goes elsewhere."""
         self.count += 1
         where = self.folder / f"program-{self.count}"
         where.mkdir(parents=True)
         ours = {**clean_environment(), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PROGRAMS": self.mark}
-        with (where / "out").open("wb") as out, (where / "err").open("wb") as err:
+        with (where / "out").open("wb") as file, (where / "err").open("wb") as err:
             process = subprocess.Popen(
                 [sys.executable, "-m", module, *words],
                 env={**ours, **environment},
                 cwd=self.folder,
                 stdin=subprocess.DEVNULL,
-                stdout=out,
+                stdout=file if out is None else out,
                 stderr=err,
                 start_new_session=True,
             )

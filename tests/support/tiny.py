@@ -1,5 +1,6 @@
 """A run so small that a test can afford it, composed and built as the program does."""
 
+import copy
 from collections.abc import Callable
 from functools import cache
 from typing import Any
@@ -10,17 +11,23 @@ from hydra.core.global_hydra import GlobalHydra
 from omegaconf import DictConfig
 from pytorch_lightning.callbacks import Checkpoint
 
+from icl_msr.cli.assemble import make_optimization
 from icl_msr.core.config import Settings, build, check, config_dir
 from icl_msr.data.dataset import Dataset
 from icl_msr.training.datamodule import DataModule
 from icl_msr.training.module import Pretraining
 
 DATA = ["dataset.train=64", "dataset.test=16", "dataset.balanced=16", "dataset.cache=null"]
-MODEL = ["loader.batch_size=8", "method.hidden_dim=16", "method.embedding_dim=8", "optimizer.warmup_steps=0"]
+MODEL = ["loader.batch_size=8", "method.hidden_dim=16", "method.embedding_dim=8", "schedule.warmup_steps=0"]
 
 
 def composed(*words: str) -> DictConfig:
-    """The config that a command line gives."""
+    """Return the config that a command line gives; to change at will."""
+    return copy.deepcopy(_composed(words))
+
+
+@cache
+def _composed(words: tuple[str, ...]) -> DictConfig:
     GlobalHydra.instance().clear()
     with initialize_config_dir(str(config_dir()), version_base="1.3"):
         return compose("config", overrides=list(words))
@@ -38,12 +45,12 @@ def pieces(*words: str, data: Dataset | None = None) -> tuple[Settings, Pretrain
     settings = check(composed(*DATA, *MODEL, *words))
     pl.seed_everything(settings.seed, verbose=False)
     data = data or dataset()
-    backbone = build(settings.backbone, data.image_size)
-    method = build(settings.method, backbone, len(data.classes), data.mean, data.std)
+    backbone = build(settings.backbone, image_size=data.image_size)
+    method = build(settings.method, backbone=backbone, classes=len(data.classes), mean=data.mean, std=data.std)
     module = Pretraining(
         method,
-        build(settings.regularizer, method.channels, method.temperature),
-        build(settings.optimizer),
+        build(settings.regularizer, channels=method.channels, method_temperature=method.temperature),
+        make_optimization(settings),
         seed=settings.seed,
         batch_size=settings.loader.batch_size,
     )
@@ -62,11 +69,11 @@ def trained(
         accelerator="cpu",
         max_epochs=keys.pop("max_epochs", 1),
         limit_train_batches=keys.pop("limit_train_batches", 2),
-        accumulate_grad_batches=settings.trainer.accumulate_grad_batches,
-        gradient_clip_val=settings.trainer.gradient_clip_val,
+        accumulate_grad_batches=settings.trainer["accumulate_grad_batches"],
+        gradient_clip_val=settings.trainer["gradient_clip_val"],
         log_every_n_steps=keys.pop("log_every_n_steps", 1),
         callbacks=callbacks,
-        logger=False,
+        logger=keys.pop("logger", False),
         enable_checkpointing=any(isinstance(callback, Checkpoint) for callback in callbacks or []),
         enable_progress_bar=False,
         enable_model_summary=False,

@@ -6,7 +6,6 @@ from typing import Any
 import pytest
 import torch
 from omegaconf import OmegaConf
-from tiny import composed
 from torch import nn
 
 from icl_msr.core.config import build, config_dir
@@ -14,8 +13,12 @@ from icl_msr.core.views import NonSemantic, Views
 from icl_msr.methods import Method
 from icl_msr.models.backbones import Backbone
 from icl_msr.regularizers import MetaSemanticRegularizer
+from support.tiny import composed
 
 METHODS = sorted(file.stem for file in (config_dir() / "method").glob("*.yaml"))
+
+FACTS: dict[str, Any] = {"classes": 3, "mean": (0.5, 0.5, 0.5), "std": (0.25, 0.25, 0.25)}
+"""What a method is told of the data."""
 
 SMALL: dict[str, Any] = {
     "hidden_dim": 12,
@@ -97,7 +100,7 @@ def method_config(name: str) -> dict[str, Any]:
 
 def make_method(name: str, *, seed: int = 0, dtype: torch.dtype = torch.float64, **keys: Any) -> Method:
     torch.manual_seed(seed)
-    method: Method = build({**method_config(name), **keys}, SmoothBackbone(), 3, (0.5, 0.5, 0.5), (0.25, 0.25, 0.25))
+    method: Method = build({**method_config(name), **keys}, backbone=SmoothBackbone(), **FACTS)
     return smooth(method).to(dtype).train()  # type: ignore[return-value]
 
 

@@ -1,14 +1,12 @@
-"""A pool of gloo processes that lives as long as a test file and cannot hang it."""
+"""A pool of gloo processes that cannot hang a test."""
 
 import pickle
-import sys
 import time
 import traceback
 import warnings
 from collections.abc import Callable
 from datetime import timedelta
 from multiprocessing.connection import Connection
-from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
@@ -77,7 +75,6 @@ class Ranks:
 
 
 def _serve(rank: int, size: int, store: str, connection: Connection) -> None:
-    sys.path.insert(0, str(Path(__file__).parent))
     torch.set_num_threads(1)
     warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated")
     dist.init_process_group("gloo", init_method=store, rank=rank, world_size=size, timeout=timedelta(minutes=5))

@@ -1,0 +1,40 @@
+"""How every benchmark takes its time: rounds that alternate in one process, so that a busy machine slows all alike."""
+
+import time
+from collections.abc import Callable, Mapping
+
+import torch
+
+Work = Mapping[str, Callable[[], object]]
+
+
+def alternate(
+    work: Work, *, rounds: int, limit: float = 60.0, device: torch.device | None = None
+) -> dict[str, list[float]]:
+    """Return the seconds of each piece of work, one value a round; a first round that warms up is left out.
+
+    Args:
+        work: what to time, by name.
+        rounds: most rounds.
+        limit: seconds after which no further round begins; there is always one.
+        device: where the work ends; a GPU is waited for.
+    """
+    seconds: dict[str, list[float]] = {name: [] for name in work}
+    began = time.perf_counter()
+    for round_ in range(rounds + 1):
+        if round_ > 1 and time.perf_counter() - began > limit:
+            break
+        for name, call in work.items():
+            taken = stopwatch(call, device)
+            if round_:
+                seconds[name].append(taken)
+    return seconds
+
+
+def stopwatch(call: Callable[[], object], device: torch.device | None = None) -> float:
+    """Return the seconds of one call."""
+    start = time.perf_counter()
+    call()
+    if device is not None and device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter() - start

@@ -1,0 +1,205 @@
+"""The evaluation of any encoder on any data set, here or in a process for each device."""
+
+import os
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+from omegaconf import OmegaConf
+from rich.console import Console
+
+from icl_msr.cli.conclude import conclude, image_facts, provenance
+from icl_msr.cli.order import Order
+from icl_msr.cli.processes import require_processes, run_ranks
+from icl_msr.core.config import build
+from icl_msr.core.errors import UserError
+from icl_msr.core.folder import RunFolder
+from icl_msr.core.ranks import is_first, is_rank
+from icl_msr.core.records import TRAINED, Outcome
+from icl_msr.core.storage import atomic_write
+from icl_msr.data.dataset import Dataset
+from icl_msr.evaluation.cache import FeatureCache, encoder_identity
+from icl_msr.evaluation.pictures import Scene
+from icl_msr.evaluation.suite import Evaluation, Results
+from icl_msr.models import foreign
+from icl_msr.models.backbones import Backbone
+from icl_msr.training.hardware import Plan
+
+HALF = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
+
+
+def carry_out(order: Order, words: Sequence[str]) -> int:
+    """Evaluates here, or in a process for each device; returns the exit code.
+
+    Raises:
+        UserError: the processes cannot be had; see `evaluate`.
+    """
+    plan: Plan = build(order.settings.hardware).plan()
+    require_processes(plan)
+    if plan.world_size == 1:
+        evaluate(order, words, plan)
+        return 0
+    if not is_rank():
+        require_writable(order.to)
+        order.to.mkdir(parents=True, exist_ok=True)
+        given = [word for word in words if not word.startswith("to=")]
+        return run_ranks(plan.world_size, [*given, f"to={order.to}"], order.to, "icl_msr.evaluate")
+    if plan.accelerator == "gpu":
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    torch.distributed.init_process_group("nccl" if plan.accelerator == "gpu" else "gloo")
+    try:
+        evaluate(order, words, plan)
+    finally:
+        torch.distributed.destroy_process_group()
+    return 0
+
+
+def evaluate(order: Order, words: Sequence[str], plan: Plan) -> None:
+    """Measures, writes and prints; ranks share the features, and the first writes and speaks.
+
+    Raises:
+        UserError: the data, the encoder or an evaluation do not fit, or a file cannot be read or written.
+    """
+    # A pipe or a log file has no width of its own, and the tables of several evaluations need room.
+    width = None if sys.stdout.isatty() else 160
+    console = Console(highlight=False, soft_wrap=True, quiet=not is_first(), width=width)
+    began = time.perf_counter()
+    subject, settings = order.subject, order.settings
+    require_writable(order.to)
+    evaluations = [build(node) for node in settings.evaluation.values()]
+    extractor = FeatureCache(order.cache, HALF.get(plan.precision))
+    dataset = build(settings.dataset)
+    if not isinstance(dataset, Dataset):
+        raise UserError(f"{settings.dataset['_target_']} gives {type(dataset).__name__}, and a Dataset is needed.")
+    dataset = dataset.evaluated
+    for evaluation in evaluations:
+        evaluation.names(dataset)
+    encoder = subject.fitting(dataset.image_size, settings.seed)
+    for evaluation in evaluations:
+        if isinstance(evaluation, Evaluation):
+            evaluation.require(encoder)
+    # The encoder is fed as it was trained, whatever the data set's own statistics are.
+    dataset = replace(dataset, mean=_triple(subject.mean), std=_triple(subject.std))
+    untrained = None if subject.random else foreign.untrained_copy(encoder, settings.seed)
+    console.print(f"[bold]{subject.name}[/bold] on {dataset.name}, {plan}")
+    if subject.image_size not in (None, dataset.image_size):
+        console.print(
+            f"It is made for {subject.image_size} pixels and is shown {dataset.image_size} (dataset.image_size).",
+            style="yellow",
+        )
+    results = Results()
+    for evaluation in evaluations:
+        found = evaluation(
+            encoder,
+            dataset,
+            device=plan.device,
+            seed=settings.seed,
+            untrained_encoder=untrained,
+            extractor=extractor,
+        )
+        results.join(found)
+    if not is_first():
+        return
+    try:
+        write(order, words, plan, dataset, encoder, results, time.perf_counter() - began, console)
+    except OSError as error:
+        raise UserError(f"{order.to} cannot be written ({error.strerror}); give another folder, to=FOLDER.") from error
+
+
+def _triple(values: Sequence[float]) -> tuple[float, float, float]:
+    red, green, blue = values
+    return red, green, blue
+
+
+def require_writable(folder: Path) -> None:
+    """Before anything is measured; leaves no trace.
+
+    Raises:
+        UserError: the folder cannot be made or written.
+    """
+    made = [path for path in (folder, *folder.parents) if not path.exists()]
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / ".try").touch()
+        (folder / ".try").unlink()
+    except OSError as error:
+        raise UserError(f"{folder} cannot be written ({error.strerror}); give another folder, to=FOLDER.") from None
+    finally:
+        for path in made:
+            if path.is_dir():
+                path.rmdir()
+
+
+def write(
+    order: Order,
+    words: Sequence[str],
+    plan: Plan,
+    dataset: Dataset,
+    encoder: Backbone,
+    results: Results,
+    seconds: float,
+    console: Console,
+) -> None:
+    """Write the files of a run that an evaluation has, and end as a run does."""
+    subject, settings = order.subject, order.settings
+    folder = RunFolder(order.to)
+    folder.path.mkdir(parents=True, exist_ok=True)
+    choices = labels(order, dataset)
+    trained = subject.recorded or {"encoder": subject.source}
+    about = {
+        "name": f"{subject.name} on {dataset.name}",
+        "command": " ".join(["python -m icl_msr.evaluate", *words]),
+        "encoder": {"source": subject.source, "identity": encoder_identity(encoder), "python": encoder.load},
+        "images": image_facts(dataset),
+        "choices": choices,
+        **provenance(plan),
+        "finished": datetime.now(UTC).isoformat(timespec="seconds"),
+    }
+    folder.write_facts(about)
+    results.save(folder.path)
+    atomic_write(folder.config, OmegaConf.to_yaml(OmegaConf.create(_config(order, trained))))
+    outcome = Outcome(
+        name=about["name"],
+        choices=choices,
+        seed=int(trained.get("seed", settings.seed)),
+        evaluation_seed=settings.seed,
+        encoder=subject.source,
+        train_on=(subject.config or {}).get("dataset", {}).get("train_on", "full"),
+        classes=list(dataset.classes),
+        chance=dataset.chance,
+        parameters=sum(p.numel() for p in encoder.parameters()),
+        wall_time_s=seconds,
+        records=results.records,
+    )
+    conclude(folder, outcome, Scene(dataset, results.features.get(TRAINED, {})), [], console)
+
+
+def _config(order: Order, trained: Mapping[str, Any]) -> dict[str, Any]:
+    """The config of the run that trained the encoder, with the data set and the evaluations of this command."""
+    subject, settings = order.subject, order.settings
+    config = {**trained, "dataset": settings.dataset, "evaluation": settings.evaluation}
+    config |= {"checkpoint": subject.checkpoint} if subject.checkpoint else {}
+    if subject.config is None:
+        config["seed"] = settings.seed
+    elif settings.seed != trained.get("seed"):
+        config["evaluation_seed"] = settings.seed
+    return config
+
+
+def labels(order: Order, dataset: Dataset) -> dict[str, str]:
+    """What tells this evaluation from others in a table: the choices of the run that trained the encoder, the data set
+    that it was measured on, by the folder's name where the choice is no name of one, and the evaluation.
+    """
+    subject = order.subject
+    choices = {"encoder": subject.name} if subject.config is None else dict(subject.choices or {})
+    measured_on = order.choices["dataset"]
+    if not order.own_data and measured_on in ("imagefolder", "arrays"):
+        measured_on = f"{measured_on} {dataset.name}"
+    if subject.config is not None and not order.own_data:
+        choices["pretrained_on"] = choices.get("dataset", "")
+    return {**choices, **order.choices, "dataset": measured_on}

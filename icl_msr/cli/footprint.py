@@ -1,0 +1,63 @@
+"""The folders that a command makes: a new one belongs to nobody else, and a refused command leaves none behind."""
+
+from contextlib import suppress
+from itertools import count
+from pathlib import Path
+from typing import Any, ClassVar
+
+from hydra.experimental.callback import Callback
+from omegaconf import DictConfig
+
+from icl_msr.core.compose import known_to_hydra
+
+
+class Footprint(Callback):
+    """Note which folders a command makes for its output, so that a refused one leaves none."""
+
+    made: ClassVar[list[Path]] = []
+
+    def on_run_start(self, config: DictConfig, **_: Any) -> None:
+        """Before Hydra makes the folder of a run."""
+        with known_to_hydra(config):
+            self.note(Path(str(config.hydra.run.dir)))
+
+    def on_multirun_start(self, config: DictConfig, **_: Any) -> None:
+        """Before Hydra makes the folder of a sweep."""
+        self.note(Path(str(config.hydra.sweep.dir)))
+
+    @classmethod
+    def note(cls, folder: Path) -> None:
+        """Remember `folder` and those around it that are not there yet."""
+        folder = folder.absolute()
+        cls.made += [path for path in (folder, *folder.parents) if not path.exists()]
+
+    @classmethod
+    def erase(cls) -> None:
+        """Remove the folders again, unless there is more in them than the record of a sweep without jobs."""
+        for folder in sorted(set(cls.made), key=lambda path: len(path.parts), reverse=True):
+            if folder.is_dir() and {path.name for path in folder.iterdir()} <= {"sweep.json", "multirun.yaml"}:
+                for record in folder.iterdir():
+                    record.unlink()
+                with suppress(OSError):
+                    folder.rmdir()
+
+
+def new_folder(path: str) -> str:
+    """Make a folder that no other process has, `path` or `path-2` and so on, and return its name.
+
+    Names hold the time in seconds, and two commands may start in the same second.
+    """
+    for number in count(1):
+        folder = Path(path if number == 1 else f"{path}-{number}")
+        Footprint.note(folder)
+        try:
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            folder.mkdir()
+        except FileExistsError:
+            if not folder.parent.is_dir():
+                break
+        except OSError:
+            break
+        else:
+            return str(folder)
+    return path  # it cannot be made, and Hydra, which tries again, says why

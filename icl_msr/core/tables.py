@@ -1,0 +1,178 @@
+"""A table as data, and how it is written for people and for programs."""
+
+import csv
+import io
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from html import escape
+from textwrap import wrap
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from rich.table import Table as RichTable
+
+NOTHING = "–"
+"""The text of a cell without a value."""
+
+
+@dataclass(frozen=True)
+class Column:
+    """The head of a column."""
+
+    head: str
+    detail: str = ""
+    """Said beneath the head, smaller."""
+    hint: str = ""
+    """Said there too, on a page, which has room for it."""
+    words: bool = False
+    """Whether the cells are words, which stand on the left; numbers stand on the right."""
+    prose: bool = False
+    """Whether these are so many words that lines break."""
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One cell."""
+
+    text: str = NOTHING
+    value: Any = None
+    """What a program gets: the number before it was rounded."""
+    detail: str = ""
+    """Said beneath the text, smaller: an interval."""
+    margin: str = ""
+    """Said behind the text where nothing can stand beneath it."""
+    strong: bool = False
+    heat: float | None = None
+    """How much of the colour the cell has, in [0, 1]."""
+    link: str = ""
+
+    @property
+    def line(self) -> str:
+        """The text and what stands behind it."""
+        return f"{self.text} {self.margin}".rstrip()
+
+
+@dataclass(frozen=True)
+class Line:
+    """One line."""
+
+    cells: Sequence[Cell]
+    faint: bool = False
+    """Whether it is there for comparison only."""
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table."""
+
+    name: str
+    title: str
+    columns: Sequence[Column]
+    lines: Sequence[Line]
+    note: str = ""
+    about: str = ""
+    folded: bool = False
+
+    @classmethod
+    def of(cls, name: str, rows: Iterable[Mapping[str, Any]]) -> "Table":
+        """Make a table of flat rows, as they are; a row may lack a column."""
+        rows = list(rows)
+        heads = list(dict.fromkeys(head for row in rows for head in row))
+        lines = [Line([Cell(str(row.get(head, "")), row.get(head)) for head in heads]) for row in rows]
+        return cls(name, name, [Column(head) for head in heads], lines)
+
+    @property
+    def data(self) -> list[list[Any]]:
+        """The values, line by line."""
+        return [[cell.value for cell in line.cells] for line in self.lines]
+
+    @property
+    def heads(self) -> list[str]:
+        """The heads of the columns, with their details."""
+        return [f"{column.head} ({column.detail})" if column.detail else column.head for column in self.columns]
+
+    def rich(self, *, roomy: bool = False) -> "RichTable":
+        """Make the table of a terminal; `roomy` puts two spaces between columns, in place of one."""
+        from rich.table import Table as RichTable
+        from rich.text import Text
+
+        title = Text(f"\n{self.title}" if self.title else "", "italic")
+        table = RichTable(title=title, title_justify="left", box=None, padding=(0, 2 if roomy else 1, 0, 0))
+        for column in self.columns:
+            words = column.head.replace("_", "\n").splitlines()
+            head = Text("\n".join(words if column.words else (line for word in words for line in wrap(word, 12))))
+            if column.detail:
+                head += Text("\n" + column.detail.replace(", ", "\n"), "dim not bold")
+            fixed = not (roomy or column.prose)
+            table.add_column(head, justify="left" if column.words else "right", overflow="fold", no_wrap=fixed)
+        for line in self.lines:
+            cells = [Text(cell.line, "bold" if cell.strong else "") for cell in line.cells]
+            table.add_row(*cells, style="dim" if line.faint else None)
+        return table
+
+    def html(self) -> str:
+        """Write the table for a page; `name` is its class."""
+        kinds = [' class="text"' if column.words else "" for column in self.columns]
+        heads = [
+            f"<th{kind}>{escape(column.head)}{_small(column.detail or column.hint)}</th>"
+            for kind, column in zip(kinds, self.columns, strict=True)
+        ]
+        lines, before = [], ""
+        for line in self.lines:
+            again, before = line.cells[0].text == before, line.cells[0].text
+            cells = [_html(cell, column) for cell, column in zip(line.cells, self.columns, strict=True)]
+            if again:
+                cells[0] = f'<td class="text again">{escape(before)}</td>'
+            lines.append(('<tr class="faint">' if line.faint else "<tr>") + "".join(cells) + "</tr>")
+        body = "\n".join(lines)
+        return (
+            f'<div class="box"><table class="{escape(self.name)}">\n<thead><tr>{"".join(heads)}</tr></thead>\n'
+            f"<tbody>\n{body}\n</tbody>\n</table></div>"
+        )
+
+    def markdown(self) -> str:
+        """Write the table with its title and its note."""
+        rule = ["---" if column.words else "---:" for column in self.columns]
+        body = [[f"**{c.line}**" if c.strong else c.line for c in line.cells] for line in self.lines]
+        escaped = ([text.replace("|", "\\|") for text in row] for row in [self.heads, rule, *body])
+        lines = [f"| {' | '.join(row)} |" for row in escaped]
+        return "\n\n".join(filter(None, (f"### {self.title}", "\n".join(lines), self.note)))
+
+    def latex(self, caption: str) -> str:
+        """Write an environment with booktabs."""
+        body = [
+            [rf"\textbf{{{_latex(cell.line)}}}" if cell.strong else _latex(cell.line) for cell in line.cells]
+            for line in self.lines
+        ]
+        head, *lines = (" & ".join(row) + r" \\" for row in [[_latex(name) for name in self.heads], *body])
+        columns = "".join("l" if column.words else "r" for column in self.columns)
+        opening = [r"\begin{table}", rf"\caption{{{_latex(caption)}}}", rf"\begin{{tabular}}{{{columns}}}", r"\toprule"]
+        return "\n".join([*opening, head, r"\midrule", *lines, r"\bottomrule", r"\end{tabular}", r"\end{table}"])
+
+    def csv(self) -> str:
+        """Write the values."""
+        content = io.StringIO()
+        csv.writer(content, lineterminator="\n").writerows([self.heads, *self.data])
+        return content.getvalue()
+
+
+def _small(text: str) -> str:
+    return f"<small>{escape(text)}</small>" if text else ""
+
+
+def _html(cell: Cell, column: Column) -> str:
+    classes = [*(["text"] if column.words else []), *(["best"] if cell.strong else [])]
+    style = ""
+    if cell.heat is not None:
+        classes.append("heat")
+        style = f' style="--heat: {46 * cell.heat:.1f}%"'
+    text = f'<a href="{escape(cell.link)}">{escape(cell.text)}</a>' if cell.link else escape(cell.text)
+    kind = f' class="{joined}"' if (joined := " ".join(classes)) else ""
+    return f"<td{kind}{style}>{text}{_small(cell.detail)}</td>"
+
+
+def _latex(text: str) -> str:
+    special = {c: f"\\{c}" for c in "&%$#_{}"}
+    special |= {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}"}
+    special |= {"±": r"$\pm$", "−": "$-$", "–": "--", "·": r"$\cdot$"}
+    return "".join(special.get(character, character) for character in text)

@@ -1,0 +1,157 @@
+"""Which classes a data set has, and the classes of images that lie in no class folder: what published files say."""
+
+import csv
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from unicodedata import normalize
+
+import torch
+from torch import Tensor
+
+from icl_msr.core.config import suggestion
+from icl_msr.core.errors import UserError
+from icl_msr.data.listing import Listing
+
+LISTS = Path(__file__).parent / "lists"
+"""The class lists that come with the package."""
+
+_DEVKIT = "ILSVRC2012_validation_ground_truth.txt"
+_PUBLISHED = ("LOC_val_solution.csv", _DEVKIT, f"data/{_DEVKIT}", f"ILSVRC2012_devkit_t12/data/{_DEVKIT}")
+
+
+def listed_classes(classes: str | list[str] | None, base: Path) -> list[str] | None:
+    """Return the classes that `dataset.classes` names: as a list, in a text file, or in a list of this package.
+
+    A line of a file begins with the name of a class; what follows a space or a comma, and lines that begin with #, are
+    left out.
+
+    Raises:
+        UserError: there is no such file, or a class is named twice.
+    """
+    if classes is None:
+        return None
+    names = classes
+    if isinstance(classes, str):
+        known = [path.stem for path in LISTS.glob("*.txt")]
+        path = next((p for p in (base / classes, Path(classes).expanduser()) if p.is_file()), LISTS / f"{classes}.txt")
+        if not path.is_file():
+            raise UserError(f"There is no file {classes} for dataset.classes; {suggestion(classes, known)}")
+        lines = path.read_text(encoding="utf-8-sig", errors="replace").splitlines()
+        names = [re.split(r"[\s,]", line.strip())[0] for line in lines if line.strip() and not line.startswith("#")]
+    assert not isinstance(names, str)
+    twice = next((name for number, name in enumerate(names) if name in names[:number]), None)
+    if twice is not None or not names:
+        raise UserError(f"dataset.classes names {f'{twice} twice' if names else 'no class'}; name each class once.")
+    return [normalize("NFC", name) for name in names]
+
+
+def chosen_classes(listed: list[str] | None, there: list[str], folder: Path) -> list[str]:
+    """Return the classes in the order of the labels: those that are listed, or all that are there.
+
+    Raises:
+        UserError: a listed class is not there.
+    """
+    for name in listed or ():
+        if name not in there:
+            raise UserError(f"dataset.classes names {name}, which is no folder of {folder}; {suggestion(name, there)}")
+    return there if listed is None else listed
+
+
+class ImageClasses:
+    """The classes of the images of a test folder that has no class folders.
+
+    Read are Tiny-ImageNet's `val_annotations.txt`, ImageNet's `LOC_val_solution.csv` and
+    `ILSVRC2012_validation_ground_truth.txt` (with the devkit's `meta.mat` beside it), and text files with a file's name
+    and its class a line, the name of a class or its number, from 0, among all training folders.
+
+    Args:
+        base: the folder of the data set.
+        file: the file in it, or absolute; None looks where it is published.
+        there: all class folders that can be trained on, in order.
+        classes: the classes in the order of the labels; images of others are left out.
+    """
+
+    def __init__(self, base: Path, file: str | None, there: Sequence[str], classes: Sequence[str]) -> None:
+        self.base, self.file, self.there, self.classes = base, file, there, classes
+
+    def covers(self, listing: Listing, folder: Path) -> bool:
+        """Does the folder hold images, and no class folders?"""
+        return (
+            folder.is_dir()
+            and all(path.name == "images" for path in listing.folders(folder))
+            and bool(listing.here(folder) or listing.below(folder))
+        )
+
+    def read(self, listing: Listing, folder: Path) -> tuple[list[str], Tensor, list[str]]:
+        """Return the files (N), their labels (N,) and their paths below the folder (N).
+
+        Raises:
+            UserError: there is no file of classes, or it says nothing of an image.
+        """
+        files = listing.below(folder)
+        path = self._path(folder)
+        table = self._table(path, files)
+        chosen, labels = [], []
+        for file in files:
+            name = table.get(Path(file).stem)
+            if name is None:
+                raise UserError(f"{path} says nothing of {file}; add its class, or remove the image.")
+            if name in self.classes:
+                chosen.append(file)
+                labels.append(self.classes.index(name))
+        if not chosen:
+            raise UserError(f"{path} names no image of {folder} whose class is one of {', '.join(self.classes[:5])}.")
+        return chosen, torch.tensor(labels), [Path(file).relative_to(folder).as_posix() for file in chosen]
+
+    def _path(self, folder: Path) -> Path:
+        names = [folder / f"{folder.name}_annotations.txt", *(self.base / name for name in _PUBLISHED)]
+        names += [self.base / f"{folder.name}.txt"]
+        if self.file is not None:
+            names = [self.base / Path(self.file).expanduser()]
+        found = next((path for path in names if path.is_file()), None)
+        if found is None:
+            looked = f"There is no file {names[0]}" if self.file else f"{folder} has no class folders"
+            raise UserError(
+                f"{looked}; set dataset.labels to a file that names the class of each of its images, or move the "
+                "images into class folders."
+            )
+        return found
+
+    def _table(self, path: Path, files: Sequence[str]) -> Mapping[str, str]:
+        """The class of each image by the stem of its name."""
+        lines = [line for line in path.read_text(encoding="utf-8-sig", errors="replace").splitlines() if line.strip()]
+        if all(line.strip().isdecimal() for line in lines):
+            return self._numbered(path, [int(line) for line in lines], files)
+        rows = list(csv.reader(lines)) if path.suffix == ".csv" else [line.split() for line in lines]
+        if path.suffix == ".csv":
+            rows = [[row[0], *row[1].split()] for row in rows[1:] if len(row) > 1]
+        wrong = next((row for row in rows if len(row) < 2), None)
+        if wrong is not None:
+            raise UserError(f"A line of {path} is no file's name and its class: {' '.join(wrong)}.")
+        return {Path(row[0]).stem: self._name(path, row[1]) for row in rows}
+
+    def _name(self, path: Path, word: str) -> str:
+        if word.isdecimal() and word not in self.there:
+            if int(word) >= len(self.there):
+                raise UserError(
+                    f"{path} has the class {word}, and the {len(self.there)} training folders count from 0; name "
+                    "classes by their folders."
+                )
+            return self.there[int(word)]
+        return normalize("NFC", word)
+
+    def _numbered(self, path: Path, numbers: Sequence[int], files: Sequence[str]) -> Mapping[str, str]:
+        """ImageNet's ground truth: a number for each image in the order of their names."""
+        meta = path.with_name("meta.mat")
+        if not meta.is_file():
+            raise UserError(f"{path} numbers the classes as meta.mat of ImageNet's devkit does; put {meta} beside it.")
+        from scipy.io import loadmat
+
+        synsets = {int(row["ILSVRC2012_ID"]): str(row["WNID"]) for row in loadmat(meta, squeeze_me=True)["synsets"]}
+        if len(numbers) != len(files):
+            raise UserError(f"{path} has {len(numbers)} lines for {len(files)} images; both must be complete.")
+        unknown = next((number for number in numbers if number not in synsets), None)
+        if unknown is not None:
+            raise UserError(f"{path} has the class {unknown}, which {meta} does not list.")
+        return {Path(file).stem: synsets[number] for file, number in zip(files, numbers, strict=True)}

@@ -1,0 +1,163 @@
+"""Data sets of the `datasets` library: from the hub, from Parquet files, from a folder that it saved."""
+
+from dataclasses import dataclass
+from importlib import import_module
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveInt
+from torch import Tensor
+
+from icl_msr.core.config import suggestion
+from icl_msr.core.errors import UserError
+from icl_msr.core.randomness import permutation
+from icl_msr.data.dataset import Dataset
+from icl_msr.data.files import FileSplit, of_files
+
+
+def huggingface(
+    *,
+    name: str,
+    config: str | None,
+    train: str,
+    test: str | None,
+    image: str,
+    label: str | None,
+    split: Annotated[float, Field(gt=0, lt=1)],
+    image_size: PositiveInt,
+    resident_size: NonNegativeInt,
+    memory_budget_gb: NonNegativeFloat,
+) -> Dataset:
+    """Images and labels in columns of a table that `datasets` reads; needs the extra `hf`.
+
+    Images stay encoded in the table and are decoded by this package, so they have the same bytes as from files.
+
+    Args:
+        name: of the set on the hub, or a folder of `save_to_disk`, or a folder of Parquet files, or one such file.
+        config: the configuration of a set on the hub, where it has several.
+        train: the split to train on,
+        test: and the one to test on; null holds out a part of `train`.
+        image: the column of images, encoded or as paths,
+        label: and that of labels; null is a set without labels.
+        split: the part that is held out where `test` is null; always the same images.
+        image_size: of the short side, in pixels; the centre square is cut.
+        resident_size: images up to this size are decoded once and kept on the training device,
+        memory_budget_gb: as long as all of them need no more gigabytes than this.
+    """
+    tables = _load(name, config)
+    chosen = {}
+    for key, part in {"train": train, **({} if test is None else {"test": test})}.items():
+        if part not in tables:
+            raise UserError(f"dataset.{key}={part} is no split of {name}; {suggestion(part, tables)}")
+        chosen[key] = tables[part]
+    columns = {"image": image, **({} if label is None else {"label": label})}
+    for key, column in columns.items():
+        if column not in chosen["train"].column_names:
+            there = chosen["train"].column_names
+            raise UserError(f"dataset.{key}={column} is no column of {name}; {suggestion(column, there)}")
+    classes = [] if label is None else _classes(chosen["train"], label)
+    splits = {key: _split(name, key, table, image, label, classes, image_size) for key, table in chosen.items()}
+    if test is None:
+        splits["train"], splits["test"] = _divide(splits["train"], split)
+    return of_files(
+        Path(name).name,
+        classes,
+        splits["train"],
+        {"test": splits["test"]},
+        "full",
+        resident_size=resident_size,
+        memory_budget_gb=memory_budget_gb,
+    )
+
+
+@dataclass
+class _Column:
+    """The encoded images of a column, some of them chosen."""
+
+    name: str
+    table: Any
+    image: str
+    rows: Tensor
+    """(N,) int64."""
+
+    def __getitem__(self, index: int, /) -> bytes:
+        cell = self.table[int(self.rows[index])][self.image]
+        if cell is None or (cell["bytes"] is None and cell["path"] is None):
+            raise UserError(f"Row {int(self.rows[index])} of {self.name} has no image; take it out.")
+        return cell["bytes"] if cell["bytes"] is not None else Path(cell["path"]).read_bytes()
+
+    def identity(self) -> str:
+        return f"{self.name} {self.table._fingerprint} {self.rows.tolist()}"
+
+
+def _load(name: str, config: str | None) -> Any:
+    try:
+        library = import_module("datasets")
+    except ImportError:
+        raise UserError("dataset=huggingface needs the package datasets; type pip install 'icl-msr[hf]'.") from None
+    path = Path(name).expanduser()
+    try:
+        if (path / "dataset_dict.json").is_file():
+            return library.load_from_disk(str(path))
+        if (path / "dataset_info.json").is_file() and not list(path.glob("*.parquet")):
+            return {"train": library.load_from_disk(str(path))}
+        if path.is_file():
+            return library.load_dataset("parquet", data_files={"train": str(path)})
+        return library.load_dataset(str(path) if path.is_dir() else name, config)
+    except Exception as error:  # anything from the network to a damaged file
+        reason = " ".join(str(error).split()).rstrip(".")
+        raise UserError(
+            f"{name} cannot be read by datasets ({reason}); set dataset.name to a set on the hub, a folder of "
+            "save_to_disk, or Parquet files."
+        ) from None
+
+
+def _classes(table: Any, label: str) -> list[str]:
+    feature = table.features[label]
+    if getattr(feature, "names", None):
+        return list(feature.names)
+    values = table.unique(label)
+    if all(isinstance(value, int) for value in values):
+        return [str(k) for k in range(max(values) + 1)]
+    if all(isinstance(value, str) for value in values):
+        return sorted(values)
+    raise UserError(
+        f"dataset.label={label} holds neither whole numbers nor names; set it to another column, or to null."
+    )
+
+
+def _split(
+    name: str, part: str, table: Any, image: str, label: str | None, classes: list[str], image_size: int
+) -> FileSplit:
+    labels = torch.full((len(table),), -1)
+    if label is not None:
+        number = {value: k for k, value in enumerate(classes)}
+        cells = table[label]
+        unknown = next((cell for cell in cells if isinstance(cell, str) and cell not in number), None)
+        if unknown is not None:
+            raise UserError(f"{name} has the label {unknown} in {part}, which no training image has.")
+        labels = torch.tensor(
+            [number[cell] if isinstance(cell, str) else -1 if cell is None else cell for cell in cells]
+        )
+    encoded = table.select_columns([image]).cast_column(image, import_module("datasets").Image(decode=False))
+    files = [f"{name}/{part}/{i}" for i in range(len(table))]
+    return FileSplit(files, labels, image_size, encoded=_Column(name, encoded, image, torch.arange(len(table))))
+
+
+def _divide(whole: FileSplit, part: float) -> tuple[FileSplit, FileSplit]:
+    """All but a part of the images, and that part."""
+    order = permutation(0, 0, len(whole))
+    count = max(1, round(part * len(whole)))
+    assert isinstance(whole.encoded, _Column)
+    column = whole.encoded
+    train, test = (
+        FileSplit(
+            [whole.files[i] for i in index.tolist()],
+            whole.labels[index],
+            whole.image_size,
+            encoded=_Column(column.name, column.table, column.image, column.rows[index]),
+        )
+        for index in (order[count:].sort().values, order[:count].sort().values)
+    )
+    return train, test

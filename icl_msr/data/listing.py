@@ -1,0 +1,113 @@
+"""Find the images and folders below a folder, and count what is passed over."""
+
+import os
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+
+SUFFIXES = (
+    *(".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".apng", ".webp", ".gif", ".avif"),
+    *(".bmp", ".tif", ".tiff", ".ppm", ".pgm", ".pbm", ".pnm"),
+)
+"""What the names of image files end with, in lower case."""
+
+LITTER = ("@eaDir", "__MACOSX", "#recycle", "$RECYCLE.BIN", "System Volume Information", "lost+found", "__pycache__")
+"""Folders that file managers and archives leave behind."""
+
+_UNSEEN = ("Thumbs.db", "ehthumbs.db", "desktop.ini", "Icon\r", ".DS_Store")  # files of that kind; not worth a word
+
+
+class Listing:
+    """The images and folders below a root.
+
+    Hidden files and folders, litter, links that lead out of the root, and what is neither file nor folder are passed
+    over at every depth, and so are files that are no images by their names. `sentence` says how many.
+
+    Args:
+        root: the folder.
+        follow_links: also read what links out of the root lead to.
+    """
+
+    def __init__(self, root: Path, *, follow_links: bool = False) -> None:
+        self.root, self.follow_links = root, follow_links
+        self._inside = os.path.realpath(root)
+        self._passed: dict[str, str] = {}
+        """The kind of what was passed over, by its path."""
+
+    def folders(self, folder: Path) -> list[Path]:
+        """Return the folders in a folder, sorted."""
+        return sorted(Path(entry.path) for entry in self._entries(folder) if entry.is_dir())
+
+    def here(self, folder: Path) -> list[str]:
+        """Return the image files that lie in the folder itself, sorted."""
+        return sorted(entry.path for entry in self._entries(folder) if entry.is_file() and _suffix(entry) in SUFFIXES)
+
+    def beside(self, folder: Path) -> None:
+        """Count the image files in the folder itself as passed over."""
+        self._passed |= dict.fromkeys(self.here(folder), "images beside the class folders")
+
+    def below(self, folder: Path) -> list[str]:
+        """Return the image files of any depth below a folder, sorted by their paths."""
+        found: list[str] = []
+        waiting: list[tuple[str, tuple[str, ...]]] = [(str(folder), (os.path.realpath(folder),))]
+        while waiting:
+            here, above = waiting.pop()
+            for entry in self._entries(here):
+                if entry.is_dir():
+                    real = os.path.realpath(entry.path)
+                    if any(os.path.join(other, "").startswith(os.path.join(real, "")) for other in above):
+                        self._passed[entry.path] = "links to a folder above"
+                    else:
+                        waiting.append((entry.path, (*above, real)))
+                elif self._is_image(entry):
+                    found.append(entry.path)
+        return sorted(found)
+
+    @property
+    def sentence(self) -> str:
+        """What was passed over so far; empty where there was nothing."""
+        if not self._passed:
+            return ""
+        counts = Counter(self._passed.values())
+        kinds = ", ".join(f"{count} {kind}" for kind, count in counts.most_common())
+        way_out = "; dataset.follow_links=true reads what the links lead to" if _OUT in counts else ""
+        return f"Passed over in {self.root}: {kinds}{way_out}."
+
+    def _entries(self, folder: str | Path) -> Iterator["os.DirEntry[str]"]:
+        with os.scandir(folder) as entries:
+            for entry in entries:
+                if entry.name in _UNSEEN:
+                    continue
+                kind = self._passed_over(entry)
+                if kind is None:
+                    yield entry
+                else:
+                    self._passed[entry.path] = kind
+
+    def _passed_over(self, entry: "os.DirEntry[str]") -> str | None:
+        """What the entry is, if it is neither a folder nor a file that may be read."""
+        if entry.name.startswith("."):
+            return "hidden"
+        if entry.name in LITTER:
+            return f"litter ({entry.name})"
+        if entry.is_symlink():
+            real = os.path.realpath(entry.path)
+            if not os.path.exists(real):
+                return "broken links"
+            inside = real == self._inside or real.startswith(os.path.join(self._inside, ""))
+            if not inside and not self.follow_links:
+                return _OUT
+        return None if entry.is_dir() or entry.is_file() else "neither files nor folders"
+
+    def _is_image(self, entry: "os.DirEntry[str]") -> bool:
+        if (suffix := _suffix(entry)) in SUFFIXES:
+            return True
+        self._passed[entry.path] = f"{suffix or 'suffixless'} files"
+        return False
+
+
+def _suffix(entry: "os.DirEntry[str]") -> str:
+    return os.path.splitext(entry.name)[1].lower()
+
+
+_OUT = "links that lead out of it"

@@ -1,0 +1,87 @@
+"""What W&B's server would be sent, read from the files that wait for an upload."""
+
+import json
+import struct
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from wandb.proto.wandb_internal_pb2 import Record
+
+
+@dataclass
+class Sent:
+    """One .wandb file: all that W&B's server would be sent."""
+
+    folder: Path
+    run: Any = None
+    config: dict[str, Any] = field(default_factory=dict)
+    history: list[dict[str, Any]] = field(default_factory=list)
+    summary: dict[str, Any] = field(default_factory=dict)
+    definitions: list[Any] = field(default_factory=list)
+    artifacts: dict[str, Any] = field(default_factory=dict)
+    exit_code: int | None = None
+
+
+def records(file: Path) -> Iterator[Any]:
+    """LevelDB's log format: blocks of 32 KiB, in them pieces of records (CRC, length, kind), each a protobuf."""
+    data = file.read_bytes()
+    assert data[:4] == b":W&B"
+    at, record = 7, b""
+    while at + 7 <= len(data):
+        if (left := -at % 32768) and left < 7:
+            at += left
+            continue
+        _, length, kind = struct.unpack_from("<IHB", data, at)
+        if at + 7 + length > len(data):
+            return  # still being written
+        record += data[at + 7 : at + 7 + length]
+        at += 7 + length
+        if kind in (1, 4):  # a whole record, or the last piece of one
+            yield Record.FromString(record)
+            record = b""
+
+
+def collect(items: Any, into: dict[str, Any]) -> dict[str, Any]:
+    """W&B's items, whose key is a name or a path, as nested dicts."""
+    for item in items:
+        *path, name = list(item.nested_key) or [item.key]
+        node = into
+        for part in path:
+            node = node.setdefault(part, {})
+        node[name] = json.loads(item.value_json)
+    return into
+
+
+def read(file: Path) -> Sent:
+    """One .wandb file."""
+    one = Sent(file.parent)
+    for record in records(file):
+        match record.WhichOneof("record_type"):
+            case "run":
+                one.run = record.run
+                collect(record.run.config.update, one.config)
+            case "history":
+                one.history.append(collect(record.history.item, {}))
+            case "summary":
+                collect(record.summary.update, one.summary)
+            case "metric":
+                one.definitions.append(record.metric)
+            case "artifact":
+                one.artifacts[record.artifact.type] = record.artifact
+            case "exit":
+                one.exit_code = record.exit.exit_code
+    return one
+
+
+def sent(folder: Path) -> list[Sent]:
+    """What waits for an upload in a run's folder, the oldest first. W&B writes the end a little later than it says."""
+    deadline = time.monotonic() + 60
+    while True:
+        files = sorted((folder / "wandb").glob("*run-*/*.wandb"), key=lambda file: file.stat().st_mtime_ns)
+        found = [read(file) for file in files]
+        if found[-1].exit_code is not None or time.monotonic() > deadline:
+            return found
+        time.sleep(0.05)
