@@ -1,4 +1,4 @@
-"""Write README's table of methods from the code.
+"""Write the table of icl_msr/methods/README.md from the code.
 
 python experiments/methods_table.py [--check]
 """
@@ -22,7 +22,7 @@ PAPERS = {
 COLUMNS = [("regularizer", "msr"), ("negatives", "patch"), ("negatives", "texture")]
 """`cached` is as `texture`; `phase` is ours everywhere."""
 
-README = Path(__file__).parents[1] / "README.md"
+PAGE = Path(__file__).parents[1] / "icl_msr" / "methods" / "README.md"
 BEGIN, END = "<!-- methods: written by experiments/methods_table.py -->", "<!-- end of methods -->"
 
 
@@ -50,23 +50,25 @@ def table() -> str:
     return "\n".join([*lines, "", "Refused:", "", *reasons])
 
 
-def written(readme: str) -> str:
-    """README with the table of today."""
-    before, _, rest = readme.partition(BEGIN)
+def written(page: str) -> str:
+    """Return the page with the table of today."""
+    before, _, rest = page.partition(BEGIN)
     return f"{before}{BEGIN}\n{table()}\n{END}{rest.partition(END)[2]}"
 
 
 def main(words: Sequence[str] | None = None) -> None:
-    """Write the table, or say that README has another one."""
+    """Write the table, or say that the page has another one."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "--check", action="store_true", help="write nothing; exit with 1 where README has another table"
+        "--check", action="store_true", help="write nothing; exit with 1 where the page has another table"
     )
-    readme = README.read_text()
+    page = PAGE.read_text()
     if not parser.parse_args(words).check:
-        README.write_text(written(readme))
-    elif readme != written(readme):
-        raise SystemExit("The table of methods in README is out of date; type python experiments/methods_table.py")
+        PAGE.write_text(written(page))
+    elif page != written(page):
+        raise SystemExit(
+            "The table in icl_msr/methods/README.md is out of date; type python experiments/methods_table.py"
+        )
 
 
 if __name__ == "__main__":
