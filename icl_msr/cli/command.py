@@ -69,7 +69,7 @@ def main(job: Job, arguments: Sequence[str] | None = None) -> int:
         try:
             if source != config_dir():
                 config = OmegaConf.create(RunFolder(source).with_new_keys(OmegaConf.to_container(config)))
-            return job(check(config), config)
+            return job(check(config, typed), config)
         except UserError as mistake:
             # Hydra would announce a mistake that leaves the job; and the other jobs of a sweep go on.
             codes[-1] = refuse(str(mistake))

@@ -121,8 +121,13 @@ def config_dir() -> Path:
     return package / "conf" if (package / "conf").is_dir() else package.parent / "conf"
 
 
-def check(config: DictConfig) -> Settings:
+def check(config: DictConfig, typed: Iterable[str] = ()) -> Settings:
     """Check every key, type and range of a composed config before anything is built.
+
+    Args:
+        config: the composed config.
+        typed: the words of the command line. Their groups are checked first, so that a mistake is found before other
+            groups import their targets.
 
     Raises:
         UserError: one sentence with the key, what is wrong, and the nearest valid name or the allowed values.
@@ -139,7 +144,8 @@ def check(config: DictConfig) -> Settings:
     for group, owned in OWNED.items():
         for name in owned.keys() & getattr(settings, group).keys():
             raise UserError(f"{group}.{name} cannot be set, the program decides it: {owned[name]}.")
-    for group, key, node in settings.nodes():
+    named = {word.lstrip("+~").partition("=")[0].partition(".")[0] for word in typed}
+    for group, key, node in sorted(settings.nodes(), key=lambda found: found[0] not in named):
         check_node(key, node, GIVEN.get(group, ()))
         if group == "optimizer":
             part = {**settings.bias_and_norm, "_target_": node["_target_"], "_partial_": True}

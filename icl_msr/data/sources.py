@@ -19,7 +19,6 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
 from rich.text import Text
 from torch import Tensor
-from torchvision.transforms.v2 import functional as F
 
 from icl_msr.core.errors import UserError
 from icl_msr.data.crops import boxes_around, crop_to_boxes, moved
@@ -216,6 +215,8 @@ def _upright(pixels: Tensor, image: Image.Image) -> Tensor:
 
 def fit(image: Tensor, size: int, *, nearest: bool = False) -> Tensor:
     """Resize the short side to `size` pixels and cut the centre square: uint8 (..., H, W) to (..., size, size)."""
+    from torchvision.transforms.v2 import functional as F  # here, because it takes as long as torch
+
     if min(image.shape[-2:]) != size:
         mode = F.InterpolationMode.NEAREST_EXACT if nearest else F.InterpolationMode.BILINEAR
         image = F.resize(image, [size], mode, antialias=True)
