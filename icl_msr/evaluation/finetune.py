@@ -21,6 +21,7 @@ from torch.nn.utils import skip_init
 from torch.optim import SGD, AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 from torchvision.transforms.v2 import functional as F
+from typing_extensions import override
 
 from icl_msr.augment import Augmentation
 from icl_msr.augment.recipe import Interval, Probability
@@ -181,7 +182,8 @@ class FineTuning(Evaluation):
     the fraction `tune_held_out` of the images, before training on all of them. The run's seed also decides which images
     have labels. They are the same for all encoders.
 
-    Several ranks do the same work, except for features of frozen encoders, which they share.
+    Several ranks do the same work, except for features of frozen encoders, which they share. Fine-tuning that diverges
+    raises a `UserError`.
     """
 
     fractions: Annotated[list[Annotated[float, Field(gt=0, le=1)]], Field(min_length=1)]
@@ -211,8 +213,8 @@ class FineTuning(Evaluation):
         if len(set(self.fractions)) < len(self.fractions):
             raise UserError(f"evaluation.fractions={self.fractions} has an entry twice; keep one.")
 
+    @override
     def names(self, dataset: Dataset) -> list[str]:
-        """See `suite.Evaluation`; images may have no labels, or a list may not fit them."""
         fitted = [*self.classifiers, *([TUNED] if self.finetune else [])]
         return [
             f"{replace(classifier, fraction=part.fraction)}/train/{split}"
@@ -221,12 +223,8 @@ class FineTuning(Evaluation):
             for split in dataset.tests
         ]
 
+    @override
     def measure(self, task: Task, results: Results) -> None:
-        """See `suite.Evaluation`.
-
-        Raises:
-            UserError: fine-tuning diverges.
-        """
         dataset, labels = task.dataset, task.dataset.train.labels.cpu()
         frozen = {"train": dataset.train, **dataset.tests} if self.classifiers else {}
         features = {name: task.features(split, name) for name, split in frozen.items()}
