@@ -15,7 +15,6 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
-from icl_msr.core.compose import compose
 from icl_msr.core.config import PLURAL, with_new_keys
 from icl_msr.core.errors import UserError
 from icl_msr.core.storage import atomic_write
@@ -161,6 +160,8 @@ def _today(words: tuple[str, ...]) -> dict[str, Any]:
 
 
 def _composed(words: list[str]) -> dict[Any, Any] | None:
+    from icl_msr.core.compose import compose  # which brings Hydra along
+
     try:
         composed = OmegaConf.to_container(compose(words))
     except Exception:

@@ -119,7 +119,7 @@ class Table:
         ]
         lines, before = [], ""
         for line in self.lines:
-            again, before = line.cells[0].text == before, line.cells[0].text
+            again, before = line.cells[0].text == before and not line.cells[0].link, line.cells[0].text
             cells = [_html(cell, column) for cell, column in zip(line.cells, self.columns, strict=True)]
             if again:
                 cells[0] = f'<td class="text again">{escape(before)}</td>'

@@ -16,7 +16,6 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from icl_msr.core.config import build, check_node
 from icl_msr.core.errors import UserError
 from icl_msr.core.randomness import keys
 from icl_msr.core.records import CHANCE, GAP, ByClass, Chart, Layout, Measurement
@@ -79,18 +78,17 @@ class TextureImages(Evaluation):
     if it has any. The run's seed decides the versions. They are the same for all encoders.
     """
 
-    generators: dict[str, dict[str, Any]]
+    generators: dict[str, Any]
     split: str | None
     superclasses: str | None
     built: dict[str, Any] = field(init=False)
 
     def __post_init__(self) -> None:
         self.built = {}
-        for name, node in self.generators.items():
-            key = f"evaluation.generators.{name}"
-            check_node(key, node)
-            self.built[f"only_{name}"] = generator = build(node)
+        for name, generator in self.generators.items():
+            self.built[f"only_{name}"] = generator
             if not callable(generator):
+                key = f"evaluation.generators.{name}"
                 raise UserError(f"{key} is no generator that makes images; leave it out with ~{key}.")
 
     @override

@@ -11,7 +11,7 @@ import torch
 from omegaconf import OmegaConf
 from torch import Tensor, nn
 
-from icl_msr.core.config import config_dir
+from icl_msr.core.config import build, check_node, config_dir
 from icl_msr.core.errors import UserError
 from icl_msr.core.randomness import keys
 from icl_msr.data.dataset import ArraySplit, Dataset
@@ -60,27 +60,34 @@ def node(name: str) -> Any:
     return OmegaConf.to_container(OmegaConf.load(config_dir() / "negatives" / f"{name}.yaml"))
 
 
+def values(**changes: Any) -> dict[str, Any]:
+    return {
+        "knn": ["icl"],
+        "linear": True,
+        "probe": "ours",
+        "learning_rates": [1e-2, 1e-1],
+        "probe_epochs": 30,
+        "probe_batch_size": 32,
+        "probe_held_out": 0.2,
+        "bootstrap": 100,
+        "untrained": True,
+        "batch_size": 64,
+        "generators": {name: node(name) for name in ("patch", "phase", "texture")},
+        "split": None,
+        "superclasses": None,
+        "_target_": "icl_msr.evaluation.texture_only.TextureImages",
+    } | changes
+
+
 @pytest.fixture
 def make() -> Make:
-    def build(**changes: Any) -> TextureImages:
-        standard: dict[str, Any] = {
-            "knn": ["icl"],
-            "linear": True,
-            "probe": "ours",
-            "learning_rates": [1e-2, 1e-1],
-            "probe_epochs": 30,
-            "probe_batch_size": 32,
-            "probe_held_out": 0.2,
-            "bootstrap": 100,
-            "untrained": True,
-            "batch_size": 64,
-            "generators": {name: node(name) for name in ("patch", "phase", "texture")},
-            "split": None,
-            "superclasses": None,
-        }
-        return TextureImages(**(standard | changes))
+    def made(**changes: Any) -> TextureImages:
+        """As a run does it: checked, then built with what is in it."""
+        check_node("evaluation", values(**changes))
+        evaluation: TextureImages = build(values(**changes))
+        return evaluation
 
-    return build
+    return made
 
 
 def rows(results: Results, level: str, classifier: str = "linear") -> dict[str, Any]:

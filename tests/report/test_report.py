@@ -151,6 +151,10 @@ def test_one_row_a_configuration_with_mean_and_std_over_seeds(tmp_path: Path) ->
     assert [c["seeds"] for c in everything["configurations"]] == [[0, 1, 2]] * 4
     page = Page(files[3])
     page.assert_self_contained()
+    assert page.links == []
+    pages = [write_report(run.path) for configuration in summary.configurations for run in configuration.runs]
+    linked = [f"{part}/report.html" for part in (file.parent.relative_to(tmp_path) for file in pages)]
+    assert Page(write_summary(summary, tmp_path)[3]).links == linked
     assert [row[:3] for row in page.tables["headline"][1:]][1] == ["byol", "msr", "3"]
     for row, c in zip(page.tables["headline"][1:], summary.configurations, strict=True):
         for cell, column in zip(row[3:], headline(summary.configurations), strict=True):
@@ -437,3 +441,21 @@ def test_fine_tuning_alone_is_said_and_compared(tmp_path: Path) -> None:
     text = Page(tmp_path / "report.html").text
     assert all(name in text for name in ("finetune-1%", "finetune-10%", "linear-10%", "knn-dino"))
     assert r"finetune-10\%" in (tmp_path / "summary.tex").read_text()
+
+
+def test_only_pictures_that_lie_in_figures_are_on_a_page(tmp_path: Path) -> None:
+    """Captions name files, and a folder may come from somebody else."""
+    run = write_run(tmp_path / "run")
+    png = (run / "figures/views.png").read_bytes()
+    (tmp_path / "secret").write_bytes(b"secret")
+    (tmp_path / "other.png").write_bytes(png)
+    (run / "figures/link.png").symlink_to(tmp_path / "other.png")
+    (run / "figures/text.png").write_bytes(b"secret")
+    (run / "figures/folder.png").mkdir()
+    names = [str(tmp_path / "secret"), "../../other.png", "link.png", "text.png", "folder.png", "gone.png", "views.png"]
+    (run / "figures/captions.json").write_text(json.dumps(dict.fromkeys(names, "A picture.")))
+    assert [picture.file.name for picture in Run.load(run).pictures] == ["views.png", "strata.png"]
+    sources = [source for source in Page(write_report(run)).sources if source.startswith("data:image/png")]
+    assert [base64.b64decode(source.split(",")[1]) for source in sources] == [png, png]
+    (run / "figures/captions.json").write_text("[")
+    assert [picture.file.name for picture in Run.load(run).pictures] == ["strata.png", "views.png"]
