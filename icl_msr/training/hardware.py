@@ -68,7 +68,7 @@ class Hardware:
         name = torch.cuda.get_device_name() if gpu else f"CPU ({torch.get_num_threads()} threads)"
         precision, why = self.precision, ""
         if precision == "auto":
-            # bf16 convolutions are about three times as fast on processors that support them, above all in channels_last.
+            # bf16 convolutions are about three times as fast on processors that have them, above all in channels_last.
             fast_bf16 = torch.cuda.is_bf16_supported() if gpu else torch.cpu._is_avx512_bf16_supported()
             precision = "bf16-mixed" if fast_bf16 else "32-true"
             why = f" (auto: {'fast' if fast_bf16 else 'no fast'} bf16 here)"
