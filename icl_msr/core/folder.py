@@ -1,4 +1,4 @@
-"""What the folder of a run says of itself, and who may write there."""
+"""The folder of a run: its files, its format and its lock."""
 
 import errno
 import fcntl
@@ -20,14 +20,14 @@ from icl_msr.core.errors import UserError
 from icl_msr.core.storage import atomic_write
 
 FORMAT = 2
-"""The format of a run folder, said in its environment.json. It grows when what lies there is read in another way."""
+"""The format of a run folder, written to its environment.json. It grows when the files are read in another way."""
 
 PATIENCE = 10.0
-"""Seconds to wait for the processes of a run that was killed to let its folder go."""
+"""Seconds to wait until the processes of a killed run release its folder."""
 
 
 class RunFolder:
-    """A run's files by name. `config.yaml` is written when training begins, `results.json` when all is done."""
+    """The files of a run. `config.yaml` is written when training begins, `results.json` when everything is done."""
 
     def __init__(self, path: Path):
         self.path = path
@@ -41,31 +41,31 @@ class RunFolder:
 
     @property
     def begun(self) -> bool:
-        """Whether a run lies here, finished or not."""
+        """True if the folder holds a run, finished or not."""
         return self.config.exists()
 
     @property
     def done(self) -> bool:
-        """Whether a finished run lies here."""
+        """True if the folder holds a finished run."""
         return self.results.exists()
 
     @property
     def advice(self) -> str:
-        """How to go on with what lies here."""
+        """Advice to the user: how to continue with this folder."""
         return f"continue with resume={self}" if self.checkpoint.exists() else "repeat the command"
 
     def farewell(self, cause: str, steps: int | None = None) -> str:
-        """Return what a run says that was stopped after so many steps, or before or after all of them."""
+        """Return the message of a run that was stopped after `steps` steps; None means before or after training."""
         if not self.checkpoint.exists():
             return f"Stopped by {cause} before anything was trained; the same command begins again."
         after = "" if steps is None else f" after {steps} steps"
         return f"Stopped by {cause}{after}; all is saved. Continue with: python -m icl_msr.run resume={self}"
 
     def require_format(self) -> None:
-        """Refuse a folder that another version of the program has written in another format.
+        """Check that the folder has the format of this version of the program.
 
         Raises:
-            UserError: its format is another one, or is not said.
+            UserError: the folder has another format, or does not say which it has.
         """
         facts: Any = {}
         with suppress(OSError, ValueError):
@@ -77,7 +77,7 @@ class RunFolder:
             raise UserError(f"{self} {said}, and this version reads format {FORMAT}; use {by}, or repeat the run.")
 
     def saved_config(self, *, resolve: bool = True) -> dict[str, Any]:
-        """Return the config of the run that lies here, interpolations filled in, or as they are.
+        """Return the config of the run. Interpolations are resolved if `resolve` is true, else kept.
 
         Raises:
             UserError: the folder is of another format, or the file is damaged.
@@ -93,7 +93,7 @@ class RunFolder:
         return {str(key): value for key, value in saved.items()}
 
     def with_new_keys(self, saved: Any) -> dict[str, Any]:
-        """Return a saved config with the values that its choices have today for keys which were added since."""
+        """Return a saved config, completed with today's values of all keys that its choices have gained since."""
         choices: dict[str, str] = {}
         with suppress(OSError, ValueError):
             choices = self.facts().get("choices", {})
@@ -105,26 +105,28 @@ class RunFolder:
         return with_new_keys({str(key): value for key, value in saved.items()}, today)
 
     def write_facts(self, facts: Mapping[str, Any]) -> None:
-        """Write `environment.json`: where the run comes from, and the format of its folder."""
+        """Write `environment.json`: the origin of the run and the format of its folder."""
         self.write(self.environment.name, {"format": FORMAT, **facts})
 
     def facts(self) -> dict[str, Any]:
-        """Return `environment.json`."""
+        """Return the content of `environment.json`."""
         facts: dict[str, Any] = json.loads(self.environment.read_text())
         return facts
 
     def metric(self) -> float:
-        """The value that the finished run gave to the sweeper."""
+        """Return the value that the finished run gave to the sweeper; NaN if it has none."""
         value = json.loads(self.results.read_text())["metric"]["value"]
         return float("nan") if value is None else float(value)
 
     def write(self, name: str, content: Mapping[str, Any]) -> None:
-        """Plain data as indented JSON, whole or not at all."""
+        """Write plain data as indented JSON, whole or not at all."""
         atomic_write(self.path / name, json.dumps(content, indent=2) + "\n", self.advice)
 
     @contextmanager
     def locked(self) -> Iterator[None]:
-        """Nobody else writes here meanwhile; the lock goes with the process, however that ends.
+        """Lock the folder inside the context, so that no other process writes to it.
+
+        The operating system releases the lock when the process ends for any reason.
 
         Raises:
             UserError: another process writes here.
@@ -152,7 +154,7 @@ class RunFolder:
 
 @cache
 def _today(words: tuple[str, ...]) -> dict[str, Any]:
-    """Return what choices give today; without those that are not there any more, or in another's package."""
+    """Return the config that the choices give today, without choices that this installation does not have."""
     known = [word for word in words if _composed([word])]
     return {str(key): value for key, value in (_composed(known) or {}).items()}
 

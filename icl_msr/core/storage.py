@@ -1,4 +1,4 @@
-"""Files that are on the disk whole or not at all."""
+"""Atomic writing: a file is on the disk whole or not at all."""
 
 import errno
 import os
@@ -11,10 +11,10 @@ from icl_msr.core.errors import UserError
 
 
 def atomic_write(path: Path, content: bytes | str, advice: str = "repeat the command") -> None:
-    """Writes a file whole or not at all, however the process ends; one writer at a time.
+    """Write a file whole or not at all, even if the process is killed. Only one process may write it at a time.
 
     Raises:
-        UserError: the disk is full; the old file, if any, is still there. `advice` is what to do once there is room.
+        UserError: the disk is full. The old file, if any, is kept. `advice` says what to do once there is space.
     """
     with replacing(path, advice) as file:
         file.write(content.encode() if isinstance(content, str) else content)
@@ -22,8 +22,8 @@ def atomic_write(path: Path, content: bytes | str, advice: str = "repeat the com
 
 @contextmanager
 def replacing(path: Path, advice: str) -> Iterator[IO[bytes]]:
-    """A file beside `path` that takes its place once it is whole and on the disk."""
-    temporary = path.with_name(f".{path.name}.tmp")  # always the same: what a kill leaves, the next one overwrites
+    """Yield a file beside `path` that replaces it once it is complete and on the disk."""
+    temporary = path.with_name(f".{path.name}.tmp")  # one name, so that the next write replaces what a kill left
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with temporary.open("wb") as file:
@@ -37,7 +37,7 @@ def replacing(path: Path, advice: str) -> Iterator[IO[bytes]]:
             kept = f"the previous {path.name}, if any, is kept"
             raise UserError(f"The disk of {path.parent} is full; {kept}: free space and {advice}.") from None
         raise
-    with suppress(OSError):  # some network file systems cannot
+    with suppress(OSError):  # some network file systems cannot sync a folder
         folder = os.open(path.parent, os.O_RDONLY)
         try:
             os.fsync(folder)
@@ -46,7 +46,10 @@ def replacing(path: Path, advice: str) -> Iterator[IO[bytes]]:
 
 
 def disk_is_full(error: BaseException | None) -> bool:
-    """Also where torch, closing its archive, has put an error of its own in front."""
+    """Return whether the disk is full, according to an error or to one that it was raised from.
+
+    torch raises an error of its own when it closes its archive after a failed write.
+    """
     while error is not None:
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
             return True

@@ -1,4 +1,4 @@
-"""Which encoder is evaluated: that of a run, of a checkpoint, of a file, or of another library."""
+"""The encoder to evaluate, from a run, a checkpoint, a file or another library."""
 
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -20,37 +20,37 @@ from icl_msr.models.exported import load_encoder
 
 SOURCES = ("run", "checkpoint", "encoder")
 ENCODERS = {"online": "method.backbone.", "momentum": "method.momentum_encoder.backbone."}
-"""Where a checkpoint keeps them."""
+"""Prefixes of the encoders' weights in a checkpoint."""
 
 
 @dataclass
 class Subject:
-    """What is evaluated, and what is known of it before the data set is."""
+    """An encoder to evaluate, with everything known about it."""
 
     name: str
     source: str
     build: Callable[[int, int], Backbone]
-    """The encoder for images of so many pixels; its random weights, if it has any, depend on the seed."""
+    """Maps (image size in pixels, seed) to the encoder. The seed decides random weights, if there are any."""
     mean: Sequence[float]
     std: Sequence[float]
     image_size: int | None = None
-    """What it was trained with or is meant for, in pixels, if known."""
+    """Image size in pixels that it was trained with or is meant for, if known."""
     config: Mapping[str, Any] | None = None
-    """That of the run which trained it."""
+    """Config of the run that trained it."""
     recorded: Mapping[str, Any] | None = None
-    """The same with interpolations, so that runs which differ in their seed differ in nothing that follows it."""
+    """The same config with interpolations, so that values which follow from the seed are equal in all seeds."""
     choices: Mapping[str, str] | None = None
-    """Those of the run."""
+    """Choices of the run's config groups."""
     checkpoint: str | None = None
-    """The file's name, where one was asked for: another one of the run is another encoder."""
+    """Name of the checkpoint file, if the user named one. Other checkpoints of the run are other encoders."""
     random: bool = False
-    """Whether its weights are random, so that there is no untrained one to compare it with."""
+    """True if its weights are random, so that there is no untrained encoder to compare it with."""
 
     def fitting(self, image_size: int, seed: int) -> Backbone:
-        """The encoder, through which two images of so many pixels have gone.
+        """Build the encoder and check that it takes images of `image_size` pixels.
 
         Raises:
-            UserError: they do not go through.
+            UserError: it cannot take them.
         """
         encoder = self.build(image_size, seed).to(memory_format=torch.channels_last).eval()
         try:
@@ -66,10 +66,15 @@ class Subject:
 
 
 def find(source: str, value: str, weights: str | None) -> Subject:
-    """The encoder that is asked for.
+    """Find the encoder that the user names.
+
+    Args:
+        source: one of `SOURCES`.
+        value: a folder, a file, or a name such as timm:NAME.
+        weights: name of the weights of a library's model; "null" for random ones, None for the library's own.
 
     Raises:
-        UserError: there is none.
+        UserError: it does not exist, or cannot be loaded.
     """
     if source == "encoder" and (named := re.fullmatch(r"(\w+):(.*)", value)):
         library, name = named.groups()
@@ -123,10 +128,10 @@ def _exported(backbone: Backbone, about: Mapping[str, Any], name: str, source: s
 
 
 def rebuild(run: RunFolder, encoder: str) -> tuple[Backbone, dict[str, Any]]:
-    """An encoder of a run's last checkpoint, and what encoder.json says of it.
+    """Rebuild an encoder from a run's last checkpoint; return it with the content of its encoder.json.
 
     Raises:
-        UserError: there is no such run, checkpoint or encoder, or they do not fit.
+        UserError: there is no such run, checkpoint or encoder, or they do not fit together.
     """
     if not run.begun:
         raise UserError(f"{run} is no run: it holds no config.yaml; give the folder of a run that has begun to train.")
@@ -146,7 +151,7 @@ def rebuild(run: RunFolder, encoder: str) -> tuple[Backbone, dict[str, Any]]:
         node: Mapping[str, Any] = config["backbone"]
         untrained = {**node, "weights": None} if "weights" in node else node
         plain = build(untrained, image_size=images["image_size"])
-        # The method may make its own encoder of it; how many classes there are matters to no encoder.
+        # The method may change the encoder. The number of classes does not affect any encoder.
         facts_of_data = {"classes": 2, "mean": images["mean"], "std": images["std"]}
         method: Method = build(config["method"], backbone=plain, **facts_of_data)
         backbone = method.backbone
