@@ -80,7 +80,7 @@ def find(source: str, value: str, weights: str | None) -> Subject:
     if source == "encoder" and (named := re.fullmatch(r"(\w+):(.*)", value)):
         library, name = named.groups()
         if library not in foreign.LIBRARIES:
-            raise UserError(f"encoder={value} is of an unknown library; {suggestion(library, foreign.LIBRARIES)}")
+            raise UserError(f"encoder={value} names an unknown library; {suggestion(library, foreign.LIBRARIES)}")
         foreign.require_known(library, name)
         chosen = None if weights == "null" else weights or library
 
@@ -174,7 +174,7 @@ def rebuild(run: RunFolder, encoder: str) -> tuple[Backbone, dict[str, Any]]:
     except Exception as error:
         reason = str(error).partition("\n")[0].rstrip(".: ")
         raise UserError(
-            f"The encoder cannot be rebuilt from {run.config} ({reason}); put the config or the package back that the "
+            f"The encoder cannot be rebuilt from {run.config} ({reason}); restore the config or the package that the "
             "run was trained with."
         ) from error
     return backbone, about
