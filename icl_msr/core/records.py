@@ -361,7 +361,7 @@ class Outcome:
             raise UserError(
                 f"{folder} has no results.json: the run failed or has not ended; give the folder of a finished run."
             ) from None
-        except (ValueError, OSError) as error:
+        except (ValueError, OSError, RecursionError) as error:
             raise UserError(
                 f"{file} cannot be read ({error}); repeat the run or remove it from the folders given."
             ) from None
