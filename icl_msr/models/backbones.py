@@ -1,4 +1,4 @@
-"""Backbones with a stem that fits the image."""
+"""Backbones with a stem that fits the image size."""
 
 import difflib
 import inspect
@@ -24,15 +24,15 @@ class Origin(NamedTuple):
     """`timm` or `torchvision`."""
     name: str
     options: Mapping[str, Any]
-    """What the library is told beside the name."""
+    """Further arguments for the library, beside the name."""
     seed: int
-    """Of random weights."""
+    """Seed of random weights."""
 
 
 class Backbone(nn.Module):
-    """A network that turns images (N, 3, H, W) into pooled features (N, c).
+    """A network from images (N, 3, H, W) to pooled features (N, c).
 
-    `net` is a plain torchvision or timm model without its classifier, so its state dict is what other programs load.
+    `net` is a plain torchvision or timm model without its classifier, so other programs can load its state dict.
     """
 
     def __init__(self, net: nn.Module, channels: int, load: str = "", recipe: Mapping[str, Any] | None = None):
@@ -40,28 +40,28 @@ class Backbone(nn.Module):
         self.net = net
         self.channels = channels
         self.load = load
-        """Python that builds `net` without this package; written beside every exported encoder."""
+        """Python code that builds `net` without this package. It is written beside every exported encoder."""
         self.recipe = recipe
-        """The same as plain data, for `checkpoint.load_encoder`: a function under `builder`, and its arguments. None
-        where another package built `net`."""
+        """The same as plain data, for `exported.load_encoder`: the name of a function under `builder`, and its
+        arguments. None if another package built `net`."""
         self.pretrained: str | None = None
-        """Where its weights came from; None: they are random."""
+        """Source of its weights; None: they are random."""
         self.origin: Origin | None = None
-        """Which model of another library it is, if any."""
+        """The model of another library that it is, if any."""
 
     def parts(self) -> dict[str, "Backbone"]:
-        """Encoders inside, of use by themselves, that are exported beside the whole one."""
+        """Return encoders inside this one that are useful by themselves. They are exported beside the whole one."""
         return {}
 
     def forward(self, images: Tensor) -> Tensor:
-        """Pooled features: (N, 3, H, W) to (N, c)."""
+        """Return pooled features (N, c) of images (N, 3, H, W)."""
         features: Tensor = self.net(images)
         return features
 
     def last_stage(self) -> list[nn.Parameter]:
-        """Parameters of the last block of layers: layer4 of a ResNet, the last block of a transformer.
+        """Return the parameters of the last block of layers: layer4 of a ResNet, the last block of a transformer.
 
-        Containers that hold nearly all parameters are opened; layers after the block, such as a norm, belong to it.
+        Containers that hold nearly all parameters are opened. Layers after the block, such as a norm, belong to it.
         """
         inside: nn.Module = self.net
         after: list[nn.Parameter] = []
@@ -77,7 +77,10 @@ class Backbone(nn.Module):
             inside = list(inside.children())[heavy[-1]]
 
     def maps(self, images: Tensor) -> Tensor:
-        """The last feature map: (N, 3, H, W) to (N, c, h, w); a transformer's patch tokens laid out as a grid."""
+        """Return the last feature map (N, c, h, w) of images (N, 3, H, W).
+
+        The patch tokens of a transformer are laid out as a grid.
+        """
         if not hasattr(self.net, "forward_features"):
             for layer in self.net.children():
                 if isinstance(layer, nn.AdaptiveAvgPool2d | nn.Flatten):
@@ -115,10 +118,10 @@ def tiny(image_size: int, *, weights: str | None) -> Backbone:
 
 
 def resnet(image_size: int, *, name: str, stem: Literal["auto", "small", "standard"], weights: str | None) -> Backbone:
-    """A torchvision ResNet by name, with the small-image stem where it fits.
+    """Build a torchvision ResNet by name, with a stem for small images if they are small.
 
-    The small stem is a 3 x 3 convolution of stride 1; up to 48 px the max-pool goes too, at 64 and 96 px it stays
-    (ICL-MSR, section 6.2). `auto` takes it up to 96 px.
+    The small stem is a 3 x 3 convolution of stride 1. Up to 48 px the max-pool is removed too; at 64 and 96 px it stays
+    (ICL-MSR, section 6.2). `auto` selects the small stem up to 96 px.
 
     Raises:
         UserError: torchvision has no ResNet of that name, or the weights do not fit.
@@ -141,7 +144,7 @@ def resnet(image_size: int, *, name: str, stem: Literal["auto", "small", "standa
 
 
 def timm_model(image_size: int, *, name: str, options: dict[str, Any], weights: str | None) -> Backbone:
-    """Any timm model by name; `options` go to `timm.create_model`. Transformers are told the image size.
+    """Build a timm model by name. `options` go to `timm.create_model`; transformers also get the image size.
 
     Raises:
         UserError: timm is missing or has no such model, or the model refuses the image size or an option.
@@ -172,7 +175,7 @@ def timm_model(image_size: int, *, name: str, options: dict[str, Any], weights: 
 
 
 def _require_plain(options: Mapping[str, Any]) -> None:
-    """Options become Python source and JSON, and may come from an encoder.json of unknown origin."""
+    """Check that options are plain data. They become Python source, and an encoder.json may be of unknown origin."""
     for key, value in options.items():
         if not key.isidentifier() or key == "cache_dir" or key.startswith(("pretrained", "checkpoint")):
             raise UserError(
@@ -199,11 +202,11 @@ def _build(load: str, channels: int, recipe: Mapping[str, Any]) -> Backbone:
 def from_recipe(
     recipe: Mapping[str, Any], weights: str | None, builders: Mapping[str, Callable[..., Backbone]]
 ) -> Backbone:
-    """Builds what a recipe says, with the functions that it may name and the types that they ask for.
+    """Build the network of a recipe with the given functions. Their annotations are checked.
 
     Raises:
-        AttributeError, KeyError, TypeError, ValidationError: it says something else.
-        UserError: no such network, or the weights do not fit.
+        AttributeError, KeyError, TypeError, ValidationError: the recipe is not valid.
+        UserError: there is no such network, or the weights do not fit.
     """
     keys = {key: value for key, value in recipe.items() if key != "builder"}
     build = validate_call(config=ConfigDict(strict=True))(builders[recipe["builder"]])
@@ -217,12 +220,17 @@ def with_weights(
     timm_name: str | None = None,
     beside: Collection[str] = (),
 ) -> Backbone:
-    """The backbone with weights from a file, a run folder or, by the network's name there, torchvision or timm.
+    """Load weights into a backbone and return it.
 
-    `beside` names what a file may hold that the backbone has not: a classifier.
+    Args:
+        backbone: the network that is loaded.
+        weights: a .safetensors file, a run folder, `torchvision` or `timm`. None: the weights stay random.
+        torchvision_name: the network's name in torchvision, if it has one.
+        timm_name: the network's name in timm, if it has one.
+        beside: names of tensors that a file may hold in addition, such as those of a classifier.
 
     Raises:
-        UserError: there are none, or they do not fit.
+        UserError: there are no such weights, or they do not fit.
     """
     if weights is None:
         return backbone
