@@ -25,6 +25,7 @@ from icl_msr.cli.footprint import Footprint
 from icl_msr.cli.processes import hold_leash, in_folder, outlive_reader, told
 from icl_msr.cli.sweeps import ProcessLauncher, register_resolvers
 from icl_msr.cli.words import ambiguous, for_sweep, overrides, path_in, spelled_out, unreadable
+from icl_msr.core import trust
 from icl_msr.core.compose import compose, hydra_for_itself
 from icl_msr.core.config import Settings, check, config_dir, no_keys, suggestion, unfilled
 from icl_msr.core.errors import UserError
@@ -67,8 +68,8 @@ def main(job: Job, arguments: Sequence[str] | None = None) -> int:
         sys.argv[1:] = typed  # ranks and the jobs of a sweep repeat the command
         codes.append(0)
         try:
-            if source != config_dir():
-                config = OmegaConf.create(RunFolder(source).with_new_keys(OmegaConf.to_container(config)))
+            if saved is not None:
+                config = saved
             return job(check(config), config)
         except UserError as mistake:
             # An error that leaves the job would make Hydra print its own message and stop the other jobs of a sweep.
@@ -86,12 +87,14 @@ def main(job: Job, arguments: Sequence[str] | None = None) -> int:
             raise
 
     try:
-        _check_flags(typed)
-        _check_search_path(typed)
-        source, words = _source(typed)
+        trust.leave_working_directory(typed)
+        asked = trust.given(typed)
+        _check_flags(asked)
+        _check_search_path(asked)
+        saved, words = _resumed(asked)
         words = for_sweep(words) if _MULTIRUN & set(typed) else spelled_out(words)
         sys.argv[1:] = words
-        hydra.main(version_base="1.3", config_path=str(source), config_name="config")(answered)()
+        hydra.main(version_base="1.3", config_path=str(config_dir()), config_name="config")(answered)()
     except UserError as mistake:
         return refuse(str(mistake))
     except (HydraException, OmegaConfBaseException, YAMLError, ValueError, OSError) as mistake:
@@ -105,22 +108,26 @@ def main(job: Job, arguments: Sequence[str] | None = None) -> int:
     return max([*codes, *ProcessLauncher.exit_codes], default=0)
 
 
-def _source(typed: Sequence[str]) -> tuple[Path, Sequence[str]]:
-    """Return the config folder and the overrides. `resume=<run folder>` repeats the run's own config.
+def _resumed(typed: Sequence[str]) -> tuple[DictConfig | None, Sequence[str]]:
+    """Return the config of the run that `resume=FOLDER` continues, None for a new one; and the words for Hydra.
+
+    The saved config is data: Hydra composes the program's own, and that of the run takes its place.
 
     Raises:
-        UserError: the folder holds no run, or a word changes something other than the number of epochs.
+        UserError: the folder holds no run, its config may not be trusted, or something beside the number of epochs is
+            to be changed.
     """
     folders = [path_in(word) for word in typed if word.startswith("resume=")]
     if not folders:
-        return config_dir(), typed
-    folder = Path(folders[-1])
-    if not RunFolder(folder).begun:
+        return None, typed
+    folder = RunFolder(Path(folders[-1]))
+    if not folder.begun:
         raise UserError(
             f"resume={folder} is no run that can be continued: it holds no config.yaml; give the folder of a run "
             "that has begun to train."
         )
-    RunFolder(folder).saved_config()  # raises if it is not readable
+    trust.require(folder.saved_config(), folder.config)
+    config = OmegaConf.create(folder.saved_config(resolve=False))
     epochs = [word for word in typed if word.startswith("trainer.max_epochs=")]
     for word in typed:
         if word not in epochs and not word.startswith(("resume=", "hydra.run.dir=")):
@@ -128,7 +135,10 @@ def _source(typed: Sequence[str]) -> tuple[Path, Sequence[str]]:
                 f"{word} cannot be changed when a run is continued; drop it (trainer.max_epochs=N may grow), "
                 "or begin a new run."
             )
-    return folder.resolve(), [*epochs, in_folder(folder), "hydra.output_subdir=null", "hydra/job_logging=none"]
+    for change in OverridesParser.create().parse_overrides(epochs):
+        if not change.is_sweep_override():  # which Hydra refuses
+            OmegaConf.update(config, change.key_or_group, change.value())
+    return config, [*epochs, in_folder(folder.path)]
 
 
 def _check_flags(typed: Sequence[str]) -> None:

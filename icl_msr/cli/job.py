@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 from rich.console import Console
 
 from icl_msr.cli.assemble import Pieces, assemble, build_as, in_words, make_loggers, make_trainer
@@ -25,6 +25,7 @@ from icl_msr.core.errors import UserError
 from icl_msr.core.folder import RunFolder
 from icl_msr.core.ranks import is_first, is_rank
 from icl_msr.core.records import Outcome, chosen_metric
+from icl_msr.core.saved import WRITTEN, as_yaml
 from icl_msr.core.storage import atomic_write, disk_is_full
 from icl_msr.data.dataset import Dataset
 from icl_msr.models.checkpoint import read_checkpoint
@@ -95,7 +96,7 @@ def carry_out(
     if is_first():
         folder.results.unlink(missing_ok=True)  # results from before more epochs were asked for
         folder.write_facts(facts)
-        atomic_write(folder.config, OmegaConf.to_yaml(config))
+        atomic_write(folder.config, as_yaml(config))
     console.print(f"[bold]{about.name}[/bold] on {plan}\n{in_words(pieces.derived)}\n{folder}")
 
     for remark in [*pieces.dataset.remarks(), *(pieces.dataset.labelled.remarks() if pieces.dataset.labelled else [])]:
@@ -144,6 +145,8 @@ def more_epochs(settings: Settings, folder: RunFolder) -> bool:
     saved, now = flatten(folder.saved_config()), flatten(settings.model_dump())
     epochs = "trainer.max_epochs"
     for key in dict.fromkeys([*now, *saved]):
+        if key.removeprefix("dataset.") in WRITTEN:  # the images are the same
+            continue
         if saved.get(key) != now.get(key) and (key != epochs or (now[key] or 0) < (saved.get(key) or 0)):
             raise UserError(
                 f"{folder} holds a run with {key}={saved.get(key)}, and {now.get(key)} was asked for; a run is "

@@ -14,6 +14,7 @@ from yaml import YAMLError
 
 from icl_msr.cli.command import sentence
 from icl_msr.cli.words import in_full, path_in, spelled_out
+from icl_msr.core import trust
 from icl_msr.core.compose import compose
 from icl_msr.core.config import Settings, check, config_dir, suggestion
 from icl_msr.core.errors import UserError
@@ -93,7 +94,13 @@ def composed(subject: Subject, overrides: Sequence[str]) -> tuple[DictConfig, di
     own_data = subject.config is not None and not any(word.startswith("dataset=") for word in overrides)
     changes = [word for word in overrides if own_data and re.match(r"\+*dataset\.", word)]
     words = ["hardware.precision=32-true"]  # the default, because features are stored and compared
-    words += [f"seed={subject.config['seed']}"] if subject.config is not None else []
+    if subject.config is not None:
+        seed = subject.config.get("seed")
+        if type(seed) is not int:
+            raise UserError(f"The config of {subject.source} has no seed that is a whole number; restore it.")
+        words.append(f"seed={seed}")
+        if own_data:
+            trust.require(subject.config, Path(subject.source), ["dataset"])
     words += [word for word in overrides if word not in changes]
     try:
         config = compose(spelled_out(words))

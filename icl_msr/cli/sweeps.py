@@ -23,11 +23,13 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from icl_msr.cli.footprint import Footprint, new_folder
 from icl_msr.cli.processes import Child, clean_environment, in_folder, passed_on
 from icl_msr.cli.words import in_short, spelled_out
+from icl_msr.core import trust
 from icl_msr.core.compose import known_to_hydra
 from icl_msr.core.config import check
 from icl_msr.core.errors import PREEMPTED, UserError
 from icl_msr.core.folder import RunFolder
 from icl_msr.core.ranks import outside_world_size
+from icl_msr.core.saved import as_yaml
 from icl_msr.core.storage import atomic_write
 
 _OURS = ("hydra.sweep.", "hydra.launcher.", "hydra.sweeper.", "hydra.mode", "hydra/launcher", "hydra/sweeper")
@@ -94,7 +96,7 @@ class ProcessLauncher:
         HydraConfig.instance().set_config(config)  # resolves ${hydra:...} in the folder's name
         folder = RunFolder(Path(str(config.hydra.sweep.dir)) / str(config.hydra.sweep.subdir))
         task = OmegaConf.masked_copy(config, [str(key) for key in config if key != "hydra"])
-        done = folder.begun and folder.done and folder.config.read_text() == OmegaConf.to_yaml(task)
+        done = folder.begun and folder.done and folder.config.read_text() == as_yaml(task)
         return Job(overrides, folder, " ".join([f"[{number + 1}/{total}]", *_varying(overrides)]), done)
 
     def _stopped(self) -> bool:
@@ -132,7 +134,7 @@ class ProcessLauncher:
         environment.setdefault("WANDB_RUN_GROUP", Path(str(self.config.hydra.sweep.dir)).name)
         if named := job_type(job.overrides):
             environment.setdefault("WANDB_JOB_TYPE", named)
-        words = [*job.overrides, *theirs, in_folder(job.folder.path)]
+        words = [*job.overrides, *theirs, *trust.word(), in_folder(job.folder.path)]
         if self.jobs == 1:
             process = Child(words, environment)
         else:

@@ -34,7 +34,7 @@ def _sum_over_ranks(local: Tensor) -> Tensor:
 
 
 class _Sum(Function):
-    """A sum over ranks. It is its own adjoint, so derivatives of every order cross the ranks, in both modes."""
+    """A sum over ranks. It is its own adjoint, so all derivatives cross ranks, in reverse and forward mode."""
 
     @staticmethod
     def forward(local: Tensor) -> Tensor:

@@ -4,8 +4,9 @@ import errno
 import fcntl
 import json
 import os
+import re
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
@@ -15,12 +16,19 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
-from icl_msr.core.config import PLURAL, with_new_keys
+from icl_msr.core.config import PLURAL, Settings, with_new_keys
 from icl_msr.core.errors import UserError
-from icl_msr.core.storage import atomic_write
+from icl_msr.core.saved import read, shown
+from icl_msr.core.storage import atomic_write, read_regular
 
 FORMAT = 2
 """The format of a run folder, written to its environment.json. It grows when the files are read in another way."""
+
+_NAMES = re.compile(r"[\w-]+([+/][\w-]+)*")
+"""Of choices, not of anything that Hydra reads otherwise."""
+
+LARGEST = 10_000_000
+"""Bytes of a file that says facts."""
 
 PATIENCE = 10.0
 """Seconds to wait until the processes of a killed run release its folder."""
@@ -65,10 +73,11 @@ class RunFolder:
         """Check that the folder has the format of this version of the program.
 
         Raises:
-            UserError: the folder has another format, or does not say which it has.
+            UserError: its format is another one, or is not said; or see `require_inside`.
         """
+        self.require_inside()
         facts: Any = {}
-        with suppress(OSError, ValueError):
+        with suppress(OSError, ValueError, RecursionError):
             facts = self.facts()
         found, writer = (facts.get(key) for key in ("format", "icl_msr")) if isinstance(facts, dict) else (None, None)
         if found != FORMAT:
@@ -76,30 +85,47 @@ class RunFolder:
             by = f"icl-msr {writer}, which wrote it" if writer else "the version of icl-msr that wrote it"
             raise UserError(f"{self} {said}, and this version reads format {FORMAT}; use {by}, or repeat the run.")
 
+    def require_inside(self) -> None:
+        """Refuse a folder in which a link leads out of it, or something is neither file nor folder.
+
+        Reading or writing there would be elsewhere, or wait for ever.
+
+        Raises:
+            UserError: there is such a thing.
+        """
+        inside = os.path.realpath(self.path)
+        for folder, folders, files in os.walk(self.path):
+            for path in (os.path.join(folder, name) for name in (*folders, *files)):
+                if os.path.islink(path):
+                    if os.path.commonpath((inside, os.path.realpath(path))) != inside:
+                        raise UserError(f"{shown(path)} leads out of the run's folder; put a copy in its place.")
+                elif not (os.path.isfile(path) or os.path.isdir(path)):
+                    raise UserError(f"{shown(path)} is neither a file nor a folder; remove it.")
+
     def saved_config(self, *, resolve: bool = True) -> dict[str, Any]:
         """Return the config of the run. Interpolations are resolved if `resolve` is true, else kept.
 
         Raises:
-            UserError: the folder is of another format, or the file is damaged.
+            UserError: the folder is of another format, or the file is damaged or more than data (see `core.saved`).
         """
         self.require_format()
         saved: Any = None
-        with suppress(OSError, ValueError, YAMLError, OmegaConfBaseException):
-            written = OmegaConf.to_container(OmegaConf.load(self.config))
-            if isinstance(written, dict) and written:
-                saved = OmegaConf.to_container(OmegaConf.create(self.with_new_keys(written)), resolve=resolve)
-        if not isinstance(saved, dict):
+        with suppress(OSError, ValueError, RecursionError, YAMLError, OmegaConfBaseException):
+            written = read(self.config)
+            saved = OmegaConf.to_container(OmegaConf.create(self.with_new_keys(written)), resolve=resolve)
+        if not isinstance(saved, dict) or not saved:
             raise UserError(f"{self.config} is damaged; restore it from a copy, or begin a new run in another folder.")
         return {str(key): value for key, value in saved.items()}
 
     def with_new_keys(self, saved: Any) -> dict[str, Any]:
         """Return a saved config, completed with today's values of all keys that its choices have gained since."""
         choices: dict[str, str] = {}
-        with suppress(OSError, ValueError):
-            choices = self.facts().get("choices", {})
+        with suppress(OSError, ValueError, AttributeError, TypeError):
+            choices = dict(self.facts().get("choices", {}))
         words = tuple(
             f"{group}=[{choice.replace('+', ',')}]" if group in PLURAL else f"{group}={choice}"
             for group, choice in choices.items()
+            if group in Settings.model_fields and _NAMES.fullmatch(str(choice))
         )
         today = {key: value for key, value in _today(words).items() if key in saved or key not in choices}
         return with_new_keys({str(key): value for key, value in saved.items()}, today)
@@ -110,7 +136,7 @@ class RunFolder:
 
     def facts(self) -> dict[str, Any]:
         """Return the content of `environment.json`."""
-        facts: dict[str, Any] = json.loads(self.environment.read_text())
+        facts: dict[str, Any] = json.loads(read_regular(self.environment, LARGEST))
         return facts
 
     def metric(self) -> float:
@@ -155,11 +181,11 @@ class RunFolder:
 @cache
 def _today(words: tuple[str, ...]) -> dict[str, Any]:
     """Return the config that the choices give today, without choices that this installation does not have."""
-    known = [word for word in words if _composed([word])]
-    return {str(key): value for key, value in (_composed(known) or {}).items()}
+    today = _composed(words) or _composed([word for word in words if _composed([word])]) or {}
+    return {str(key): value for key, value in today.items()}
 
 
-def _composed(words: list[str]) -> dict[Any, Any] | None:
+def _composed(words: Sequence[str]) -> dict[Any, Any] | None:
     from icl_msr.core.compose import compose  # which brings Hydra along
 
     try:

@@ -197,8 +197,8 @@ ACCURACY = Layout(
     columns=("split",),
     labels={"fitted_on": "fitted on", "own": "data of its own"},
     about="Per cent, with 95 % intervals over images. Fitted on the training set, a classifier may use the background "
-    "as far as it agrees with the class there; fitted on a balanced split it cannot, and shows what of the object is "
-    "in the features.",
+    "as far as it agrees with the class there. Fitted on a balanced split it cannot, and shows how much of the object "
+    "is in the features.",
     heat=True,
     chart=Chart(
         axis="split",
@@ -213,7 +213,7 @@ MEANINGS: Mapping[tuple[str, str], str] = MappingProxyType(
         ("original", "mixed_rand"): "the background is swapped for one of a random class",
         ("full", "fg"): "everything but the object is taken away",
         ("original", "only_fg"): "the background is taken away",
-        ("fg", "crop"): "gained by cropping to the object and not anywhere",
+        ("fg", "crop"): "gained by cropping to the object instead of anywhere",
         ("only_bg", CHANCE): "above chance from the background alone",
     }
 )
@@ -361,7 +361,7 @@ class Outcome:
             raise UserError(
                 f"{folder} has no results.json: the run failed or has not ended; give the folder of a finished run."
             ) from None
-        except (ValueError, OSError) as error:
+        except (ValueError, OSError, RecursionError) as error:
             raise UserError(
                 f"{file} cannot be read ({error}); repeat the run or remove it from the folders given."
             ) from None

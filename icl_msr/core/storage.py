@@ -2,12 +2,29 @@
 
 import errno
 import os
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO
 
 from icl_msr.core.errors import UserError
+
+
+def read_regular(path: Path, largest: int) -> bytes:
+    """Return the content of a regular file. A pipe is never waited for, and a device is not opened.
+
+    Raises:
+        UserError: it is something else, or has more than `largest` bytes.
+        OSError: it is not there, or cannot be read.
+    """
+    number = os.open(path, os.O_RDONLY | os.O_NONBLOCK) if stat.S_ISREG(os.stat(path).st_mode) else None
+    if number is None:
+        raise UserError(f"{path} is no regular file; restore it from a copy.")
+    with open(number, "rb") as file:
+        if os.fstat(number).st_size > largest:
+            raise UserError(f"{path} is larger than {largest / 1e6:g} MB, as no such file is; restore it from a copy.")
+        return file.read(largest)
 
 
 def atomic_write(path: Path, content: bytes | str, advice: str = "repeat the command") -> None:
@@ -26,7 +43,8 @@ def replacing(path: Path, advice: str) -> Iterator[IO[bytes]]:
     temporary = path.with_name(f".{path.name}.tmp")  # one name, so that the next write replaces what a kill left
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with temporary.open("wb") as file:
+        temporary.unlink(missing_ok=True)  # it could be a link to another file
+        with temporary.open("xb") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())

@@ -152,8 +152,14 @@ class Table:
     def csv(self) -> str:
         """Return the values as CSV, with the headings in the first line."""
         content = io.StringIO()
-        csv.writer(content, lineterminator="\n").writerows([self.heads, *self.data])
+        rows = [[_inert(value) for value in row] for row in [self.heads, *self.data]]
+        csv.writer(content, lineterminator="\n").writerows(rows)
         return content.getvalue()
+
+
+def _inert(value: Any) -> Any:
+    """Return a cell that no spreadsheet runs: a text that begins like a formula has a quote before it."""
+    return f"'{value}" if isinstance(value, str) and value[:1] in tuple("=+-@\t\r") else value
 
 
 def _small(text: str) -> str:

@@ -136,7 +136,7 @@ def listed_part(dataset: Dataset, fraction: float, file: Path) -> Part:
     try:
         lines = [line.strip() for line in file.expanduser().read_text().splitlines() if line.strip()]
     except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "it is no text"
+        reason = error.strerror if isinstance(error, OSError) else "it is not text"
         raise UserError(f"{file} cannot be read ({reason}); evaluation.files names lists of images.") from None
     labels, names = dataset.train.labels.cpu(), _paths(dataset.train)
     tables: dict[int, dict[str, int]] = {}
@@ -156,7 +156,7 @@ def listed_part(dataset: Dataset, fraction: float, file: Path) -> Part:
     if len(found) < 2:
         raise UserError(
             f"{file} names {len(found) or 'no'} labelled training image{'' if len(found) == 1 else 's'} of "
-            f"{dataset.name}, which has such as {'/'.join(names[0][-2:])}; give another list in evaluation.files."
+            f"{dataset.name}, which has names like {'/'.join(names[0][-2:])}; give another list in evaluation.files."
         )
     index = torch.tensor(sorted(found))
     notes = []

@@ -45,9 +45,9 @@ SHAPE = Layout(
 taken for their shape or their texture. `shape_bias` is the share of these that are taken for their shape."""
 DECODABILITY = Layout(
     kind="decodability",
-    title="Read from the features of the stimuli, %",
+    title="Accuracy of probes on the stimuli, %",
     rows=("cue", "encoder"),
-    about="Accuracy of linear probes for shape and texture; no probe is tested on an instance that it was fitted to.",
+    about="Linear probes for shape and texture. No probe is tested on an instance that it was fitted to.",
     count="n",
 )
 
@@ -148,8 +148,8 @@ class ShapeAndTexture(Evaluation):
             return
         if not self._conflicts(self._of_sixteen())[0].numel():
             raise UserError(
-                f"evaluation.head=true decides among {', '.join(SIXTEEN)}, and no image of {self.stimuli} is of two "
-                "of them; leave it out."
+                f"evaluation.head=true decides among {', '.join(SIXTEEN)}, and no image of {self.stimuli} has shape "
+                "and texture among them; leave it out."
             )
         with_classifier(encoder)
 

@@ -114,7 +114,9 @@ class CorruptionRobustness(Evaluation):
         named_split(dataset, self.split)
         shown = (*OWN, *self._others(dataset))
         if taken := [name for name in OWN if shown.count(name) > 1]:
-            raise UserError(f"dataset.shifted.{taken[0]} has a name that is taken; give the folder another one.")
+            raise UserError(
+                f"dataset.shifted.{taken[0]} has a name that the evaluation uses itself; give the folder another one."
+            )
         return [f"{classifier}/train/{split}" for classifier in self.classifiers for split in shown]
 
     def _others(self, dataset: Dataset) -> dict[str, Split]:

@@ -19,10 +19,10 @@ from icl_msr.evaluation.suite import Extractor, Results, both
 
 SIMILARITY = Layout(
     kind="similarity",
-    title="Alike",
+    title="Similarity to another encoder",
     rows=("encoder", "other", "split"),
     labels={"other": "and", "split": "images of", "cka": "CKA", "shared_neighbours": "shared neighbours, %"},
-    details={"cka": "1: equal but for a rotation and a scale", "chance": "of features without relation"},
+    details={"cka": "1: equal up to rotation and scale", "chance": "for unrelated features"},
     count="n",
 )
 

@@ -162,8 +162,8 @@ def strata_records(found: Found, split: str, bootstrap: Bootstrap) -> Records:
     about = (
         "Each stratum's map (the last feature map, weighted by its a_t): the share on the object, over "
         f"{n:,} images of {split}, with 95 % intervals. The object covers {100 * area:.1f} % of an image, which is "
-        "what a flat map has there; as maps are fainter or brighter towards the edges, this is corrected by what the "
-        "same map has at the place of another image's object."
+        "the share of a flat map. Real maps are fainter or brighter towards the edges, so this is corrected by the "
+        "share of the same map at the place of another image's object."
     )
     names = {str(t): f"stratum {t}" for t in range(1, found.shares.shape[1])}
     layout = replace(STRATA, about=about, labels={**STRATA.labels, **names})

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from icl_msr.core import trust
 from icl_msr.core.config import build, suggestion
 from icl_msr.core.errors import UserError
 from icl_msr.core.folder import RunFolder
@@ -79,7 +80,7 @@ def find(source: str, value: str, weights: str | None) -> Subject:
     if source == "encoder" and (named := re.fullmatch(r"(\w+):(.*)", value)):
         library, name = named.groups()
         if library not in foreign.LIBRARIES:
-            raise UserError(f"encoder={value} is of an unknown library; {suggestion(library, foreign.LIBRARIES)}")
+            raise UserError(f"encoder={value} names an unknown library; {suggestion(library, foreign.LIBRARIES)}")
         foreign.require_known(library, name)
         chosen = None if weights == "null" else weights or library
 
@@ -93,6 +94,8 @@ def find(source: str, value: str, weights: str | None) -> Subject:
     if source == "encoder":
         if not Path(value).exists():
             raise UserError(f"There is no encoder {value}; give a .safetensors file, timm:NAME or torchvision:NAME.")
+        if Path(value).is_file() and Path(value).suffix not in (".safetensors", ".json"):
+            raise UserError(_of_another_program(value))
         backbone, about = load_encoder(Path(value))
         path = Path(value)
         name = path.absolute().parent.name if path.stem == "encoder" else path.stem
@@ -102,6 +105,8 @@ def find(source: str, value: str, weights: str | None) -> Subject:
     if source == "checkpoint":
         if not file.is_file():
             raise UserError(f"There is no checkpoint {file}; give a run's checkpoints/last.ckpt.")
+        if not run.begun:
+            raise UserError(_of_another_program(value))
         run.checkpoint = file
     elif not run.path.is_dir():
         raise UserError(f"There is no run {run}; give the folder of a run.")
@@ -117,6 +122,13 @@ def find(source: str, value: str, weights: str | None) -> Subject:
     with suppress(OSError, ValueError):
         subject.name = run.facts().get("name", subject.name)
     return subject
+
+
+def _of_another_program(file: str) -> str:
+    return (
+        f"{file} lies in no run's folder, so it is of another program and does not say its network; name that: "
+        f"encoder=torchvision:resnet50 weights={file}, or encoder=timm:NAME."
+    )
 
 
 def _exported(backbone: Backbone, about: Mapping[str, Any], name: str, source: str) -> Subject:
@@ -148,6 +160,7 @@ def rebuild(run: RunFolder, encoder: str) -> tuple[Backbone, dict[str, Any]]:
         raise UserError(f"{run.environment} does not say what images the encoder takes; repeat the run.") from None
     try:
         config, images = run.saved_config(), facts["images"]
+        trust.require(config, run.config, ("backbone", "method"))
         node: Mapping[str, Any] = config["backbone"]
         untrained = {**node, "weights": None} if "weights" in node else node
         plain = build(untrained, image_size=images["image_size"])
@@ -156,10 +169,12 @@ def rebuild(run: RunFolder, encoder: str) -> tuple[Backbone, dict[str, Any]]:
         method: Method = build(config["method"], backbone=plain, **facts_of_data)
         backbone = method.backbone
         backbone.load_state_dict(state)
+    except UserError:
+        raise
     except Exception as error:
         reason = str(error).partition("\n")[0].rstrip(".: ")
         raise UserError(
-            f"The encoder cannot be rebuilt from {run.config} ({reason}); put the config or the package back that the "
+            f"The encoder cannot be rebuilt from {run.config} ({reason}); restore the config or the package that the "
             "run was trained with."
         ) from error
     return backbone, about

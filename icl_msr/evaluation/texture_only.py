@@ -31,12 +31,12 @@ _VIEW = -200
 
 TEXTURE = Layout(
     kind="texture",
-    title="Told from what is left of an image without its content, %",
+    title="Accuracy on images without their content, %",
     rows=("images", "classifier", "encoder"),
     columns=("level", "metric"),
     labels={"accuracy": "classes"},
-    about="Coarse classes are the superclasses: those of one superclass count as one.",
-    notes="told best",
+    about="Coarse classes are superclasses: the classes of one superclass count as one.",
+    notes="most accurate",
     chart=Chart(axis="images", series=("classifier", "encoder"), where={"metric": "accuracy", "level": "fine"}),
 )
 

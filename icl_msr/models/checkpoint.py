@@ -20,7 +20,9 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
         raise UserError(f"There is no checkpoint {path}; give a run that has come to the end of its first epoch.")
     try:
         with zipfile.ZipFile(path) as archive:
-            damaged = archive.testzip() is not None  # torch writes checksums and never checks them
+            # torch compresses nothing, writes checksums and never checks them.
+            packed = any(part.compress_type != zipfile.ZIP_STORED for part in archive.infolist())
+            damaged = packed or archive.testzip() is not None
     except Exception:
         damaged = True
     if damaged:

@@ -11,8 +11,9 @@ from torch import nn
 
 from icl_msr.core.errors import UserError
 from icl_msr.core.imagenet import IMAGENET_CLASSES, IMAGENET_MEAN, IMAGENET_STD
-from icl_msr.models.backbones import Backbone, Origin, from_recipe, read_weights, resnet, timm_model, with_weights
+from icl_msr.models.backbones import Backbone, Origin, from_recipe, resnet, timm_model, with_weights
 from icl_msr.models.exported import BUILDERS
+from icl_msr.models.weights import read_weights
 
 LIBRARIES = ("timm", "torchvision")
 
@@ -99,10 +100,11 @@ def with_classifier(encoder: nn.Module) -> Backbone:
         )
     names, state = net.state_dict().keys(), encoder.net.state_dict()
     if weights not in (None, origin.library):
-        lacking = sorted(names - state.keys() - read_weights(weights).keys())
+        read = read_weights(weights, encoder.net)
+        lacking = sorted(names - state.keys() - read.keys())
         if lacking:
             raise UserError(f"{weights} has no classifier ({lacking[0]} is missing); leave out evaluation.head=true.")
-        state = {**read_weights(weights), **state}
+        state = {**read, **state}
     net.load_state_dict({name: state[name] for name in names & state.keys()}, strict=False)
     return Backbone(net, classes, f"{encoder.load}\n# and the classifier")
 

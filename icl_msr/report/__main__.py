@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 from icl_msr.core.errors import UserError
+from icl_msr.core.trust import leave_working_directory
 from icl_msr.report import print_summary, send, summarise, tables, words, write_report, write_summary
 from icl_msr.report.runs import Run, is_run
 
@@ -32,6 +33,7 @@ def main(arguments: list[str] | None = None) -> int:
         "--wandb", metavar="PROJECT", help="send the tables of several runs to this project of Weights & Biases as well"
     )
     options = parser.parse_args(arguments)
+    leave_working_directory(())
     try:
         _report(options.paths, options.out, options.against, options.wandb)
     except UserError as error:

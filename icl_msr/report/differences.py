@@ -90,7 +90,7 @@ def chance(compared: Sequence[Compared]) -> str:
     pairs = "image by image (one seed, so not over trainings)" if images else "seed by seed (Student's t)"
     return (
         f"Differences in points, paired {pairs}, with 95 % intervals. {sum(d.real for d in every)} of {len(every)} "
-        f"leave zero out; about {len(every) / 20:.1f} would if nothing differed."
+        f"exclude zero; about {len(every) / 20:.1f} would if nothing differed."
     )
 
 

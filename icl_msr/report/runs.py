@@ -10,9 +10,13 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
+
 from icl_msr.core.errors import UserError
 from icl_msr.core.folder import RunFolder
 from icl_msr.core.records import TRAINED, UNTRAINED, Measurement, Outcome
+from icl_msr.core.saved import read
 
 GAIN = "gain"
 """A name in place of an encoder, for the trained one minus the untrained one."""
@@ -47,6 +51,7 @@ class Run:
             UserError: the file is missing or damaged, or the folder has another format.
         """
         folder = RunFolder(path)
+        folder.require_inside()
         if folder.done and folder.environment.exists():
             folder.require_format()
         return cls(path, Outcome.load(path))
@@ -54,11 +59,10 @@ class Run:
     @cached_property
     def config(self) -> dict[str, Any]:
         """The composed config, with interpolations as they were written."""
-        from omegaconf import OmegaConf
-
-        file = self.path / "config.yaml"
-        content = OmegaConf.to_container(OmegaConf.load(file)) if file.exists() else {}
-        return {str(key): value for key, value in content.items()} if isinstance(content, dict) else {}
+        try:
+            return read(self.path / "config.yaml")
+        except (OSError, ValueError, RecursionError, YAMLError, OmegaConfBaseException):  # a page can do without
+            return {}
 
     @cached_property
     def environment(self) -> dict[str, Any]:
@@ -178,6 +182,6 @@ def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 def _json(file: Path) -> dict[str, Any]:
     try:
         content = json.loads(file.read_bytes())
-    except (OSError, ValueError):  # the page does not need this file
+    except (OSError, ValueError, RecursionError):  # a page can do without
         return {}
     return content if isinstance(content, dict) else {}

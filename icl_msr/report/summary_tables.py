@@ -13,9 +13,9 @@ from icl_msr.report.runs import GAIN
 from icl_msr.report.summary import CONDITIONS, Configuration, Statistic, Summary, TwoByTwo, best, heading, headline
 
 READING = (
-    "% or points, mean ± standard deviation over n seeds; classifiers fitted on train, or on the balanced split where "
-    "said; gain: trained minus untrained. The best mean of a column is bold; differences within the standard "
-    "deviations are none."
+    "% or points, mean ± standard deviation over n seeds; classifiers are fitted on train, or on the balanced split "
+    "where it is named. gain: trained minus untrained. The best mean of a column is bold; differences within the "
+    "standard deviations mean nothing."
 )
 
 

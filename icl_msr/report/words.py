@@ -75,8 +75,8 @@ def answer(outcome: Outcome) -> list[str]:
     classifier = main_classifier(records)
     if classifier is None and records.where("health"):
         return [
-            "This run had no labels of two or more classes, so nothing can be said about object and background; what "
-            "needs no label is below."
+            "This run had no labels of two or more classes, so nothing can be said about object and background. The "
+            "measures below need no labels."
         ]
     if classifier is None:
         return ["This run was not evaluated, so nothing can be said about object and background."]
@@ -155,7 +155,7 @@ def _decodable(records: Records, classifier: Classifier) -> list[str]:
         return []
     bounds = interval(trained)
     return [
-        "The object itself is in the features to this degree: a probe fitted where the background says nothing about "
+        "The object itself is in the features to this degree: a probe fitted on backgrounds that say nothing about "
         f"the class is right on {percent(trained.value)} of the images with a random background"
         + (f" (95 % interval {bounds})" if bounds else "")
         + (f", against {percent(untrained.value)} for the untrained encoder." if untrained else ".")

@@ -135,9 +135,9 @@ def test_a_published_list_for_more_than_is_there(tmp_path: Path) -> None:
     ("content", "said"),
     [
         (None, "cannot be read (No such file or directory); evaluation.files names lists of images."),
-        (b"\xff\xfe\xfa", "cannot be read (it is no text); evaluation.files names lists of images."),
-        (b"", "names no labelled training images of few, which has such as 0/0.png; give another list"),
-        (b"1/0.png\n4/0.png", "names 1 labelled training image of few, which has such as 0/0.png"),
+        (b"\xff\xfe\xfa", "cannot be read (it is not text); evaluation.files names lists of images."),
+        (b"", "names no labelled training images of few, which has names like 0/0.png; give another list"),
+        (b"1/0.png\n4/0.png", "names 1 labelled training image of few, which has names like 0/0.png"),
         (b"0.png", "names 0.png, and few has several such training images; write the names with their folders"),
     ],
 )

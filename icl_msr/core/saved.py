@@ -1,0 +1,109 @@
+"""Configs that lie in folders. They are data: whoever wrote the folder wrote them.
+
+A config is read as plain YAML without aliases. No `hydra` section is taken from it, and it may refer to its own values
+alone, as `${seed}`: no environment variable is read and no resolver is called.
+"""
+
+import re
+from collections.abc import Iterator, Mapping
+from io import StringIO
+from pathlib import Path
+from typing import Any
+
+import yaml
+from omegaconf import DictConfig, OmegaConf
+
+from icl_msr.core.errors import UserError
+from icl_msr.core.storage import read_regular
+
+LARGEST = 500_000
+"""Bytes of a config."""
+DEEPEST = 40
+"""Mappings and lists inside one another."""
+
+WRITTEN = {"cache": ".cache/icl-msr", "download": False}
+"""Keys of a data set by which something is written, and what stands there in a config that is read from a folder."""
+
+_REFERENCE = re.compile(r"\$\{([A-Za-z_]\w*(?:\.\w+)*)\}")
+
+
+def as_yaml(config: DictConfig) -> str:
+    """Return a composed config as it is saved: references to its own plain values as they are, all others filled in."""
+    raw, filled = (OmegaConf.to_container(config, resolve=resolve) for resolve in (False, True))
+    return OmegaConf.to_yaml(OmegaConf.create(_kept(raw, filled, raw)))
+
+
+def read(file: Path) -> dict[str, Any]:
+    """Return a saved config, references as they are.
+
+    Raises:
+        UserError: it is no regular file, is too large, uses aliases, or asks for more than its own values.
+        OSError, ValueError, YAMLError, OmegaConfBaseException: it cannot be read.
+    """
+    text = read_regular(file, LARGEST).decode()
+    _require_plain(text, file)
+    content = OmegaConf.to_container(OmegaConf.load(StringIO(text)))
+    if not isinstance(content, dict) or not content:
+        raise ValueError("no mapping")
+    config = {str(key): value for key, value in content.items() if key != "hydra"}
+    for key, value in leaves(config):
+        if isinstance(value, str) and _asks_for_more(value, config):
+            raise UserError(
+                f"{shown(f'{key}={value}')} in {file} asks for more than a plain value of this config, and a saved "
+                "config is data; put the value in its place."
+            )
+    dataset = config.get("dataset")
+    if isinstance(dataset, dict):
+        config["dataset"] = {**dataset, **{key: WRITTEN[key] for key in WRITTEN if dataset.get(key)}}
+    return config
+
+
+def leaves(value: Any, key: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield every value that is neither mapping nor list, with its key in full."""
+    if isinstance(value, Mapping | list):
+        for name, part in value.items() if isinstance(value, Mapping) else enumerate(value):
+            yield from leaves(part, f"{key}.{name}" if key else str(name))
+    else:
+        yield key, value
+
+
+def shown(text: object) -> str:
+    """Return what somebody else wrote, for a sentence: in one line, of bounded length, without control characters."""
+    line = "".join(c if c.isprintable() else repr(c)[1:-1] for c in str(text))
+    return line if len(line) <= 200 else f"{line[:200]}..."
+
+
+def _require_plain(text: str, file: Path) -> None:
+    """Refuse aliases, which make few bytes into many, and deep nesting, before anything is made of the text."""
+    depth = 0
+    for event in yaml.parse(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader)):
+        if isinstance(event, yaml.AliasEvent):
+            raise UserError(f"{file} uses YAML aliases, as *{shown(event.anchor)}; write them out.")
+        depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+        if depth > DEEPEST:
+            raise UserError(f"{file} nests more than {DEEPEST} mappings or lists, and no saved config does.")
+
+
+def _asks_for_more(text: str, config: Any) -> bool:
+    """Whether a text refers to anything but plain values of the config: resolvers, relative or nested references."""
+    if "${" in _REFERENCE.sub("", text):
+        return True
+    values = [_value(match[1].split("."), config) for match in _REFERENCE.finditer(text)]
+    return any(isinstance(value, Mapping | list) or (isinstance(value, str) and "${" in value) for value in values)
+
+
+def _value(path: list[str], config: Any) -> Any:
+    for name in path:
+        if isinstance(config, list) and name.isdigit() and int(name) < len(config):
+            config = config[int(name)]
+        else:
+            config = config.get(name) if isinstance(config, Mapping) else None
+    return config
+
+
+def _kept(raw: Any, filled: Any, config: Any) -> Any:
+    if isinstance(raw, Mapping):
+        return {name: _kept(part, filled[name], config) for name, part in raw.items()}
+    if isinstance(raw, list):
+        return [_kept(part, there, config) for part, there in zip(raw, filled, strict=True)]
+    return filled if isinstance(raw, str) and _asks_for_more(raw, config) else raw
