@@ -363,7 +363,7 @@ def _path(loc: Iterable[int | str], values: Any) -> list[Any]:
 
 
 def _fields(schema: type[BaseModel], path: Sequence[Any]) -> Mapping[str, FieldInfo]:
-    """Return the fields beside the last name of a path; there are none inside a value that is no model."""
+    """Return the fields beside the last name of a path; there are none inside a value that is not a model."""
     fields = schema.model_fields
     for name in path[:-1]:
         fields = getattr(fields[name].annotation, "model_fields", {}) if name in fields else {}

@@ -1,4 +1,4 @@
-"""k nearest neighbours with named presets, because "kNN accuracy" without its settings is no measure.
+"""k nearest neighbours with named presets, because "kNN accuracy" without its settings is not a measure.
 
 Results do not depend on the chunk size or the device. Distances are computed in float64 and compared after rounding to
 2^-36 of their range. Among equally distant bank images, the earlier one is nearer. Among classes with equal scores, the

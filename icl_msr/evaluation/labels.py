@@ -161,7 +161,7 @@ def listed_part(dataset: Dataset, fraction: float, file: Path) -> Part:
     index = torch.tensor(sorted(found))
     notes = []
     if unknown := len(set(lines)) - len(found):
-        notes.append(f"{unknown} of {len(set(lines))} names are no labelled training images here")
+        notes.append(f"{unknown} of {len(set(lines))} names are not labelled training images here")
     share = len(found) / int((labels >= 0).sum())
     if not 0.8 < share / fraction < 1.25:
         notes.append(f"the list covers {percent(round(share, 4))} of the labels")

@@ -129,7 +129,7 @@ class ShapeAndTexture(Evaluation):
         unknown = sorted(self.same.keys() - set(self.shown.classes))
         if unknown:
             raise UserError(
-                f"evaluation.same.{unknown[0]} is no class of the stimuli, which are {', '.join(self.shown.classes)}."
+                f"evaluation.same.{unknown[0]} is not a class of the stimuli ({', '.join(self.shown.classes)})."
             )
 
     @override
@@ -273,7 +273,7 @@ def covered(stimuli: Sequence[str], classes: Sequence[str], same: Mapping[str, S
         for other in same.get(name, [name] if name in classes else []):
             if other not in classes:
                 raise UserError(
-                    f"evaluation.same.{name} names {other}, which is no class of the data set "
+                    f"evaluation.same.{name} names {other}, which is not a class of the data set "
                     f"({', '.join(classes[:5])}{', ...' if len(classes) > 5 else ''})."
                 )
             label[classes.index(other)] = k

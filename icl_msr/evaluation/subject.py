@@ -146,7 +146,7 @@ def rebuild(run: RunFolder, encoder: str) -> tuple[Backbone, dict[str, Any]]:
         UserError: there is no such run, checkpoint or encoder, or they do not fit together.
     """
     if not run.begun:
-        raise UserError(f"{run} is no run: it holds no config.yaml; give the folder of a run that has begun to train.")
+        raise UserError(f"{run} is not a run: it has no config.yaml; give the folder of a run that has begun to train.")
     run.require_format()
     saved = read_checkpoint(run.checkpoint)["state_dict"]
     prefix = ENCODERS[encoder]

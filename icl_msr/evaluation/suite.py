@@ -314,7 +314,7 @@ def named_split(dataset: Dataset, name: str | None) -> str:
         UserError: there is no such split.
     """
     if name is not None and name not in dataset.tests:
-        raise UserError(f"evaluation.split={name} is no test split; {suggestion(name, dataset.tests)}")
+        raise UserError(f"evaluation.split={name} is not a test split; {suggestion(name, dataset.tests)}")
     return name or next(iter(dataset.tests))
 
 

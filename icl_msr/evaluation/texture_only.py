@@ -89,7 +89,7 @@ class TextureImages(Evaluation):
             self.built[f"only_{name}"] = generator
             if not callable(generator):
                 key = f"evaluation.generators.{name}"
-                raise UserError(f"{key} is no generator that makes images; leave it out with ~{key}.")
+                raise UserError(f"{key} is not a generator that makes images; leave it out with ~{key}.")
 
     @override
     def names(self, dataset: Dataset) -> list[str]:
@@ -175,7 +175,7 @@ def read_superclasses(file: Path, classes: Sequence[str]) -> list[str]:
             found: Mapping[str, str] = {line["class"]: line["superclass"] for line in csv.DictReader(lines)}
     except (OSError, KeyError, UnicodeDecodeError):
         raise UserError(
-            f"{file} is no file of superclasses; evaluation.superclasses is a .csv file with the columns class and "
+            f"{file} is not a file of superclasses; evaluation.superclasses is a .csv file with the columns class and "
             "superclass, or null."
         ) from None
     missing = [name for name in classes if not found.get(name)]

@@ -1,4 +1,4 @@
-"""Backbones with a stem that fits the image."""
+"""Backbones with a stem that fits the image size."""
 
 import difflib
 import inspect
@@ -22,15 +22,15 @@ class Origin(NamedTuple):
     """`timm` or `torchvision`."""
     name: str
     options: Mapping[str, Any]
-    """What the library is told beside the name."""
+    """Further arguments for the library, beside the name."""
     seed: int
-    """Of random weights."""
+    """Seed of random weights."""
 
 
 class Backbone(nn.Module):
-    """A network that turns images (N, 3, H, W) into pooled features (N, c).
+    """A network from images (N, 3, H, W) to pooled features (N, c).
 
-    `net` is a plain torchvision or timm model without its classifier, so its state dict is what other programs load.
+    `net` is a plain torchvision or timm model without its classifier, so other programs can load its state dict.
     """
 
     def __init__(self, net: nn.Module, channels: int, load: str = "", recipe: Mapping[str, Any] | None = None):
@@ -38,28 +38,28 @@ class Backbone(nn.Module):
         self.net = net
         self.channels = channels
         self.load = load
-        """Python that builds `net` without this package; written beside every exported encoder."""
+        """Python code that builds `net` without this package. It is written beside every exported encoder."""
         self.recipe = recipe
-        """The same as plain data, for `checkpoint.load_encoder`: a function under `builder`, and its arguments. None
-        where another package built `net`."""
+        """The same as plain data, for `exported.load_encoder`: the name of a function under `builder`, and its
+        arguments. None if another package built `net`."""
         self.pretrained: str | None = None
-        """Where its weights came from; None: they are random."""
+        """Source of its weights; None: they are random."""
         self.origin: Origin | None = None
-        """Which model of another library it is, if any."""
+        """The model of another library that it is, if any."""
 
     def parts(self) -> dict[str, "Backbone"]:
-        """Encoders inside, of use by themselves, that are exported beside the whole one."""
+        """Return encoders inside this one that are useful by themselves. They are exported beside the whole one."""
         return {}
 
     def forward(self, images: Tensor) -> Tensor:
-        """Pooled features: (N, 3, H, W) to (N, c)."""
+        """Return pooled features (N, c) of images (N, 3, H, W)."""
         features: Tensor = self.net(images)
         return features
 
     def last_stage(self) -> list[nn.Parameter]:
-        """Parameters of the last block of layers: layer4 of a ResNet, the last block of a transformer.
+        """Return the parameters of the last block of layers: layer4 of a ResNet, the last block of a transformer.
 
-        Containers that hold nearly all parameters are opened; layers after the block, such as a norm, belong to it.
+        Containers that hold nearly all parameters are opened. Layers after the block, such as a norm, belong to it.
         """
         inside: nn.Module = self.net
         after: list[nn.Parameter] = []
@@ -75,7 +75,10 @@ class Backbone(nn.Module):
             inside = list(inside.children())[heavy[-1]]
 
     def maps(self, images: Tensor) -> Tensor:
-        """The last feature map: (N, 3, H, W) to (N, c, h, w); a transformer's patch tokens laid out as a grid."""
+        """Return the last feature map (N, c, h, w) of images (N, 3, H, W).
+
+        The patch tokens of a transformer are laid out as a grid.
+        """
         if not hasattr(self.net, "forward_features"):
             for layer in self.net.children():
                 if isinstance(layer, nn.AdaptiveAvgPool2d | nn.Flatten):
@@ -113,7 +116,7 @@ def tiny_network() -> nn.Module:
 
 
 def tiny(image_size: int, *, weights: str | None) -> Backbone:
-    """A small ResNet for studies on a CPU: 12 M multiply-adds at 32 px, c = 128, a 4 x 4 last map."""
+    """Build a small ResNet for studies on a CPU: 12 M multiply-adds at 32 px, c = 128, a 4 x 4 last map."""
     recipe = {"builder": "tiny", "image_size": image_size}
     return with_weights(Backbone(tiny_network(), 128, _TINY, recipe), weights)
 
@@ -127,15 +130,15 @@ net = tiny_network()"""
 
 
 def resnet(image_size: int, *, name: str, stem: Literal["auto", "small", "standard"], weights: str | None) -> Backbone:
-    """A torchvision ResNet by name, with the small-image stem where it fits.
+    """Build a torchvision ResNet by name. Small images get a small stem.
 
-    The small stem is a 3 x 3 convolution of stride 1; up to 48 px the max-pool goes too, at 64 and 96 px it stays
-    (ICL-MSR, section 6.2). `auto` takes it up to 96 px.
+    The small stem is a 3 x 3 convolution of stride 1. Up to 48 px the max-pool is removed too; at 64 and 96 px it stays
+    (ICL-MSR, section 6.2). `auto` selects the small stem up to 96 px.
 
     Raises:
         UserError: torchvision has no ResNet of that name, or the weights do not fit.
     """
-    import torchvision  # here, because it takes as long as torch, and many a module needs no more than `Backbone`
+    import torchvision  # imported here, because it takes as long as torch, and many modules need only `Backbone`
 
     known = [n for n in torchvision.models.list_models() if n.startswith(("resnet", "resnext", "wide_resnet"))]
     if name not in known:
@@ -157,7 +160,7 @@ def resnet(image_size: int, *, name: str, stem: Literal["auto", "small", "standa
 
 
 def timm_model(image_size: int, *, name: str, options: dict[str, Any], weights: str | None) -> Backbone:
-    """Any timm model by name; `options` go to `timm.create_model`. Transformers are told the image size.
+    """Build a timm model by name. `options` go to `timm.create_model`; transformers also get the image size.
 
     Raises:
         UserError: timm is missing or has no such model, or the model refuses the image size or an option.
@@ -188,11 +191,11 @@ def timm_model(image_size: int, *, name: str, options: dict[str, Any], weights: 
 
 
 _NO_OPTIONS = ("cache_dir", "num_classes", "features_only", "out_indices", "feature_cls", "exportable", "scriptable")
-"""Keywords of `timm.create_model` that are no keywords of a model, or by which it gives no pooled features."""
+"""Keywords of `timm.create_model` that are not keywords of a model, or that prevent pooled features."""
 
 
 def _require_plain(options: Mapping[str, Any]) -> None:
-    """Options become Python source and JSON, and may come from an encoder.json of unknown origin."""
+    """Check that options are plain data. They become Python source, and an encoder.json may be of unknown origin."""
     for key, value in options.items():
         if not key.isidentifier() or key in _NO_OPTIONS or key.startswith(("pretrained", "checkpoint")):
             raise UserError(
@@ -212,11 +215,11 @@ def _require_plain(options: Mapping[str, Any]) -> None:
 def from_recipe(
     recipe: Mapping[str, Any], weights: str | None, builders: Mapping[str, Callable[..., Backbone]]
 ) -> Backbone:
-    """Builds what a recipe says, with the functions that it may name and the types that they ask for.
+    """Build the network of a recipe with the given functions. Their annotations are checked.
 
     Raises:
-        AttributeError, KeyError, TypeError, ValidationError: it says something else.
-        UserError: no such network, or the weights do not fit.
+        AttributeError, KeyError, TypeError, ValidationError: the recipe is not valid.
+        UserError: there is no such network, or the weights do not fit.
     """
     keys = {key: value for key, value in recipe.items() if key != "builder"}
     build = validate_call(config=ConfigDict(strict=True))(builders[recipe["builder"]])
@@ -230,13 +233,18 @@ def with_weights(
     timm_name: str | None = None,
     beside: Collection[str] = (),
 ) -> Backbone:
-    """The backbone with weights from a file, a run folder or, by the network's name there, torchvision or timm.
+    """Load weights into a backbone and return it.
 
-    `beside` names what a file may hold that the backbone has not: a classifier. Layers that the network has none of,
-    by the first part of their names, are left out.
+    Args:
+        backbone: the network that is loaded.
+        weights: a .safetensors file, a run folder, `torchvision` or `timm`. None: the weights stay random.
+        torchvision_name: the network's name in torchvision, if it has one.
+        timm_name: the network's name in timm, if it has one.
+        beside: names of tensors that a file may hold in addition, such as those of a classifier. A file's layers of
+            which the network has none, by the first part of their names, are left out too.
 
     Raises:
-        UserError: there are none, or they do not fit.
+        UserError: there are no such weights, or they do not fit.
     """
     if weights is None:
         return backbone
@@ -253,7 +261,7 @@ def with_weights(
         state = _download(lambda: timm.create_model(timm_name, pretrained=True, num_classes=0), weights)
     else:
         state = read_weights(weights, backbone.net)
-    layers = {name.partition(".")[0] for name in backbone.net.state_dict()}  # what else there is, such as a projector
+    layers = {name.partition(".")[0] for name in backbone.net.state_dict()}  # others are left out, such as a projector
     state = {n: tensor for n, tensor in state.items() if n not in beside and n.partition(".")[0] in layers}
     missing = backbone.net.state_dict().keys() ^ state.keys()
     shapes = [n for n, t in backbone.net.state_dict().items() if n in state and state[n].shape != t.shape]

@@ -1,4 +1,4 @@
-"""Weights in files: of exported encoders, and of checkpoints that other programs wrote. They are read as data alone."""
+"""Weights in files: exported encoders, and checkpoints that other programs wrote. They are read as data only."""
 
 import argparse
 import pickle
@@ -16,18 +16,18 @@ from icl_msr.core.errors import UserError
 from icl_msr.core.folder import RunFolder
 
 COPIES = ("encoder_k", "momentum", "student")
-"""Parts of names that tell the network which is not used after training: MoCo keeps `encoder_q`, DINO its teacher."""
+"""Parts of names of networks that are not used after training: MoCo keeps `encoder_q`, DINO its teacher."""
 
 
 def read_weights(weights: str, net: nn.Module) -> dict[str, Tensor]:
     """Return the tensors of a file, or of a run folder's encoder, under the names that `net` has for them.
 
-    A checkpoint of another program may hold several networks, each with a prefix such as `module.encoder_q.`; the one
-    that fits `net` is returned with what else has its prefix, such as a classifier. Where none fits, the names are
-    those of the file.
+    A checkpoint of another program may hold several networks, each with a prefix such as `module.encoder_q.`. The
+    tensors under the prefix that fits `net` are returned, including others such as a classifier. If no prefix fits, the
+    names are those of the file.
 
     Raises:
-        UserError: there is no such file, it would execute code, several networks fit, or the run folder is of another
+        UserError: there is no such file, it would execute code, several networks fit, or the run folder has another
             format.
     """
     folder = RunFolder(Path(weights))
@@ -71,7 +71,7 @@ def _checkpoint(path: Path) -> Any:
             if any(part.compress_type != zipfile.ZIP_STORED for part in archive.infolist()):
                 raise UserError(f"{path} is compressed, as no checkpoint of PyTorch is; give it as it was saved.")
     try:
-        with torch.serialization.safe_globals([argparse.Namespace]):  # the arguments of many a program; data alone
+        with torch.serialization.safe_globals([argparse.Namespace]):  # saved arguments of a program, plain data
             return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError:
         raise UserError(
@@ -84,7 +84,7 @@ def _checkpoint(path: Path) -> Any:
 
 
 def _conversion(path: Path, place: str, prefix: str) -> str:
-    """Python, in one line, that writes the tensors at a place of a checkpoint as safetensors."""
+    """Return one line of Python that writes the tensors at a place of a checkpoint as safetensors."""
     inside = "".join(f"[{key!r}]" for key in place.split("/")[:-1])
     names = f"k.removeprefix({prefix!r}): v.clone() for k, v in state.items() if k.startswith({prefix!r})"
     return (
@@ -96,7 +96,7 @@ def _conversion(path: Path, place: str, prefix: str) -> str:
 
 
 def _states(content: Any, place: str = "") -> Iterator[tuple[str, dict[str, Tensor]]]:
-    """Every mapping from names to tensors in a checkpoint, and where it stands: `state_dict/`, `teacher/`."""
+    """Yield every mapping from names to tensors in a checkpoint, with its place: `state_dict/`, `teacher/`."""
     if isinstance(content, Mapping):
         named = {name: value for name, value in content.items() if isinstance(name, str)}
         tensors = {name: value for name, value in named.items() if isinstance(value, Tensor)}
@@ -107,9 +107,9 @@ def _states(content: Any, place: str = "") -> Iterator[tuple[str, dict[str, Tens
 
 
 def _fitting(state: Mapping[str, Tensor], net: nn.Module) -> Iterator[tuple[str, dict[str, Tensor]]]:
-    """The prefixes under which a state dict holds all of a network, and what has them, without them.
+    """Yield the prefixes under which a state dict holds all of a network, each with its tensors, without the prefix.
 
-    A network that was put into `nn.Sequential`, as lightly does, has numbers in place of its layers' names.
+    A network inside `nn.Sequential`, as in lightly, has numbers in place of its layers' names.
     """
     ours = net.state_dict()
     if not ours:

@@ -148,8 +148,8 @@ def lost_package(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "words", "parts"),
     [
-        (shutil.rmtree, (), ["is no run: it holds no config.yaml"]),
-        (lambda folder: (folder / "config.yaml").unlink(), (), ["is no run: it holds no config.yaml"]),
+        (shutil.rmtree, (), ["is not a run: it has no config.yaml"]),
+        (lambda folder: (folder / "config.yaml").unlink(), (), ["is not a run: it has no config.yaml"]),
         (lambda folder: shutil.rmtree(folder / "checkpoints"), (), ["There is no checkpoint", "last.ckpt"]),
         (lambda folder: (folder / "checkpoints/last.ckpt").write_bytes(b"PK"), (), ["last.ckpt is damaged"]),
         (lambda folder: (folder / "environment.json").unlink(), (), ["does not say its format"]),

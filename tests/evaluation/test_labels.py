@@ -126,7 +126,7 @@ def test_a_published_list_for_more_than_is_there(tmp_path: Path) -> None:
     part = listed_part(dataset, 0.01, file)
     assert part.index.tolist() == [1, 2]
     covers, lacking = "the list covers 66.67% of the labels", "1 of 3 classes have no image in the list"
-    said = f"2 of 4 names are no labelled training images here; {lacking}"
+    said = f"2 of 4 names are not labelled training images here; {lacking}"
     assert listed_part(dataset, 0.6, file).note == said
     assert covers in part.note  # another list than was meant
 

@@ -142,5 +142,5 @@ def test_batch_size_does_not_matter(make: Make, dataset: Dataset, object_encoder
 
 
 def test_a_split_that_is_not_there(make: Make, dataset: Dataset) -> None:
-    with pytest.raises(UserError, match=r"evaluation.split=orignal is no test split; did you mean original?"):
+    with pytest.raises(UserError, match=r"evaluation.split=orignal is not a test split; did you mean original?"):
         make(split="orignal").names(dataset)
