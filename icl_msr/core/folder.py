@@ -86,12 +86,12 @@ class RunFolder:
             raise UserError(f"{self} {said}, and this version reads format {FORMAT}; use {by}, or repeat the run.")
 
     def require_inside(self) -> None:
-        """Refuse a folder in which a link leads out of it, or something is neither file nor folder.
+        """Check that no link leads out of the folder, and that it holds only files and folders.
 
-        Reading or writing there would be elsewhere, or wait for ever.
+        Otherwise the program could read or write elsewhere, or wait for ever.
 
         Raises:
-            UserError: there is such a thing.
+            UserError: a link leads out, or an entry is neither a file nor a folder.
         """
         inside = os.path.realpath(self.path)
         for folder, folders, files in os.walk(self.path):

@@ -1,7 +1,7 @@
-"""Configs that lie in folders. They are data: whoever wrote the folder wrote them.
+"""Configs saved in folders. They are treated as data, because somebody else may have written the folder.
 
-A config is read as plain YAML without aliases. No `hydra` section is taken from it, and it may refer to its own values
-alone, as `${seed}`: no environment variable is read and no resolver is called.
+A config is read as plain YAML without aliases. Its `hydra` section is ignored. It may refer only to its own values, as
+in `${seed}`. No environment variable is read and no resolver is called.
 """
 
 import re
@@ -17,27 +17,27 @@ from icl_msr.core.errors import UserError
 from icl_msr.core.storage import read_regular
 
 LARGEST = 500_000
-"""Bytes of a config."""
+"""Largest size of a config in bytes."""
 DEEPEST = 40
-"""Mappings and lists inside one another."""
+"""Largest depth of nested mappings and lists."""
 
 WRITTEN = {"cache": ".cache/icl-msr", "download": False}
-"""Keys of a data set by which something is written, and what stands there in a config that is read from a folder."""
+"""Keys of a data set that make it write files, with the values that replace those of a config from a folder."""
 
 _REFERENCE = re.compile(r"\$\{([A-Za-z_]\w*(?:\.\w+)*)\}")
 
 
 def as_yaml(config: DictConfig) -> str:
-    """Return a composed config as it is saved: references to its own plain values as they are, all others filled in."""
+    """Return a composed config as YAML. References to its own plain values are kept, all others are resolved."""
     raw, filled = (OmegaConf.to_container(config, resolve=resolve) for resolve in (False, True))
     return OmegaConf.to_yaml(OmegaConf.create(_kept(raw, filled, raw)))
 
 
 def read(file: Path) -> dict[str, Any]:
-    """Return a saved config, references as they are.
+    """Return a saved config, with references kept.
 
     Raises:
-        UserError: it is no regular file, is too large, uses aliases, or asks for more than its own values.
+        UserError: it is not a regular file, is too large, uses aliases, or refers to more than its own values.
         OSError, ValueError, YAMLError, OmegaConfBaseException: it cannot be read.
     """
     text = read_regular(file, LARGEST).decode()
@@ -59,7 +59,7 @@ def read(file: Path) -> dict[str, Any]:
 
 
 def leaves(value: Any, key: str = "") -> Iterator[tuple[str, Any]]:
-    """Yield every value that is neither mapping nor list, with its key in full."""
+    """Yield every value that is neither a mapping nor a list, with its full key."""
     if isinstance(value, Mapping | list):
         for name, part in value.items() if isinstance(value, Mapping) else enumerate(value):
             yield from leaves(part, f"{key}.{name}" if key else str(name))
@@ -68,13 +68,13 @@ def leaves(value: Any, key: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def shown(text: object) -> str:
-    """Return what somebody else wrote, for a sentence: in one line, of bounded length, without control characters."""
+    """Return foreign text for use in a message: one line of limited length, without control characters."""
     line = "".join(c if c.isprintable() else repr(c)[1:-1] for c in str(text))
     return line if len(line) <= 200 else f"{line[:200]}..."
 
 
 def _require_plain(text: str, file: Path) -> None:
-    """Refuse aliases, which make few bytes into many, and deep nesting, before anything is made of the text."""
+    """Check a text, before it is loaded, for aliases, which expand few bytes into many, and for deep nesting."""
     depth = 0
     for event in yaml.parse(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader)):
         if isinstance(event, yaml.AliasEvent):
@@ -85,7 +85,7 @@ def _require_plain(text: str, file: Path) -> None:
 
 
 def _asks_for_more(text: str, config: Any) -> bool:
-    """Whether a text refers to anything but plain values of the config: resolvers, relative or nested references."""
+    """Return whether a text refers to anything but plain values of the config, such as resolvers."""
     if "${" in _REFERENCE.sub("", text):
         return True
     values = [_value(match[1].split("."), config) for match in _REFERENCE.finditer(text)]

@@ -1,9 +1,9 @@
-"""What a config from a folder may name.
+"""Check the code that a config from a folder names.
 
-Somebody else may have written the folder, so each `_target_` in it must be of the kind of its group: a method of ours,
-an optimiser of torch. That it lies in a known package is not enough: `torch.hub.load` does. The check imports modules
-of these packages alone. `trust=<package>` on the command line lets a saved config name everything in a package.
-What is typed is free.
+Somebody else may have written the folder. So each `_target_` in it must have the kind of its group, such as a method of
+icl-msr or an optimiser of torch. It is not enough that the target lies in a known package: `torch.hub.load` does. The
+check imports only modules of these packages. `trust=<package>` on the command line lets a saved config name everything
+in a package. Targets that the user types are not checked.
 """
 
 import inspect
@@ -21,7 +21,7 @@ from icl_msr.core.errors import UserError
 from icl_msr.core.saved import leaves, shown
 
 Kinds = Mapping[str, str]
-"""From a package to the class that its classes inherit from, or that its functions return."""
+"""Maps a package to the class that its classes inherit from, or that its functions return."""
 
 CALLABLE = "collections.abc.Callable"
 
@@ -49,7 +49,7 @@ KINDS: dict[str, Kinds] = {
         "icl_msr.training": "pytorch_lightning.loggers.Logger",
     },
 }
-"""What may stand in the `_target_` of a group."""
+"""Kinds that are allowed as the `_target_` of a group."""
 
 NESTED: Kinds = {
     "torch.nn": "torch.nn.Module",
@@ -63,23 +63,23 @@ NESTED: Kinds = {
     "icl_msr.augment": CALLABLE,
     "icl_msr.negatives": "builtins.object",
 }
-"""What may stand in the `_target_` of a node inside a node."""
+"""Kinds that are allowed as the `_target_` of a node inside a node."""
 
 WRITERS = ("callbacks", "logger", "trainer")
 """Groups whose classes write files."""
 
 _NAME = re.compile(r"[A-Za-z]\w*(\.[A-Za-z]\w*)+")
 _PLACE = re.compile(r"(dir|dirpath|directory|folder|path)$|\._args_\.\d+$")
-"""Keys that say where something is written."""
+"""Keys that name a place to write to."""
 _ELSEWHERE = re.compile(r"^[/~\\]|://|(^|[/\\])\.\.($|[/\\])")
 _trusted: set[str] = set()
 
 
 def given(words: Sequence[str]) -> list[str]:
-    """Note the packages that `trust=<package>` or `trust=[a,b]` names for this command; return the other words.
+    """Trust the packages named by `trust=<package>` or `trust=[a,b]` for this command; return the other words.
 
     Raises:
-        UserError: such a word names no package.
+        UserError: such a word does not name a package.
     """
     _trusted.clear()
     for word in words:
@@ -94,15 +94,15 @@ def given(words: Sequence[str]) -> list[str]:
 
 
 def word() -> list[str]:
-    """Return the word by which another process trusts the same packages; none where there are none."""
+    """Return the word that makes another process trust the same packages; none if no package is trusted."""
     return [f"trust=[{','.join(sorted(_trusted))}]"] if _trusted else []
 
 
 def require(config: Mapping[str, Any], file: Path, groups: Iterable[str] | None = None) -> None:
-    """Hold every `_target_` of a saved config, of some groups or of all, against what may stand there.
+    """Check that every `_target_` of a saved config, in some groups or in all, is allowed.
 
     Raises:
-        UserError: one is of another kind, or of a package that is not trusted; or a key says where to write.
+        UserError: a target has the wrong kind or an untrusted package, or a key says where to write.
     """
     for group in config if groups is None else groups:
         for key, node, top in _nodes(group, config.get(group)):
@@ -112,10 +112,10 @@ def require(config: Mapping[str, Any], file: Path, groups: Iterable[str] | None 
 
 
 def leave_working_directory(words: Sequence[str]) -> None:
-    """Take the working directory, which `python -m` puts first, off the path that modules are found on.
+    """Remove the working directory, which `python -m` puts first, from `sys.path`.
 
-    It stays where PYTHONPATH names it, or where the command names code of the user's own. The program's own checkout
-    goes to the end.
+    It stays if PYTHONPATH names it, or if the command names the user's own code. The program's own checkout moves to
+    the end.
     """
     own_code = any("_target_=" in word or "searchpath=" in word or _is_trust(word) for word in words)
     here = os.path.realpath(os.curdir)
@@ -136,7 +136,7 @@ def _is_trusted(target: Any) -> bool:
 
 
 def _nodes(group: str, value: Any) -> Iterator[tuple[str, Mapping[str, Any], bool]]:
-    """Every node of a group with its key, and whether it is the group's own and not inside another."""
+    """Yield every node of a group with its key, and whether it is a node of the group itself, not inside another."""
     own = [group]
     if group in PLURAL and isinstance(value, Mapping) and "_target_" not in value:
         own = [f"{group}.{name}" for name in value]
@@ -167,7 +167,7 @@ def _require_kind(key: str, target: Any, kinds: Kinds, file: Path) -> None:
 
 
 def _is_of(target: Any, kinds: Kinds) -> bool:
-    """Whether a name is that of a public class of a kind, or of a function that returns one."""
+    """Return whether a name is a public class of one of the kinds, or a function that returns one."""
     if not isinstance(target, str) or not _NAME.fullmatch(target):
         return False
     for package, kind in kinds.items():
@@ -177,8 +177,8 @@ def _is_of(target: Any, kinds: Kinds) -> bool:
         try:
             found = getattr(import_module(module), name, None)
         except ModuleNotFoundError as error:
-            return error.name == package.partition(".")[0]  # not installed, which is said where it is built
-        own = str(getattr(found, "__module__", "")).startswith(package)  # not what the module has imported itself
+            return error.name == package.partition(".")[0]  # not installed; the error is raised when it is built
+        own = str(getattr(found, "__module__", "")).startswith(package)  # not imported by the module
         made = _returned(found) if inspect.isfunction(found) else found
         if own and inspect.isclass(made) and issubclass(made, resolve_name(kind)):
             return True
@@ -188,7 +188,7 @@ def _is_of(target: Any, kinds: Kinds) -> bool:
 def _returned(function: Any) -> Any:
     try:
         return get_type_hints(function).get("return")
-    except NameError:  # a name for type checkers alone
+    except NameError:  # a name only for type checkers
         return None
 
 
