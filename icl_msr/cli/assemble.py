@@ -192,7 +192,7 @@ def derive(settings: Settings, optimization: Optimization, images: int, world_si
     if epochs in (None, -1) and steps_at_most == -1:
         raise UserError(
             f"trainer.max_epochs={'null' if epochs is None else epochs} needs trainer.max_steps=<number>, because "
-            "schedules follow the length of a run; trainer.max_time ends it earlier, no more."
+            "schedules follow the length of a run; trainer.max_time can only end it earlier."
         )
     steps = -(-batches // accumulated)
     total = steps * epochs if epochs not in (None, -1) else steps_at_most

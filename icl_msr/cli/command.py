@@ -109,13 +109,13 @@ def main(job: Job, arguments: Sequence[str] | None = None) -> int:
 
 
 def _resumed(typed: Sequence[str]) -> tuple[DictConfig | None, Sequence[str]]:
-    """Return the config of the run that `resume=FOLDER` continues, None for a new one; and the words for Hydra.
+    """Return the config of the run that `resume=FOLDER` continues, or None for a new run, and the words for Hydra.
 
-    The saved config is data: Hydra composes the program's own, and that of the run takes its place.
+    The saved config is read only as data. Hydra composes the program's own config, and the saved one then replaces it.
 
     Raises:
-        UserError: the folder holds no run, its config may not be trusted, or something beside the number of epochs is
-            to be changed.
+        UserError: the folder holds no run, its config is not trusted, or a word changes something other than the
+            number of epochs.
     """
     folders = [path_in(word) for word in typed if word.startswith("resume=")]
     if not folders:
@@ -136,7 +136,7 @@ def _resumed(typed: Sequence[str]) -> tuple[DictConfig | None, Sequence[str]]:
                 "or begin a new run."
             )
     for change in OverridesParser.create().parse_overrides(epochs):
-        if not change.is_sweep_override():  # which Hydra refuses
+        if not change.is_sweep_override():  # Hydra refuses a sweep
             OmegaConf.update(config, change.key_or_group, change.value())
     return config, [*epochs, in_folder(folder.path)]
 

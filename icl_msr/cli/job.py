@@ -190,7 +190,7 @@ def resume_point(settings: Settings, pieces: Pieces, folder: RunFolder, console:
     require_same_data(pieces.dataset, folder)
     if shapes(checkpoint["state_dict"]) != shapes(pieces.module.state_dict()):
         raise UserError(
-            f"{folder.checkpoint} belongs to another config than {folder.config}; put the one back that it was "
+            f"{folder.checkpoint} belongs to another config than {folder.config}; put back the one that it was "
             "trained with, or begin a new run."
         )
     if "optimizer_states" not in checkpoint:

@@ -41,7 +41,7 @@ class Order:
 
 
 def read(words: Sequence[str]) -> Order:
-    """Parse and check a command line. Only an encoder that lies in a file is built.
+    """Read and check a command line. Only an encoder that lies in a file is built.
 
     Raises:
         UserError: a key is unknown, a value is not allowed, or the encoder does not exist.
@@ -69,7 +69,7 @@ def read(words: Sequence[str]) -> Order:
         given = f"{' and '.join(sources)} are given" if sources else "Nothing is given to evaluate"
         raise UserError(f"{given}; give one of run=FOLDER, checkpoint=FILE, encoder=timm:NAME|torchvision:NAME|FILE.")
     if "weights" in own and ":" not in own.get("encoder", ""):
-        raise UserError("weights is for encoder=timm:NAME and encoder=torchvision:NAME alone; leave it out.")
+        raise UserError("weights is only for encoder=timm:NAME and encoder=torchvision:NAME; leave it out.")
     subject = find(sources[0], own[sources[0]], own.get("weights"))
     config, choices, own_data = composed(subject, overrides)
     settings = check(config)

@@ -168,7 +168,7 @@ def require_processes(plan: "Plan", multirun: bool = False) -> None:
     if outside is not None and outside != plan.world_size:
         raise UserError(
             f"{outside} processes were started together, and hardware.devices={plan.devices} on hardware.nodes="
-            f"{plan.nodes} makes {plan.world_size}; set them to what was started, or start one process alone."
+            f"{plan.nodes} makes {plan.world_size}; set them to what was started, or start a single process."
         )
     if plan.world_size == 1 or is_rank():
         return
@@ -179,7 +179,7 @@ def require_processes(plan: "Plan", multirun: bool = False) -> None:
     if plan.nodes > 1:
         raise UserError(
             f"hardware.nodes={plan.nodes} needs the command to be started on every node, by torchrun or srun; "
-            "one machine alone takes hardware.nodes=1."
+            "a single machine takes hardware.nodes=1."
         )
 
 

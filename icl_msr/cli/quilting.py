@@ -45,7 +45,7 @@ def job(settings: Settings, config: DictConfig) -> float:
     folder = Path(HydraConfig.get().runtime.output_dir)
     generator = build(settings.negatives)
     if not isinstance(generator, TextureNegatives) or generator.count > 1:
-        raise UserError("One texture an image is written, by image quilting; type negatives=texture negatives.count=1.")
+        raise UserError("One texture per image is made, by image quilting; type negatives=texture negatives.count=1.")
     device = build(settings.hardware).plan().device
     dataset: Dataset = build(settings.dataset)
     recipe = {name: settings.negatives[name] for name in ("example", "block", "overlap", "reference", "candidates")}

@@ -97,7 +97,7 @@ class ImageClasses:
         for file in files:
             name = table.get(Path(file).stem)
             if name is None:
-                raise UserError(f"{path} says nothing of {file}; add its class, or remove the image.")
+                raise UserError(f"{path} has no class for {file}; add one, or remove the image.")
             if name in self.classes:
                 chosen.append(file)
                 labels.append(self.classes.index(name))
@@ -129,7 +129,7 @@ class ImageClasses:
             rows = [[row[0], *row[1].split()] for row in rows[1:] if len(row) > 1]
         wrong = next((row for row in rows if len(row) < 2), None)
         if wrong is not None:
-            raise UserError(f"A line of {path} is no file's name and its class: {' '.join(wrong)}.")
+            raise UserError(f"A line of {path} is not the name of a file and its class: {' '.join(wrong)}.")
         return {Path(row[0]).stem: self._name(path, row[1]) for row in rows}
 
     def _name(self, path: Path, word: str) -> str:

@@ -197,5 +197,5 @@ def _chosen(classes: int | list[str], categories: list[str], targets: list[Targe
         if name in classes[:number]:
             raise UserError(f"dataset.classes names {name} twice; name it once.")
         if not count[name]:
-            raise UserError(f"dataset.classes names {name}, and no image of {path} shows one alone; leave it out.")
+            raise UserError(f"dataset.classes names {name}, and no image of {path} shows a single one; leave it out.")
     return classes

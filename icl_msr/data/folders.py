@@ -218,8 +218,7 @@ def _spelled(folders: Sequence[Path], kind: str) -> Path | None:
     found = [path for path in folders if path.name.lower() in SPELLINGS[kind]]
     if len(found) > 1:
         raise UserError(
-            f"{found[0]} and {found[1]} are both called {kind}; set dataset.train and dataset.tests to those that are "
-            "meant."
+            f"{found[0]} and {found[1]} are both called {kind}; set dataset.train and dataset.tests to the right ones."
         )
     return found[0] if found else None
 
@@ -347,7 +346,7 @@ def _shifted_images(
         if len(found) != len(classes):
             raise UserError(
                 f"{folder} has {len(found)} numbered classes and the training folder {len(classes)}, so they cannot be "
-                "counted off; name its folders as the training classes."
+                "matched by number; name its folders as the training classes."
             )
         meant = dict(zip(sorted(found, key=lambda path: int(path.name)), classes, strict=True))
     else:
@@ -362,7 +361,7 @@ def _shifted_images(
     if not files:
         raise UserError(
             f"{folder} has no images of a class of the training folder, {_some(classes)}; set dataset.shifted.{name} "
-            "to another folder, or say with +dataset.renamed.<its folder>=<class> what is what."
+            "to another folder, or name its classes with +dataset.renamed.<its folder>=<class>."
         )
     return files, torch.tensor(labels)
 

@@ -245,7 +245,7 @@ class WeightsAndBiases(Logger):
                     raise PermissionError("nobody is logged in; type wandb login")
             except Exception as error:
                 print(
-                    f"W&B cannot be reached ({_reason(error)}); this run is kept offline. WANDB_MODE=offline spares "
+                    f"W&B cannot be reached ({_reason(error)}); this run is kept offline. WANDB_MODE=offline avoids "
                     "the wait.",
                     file=sys.stderr,
                 )
