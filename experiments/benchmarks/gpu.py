@@ -84,12 +84,12 @@ class Scale:
     """Images of a step that is compared with the CPU."""
     drawn: int
     seconds: float
-    """Of a repetition."""
+    """Seconds of a repetition."""
     repeats: int
     cycles: int
-    """At most in a repetition."""
+    """Largest number of cycles in a repetition."""
     cycle: int
-    """Steps; the default of MSR's `every`."""
+    """Steps of a cycle: the default of MSR's `every`."""
     workers: int
     methods: list[str]
 

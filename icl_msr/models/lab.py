@@ -98,13 +98,13 @@ class LabBackbone(Backbone):
         layers = {type(m) for m in whole.net.modules() if list(m.parameters(recurse=False))}
         if hasattr(whole.net, "forward_features") or not layers <= {nn.Conv2d, nn.BatchNorm2d}:
             raise UserError(
-                "CMC halves the channels of a network and knows how for plain convolutional ones; choose backbone=tiny "
-                "or one of torchvision's ResNets, such as backbone=resnet18."
+                "CMC halves the channels of a network, which works only for plain convolutional ones; choose "
+                "backbone=tiny or one of torchvision's ResNets, such as backbone=resnet18."
             )
         if whole.pretrained is not None:
             raise UserError(
-                f"CMC's two encoders of half width begin afresh, and backbone.weights={whole.pretrained} are those of "
-                "a whole one; drop backbone.weights."
+                f"CMC's two encoders of half width start from random weights, and backbone.weights={whole.pretrained} "
+                "fit only a whole network; drop backbone.weights."
             )
         mean, std = [float(m) for m in mean], [float(s) for s in std]
         load = f"{whole.load}\n\n{SOURCE}\n\nnet = LabNetwork(net, mean={mean}, std={std})"
