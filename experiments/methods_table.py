@@ -17,22 +17,22 @@ PAPERS = {
     "patch": {"moco"},  # Ge et al.
     "texture": {"moco"},
 }
-"""Pairs that the papers themselves report; how MSR and the negatives enter the other methods is ours."""
+"""Pairs that the papers report. The combinations with other methods are ours."""
 
 COLUMNS = [("regularizer", "msr"), ("negatives", "patch"), ("negatives", "texture")]
-"""`cached` is as `texture`; `phase` is ours everywhere."""
+"""`cached` counts as `texture`. `phase` is ours in every method."""
 
 PAGE = Path(__file__).parents[1] / "icl_msr" / "methods" / "README.md"
 BEGIN, END = "<!-- methods: written by experiments/methods_table.py -->", "<!-- end of methods -->"
 
 
 def choices(group: str) -> list[str]:
-    """The group's files, `none` left out."""
+    """Return the names of the group's files, without `none`."""
     return sorted(file.stem for file in (config_dir() / group).glob("*.yaml") if file.stem != "none")
 
 
 def table() -> str:
-    """Markdown: a row a method, a column a regularizer or kind of negatives; then why pairs are refused."""
+    """Return Markdown: one row per method, one column per regularizer or negatives, then the reasons of refusals."""
     reasons: list[str] = []
     lines = [" | ".join(["| `method=`", "what", *(f"`{group}={name}`" for group, name in COLUMNS)]) + " |"]
     lines.append("|---" * (2 + len(COLUMNS)) + "|")
@@ -51,13 +51,13 @@ def table() -> str:
 
 
 def written(page: str) -> str:
-    """Return the page with the table of today."""
+    """Return the page with the current table."""
     before, _, rest = page.partition(BEGIN)
     return f"{before}{BEGIN}\n{table()}\n{END}{rest.partition(END)[2]}"
 
 
 def main(words: Sequence[str] | None = None) -> None:
-    """Write the table, or say that the page has another one."""
+    """Write the table, or with `--check` fail if the page has a different one."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         "--check", action="store_true", help="write nothing; exit with 1 where the page has another table"

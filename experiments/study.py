@@ -1,13 +1,13 @@
-"""Grids of runs, written down beforehand, resumable, with what they found committed as it grows.
+"""Run grids of runs that are written down first. A grid can be resumed, and its results are kept as it grows.
 
 python experiments/study.py run FOLDER [--jobs 2] [--dry] [NAME=PATH]...    the runs of FOLDER/grid.yaml not yet done
 python experiments/study.py table FOLDER                                    FOLDER/table.md from FOLDER/results.jsonl
 
-A row of a grid is a command line, its seeds, and perhaps further evaluations (`then`) of what it trained. Each finished
-run leaves one line in results.jsonl: what it was asked, what came out, and where. The table has means and standard
-deviations over seeds, and for a row with a baseline the paired differences, seed by seed, with their 95 % interval
-(Student's t) and the smallest difference that a design of this spread and size detects in four cases of five.
-`--dry` prints the commands of the runs and starts none.
+A row of a grid is a command line, its seeds, and optionally further evaluations (`then`) of the trained encoder. Each
+finished run adds one line to results.jsonl: its command, its results and its machine. The table has means and standard
+deviations over seeds. A row with a baseline also has paired differences, seed by seed, with their 95 % interval
+(Student's t) and the smallest difference that a design of this spread and size detects in four cases of five. `--dry`
+prints the commands of the runs and starts none.
 """
 
 import argparse
@@ -45,10 +45,10 @@ CURVES += tuple(f"negatives/similarity_{name}" for name in ("own", "positive", "
 
 
 def rows(folder: Path, given: dict[str, str]) -> dict[str, dict[str, Any]]:
-    """Rows of the grid: `words` of the command line, `seeds`, `then`, and perhaps a `baseline`.
+    """Return the rows of the grid: `words` of the command line, `seeds`, `then`, and optionally a `baseline`.
 
-    A $name in them stands for another entry of the grid or for a path given; rows that lack one are left out. `then`
-    names entries of `evaluations`: words for `python -m icl_msr.evaluate`.
+    A $name in them stands for another entry of the grid or for a given path. Rows that lack one are left out. `then`
+    names entries of `evaluations`: arguments of `python -m icl_msr.evaluate`.
     """
     grid: Any = OmegaConf.to_container(OmegaConf.load(folder / "grid.yaml"))
     parts = {key: value for key, value in grid.items() if isinstance(value, str)}
@@ -69,18 +69,18 @@ def rows(folder: Path, given: dict[str, str]) -> dict[str, dict[str, Any]]:
 
 
 Job = tuple[str, dict[str, Any], int]
-"""The name of a row, the row, and a seed."""
+"""Name of a row, the row, and a seed."""
 
 
 def remaining(folder: Path, given: dict[str, str]) -> list[Job]:
-    """Return what is not yet done."""
+    """Return the jobs that are not yet done."""
     done = {(record["row"], record["seed"]) for record in records(folder)}
     grid = rows(folder, given).items()
     return [(name, row, seed) for name, row in grid for seed in row["seeds"] if (name, seed) not in done]
 
 
 def run(folder: Path, given: dict[str, str], jobs: int) -> None:
-    """Run what is not yet done, one process a run, `jobs` at a time."""
+    """Run all jobs that are not yet done, one process per run, `jobs` at a time."""
     todo = remaining(folder, given)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     lock = threading.Lock()
@@ -91,7 +91,7 @@ def run(folder: Path, given: dict[str, str], jobs: int) -> None:
             name, row, seed = job
             record = {"row": name, "seed": seed, **execute(folder, name, row["words"], row["then"], seed)}
             text = json.dumps(record)
-            for key, path in given.items():  # where data lie is nobody's business
+            for key, path in given.items():  # paths of data are private
                 text = text.replace(path, f"${key}")
             with lock, (folder / "results.jsonl").open("a") as file:
                 file.write(text + "\n")
@@ -102,7 +102,10 @@ def run(folder: Path, given: dict[str, str], jobs: int) -> None:
 
 
 def execute(folder: Path, name: str, words: list[str], then: dict[str, list[str]], seed: int) -> dict[str, Any]:
-    """Runs the main job and further evaluations, and reads what they left; those have their name before theirs."""
+    """Run the main job and further evaluations, and return their results and facts of the run.
+
+    Metrics of a further evaluation have its name as a prefix.
+    """
     place = Path("runs/studies") / folder.name / re.sub(r"[^\w.]+", "-", name) / str(seed)
     began = time.perf_counter()
     call("icl_msr.run", *words, f"seed={seed}", f"hydra.run.dir={place}")
@@ -121,7 +124,7 @@ def execute(folder: Path, name: str, words: list[str], then: dict[str, list[str]
 
 
 def call(module: str, *words: str) -> None:
-    """One command of the package; its output is shown where it fails."""
+    """Run one command of the package. Its output is shown if it fails."""
     command = [sys.executable, "-m", module, *words]
     finished = subprocess.run(command, capture_output=True, text=True, check=False)
     if finished.returncode:
@@ -129,18 +132,18 @@ def call(module: str, *words: str) -> None:
 
 
 def numbers(run: Run) -> dict[str, float]:
-    """Every number by the name that a user types, in per cent or points."""
+    """Return every number, by the name that a user types, in per cent or points."""
     return {told(record): round(value, 3) for record, value in run.numbers.items()}
 
 
 def records(folder: Path) -> list[dict[str, Any]]:
-    """What is known so far."""
+    """Return the results so far."""
     file = folder / "results.jsonl"
     return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
 
 
 def table(folder: Path) -> str:
-    """Markdown: means and standard deviations of the grid's headline, paired differences, and where they come from."""
+    """Return Markdown: means and standard deviations of the grid's headline, paired differences, and their sources."""
     grid: Any = OmegaConf.to_container(OmegaConf.load(folder / "grid.yaml"))
     found: dict[str, dict[int, dict[str, Any]]] = {}
     for record in records(folder):
@@ -167,18 +170,18 @@ def table(folder: Path) -> str:
 
 
 def line(*cells: str) -> str:
-    """One row of Markdown."""
+    """Return one row of Markdown."""
     return f"| {' | '.join(cells)} |"
 
 
 def mean_and_std(values: list[float]) -> str:
-    """`12.3 ± 0.4`."""
+    """Return mean and standard deviation as `12.3 ± 0.4`."""
     mean = f"{statistics.fmean(values):.1f}".replace("-", "−")
     return mean + (f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else "")
 
 
 def difference(values: list[float]) -> str:
-    """`+1.2 (−0.3 to 2.7; 2.1)` of paired differences, in bold where the interval leaves zero out."""
+    """Return a paired difference as `+1.2 (−0.3 to 2.7; 2.1)`, in bold if the interval leaves out zero."""
     found = paired(values)
     assert found is not None
     cell = f"{str(found)[:-1]}; {found.detectable:.1f})"

@@ -1,4 +1,4 @@
-"""`hydra/launcher=serial` and `process`, here because Hydra takes launchers from this package alone."""
+"""The launchers `hydra/launcher=serial` and `process`. Hydra finds launchers only in the package `hydra_plugins`."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -9,10 +9,10 @@ from hydra.plugins.launcher import Launcher
 
 
 class SerialLauncher(BasicLauncher):
-    """Hydra's own: one job after the other in this process, once all are known to be without mistakes."""
+    """Hydra's basic launcher, which runs the jobs in this process one after the other. It checks all jobs first."""
 
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
-        """See Hydra's Launcher."""
+        """Check the configs of all jobs, then run the jobs."""
         from icl_msr.cli import sweeps
 
         assert self.hydra_context is not None
@@ -24,18 +24,21 @@ class SerialLauncher(BasicLauncher):
 
 
 class ProcessLauncher(Launcher):
-    """See `icl_msr.cli.sweeps.ProcessLauncher`. Imported late: every program that uses Hydra reads this file."""
+    """Runs each job in its own process; see `icl_msr.cli.sweeps.ProcessLauncher`.
+
+    That class is imported late, because every program that uses Hydra imports this file.
+    """
 
     def __init__(self, **keys: Any):
         self.keys = keys
 
     def setup(self, **given: Any) -> None:
-        """See Hydra's Launcher."""
+        """Make the launcher and pass on what Hydra gives."""
         from icl_msr.cli import sweeps
 
         self.launcher = sweeps.ProcessLauncher(**self.keys)
         self.launcher.setup(**given)
 
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> list[JobReturn]:
-        """See Hydra's Launcher."""
+        """Run the jobs and return their metrics."""
         return self.launcher.launch(job_overrides, initial_job_idx)

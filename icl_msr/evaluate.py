@@ -7,6 +7,7 @@ import argparse
 import sys
 
 from icl_msr.cli.processes import hold_leash, told
+from icl_msr.core import trust
 from icl_msr.core.errors import UserError
 
 USAGE = """python -m icl_msr.evaluate SOURCE [dataset=...] [evaluation=...] [seed=N] [to=FOLDER]
@@ -17,6 +18,7 @@ USAGE = """python -m icl_msr.evaluate SOURCE [dataset=...] [evaluation=...] [see
   encoder=timm:NAME              a model of timm or
   encoder=torchvision:NAME       torchvision, with its own weights
     weights=null|FILE              or with random ones (see seed), or with those in a file
+  trust=PACKAGE                  let a run's config name code of this package of yours
 """
 EPILOG = """dataset=, evaluation= and hardware= name files of conf/ and take their keys, as in python -m icl_msr.run;
 evaluation=[default,corruptions] does both. Features are kept in cache=FOLDER (default .cache/icl-msr/features; null:
@@ -41,7 +43,8 @@ def main(arguments: list[str] | None = None) -> int:
         from icl_msr.cli.evaluating import carry_out
         from icl_msr.cli.order import read
 
-        return carry_out(read(words), words)
+        trust.leave_working_directory(words)
+        return carry_out(read(trust.given(words)), words)
     except UserError as error:
         print(error, file=sys.stderr)
         return 2

@@ -4,6 +4,7 @@ import argparse
 import sys
 from pathlib import Path
 
+from icl_msr.core import trust
 from icl_msr.core.errors import UserError
 from icl_msr.core.folder import RunFolder
 
@@ -28,11 +29,17 @@ def main(arguments: list[str] | None = None) -> int:
         metavar="FOLDER",
         help="where the files go (default: RUN itself, and RUN/momentum for the momentum encoder)",
     )
+    parser.add_argument(
+        "trust", nargs="*", metavar="trust=PACKAGE", help="let the run's config name code of this package of yours"
+    )
     parser.add_argument("--overwrite", action="store_true", help="replace another encoder that lies there")
-    options = parser.parse_args(arguments)
+    options = parser.parse_intermixed_args(arguments)
     run, to = options.run.expanduser(), options.to and options.to.expanduser()
     folder: Path = to or (run if options.encoder == "online" else run / options.encoder)
+    trust.leave_working_directory(options.trust)
     try:
+        if unknown := trust.given(options.trust):
+            raise UserError(f"{unknown[0]} is one word too many; give one run, and trust=PACKAGE.")
         export(run, options.encoder, folder, overwrite=options.overwrite)
     except UserError as error:
         print(error, file=sys.stderr)

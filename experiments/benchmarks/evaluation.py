@@ -1,4 +1,4 @@
-"""Speed of the evaluation, as ratios: medians of alternating rounds in one run.
+"""Measure the speed of the evaluation, as ratios of medians of alternating rounds in one run.
 
 python experiments/benchmarks/evaluation.py [--threads 2] [--rounds 3] [--seconds 300] [--tiny]
 
@@ -9,7 +9,7 @@ python experiments/benchmarks/evaluation.py [--threads 2] [--rounds 3] [--second
 * the linear probe's grid of 7 learning rates on 10,000 features of 512 channels and 100 classes, five epochs, against
   one plain Lightning loop for each learning rate.
 
-No round begins after `--seconds` of a part.
+No round of a part begins after `--seconds`.
 """
 
 import argparse
@@ -42,14 +42,14 @@ QUIET |= {"enable_model_summary": False, "accelerator": "cpu", "devices": 1}
 
 
 class Predictor(pl.LightningModule):
-    """A prediction loop as one writes it without a framework."""
+    """A plain Lightning prediction loop without this package."""
 
     def __init__(self, encoder: nn.Module):
         super().__init__()
         self.encoder = encoder
 
     def predict_step(self, batch: list[Tensor]) -> Tensor:
-        """Pooled features of uint8 images."""
+        """Return pooled features (N, c) of uint8 images."""
         mean, std = (torch.tensor(values).view(1, 3, 1, 1) for values in (MEAN, STD))
         features: Tensor = self.encoder((batch[0].float() / 255 - mean) / std)
         return features
@@ -63,17 +63,17 @@ class Probe(pl.LightningModule):
         self.head, self.rate = nn.Linear(channels, classes), rate
 
     def training_step(self, batch: list[Tensor]) -> Tensor:
-        """Cross-entropy."""
+        """Return the cross-entropy of a batch."""
         return cross_entropy(self.head(batch[0]), batch[1])
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        """At this learning rate."""
+        """Return Adam with this probe's learning rate."""
         return torch.optim.Adam(self.parameters(), self.rate)
 
 
 @dataclass
 class Sizes:
-    """How many of everything."""
+    """Sizes of all parts of the benchmark."""
 
     images: int = 2048
     bank: int = 50_000
@@ -84,7 +84,7 @@ class Sizes:
 
 
 def extraction(sizes: Sizes) -> Work:
-    """Features of bytes by ResNet-18."""
+    """Return work that computes features of uint8 images with ResNet-18."""
     encoder = resnet(32, name="resnet18", stem="auto", weights=None).eval()
     ours = encoder.to(memory_format=torch.channels_last)
     plain = Predictor(resnet(32, name="resnet18", stem="auto", weights=None).eval())
@@ -101,7 +101,7 @@ def extraction(sizes: Sizes) -> Work:
 
 
 def neighbours(sizes: Sizes) -> Work:
-    """Predictions of kNN."""
+    """Return work that predicts classes with kNN."""
     centres = torch.randn(10, 512)
     labels, asked = torch.randint(10, (sizes.bank,)), torch.randint(10, (sizes.queries,))
     bank = centres[labels] + 4 * torch.randn(sizes.bank, 512)
@@ -115,7 +115,7 @@ def neighbours(sizes: Sizes) -> Work:
 
 
 def probes(sizes: Sizes) -> Work:
-    """The grid of learning rates."""
+    """Return work that trains linear probes over the grid of learning rates."""
     features, classes = torch.randn(sizes.fitted, 512), torch.randint(100, (sizes.fitted,))
 
     def loops() -> None:
@@ -133,7 +133,7 @@ def probes(sizes: Sizes) -> Work:
 
 
 def main(words: Sequence[str] | None = None) -> None:
-    """Measure and print."""
+    """Measure the parts and print the results."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=3)

@@ -1,4 +1,4 @@
-"""What the package does on a GPU: whether it is right there, and how fast. The most important rows come first.
+"""Check that the package is correct on a GPU and measure its speed. The most important rows come first.
 
 python experiments/benchmarks/gpu.py --out FOLDER [--budget SECONDS] [--only NAME ...] [--dry-run]
 
@@ -7,9 +7,9 @@ python experiments/benchmarks/gpu.py --out FOLDER [--budget SECONDS] [--only NAM
 * Speed: steps of SimCLR and MoCo with ResNet-18 on 50,000 images of 32 px that lie on the device, in bf16 and
   channels_last, with and without MSR, negatives and torch.compile; ResNet-50 at 224 px; lightly, if it is installed.
 
-FOLDER/gpu.json and gpu.md are written after every row, and rows for which no time is left say so. A ratio is that of
-two medians of alternating repetitions. `--dry-run` does all of it with tiny networks and few images, on a CPU as well.
-Needed are torch, torchvision, pytorch_lightning, pydantic, omegaconf and safetensors.
+FOLDER/gpu.json and gpu.md are written after every row. A row that was left out for lack of time says so. A ratio
+compares two medians of alternating repetitions. `--dry-run` runs everything with tiny networks and few images, also on
+a CPU. The script needs torch, torchvision, pytorch_lightning, pydantic, omegaconf and safetensors.
 """
 
 import argparse
@@ -38,6 +38,7 @@ import torch
 from omegaconf import OmegaConf
 from pytorch_lightning.callbacks import Checkpoint
 from torch import Tensor, nn
+from typing_extensions import override
 
 from icl_msr.core.config import build, config_dir
 from icl_msr.core.randomness import integers, keys, permutation, uniforms
@@ -55,21 +56,21 @@ Step_ = Callable[[], Any]
 METHODS = sorted(file.stem for file in (config_dir() / "method").glob("*.yaml"))
 FIRST = ["simclr", "moco", "byol"]
 EPOCH = 50_000
-"""Images of the epoch that a step is scaled to."""
+"""Images of the epoch to which the time of a step is scaled."""
 RATE = 0.03
 """Learning rate of theta's SGD."""
 
 
 def node(group: str, name: str, **changes: Any) -> dict[str, Any]:
-    """The values of one YAML file, with changes; without Hydra."""
+    """Return the values of one YAML file, with changes, without Hydra."""
     loaded: Any = OmegaConf.to_container(OmegaConf.load(config_dir() / group / f"{name}.yaml"))
-    values = loaded.get(group, loaded)  # some methods bring views of their own
+    values = loaded.get(group, loaded)  # some methods have their own views
     return {**values, **({"seed": 0} if "seed" in values else {}), **changes}
 
 
 @dataclass
 class Scale:
-    """How much of everything; the dry run takes little."""
+    """Sizes of the measurements. The dry run uses small ones."""
 
     backbone: str
     photo_backbone: str
@@ -78,17 +79,17 @@ class Scale:
     photos: int
     photo_batch: int
     photo_size: tuple[int, int]
-    """Side in pixels of what is stored, and of the views."""
+    """Side in pixels of the stored images and of the views."""
     compared: int
     """Images of a step that is compared with the CPU."""
     drawn: int
     seconds: float
-    """Of a repetition."""
+    """Seconds of a repetition."""
     repeats: int
     cycles: int
-    """At most in a repetition."""
+    """Largest number of cycles in a repetition."""
     cycle: int
-    """Steps; the default of MSR's `every`."""
+    """Steps of a cycle: the default of MSR's `every`."""
     workers: int
     methods: list[str]
 
@@ -98,7 +99,7 @@ DRY = Scale("tiny", "tiny", 64, (8, 16), 16, 4, (40, 32), 8, 100, 0.0, 1, 1, 1, 
 
 
 class Bench:
-    """The device, the scale, and what several rows share."""
+    """The device, the scale, and parts that several rows share."""
 
     def __init__(self, device: torch.device, scale: Scale, dry: bool) -> None:
         self.device, self.scale, self.dry = device, scale, dry
@@ -108,7 +109,7 @@ class Bench:
 
     @staticmethod
     def images(count: int, size: int, device: torch.device, views: int | None = None) -> Dataset:
-        """Smooth random pictures: noise of low resolution, enlarged."""
+        """Return a data set of smooth random pictures: noise of low resolution, enlarged."""
         generator = torch.Generator(device).manual_seed(0)
         parts = []
         for start in range(0, count, 1024):
@@ -119,12 +120,12 @@ class Bench:
         return Dataset("noise", [str(k) for k in range(10)], views or size, split, {"test": split})
 
     def wait(self) -> None:
-        """Until the device is idle."""
+        """Wait until the device is idle."""
         if self.gpu:
             torch.cuda.synchronize()
 
     def method(self, name: str, backbone: str, size: int = 32) -> Method:
-        """With the values of its YAML file, on the CPU, from seed 0."""
+        """Build a method with the values of its YAML file, on the CPU, from seed 0."""
         torch.manual_seed(0)
         changes = {"whitening_size": 2 * 4, "embedding_dim": 4} if name == "wmse" and self.scale.compared < 128 else {}
         encoder = build(node("backbone", backbone), image_size=size)
@@ -133,13 +134,13 @@ class Bench:
         return method
 
     def regularizer(self, method: Method, **changes: Any) -> MetaSemanticRegularizer:
-        """f_msr, on the CPU, from seed 0."""
+        """Build f_msr on the CPU, from seed 0."""
         torch.manual_seed(1)
         given = {"channels": method.channels, "method_temperature": method.temperature}
         return build(node("regularizer", "msr", **changes), **given)  # type: ignore[no-any-return]
 
     def data(self, dataset: Dataset, batch: int, negatives: str = "none") -> DataModule:
-        """Batches of views, as the program makes them."""
+        """Build the data module, with batches of views as in a run."""
         parts = build(node("augment", "simclr")), build(node("negatives", negatives))
         return DataModule(dataset, *parts, batch_size=batch, num_workers=0, seed=0, channels_last=True)
 
@@ -153,21 +154,21 @@ class Bench:
         backbone: str | None = None,
         dataset: Dataset | None = None,
     ) -> "Training":
-        """All pieces on the device."""
+        """Build a training loop with all parts on the device."""
         dataset = dataset or self.small
         built = self.method(method, backbone or self.scale.backbone, dataset.image_size)
         regularizer = None if msr is None else self.regularizer(built, **msr)
         return Training(built, regularizer, self.data(dataset, batch, negatives), self.device, self.gpu)
 
     def plain_training(self, method: str, batch: int) -> "Training":
-        """Without anything, kept to be compared with."""
+        """Return a training loop without regularizer and negatives. It is kept, as the reference of several rows."""
         if (method, batch) not in self.plain:
             self.plain[method, batch] = self.training(method, batch)
         return self.plain[method, batch]
 
 
 class Training:
-    """A training loop as the program has it: views, targets, loss, penalty, gradients, phi's step, theta's step."""
+    """A training loop with the stages of a run: views, targets, loss, penalty, gradients, phi's step, theta's step."""
 
     def __init__(
         self,
@@ -188,14 +189,14 @@ class Training:
             self.order = self.order.pin_memory()
 
     def views(self) -> Views:
-        """Of the next batch."""
+        """Return the views of the next batch."""
         size = self.data.batch_size
         start = self.count * size % (len(self.order) - size + 1)
         index = self.order[start : start + size].to(self.device, non_blocking=True)
         return self.data.views(Batch(0, index))
 
     def step(self, mark: Callable[[str], object] = lambda stage: None) -> Tensor:
-        """One batch; `mark` is told where each stage begins. Returns the loss."""
+        """Train on one batch and return the loss. `mark` is called with the name of each stage when it begins."""
         method, regularizer = self.method, self.regularizer
         step = Step(self.count, 100_000, noise=self.count)
         mark("views")
@@ -227,13 +228,13 @@ class Training:
         return detached
 
     def state(self) -> dict[str, Any]:
-        """All that a checkpoint needs."""
+        """Return everything that a checkpoint needs."""
         phi = {} if self.regularizer is None else self.regularizer.state_dict()
         method, optimizer = self.method.state_dict(), self.optimizer.state_dict()
         return {"method": method, "regularizer": phi, "optimizer": optimizer, "count": self.count}
 
     def load(self, state: dict[str, Any]) -> None:
-        """Go on from there."""
+        """Continue from a state."""
         self.method.load_state_dict(state["method"])
         if self.regularizer is not None:
             self.regularizer.load_state_dict(state["regularizer"])
@@ -242,13 +243,13 @@ class Training:
 
 
 def relative(value: Sequence[Tensor], reference: Sequence[Tensor]) -> float:
-    """|value - reference| / |reference|, all tensors taken as one vector."""
+    """Return |value - reference| / |reference|, with all tensors taken as one vector."""
     value_, reference_ = (torch.cat([t.detach().cpu().double().flatten() for t in many]) for many in (value, reference))
     return float((value_ - reference_).norm() / reference_.norm().clamp(min=1e-300))
 
 
 def tensors(state: Any) -> list[Tensor]:
-    """All tensors inside."""
+    """Return all tensors inside a nested state."""
     if isinstance(state, Tensor):
         return [state]
     inside: Sequence[Any] = (
@@ -258,14 +259,14 @@ def tensors(state: Any) -> list[Tensor]:
 
 
 def equal(first: Any, second: Any) -> bool:
-    """Whether two states have the same bits."""
+    """Return True if two states are equal bit by bit."""
     pairs = zip(tensors(first), tensors(second), strict=True)
     return all(torch.equal(a, b) for a, b in pairs)
 
 
 @contextmanager
 def settings(*, tf32: bool, deterministic: bool = False, benchmark: bool = False) -> Iterator[None]:
-    """Choices that hold for the whole process, put back afterwards."""
+    """Set options of the whole process, and restore them afterwards."""
     cudnn, matmul = torch.backends.cudnn, torch.backends.cuda.matmul
     before = cudnn.allow_tf32, matmul.allow_tf32, cudnn.deterministic, cudnn.benchmark
     cudnn.allow_tf32, matmul.allow_tf32, cudnn.deterministic, cudnn.benchmark = tf32, tf32, deterministic, benchmark
@@ -281,7 +282,7 @@ def settings(*, tf32: bool, deterministic: bool = False, benchmark: bool = False
 
 
 def draws(bench: Bench) -> Result:
-    """Random numbers, crops, views and negatives of CPU and device."""
+    """Compare random numbers, crops, views and negatives of CPU and device."""
     index = torch.arange(bench.scale.drawn)
     found: Result = {}
     there = index.to(bench.device)
@@ -316,11 +317,11 @@ def draws(bench: Bench) -> Result:
 
 
 def gradients(bench: Bench, name: str, device: torch.device, dtype: torch.dtype) -> list[list[Tensor]]:
-    """Loss, gradient of theta and meta gradient of phi, one step with MSR and patch negatives."""
+    """Return the loss, the gradient of theta and the meta gradient of phi of one step with MSR and patch negatives."""
     cpu = torch.device("cpu")
     dataset = bench.images(bench.scale.compared, 32, cpu)
     method = bench.method(name, "tiny").to(device, dtype).train()
-    # gamma = 0: the meta gradient alone, which uniformity's would hide.
+    # gamma = 0 leaves only the meta gradient. The gradient of uniformity would hide it.
     regularizer = bench.regularizer(method, mode="exact", every=1, gamma=0.0).to(device, dtype)
     views = bench.data(dataset, bench.scale.compared, "patch").views(Batch(0, torch.arange(bench.scale.compared)))
     assert views.negatives is not None
@@ -347,7 +348,7 @@ def gradients(bench: Bench, name: str, device: torch.device, dtype: torch.dtype)
 
 
 def against_cpu(bench: Bench, name: str) -> Result:
-    """Errors of float32 on the device and on the CPU, both against float64 on the CPU."""
+    """Return errors of float32 on the device and on the CPU, both against float64 on the CPU."""
     cpu = torch.device("cpu")
     refused = set(bench.method(name, "tiny").refuses)
     if refused:
@@ -360,14 +361,14 @@ def against_cpu(bench: Bench, name: str) -> Result:
     found: Result = {"name": name, "passed": True}
     for what, reference, on_cpu, on_device in zip(("loss", "theta", "phi"), exact, here, there, strict=True):
         errors = relative(on_device, reference), relative(on_cpu, reference)
-        # Where the CPU itself is some way from float64, the step is ill-conditioned, and as far is as good.
+        # If float32 on the CPU is far from float64 too, the step is ill-conditioned, and the same error is acceptable.
         found["passed"] = found["passed"] and errors[0] < max(1e-3, min(10 * errors[1], 0.1))
         found[f"{what}: device"], found[f"{what}: CPU"] = (f"{error:.1e}" for error in errors)
     return found
 
 
 def no_wait(bench: Bench, name: str, negatives: str = "patch") -> Result:
-    """A whole step in which the host never waits for the GPU."""
+    """Run a whole step in which the host never waits for the GPU."""
     found: Result = {"name": f"{name} + MSR + {negatives}", "passed": None}
     if bench.method(name, "tiny").refuses:
         return {**found, "note": "takes neither"}
@@ -392,7 +393,7 @@ def no_wait(bench: Bench, name: str, negatives: str = "patch") -> Result:
 
 
 def resume(bench: Bench, name: str) -> Result:
-    """Two steps, a checkpoint, and two more from it in new objects, against four; and four against four."""
+    """Compare two steps, a checkpoint and two more steps in new objects with four steps, and four steps with four."""
 
     def fresh() -> Training:
         return bench.training(name, bench.scale.batches[0], msr={"every": 1}, negatives="patch")
@@ -409,7 +410,7 @@ def resume(bench: Bench, name: str) -> Result:
             ends.append(training.state())
         file.seek(0)
         training = fresh()
-        for parameter in training.method.parameters():  # so that what is not loaded shows
+        for parameter in training.method.parameters():  # so that state that is not loaded is noticed
             parameter.data.add_(1)
         training.load(torch.load(file, map_location=bench.device, weights_only=True))
         for _ in range(2):
@@ -427,14 +428,14 @@ class Save(Checkpoint):
         super().__init__()
         self.path, self.after = path, after
 
+    @override
     def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
-        """See the class."""
         if trainer.global_step == self.after and not self.path.exists():
             trainer.save_checkpoint(self.path)
 
 
 def trainer(bench: Bench, callbacks: list[Any], **changes: Any) -> pl.Trainer:
-    """Lightning's Trainer, as a run has it, without a logger."""
+    """Build Lightning's Trainer as in a run, without a logger."""
     return pl.Trainer(
         accelerator="gpu" if bench.gpu else "cpu",
         devices=1,
@@ -451,7 +452,7 @@ def trainer(bench: Bench, callbacks: list[Any], **changes: Any) -> pl.Trainer:
 
 
 def module(bench: Bench, name: str, batch: int, msr: dict[str, Any] | None) -> Pretraining:
-    """What Lightning trains."""
+    """Build the module that Lightning trains."""
     method = bench.method(name, bench.scale.backbone)
     regularizer = None if msr is None else bench.regularizer(method, **msr)
     optimizer = partial(torch.optim.Adam, lr=3e-3, weight_decay=1e-6)
@@ -462,7 +463,7 @@ def module(bench: Bench, name: str, batch: int, msr: dict[str, Any] | None) -> P
 
 
 def resume_in_lightning(bench: Bench, name: str) -> Result:
-    """Four batches with the program's own loop, against the last two of them from a checkpoint."""
+    """Compare four batches in the program's own loop with the last two of them from a checkpoint."""
     batch, ends = bench.scale.batches[0], []
     with settings(tf32=True, deterministic=True), warnings.catch_warnings(), tempfile.TemporaryDirectory() as folder:
         warnings.simplefilter("ignore")
@@ -480,7 +481,7 @@ def resume_in_lightning(bench: Bench, name: str) -> Result:
 
 
 def measure(bench: Bench, steps: dict[str, Step_]) -> dict[str, float]:
-    """Median seconds of a step of each kind, their repetitions alternating."""
+    """Return the median seconds of a step of each kind. Repetitions alternate."""
     count = {}
     for name, step in steps.items():
         for _ in range(bench.scale.cycle):  # warms up
@@ -505,7 +506,7 @@ def measure(bench: Bench, steps: dict[str, Step_]) -> dict[str, float]:
 
 
 def peak(bench: Bench, make: Callable[[], Training]) -> tuple[Training, float]:
-    """A training that has made steps, and the gigabytes that it took at most."""
+    """Return a training after some steps, and its peak memory in gigabytes."""
     before = 0
     if bench.gpu:
         torch.cuda.empty_cache()
@@ -519,7 +520,7 @@ def peak(bench: Bench, make: Callable[[], Training]) -> tuple[Training, float]:
 
 
 def speed_row(name: str, seconds: float, batch: int, **more: Any) -> Result:
-    """What is said of a step."""
+    """Return the numbers of a speed row."""
     return {
         "name": name,
         "ms a step": round(1e3 * seconds, 3),
@@ -530,7 +531,7 @@ def speed_row(name: str, seconds: float, batch: int, **more: Any) -> Result:
 
 
 def plain(bench: Bench, method: str, batch: int) -> Result:
-    """The step alone, and where its time goes."""
+    """Measure the plain step and the time of its stages."""
     bench.plain.pop((method, batch), None)
     training, memory = peak(bench, lambda: bench.plain_training(method, batch))
     seconds = measure(bench, {"plain": training.step})["plain"]
@@ -541,7 +542,7 @@ def plain(bench: Bench, method: str, batch: int) -> Result:
 
 
 def stages(bench: Bench, training: Training) -> Result:
-    """Milliseconds of each stage: on the device between two marks, or on the host where there is no GPU."""
+    """Return milliseconds of each stage: on the device between two marks, or on the host if there is no GPU."""
     spent: dict[str, list[float]] = {}
     for _ in range(2 * bench.scale.cycle):
         marks: list[tuple[str, Any]] = []
@@ -565,7 +566,7 @@ def stages(bench: Bench, training: Training) -> Result:
 def beside(
     bench: Bench, method: str, batch: int, name: str, aim: float | None = None, mark: str | None = None, **changes: Any
 ) -> Result:
-    """A step with something more, against the plain one, in alternation."""
+    """Measure a step with an additional part against the plain step, alternately."""
     training, memory = peak(bench, lambda: bench.training(method, batch, **changes))
     seconds = measure(bench, {"plain": bench.plain_training(method, batch).step, "with": training.step})
     ratio = seconds["with"] / seconds["plain"]
@@ -578,7 +579,7 @@ def beside(
 
 
 def making(bench: Bench, batch: int) -> Result:
-    """Views and negatives alone beside a SimCLR step: what a generator costs without the embedding of its pictures."""
+    """Measure the views and negatives of a SimCLR step: the cost of a generator without embedding its pictures."""
     steps: dict[str, Step_] = {"step": bench.plain_training("simclr", batch).step}
     for name in ("none", "patch", "phase", "texture"):
         training = bench.training("simclr", batch, negatives=name, backbone="tiny")
@@ -599,7 +600,7 @@ def making(bench: Bench, batch: int) -> Result:
 
 
 def in_lightning(bench: Bench, name: str, batch: int, msr: dict[str, Any] | None) -> Result:
-    """Whole epochs of the program's own loop: Lightning's Trainer, Adam, logging every tenth step."""
+    """Measure whole epochs of the program's own loop: Lightning's Trainer, Adam, logging every tenth step."""
     times: list[float] = []
 
     class Clock(pl.Callback):
@@ -622,7 +623,7 @@ def in_lightning(bench: Bench, name: str, batch: int, msr: dict[str, Any] | None
 
 
 def profile(bench: Bench, method: str, batch: int) -> Result:
-    """Where the milliseconds of a plain step are: kernels and CPU operators by their own time."""
+    """Return the milliseconds of kernels and CPU operators in a plain step, by their own time."""
     from torch.profiler import ProfilerActivity
 
     training, count = bench.plain_training(method, batch), bench.scale.repeats
@@ -659,7 +660,7 @@ def profile(bench: Bench, method: str, batch: int) -> Result:
 
 
 def compiled(bench: Bench, method: str, batch: int, what: str) -> Result:
-    """torch.compile of the backbone, or of the augmentation too; and what it costs to start."""
+    """Measure torch.compile of the backbone, or of the augmentation too, with the time of compilation."""
     options: dict[str, Any] = {"backend": "eager"} if bench.dry else {"dynamic": False}
     training = bench.training(method, batch)
     for name, part in training.method.named_modules():
@@ -678,7 +679,7 @@ def compiled(bench: Bench, method: str, batch: int, what: str) -> Result:
 
 
 def benchmarked(bench: Bench, method: str, batch: int) -> Result:
-    """cudnn.benchmark, which times the algorithms of each convolution once."""
+    """Measure cudnn.benchmark, which times the algorithms of each convolution once."""
     training = bench.training(method, batch)
 
     def step() -> None:
@@ -693,7 +694,7 @@ def benchmarked(bench: Bench, method: str, batch: int) -> Result:
 
 
 def optimisers(bench: Bench) -> Result:
-    """A step of SGD and Adam over ResNet-18, foreach and fused."""
+    """Measure a step of SGD and Adam over ResNet-18, foreach and fused."""
     parameters = [
         p for p in bench.method("simclr", bench.scale.backbone).to(bench.device).parameters() if p.requires_grad
     ]
@@ -708,7 +709,7 @@ def optimisers(bench: Bench) -> Result:
 
 
 def ceilings(bench: Bench) -> Result:
-    """What the device reaches at all: a copy, and a product of bf16 matrices, of random numbers."""
+    """Measure the device's limits: a copy and a product of bf16 matrices, of random numbers."""
     side, size = (8192, 2**30) if bench.gpu and not bench.dry else (64, 2**10)
     a, b = (torch.randn(side, side, device=bench.device, dtype=torch.bfloat16) for _ in range(2))
     source, target = (torch.empty(size, device=bench.device, dtype=torch.float32).normal_() for _ in range(2))
@@ -718,7 +719,7 @@ def ceilings(bench: Bench) -> Result:
 
 
 def photographs(bench: Bench, method: str) -> Result:
-    """ResNet-50 at 224 px, two views of images that lie on the device."""
+    """Measure ResNet-50 at 224 px with two views of images that are on the device."""
     scale = bench.scale
     dataset = bench.images(scale.photos, scale.photo_size[0], bench.device, scale.photo_size[1])
     make = lambda: bench.training(method, scale.photo_batch, backbone=scale.photo_backbone, dataset=dataset)  # noqa: E731
@@ -731,7 +732,7 @@ def photographs(bench: Bench, method: str) -> Result:
 
 
 class LightlySimCLR(nn.Module):
-    """lightly's head and loss behind our backbone."""
+    """SimCLR with our backbone and lightly's head and loss."""
 
     def __init__(self, backbone: nn.Module, channels: int) -> None:
         super().__init__()
@@ -742,13 +743,13 @@ class LightlySimCLR(nn.Module):
         self.criterion = NTXentLoss(temperature=0.2)
 
     def forward(self, first: Tensor, second: Tensor) -> Tensor:
-        """The loss of two views."""
+        """Return the loss of two views."""
         loss: Tensor = self.criterion(self.head(self.backbone(first)), self.head(self.backbone(second)))
         return loss
 
 
 class Pictures(torch.utils.data.Dataset[Any]):
-    """PIL images through lightly's transform."""
+    """PIL images transformed by lightly's transform."""
 
     def __init__(self, images: Tensor, transform: Callable[[Any], Any]) -> None:
         self.images, self.transform = images.permute(0, 2, 3, 1).cpu().numpy(), transform
@@ -757,14 +758,14 @@ class Pictures(torch.utils.data.Dataset[Any]):
         return len(self.images)
 
     def __getitem__(self, index: int) -> Any:
-        """Two views."""
+        """Return two views of an image."""
         from PIL import Image
 
         return self.transform(Image.fromarray(self.images[index]))
 
 
 def lightly(bench: Bench, batch: int, own_pipeline: bool) -> Result:
-    """SimCLR of lightly with the same network, precision, layout and optimiser."""
+    """Measure lightly's SimCLR with the same network, precision, layout and optimiser."""
     name = f"lightly, SimCLR, batch {batch}, {'its own pipeline' if own_pipeline else 'our views, its step'}"
     try:
         from lightly.transforms.simclr_transform import SimCLRTransform
@@ -806,7 +807,7 @@ def lightly(bench: Bench, batch: int, own_pipeline: bool) -> Result:
     )
     began, done, waited = 0.0, 0, 2 if bench.dry else 5
     for number, views in enumerate(loader):
-        if number == waited:  # the workers have begun
+        if number == waited:  # the workers have started
             bench.wait()
             began = time.perf_counter()
         layout = {"non_blocking": True, "memory_format": torch.channels_last}
@@ -821,7 +822,7 @@ def lightly(bench: Bench, batch: int, own_pipeline: bool) -> Result:
 
 
 def agreement(bench: Bench, method: str, batch: int) -> Result:
-    """Cosines of the meta gradients of each mode, as a bf16 run has them, to the exact one in float64."""
+    """Return cosines of each mode's meta gradient, as in a bf16 run, to the exact one in float64."""
     training = bench.training(method, batch, msr={"every": 1})
     for _ in range(5 * bench.scale.cycle):
         training.step()
@@ -864,7 +865,7 @@ def agreement(bench: Bench, method: str, batch: int) -> Result:
 
 @dataclass
 class Row:
-    """One measurement, and about how long it takes on a GPU."""
+    """One measurement, and its approximate time on a GPU."""
 
     group: str
     name: str
@@ -873,7 +874,7 @@ class Row:
 
 
 def rows(scale: Scale) -> list[Row]:
-    """All measurements, the most important first."""
+    """Return all measurements, the most important first."""
     one, two = scale.batches
     others = [name for name in scale.methods if name not in FIRST]
     every = {"every": 1}
@@ -951,11 +952,11 @@ def rows(scale: Scale) -> list[Row]:
 
 
 class OutOfTimeError(Exception):
-    """The budget is spent in the middle of a row."""
+    """Raised if the budget is spent in the middle of a row."""
 
 
 class Report:
-    """Results so far, on the disk after every row."""
+    """Results so far, written to disk after every row."""
 
     def __init__(self, folder: Path, machine: Result) -> None:
         self.folder, self.machine = folder, machine
@@ -963,7 +964,7 @@ class Report:
         folder.mkdir(parents=True, exist_ok=True)
 
     def add(self, row: Row, result: Result, took: float) -> None:
-        """Write everything anew."""
+        """Add a row and write both files again."""
         self.found.append({"group": row.group, "row": row.name, **result, "took": round(took, 1)})
         document = {"machine": self.machine, "rows": self.found}
         self._write("gpu.json", json.dumps(document, indent=1, default=str))
@@ -977,7 +978,7 @@ class Report:
         beside_.replace(self.folder / name)
 
     def markdown(self) -> str:
-        """One table a group."""
+        """Return one table per group."""
         lines = ["# The package on a GPU", "", *(f"- {key}: {value}" for key, value in self.machine.items())]
         for group in dict.fromkeys(row["group"] for row in self.found):
             of = [row for row in self.found if row["group"] == group]
@@ -1002,7 +1003,7 @@ def _cell(value: Any) -> str:
 
 
 def machine(device: torch.device, dry: bool) -> Result:
-    """What the figures hold for."""
+    """Return a description of the machine and the libraries."""
     found: Result = {"device": torch.cuda.get_device_name() if device.type == "cuda" else platform.processor() or "CPU"}
     if device.type == "cuda":
         found |= {"CUDA": torch.version.cuda, "cuDNN": torch.backends.cudnn.version()}  # type: ignore[no-untyped-call]
@@ -1017,7 +1018,7 @@ def machine(device: torch.device, dry: bool) -> Result:
 
 
 def main(words: Sequence[str] | None = None) -> int:
-    """Run all rows for which there is time; 1 if one of them failed."""
+    """Run all rows for which there is time. Return 1 if a row failed, else 0."""
     began = time.monotonic()
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--out", type=Path, required=True, help="folder of gpu.json and gpu.md")

@@ -1,16 +1,16 @@
-"""Speed of the non-semantic negatives, images a second: medians of alternating rounds in one run.
+"""Measure the speed of non-semantic negatives in images per second: medians of alternating rounds in one run.
 
 python experiments/benchmarks/negatives.py [--threads 2] [--device cpu] [--sizes 32 96 224] [--seconds 2] [--rounds 7]
     [--without WORD] [--tiny]
 
-* patch negatives of float32, bfloat16 and uint8 queries against the official loop over images, written anew from its
+* patch negatives of float32, bfloat16 and uint8 queries against the official loop over images, reimplemented from its
   description;
 * phase negatives;
 * texture negatives against image quilting in numpy, image by image, once with as many random candidates and once with
-  all blocks, as the textbook has it.
+  all blocks, as in the textbook.
 
-A round is as many images as take about `--seconds`, a batch at a time; slow pieces take one image at least, and
-`--without "all blocks"` leaves the slowest out.
+A round has as many images as take about `--seconds`, a batch at a time, and at least one image.
+`--without "all blocks"` leaves out the slowest part.
 """
 
 import argparse
@@ -33,16 +33,16 @@ from icl_msr.negatives import PatchNegatives, PhaseNegatives, TextureNegatives
 
 Array = NDArray[np.float32]
 BATCH = {32: 256, 96: 128, 224: 64}
-"""Images of a batch, by their side."""
+"""Batch size by the side of the images."""
 
 
 def generator(name: str) -> object:
-    """With the values of its YAML file."""
+    """Build a generator with the values of its YAML file."""
     return build(OmegaConf.to_container(OmegaConf.load(config_dir() / "negatives" / f"{name}.yaml")))  # type: ignore[arg-type]
 
 
 def patch_loop(query: Tensor, patch: PatchNegatives) -> Tensor:
-    """The official procedure, image by image, from its description (Ge et al. 2021, section 3)."""
+    """Return patch negatives of the official procedure, image by image (Ge et al. 2021, section 3)."""
     side = query.shape[-1]
     low, high = patch.sizes(side)
     results = []
@@ -60,7 +60,7 @@ def patch_loop(query: Tensor, patch: PatchNegatives) -> Tensor:
 def numpy_quilting(
     image: Array, texture: TextureNegatives, random: np.random.Generator, candidates: int | None
 ) -> Array:
-    """One texture (C, H, W) the straightforward way; `candidates` None compares all blocks of both examples."""
+    """Return one texture (C, H, W) by plain quilting. `candidates` None compares all blocks of both examples."""
     _, height, width = image.shape
     side, block, overlap = texture.sizes(min(height, width))
     top, left = random.integers(0, (height - side + 1, width - side + 1))
@@ -95,7 +95,7 @@ def numpy_quilting(
 
 
 def _cut(error: Array) -> NDArray[np.int64]:
-    """The path of least difference: its column in each row."""
+    """Return the column in each row of the path of least difference."""
     total = error.copy()
     for i in range(1, len(total)):
         padded = np.pad(total[i - 1], 1, constant_values=np.inf)
@@ -111,7 +111,7 @@ Pieces = dict[str, tuple[int, Callable[[], object]]]
 
 
 def work(side: int, n: int, device: torch.device) -> Pieces:
-    """Every piece of work on batches of n images of a side: how many images a call handles, and the call."""
+    """Return every piece of work on batches of n images of a side: the number of images per call, and the call."""
     patch, phase, texture = generator("patch"), generator("phase"), generator("texture")
     assert isinstance(patch, PatchNegatives)
     assert isinstance(phase, PhaseNegatives)
@@ -133,7 +133,7 @@ def work(side: int, n: int, device: torch.device) -> Pieces:
 
 
 def measure(pieces: Pieces, device: torch.device, seconds: float, rounds: int) -> dict[str, float]:
-    """Return the images a second of each piece, the median of rounds of about so many seconds a piece."""
+    """Return images per second of each piece, the median of rounds of about `seconds` each."""
 
     def repeated(call: Callable[[], object], times: int) -> Callable[[], object]:
         return lambda: [call() for _ in range(times)]
@@ -145,7 +145,7 @@ def measure(pieces: Pieces, device: torch.device, seconds: float, rounds: int) -
 
 
 def main(words: Sequence[str] | None = None) -> None:
-    """Measure and print."""
+    """Measure all pieces and print the results."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--device", type=torch.device, default=torch.device("cpu"))

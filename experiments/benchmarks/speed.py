@@ -1,11 +1,11 @@
-"""Speed of the hot paths: medians of alternating rounds in one run, as images a second and ratios.
+"""Measure the speed of the hot paths, as images per second and ratios: medians of alternating rounds in one run.
 
 python experiments/benchmarks/speed.py [--images 256] [--size 32] [--rounds 9] [--seconds 60] [--tiny]
 
 * a step of the default backbone (SimCLR, batch 256, 32 px): forward, backward and optimiser; the same step with the
   meta semantic regularizer, without and with its meta step;
 * two-view augmentation in a batch against torchvision v2 image by image, both in this process;
-* patch negatives against the loop over images that their description suggests.
+* patch negatives against a loop over images.
 
 Each of the three parts takes about `--seconds` at most.
 """
@@ -37,7 +37,7 @@ MEAN, STD = (0.5, 0.5, 0.5), (0.25, 0.25, 0.25)
 
 @dataclass
 class Bench:
-    """A batch of so many images of this size, and the components that a run would have."""
+    """A batch of images of one size, and the components of a run."""
 
     images: int
     size: int
@@ -51,7 +51,7 @@ class Bench:
 
 
 def steps(bench: Bench) -> Work:
-    """A plain step, and steps with MSR: without its meta step, and with it."""
+    """Return a plain step, and steps with MSR without and with its meta step."""
     plan, layout = bench.plan, torch.channels_last if bench.plan.channels_last else torch.contiguous_format
     backbone = build(bench.settings.backbone, image_size=bench.size)
     method: Method = build(bench.settings.method, backbone=backbone, classes=10, mean=MEAN, std=STD)
@@ -84,7 +84,7 @@ def steps(bench: Bench) -> Work:
 
 
 def augmentation(bench: Bench) -> Work:
-    """Both views of a batch of bytes to normalised floats."""
+    """Return work that turns uint8 images into two normalised float views."""
     shape = (bench.images, 3, bench.size, bench.size)
     images = torch.randint(256, shape, dtype=torch.uint8, device=bench.plan.device)
     ours = build(bench.settings.augment)
@@ -107,7 +107,7 @@ def augmentation(bench: Bench) -> Work:
 
 
 def negatives(bench: Bench) -> Work:
-    """One patch negative an image."""
+    """Return work that makes one patch negative per image."""
     query = torch.randn(bench.images, 3, bench.size, bench.size, device=bench.plan.device)
     patch: PatchNegatives = build(bench.settings.negatives)
     return {
@@ -120,7 +120,7 @@ PARTS: tuple[Callable[[Bench], Work], ...] = (steps, augmentation, negatives)
 
 
 def main(words: Sequence[str] | None = None) -> None:
-    """Measure and print."""
+    """Measure the parts and print the results."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--images", type=int, default=256)
     parser.add_argument("--size", type=int, default=32)

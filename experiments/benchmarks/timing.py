@@ -1,4 +1,4 @@
-"""How every benchmark takes its time: rounds that alternate in one process, so that a busy machine slows all alike."""
+"""Timing for all benchmarks. Rounds alternate in one process, so that a busy machine slows all pieces alike."""
 
 import time
 from collections.abc import Callable, Mapping
@@ -11,13 +11,13 @@ Work = Mapping[str, Callable[[], object]]
 def alternate(
     work: Work, *, rounds: int, limit: float = 60.0, device: torch.device | None = None
 ) -> dict[str, list[float]]:
-    """Return the seconds of each piece of work, one value a round; a first round that warms up is left out.
+    """Return the seconds of each piece of work, one value per round. A first round that warms up is left out.
 
     Args:
-        work: what to time, by name.
-        rounds: most rounds.
-        limit: seconds after which no further round begins; there is always one.
-        device: where the work ends; a GPU is waited for.
+        work: the calls to time, by name.
+        rounds: largest number of rounds.
+        limit: seconds after which no further round begins. There is always one round.
+        device: the device that the work runs on. A GPU is waited for.
     """
     seconds: dict[str, list[float]] = {name: [] for name in work}
     began = time.perf_counter()

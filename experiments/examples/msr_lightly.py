@@ -1,4 +1,4 @@
-"""The meta semantic regularizer around a lightly model: its projection head and its loss, in a plain loop.
+"""Train a lightly model with the meta semantic regularizer, in a plain loop, with lightly's projection head and loss.
 
 pip install lightly
 python experiments/examples/msr_lightly.py
@@ -22,12 +22,12 @@ STEPS, BATCH, LR = 3, 16, 0.03
 
 
 class LightlySimCLR(Method):
-    """lightly's SimCLR: its projection head and its loss."""
+    """SimCLR with lightly's projection head and loss."""
 
     def __init__(self) -> None:
         net = torchvision.models.resnet18()
         net.fc = nn.Identity()
-        # The meta gradient goes through the head's forward mode, which torch's own BatchNorm gets wrong.
+        # The meta gradient uses the head's forward mode, which is wrong in torch's own BatchNorm.
         super().__init__(Backbone(net, channels=512), global_batch_norm(SimCLRProjectionHead(512, 512, 128)))
         self.criterion = NTXentLoss(temperature=0.5)
 
@@ -42,12 +42,12 @@ class LightlySimCLR(Method):
 
 
 def main() -> list[dict[str, float]]:
-    """Train on a batch of noise; return what was printed."""
+    """Train on a batch of noise and return the printed numbers."""
     torch.manual_seed(0)
     model, printed = LightlySimCLR(), []
     regularizer = MetaSemanticRegularizer.with_defaults(model.channels, 0.5, seed=0, every=1)
     optimizer = torch.optim.SGD(model.parameters(), LR, momentum=0.9)
-    x = torch.randn(BATCH, 3, 32, 32)  # the plain images; lightly's transforms give the two views of them
+    x = torch.randn(BATCH, 3, 32, 32)  # the un-augmented images; lightly's transforms give their two views
     for index in range(STEPS):
         x0, x1 = (x + 0.5 * torch.randn_like(x) for _ in range(2))
         views = Views(x, [x0, x1], index=torch.arange(BATCH), labels=torch.zeros(BATCH, dtype=torch.long))

@@ -1,4 +1,4 @@
-"""The meta semantic regularizer in a plain PyTorch loop, around a small network of one's own.
+"""Train a small network with the meta semantic regularizer in a plain PyTorch loop.
 
 python experiments/examples/msr_plain.py
 """
@@ -19,7 +19,7 @@ STEPS, BATCH, LR = 9, 64, 1e-3
 
 
 class Mine(Method):
-    """Has a backbone, a projector and a loss. The two views are compared with each other, as by default."""
+    """A method with a backbone, a projector and a loss. By default, the two views are compared with each other."""
 
     def __init__(self) -> None:
         layers = (nn.Conv2d(3, 32, 3, 2), nn.BatchNorm2d(32), nn.ReLU(), nn.Conv2d(32, 64, 3, 2), nn.ReLU())
@@ -33,13 +33,13 @@ class Mine(Method):
 
 
 def main() -> list[dict[str, float]]:
-    """Train on noise; return what was printed."""
+    """Train on noise and return the printed numbers."""
     torch.manual_seed(0)
     method, printed = Mine(), []
     regularizer = MetaSemanticRegularizer.with_defaults(method.channels, 0.5, seed=0, n=4)
-    optimizer = torch.optim.Adam(method.parameters(), LR)  # of theta; the regularizer has its own for phi
+    optimizer = torch.optim.Adam(method.parameters(), LR)  # for theta; the regularizer has its own for phi
     for index in range(STEPS):
-        images = torch.randn(BATCH, 3, 32, 32)  # yours, un-augmented: what the strata are read from
+        images = torch.randn(BATCH, 3, 32, 32)  # your un-augmented images, from which the strata are predicted
         augmented = [images + 0.5 * torch.randn_like(images) for _ in range(2)]
         views = Views(images, augmented, index=torch.arange(BATCH), labels=torch.zeros(BATCH, dtype=torch.long))
 

@@ -1,4 +1,4 @@
-"""Non-semantic negatives in a loop of one's own, without Lightning or Hydra: MoCo's loss, 20 steps on random images.
+"""Train with non-semantic negatives in a plain loop, without Lightning or Hydra: MoCo's loss on random images.
 
 python experiments/examples/negatives.py
 """
@@ -25,7 +25,7 @@ READ_BY_LOSSES: dict[str, Any] = {
 SIZES: dict[str, Any] = {
     "reference": 224,
     "count": 1,
-}  # the sizes below are those for 224 pixels and scale with the images
+}  # the sizes below are for 224 pixels and scale with the images
 VARIANT: dict[str, Any] = {"shuffle": False, "flips": False, "rotations": False}
 GENERATORS: dict[str, Generator] = {
     "patch": PatchNegatives(smallest=16, largest=72, **VARIANT, **SIZES, **READ_BY_LOSSES),
@@ -37,7 +37,7 @@ GENERATORS: dict[str, Generator] = {
 
 
 def main() -> None:
-    """Trains with each generator and prints the loss."""
+    """Train with each generator and print the loss."""
     for name, negatives in GENERATORS.items():
         torch.manual_seed(0)
         layers = (nn.Conv2d(3, 16, 3, 2), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, 16))
@@ -46,7 +46,7 @@ def main() -> None:
         optimizer = torch.optim.SGD(query_encoder.parameters(), 0.1)
         queue = F.normalize(torch.randn(K, 16), dim=1)
         for step in range(20):
-            index = torch.arange(N)  # position of each image in the data set: its negatives are a function of it
+            index = torch.arange(N)  # position of each image in the data set, which determines its negatives
             first, second = torch.randn(2, N, 3, 32, 32)
             with torch.no_grad():
                 t = negatives(first, keys(seed=0, epoch=step, index=index, view=-2))  # (N, m, 3, 32, 32)

@@ -1,4 +1,4 @@
-"""Our LightningModule and DataModule in a Trainer of your own, on a torch Dataset of your own. Run twice, it resumes.
+"""Train our LightningModule and DataModule with your own Trainer and torch Dataset. A second call resumes the first.
 
 python experiments/examples/plain_trainer.py FOLDER
 """
@@ -30,7 +30,7 @@ EPOCHS, BATCH = 2, 16
 
 
 class Stripes(TorchDataset[tuple[Tensor, int]]):
-    """Any torch Dataset of uint8 images (3, S, S) and labels."""
+    """A torch Dataset of uint8 images (3, S, S) and labels. Any such data set works."""
 
     def __len__(self) -> int:
         return 128
@@ -42,7 +42,7 @@ class Stripes(TorchDataset[tuple[Tensor, int]]):
 
 
 def main(folder: Path, callbacks: Sequence[pl.Callback] = ()) -> Pretraining:
-    """Train in this folder, from where an earlier call ended; return what was trained."""
+    """Train in this folder, from where an earlier call ended, and return the trained module."""
     pl.seed_everything(0)
     images, labels = zip(*(Stripes()[i] for i in range(len(Stripes()))), strict=True)
     train = ArraySplit(torch.stack(images), torch.tensor(labels))

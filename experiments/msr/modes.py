@@ -1,12 +1,12 @@
-"""What the modes of the meta gradient cost, and how well they agree with the exact one.
+"""Measure the cost of the modes of the meta gradient, and how well they agree with the exact one.
 
 python experiments/msr/modes.py agreement [key=value ...]     over a whole run, against exact, at the same states
 python experiments/msr/modes.py signal [key=value ...]        over a whole run, how much of it other views repeat
 python experiments/msr/modes.py speed [BACKBONE=resnet18] [BATCH=64] [PRECISION=auto] [LAYOUT=cl] [ROUNDS=5]
                                                               time and memory of a step, in one run, alternating
 
-The first two take the words of `python -m icl_msr.run`. All print a table and write it as CSV into the folder `--to`,
-beside this file unless told otherwise. `--tiny` takes the smallest sizes, to see that everything runs.
+The first two take the arguments of `python -m icl_msr.run`. All print a table and write it as CSV into the folder
+`--to`, by default the folder of this file. `--tiny` uses the smallest sizes, to check that everything runs.
 """
 
 import argparse
@@ -26,6 +26,7 @@ import torch
 from hydra import compose, initialize_config_dir
 from rich.console import Console
 from rich.table import Table
+from typing_extensions import override
 
 from experiments.benchmarks.timing import alternate
 from icl_msr.cli.assemble import assemble
@@ -51,7 +52,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "exact, projector": {"mode": "exact", "scope": "projector"},
 }
 STEPS = (0.0003, 0.001, 0.003, 0.01, 0.03)
-"""Relative virtual steps r at which the approximations are judged; the run itself takes its own."""
+"""Relative virtual steps r at which the approximations are compared. The run itself uses its own."""
 
 TINY = "dataset.train=16 dataset.test=16 dataset.balanced=16 dataset.cache=null loader.batch_size=16 method=simclr"
 TINY += " schedule.warmup_steps=0 trainer.max_epochs=1 trainer.limit_train_batches=1 evaluation=none metric=loss"
@@ -59,7 +60,7 @@ TINY += " hardware.precision=32-true regularizer=msr"
 
 
 def variant(regularizer: MetaSemanticRegularizer, **keys: Any) -> MetaSemanticRegularizer:
-    """The same f_msr with other keys."""
+    """Return the same f_msr with other keys."""
     other = copy.copy(regularizer)
     for key, value in keys.items():
         assert hasattr(other, key)
@@ -68,14 +69,14 @@ def variant(regularizer: MetaSemanticRegularizer, **keys: Any) -> MetaSemanticRe
 
 
 class Agreement(pl.Callback):
-    """Every few steps, the meta gradient of all variants at the same state."""
+    """Every few steps, computes the meta gradient of all variants at the same state."""
 
     def __init__(self, every: int, steps: Sequence[float]):
         self.every, self.steps = every, steps
         self.rows: list[dict[str, Any]] = []
 
+    @override
     def on_before_optimizer_step(self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Any) -> None:
-        """See the class."""
         assert isinstance(pl_module, Pretraining)
         batch, regularizer = pl_module.latest, pl_module.regularizer
         if trainer.global_step % self.every or batch is None or not isinstance(regularizer, MetaSemanticRegularizer):
@@ -110,17 +111,17 @@ class Agreement(pl.Callback):
 
 
 class Signal(pl.Callback):
-    """Every few steps, the meta gradient from other views of the same images, at the same state.
+    """Every few steps, computes the meta gradient from other views of the same images, at the same state.
 
-    What one draw of the views says and the next does not is noise, from which f_msr can learn nothing.
+    The part of a gradient that changes with the draw of the views is noise. f_msr can learn nothing from it.
     """
 
     def __init__(self, every: int, steps: Sequence[float], data: DataModule):
         self.every, self.steps, self.data = every, steps, data
         self.rows: list[dict[str, Any]] = []
 
+    @override
     def on_before_optimizer_step(self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Any) -> None:
-        """See the class."""
         assert isinstance(pl_module, Pretraining)
         batch, regularizer, method = pl_module.latest, pl_module.regularizer, pl_module.method
         if trainer.global_step % self.every or batch is None or not isinstance(regularizer, MetaSemanticRegularizer):
@@ -151,7 +152,7 @@ class Signal(pl.Callback):
 
 
 def by_strata(regularizer: MetaSemanticRegularizer, arguments: Any, strata: torch.Tensor) -> torch.Tensor:
-    """The meta gradient by A(X) itself, (N, S c): what each image asks of its strata."""
+    """Return the meta gradient with respect to A(X), (N, S c): the change that each image asks of its strata."""
     alone = copy.copy(regularizer)
     alone.__dict__.update(strata=lambda images: strata)
     alone.__dict__.update(network=SimpleNamespace(named_parameters=lambda: [("A", strata)]))
@@ -160,14 +161,14 @@ def by_strata(regularizer: MetaSemanticRegularizer, arguments: Any, strata: torc
 
 
 def agreement_of(draws: torch.Tensor) -> float:
-    """Mean cosine of two draws of (draws, N, D), over all pairs of draws and all N."""
+    """Return the mean cosine of two draws of (draws, N, D), over all pairs of draws and all N."""
     unit = torch.nn.functional.normalize(draws.double(), dim=-1)
     count = len(draws)
     return float((unit.sum(0).square().sum(-1).mean() - count) / (count * (count - 1)))
 
 
 def watched(words: list[str], make: Callable[[int, DataModule], Any]) -> tuple[Any, str, Plan]:
-    """One run with a callback that looks at it twelve times; nothing of the run is changed by it."""
+    """Train one run with a callback that observes it twelve times and does not change it."""
     with initialize_config_dir(str(config_dir()), version_base="1.3"):
         settings = check(compose("config", overrides=words))
     plan = Hardware(**{k: v for k, v in settings.hardware.items() if k != "_target_"}).plan()
@@ -190,7 +191,7 @@ def watched(words: list[str], make: Callable[[int, DataModule], Any]) -> tuple[A
 
 
 def signal(words: list[str], to: Path, steps: Sequence[float]) -> None:
-    """How alive the meta signal is: beside uniformity's, and beside its own noise."""
+    """Measure the size of the meta signal against uniformity's and against its own noise."""
     watch, method, plan = watched(words, lambda every, data: Signal(every, steps, data))
     write(to / f"signal_{method}.csv", watch.rows)
     looks = len(watch.rows) // (len(steps) + 1)
@@ -208,7 +209,7 @@ def signal(words: list[str], to: Path, steps: Sequence[float]) -> None:
 
 
 def agreement(words: list[str], to: Path, steps: Sequence[float]) -> None:
-    """How close the cheaper modes are to the exact gradient."""
+    """Measure how close the cheaper modes are to the exact gradient."""
     watch, method, plan = watched(words, lambda every, _: Agreement(every, steps))
     write(to / f"agreement_{method}.csv", watch.rows)
     table = Table(title=f"{' '.join(words)}, {plan}: {len(watch.rows) // len(VARIANTS) // len(steps)} looks at a run")
@@ -252,7 +253,7 @@ Stepper = Callable[[dict[str, Any] | None, int], None]
 
 
 def stepper(backbone_name: str, batch: int, precision: str, layout: str, size: int = 32) -> tuple[Plan, Stepper]:
-    """A SimCLR step with and without each mode: forward, backward, phi's step and Adam."""
+    """Build a SimCLR step without and with each mode: forward, backward, phi's step and Adam."""
     plan = Hardware(accelerator="auto", devices=1, nodes=1, precision=precision, channels_last=layout != "nchw").plan()  # type: ignore[arg-type]
     words = [f"backbone={backbone_name}", "method=simclr", "regularizer=msr"]
     with initialize_config_dir(str(config_dir()), version_base="1.3"):
@@ -289,7 +290,7 @@ def stepper(backbone_name: str, batch: int, precision: str, layout: str, size: i
 
 
 def speed(to: Path, backbone: str, batch: int, precision: str, layout: str, rounds: int) -> None:
-    """Times the steps of `SPEED`, means over a cycle of `every`; each one's memory is taken in a process of its own."""
+    """Measure the steps of `SPEED`, as means over a cycle of `every`. Memory is measured in separate processes."""
     plan, step = stepper(backbone, batch, precision, layout)
     cycles = {name: int((keys or {}).get("every") or 1) for name, keys in SPEED.items()}
 
@@ -324,12 +325,12 @@ def speed(to: Path, backbone: str, batch: int, precision: str, layout: str, roun
 
 
 def memory(backbone: str, batch: int, precision: str, layout: str, name: str) -> None:
-    """Prints by how many MB two steps raise the peak of memory above the model, its data and the libraries."""
+    """Print by how many MB two steps raise the peak of memory above the model, its data and the libraries."""
     plan, step = stepper(backbone, batch, precision, layout)
     if plan.accelerator == "gpu":
         before = torch.cuda.memory_allocated() / 1e6
     else:
-        Path("/proc/self/clear_refs").write_text("5")  # the peak is forgotten
+        Path("/proc/self/clear_refs").write_text("5")  # reset the peak
         before = resident("VmRSS")
     for _ in range(2):
         step(SPEED[name], 0)
@@ -338,13 +339,13 @@ def memory(backbone: str, batch: int, precision: str, layout: str, name: str) ->
 
 
 def resident(field: str) -> float:
-    """Memory of this process in MB: VmRSS now, VmHWM at its peak."""
+    """Return the memory of this process in MB: VmRSS is the current value, VmHWM the peak."""
     line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(field))
     return float(line.split()[1]) / 1e3
 
 
 def write(path: Path, rows: list[dict[str, Any]]) -> None:
-    """Rows as CSV."""
+    """Write the rows as CSV."""
     with path.open("w", newline="") as file:
         writer = csv.DictWriter(file, list(rows[0]))
         writer.writeheader()
@@ -352,7 +353,7 @@ def write(path: Path, rows: list[dict[str, Any]]) -> None:
 
 
 def main(words: Sequence[str] | None = None) -> None:
-    """Measure, print and write."""
+    """Measure, print and write the results."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=("agreement", "signal", "speed", "memory"))
     parser.add_argument("words", nargs="*")

@@ -1,4 +1,4 @@
-"""What each kind of non-semantic negative keeps of an image's texture, and how much of its class is left, by number.
+"""Measure how much of an image's texture and of its class each kind of non-semantic negative keeps.
 
 python experiments/negatives/compare.py RUN [--images 2000] [--to FOLDER] [--tiny]
 
@@ -42,7 +42,7 @@ Generator = Callable[[Tensor, Tensor], Tensor]
 
 
 def generators() -> dict[str, Generator]:
-    """Those of conf/negatives, with some of their keys changed, and the controls."""
+    """Return the generators of conf/negatives, with some keys changed, and the controls."""
 
     def negatives(name: str, **changes: Any) -> Generator:
         node: Any = OmegaConf.to_container(OmegaConf.load(config_dir() / "negatives" / f"{name}.yaml"))
@@ -69,7 +69,7 @@ def generators() -> dict[str, Generator]:
 
 
 def white_noise(images: Tensor, key: Tensor) -> Tensor:
-    """Each pixel by itself, with the mean and covariance of the image's colours."""
+    """Return independent pixels with the mean and covariance of the image's colours."""
     n, c, height, width = images.shape
     pixels = images.flatten(2)
     mean = pixels.mean(2, keepdim=True)
@@ -80,7 +80,10 @@ def white_noise(images: Tensor, key: Tensor) -> Tensor:
 
 
 def bank(size: int = 13) -> Tensor:
-    """First and second derivatives of Gaussians of three widths in four directions: (24, 1, size, size), unit norm."""
+    """Return first and second derivatives of Gaussians of three widths in four directions, of unit norm.
+
+    The result is (24, 1, size, size).
+    """
     line = torch.arange(size) - size // 2.0
     y, x = torch.meshgrid(line, line, indexing="ij")
     filters = []
@@ -95,14 +98,14 @@ def bank(size: int = 13) -> Tensor:
 
 
 def responses(images: Tensor) -> Tensor:
-    """Colours and responses of the bank to the luminance: (N, 27, P) over all places."""
+    """Return colours and responses of the bank to the luminance, (N, 27, P), at all places."""
     grey = images.mean(1, keepdim=True)
     filtered = F.conv2d(F.pad(grey, (6, 6, 6, 6), mode="reflect"), bank())
     return torch.cat([images, filtered], dim=1).flatten(2)
 
 
 class Appearance:
-    """What images look like to the bank, kept to compare others with them."""
+    """Filter statistics of images, kept to compare others with them."""
 
     def __init__(self, images: Tensor) -> None:
         seen = responses(images)
@@ -110,13 +113,13 @@ class Appearance:
         self.sorted, self.spread = seen.sort(2).values, seen.std(2).clamp(min=1e-3)
 
     def distances(self, other: "Appearance") -> tuple[Tensor, Tensor]:
-        """`gram` and `histogram` of each image, (N,); see the module."""
+        """Return `gram` and `histogram` of each image, (N,); see the module's docstring."""
         gram = (other.gram - self.gram).flatten(1).norm(dim=1) / self.gram.flatten(1).norm(dim=1)
         return gram, ((self.sorted - other.sorted).abs().mean(2) / self.spread).mean(1)
 
 
 def main(words: Sequence[str] | None = None) -> None:
-    """Measure, print and write."""
+    """Measure, print and write the results."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", type=Path)
     parser.add_argument("--images", type=int, default=2000)
@@ -142,7 +145,7 @@ def main(words: Sequence[str] | None = None) -> None:
     split = next(iter(dataset.tests))
     test = dataset.tests[split]
     index = torch.linspace(0, len(test) - 1, min(count, len(test))).round().long()
-    # In an order without classes, so that "another image" is of any.
+    # In random order, so that "another image" can be of any class.
     index = index[torch.randperm(len(index), generator=torch.Generator().manual_seed(0))]
     right: dict[str, float] = dict.fromkeys(generators(), 0.0)
     found: dict[str, list[Tensor]] = {name: [] for name in right}

@@ -1,4 +1,4 @@
-"""What non-semantic negatives take of a MoCo step: making them, and the extra forward pass of the momentum encoder.
+"""Measure the share of a MoCo step that non-semantic negatives take: generating them, and the extra forward pass.
 
 python experiments/negatives/share.py [BACKBONE=tiny] [SIZE=32] [BATCH=256] [--rounds 5] [--tiny]
 
@@ -28,7 +28,7 @@ FEW = ("dataset.train=16", "dataset.test=16", "dataset.balanced=16", "dataset.ca
 
 
 class Stepper:
-    """One run's step, cut in two."""
+    """The step of a run, divided into two parts."""
 
     def __init__(self, kind: str, backbone: str, size: int, batch: int, *more: str):
         words = ["method=moco", "regularizer=none", f"negatives={kind}", f"backbone={backbone}"]
@@ -49,7 +49,7 @@ class Stepper:
         self.views = self.data.views(self.batch)
 
     def train(self) -> None:
-        """Forward, backward, optimiser."""
+        """Run forward, backward and the optimiser."""
         with torch.autocast(self.plan.device.type, torch.bfloat16, enabled="bf16" in self.plan.precision):
             loss = self.method(self.views, self.method.targets(self.views), Step(0, 1)).loss
         self.optimizer.zero_grad()
@@ -58,7 +58,7 @@ class Stepper:
 
 
 def main(words: Sequence[str] | None = None) -> None:
-    """Measure and print."""
+    """Measure all kinds and print the results."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("backbone", nargs="?", default="tiny")
     parser.add_argument("size", type=int, nargs="?", default=32)
@@ -76,7 +76,7 @@ def main(words: Sequence[str] | None = None) -> None:
     for round_ in range(options.rounds + 1):
         for kind, stepper in steppers.items():
             making, training = (stopwatch(call, plan.device) for call in (stepper.make, stepper.train))
-            if round_:  # the first warms up
+            if round_:  # the first step warms up
                 made[kind].append(making)
                 trained[kind].append(training)
     views, steps = ({kind: statistics.median(part[kind]) for kind in KINDS} for part in (made, trained))

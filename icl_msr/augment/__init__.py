@@ -1,4 +1,4 @@
-"""Batched augmentation: one recipe per view, every sample with its own parameters, on the device of the images."""
+"""Augmentation of batches on the device of the images. Each view has a recipe, and each image its own parameters."""
 
 from icl_msr.augment.geometry import resize
 from icl_msr.augment.recipe import Augmentation, Recipe

@@ -1,6 +1,6 @@
-"""Colour jitter, grayscale and solarization of float images (N, 3, H, W) in [0, 1], each image with its own parameters.
+"""Colour jitter, grayscale and solarization of float images (N, 3, H, W) in [0, 1]. Each image has its own parameters.
 
-The definitions are torchvision's, for float images: nothing is rounded to 8 bits in between.
+The definitions are torchvision's for float images, so values are never rounded to 8 bits.
 """
 
 from functools import lru_cache
@@ -13,27 +13,27 @@ BRIGHTNESS, CONTRAST, SATURATION, HUE = range(4)
 
 @lru_cache
 def channels(values: tuple[float, ...], device: torch.device) -> Tensor:
-    """Return a value for each channel as (C, 1, 1); kept, because the host waits for a GPU to take new numbers."""
+    """Return a value for each channel as (C, 1, 1). It is cached, because a copy to a GPU makes the host wait."""
     return torch.tensor(values, device=device)[:, None, None]
 
 
 def luma(images: Tensor) -> Tensor:
-    """Gray value (N, H, W) of each pixel, ITU-R BT.601."""
+    """Return the gray value (N, H, W) of each pixel, ITU-R BT.601."""
     red, green, blue = images.unbind(1)
     return torch.add(red * 0.2989, green, alpha=0.587).add_(blue, alpha=0.114)
 
 
 def jitter(images: Tensor, factors: Tensor, order: Tensor) -> Tensor:
-    """Brightness, contrast, saturation and hue, in an order of each image's own.
+    """Change brightness, contrast, saturation and hue of each image, in its own order.
 
-    The first three blend the image with black, its mean gray and its grays. So every image takes three blends, the hue
-    and three more blends, of which those that its own order does not call for are the identity: no group of images
-    is picked out, and the device is never waited for.
+    The first three blend the image with black, with its mean gray, and with its grays. Every image goes through three
+    blends, the hue shift and three more blends. Blends that its order does not need are the identity. So no group of
+    images has to be selected, and the host never waits for the device.
 
     Args:
         images: (N, 3, H, W).
         factors: (N, 4) brightness, contrast and saturation factors and the hue shift in turns; (1, 1, 1, 0) leaves
-            an image as it is.
+            an image unchanged.
         order: (N, 4) int64, a permutation of 0 .. 3 per image: which of the four comes first, second, ...
     """
     strength = factors.gather(1, order)
@@ -60,8 +60,8 @@ def rotate_hue(images: Tensor, shift: Tensor) -> Tensor:
     red, green, blue = images.unbind(1)
     value, low = images.amax(1), images.amin(1)
     chroma = value - low
-    # With t = (colour - low) / chroma the hue is 1 + t_green + t_blue - t_red sixths of a turn from red to blue by way
-    # of green, and minus that on the way back, where blue exceeds green.
+    # With t = (colour - low) / chroma, the hue is 1 + t_green + t_blue - t_red sixths of a turn from red through green
+    # to blue. It is the negative of that on the way back, where blue exceeds green.
     sixths = (green + blue).sub_(red).sub_(low).div_(chroma.clamp(min=1e-12)).add_(1)
     turns = sixths.copysign_(green - blue).div_(6).add_(shift[:, None, None])
     # colour = value - chroma * clamp(min(k, 4 - k), 0, 1) with k = (n + 6 turns) mod 6 and n = 5, 3, 1
@@ -72,10 +72,10 @@ def rotate_hue(images: Tensor, shift: Tensor) -> Tensor:
 
 
 def grayscale(images: Tensor, chosen: Tensor) -> Tensor:
-    """Replace the images where `chosen` (N,) by their gray values."""
+    """Replace the images with `chosen` (N,) True by their gray values."""
     return torch.lerp(images, luma(images)[:, None], chosen[:, None, None, None].float())
 
 
 def solarize(images: Tensor, chosen: Tensor) -> Tensor:
-    """Invert the values of at least one half where `chosen` (N,)."""
+    """Invert values of one half or more in the images with `chosen` (N,) True."""
     return torch.lerp(images, torch.minimum(images, 1 - images), chosen[:, None, None, None].float())

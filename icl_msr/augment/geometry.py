@@ -1,6 +1,6 @@
-"""Crop, flip, resize and blur of a batch, each image with its own parameters.
+"""Crop, flip, resize and blur of a batch. Each image has its own parameters.
 
-All four act on rows and columns separately, so each is a pair of small matrices per image: `separable` applies them.
+All four act on rows and columns separately. So each is a pair of small matrices per image, which `separable` applies.
 """
 
 from collections.abc import Sequence
@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 TRIES = 10
-"""Candidate boxes of a random resized crop before it falls back to the centre, as in torchvision."""
+"""Number of candidate boxes of a random resized crop before it falls back to the centre, as in torchvision."""
 
 
 def resize(images: Tensor, size: int) -> Tensor:
-    """Whole images uint8 (N, C, H, W) to uint8 (N, C, size, size): bilinear, antialiased, by torchvision."""
+    """Resize whole images uint8 (N, C, H, W) to uint8 (N, C, size, size) by torchvision: bilinear, antialiased."""
     from torchvision.transforms.v2 import functional as F  # here, because it takes as long as torch
 
     return images if images.shape[-2:] == (size, size) else F.resize(images, [size, size], antialias=True)
@@ -23,16 +23,17 @@ def resize(images: Tensor, size: int) -> Tensor:
 def random_boxes(
     uniform: Tensor, height: int | Tensor, width: int | Tensor, scale: Sequence[float], ratio: Sequence[float]
 ) -> Tensor:
-    """Boxes int64 (N, 4) as (top, left, height, width) of random resized crops (Szegedy et al. 2015).
+    """Return boxes int64 (N, 4) as (top, left, height, width) of random resized crops (Szegedy et al. 2015).
 
-    The distribution is that of torchvision's `RandomResizedCrop`: area uniform in `scale`, aspect ratio log-uniform
-    in `ratio`, the first of ten candidates that fits, else the largest central box with an allowed ratio.
+    The distribution is that of torchvision's `RandomResizedCrop`. The area is uniform in `scale` and the aspect ratio
+    log-uniform in `ratio`. The first of ten candidates that fits is taken, else the largest central box with an allowed
+    ratio.
 
     Args:
         uniform: float (N, 22) in [0, 1).
-        height: of the images, for all or (N,).
-        width: of the images, for all or (N,).
-        scale: smallest and largest part of the area.
+        height: of the images, one number for all or (N,).
+        width: of the images, one number for all or (N,).
+        scale: smallest and largest share of the area.
         ratio: smallest and largest width / height.
     """
     ones = torch.ones_like(uniform[:, :1], dtype=torch.int64)
@@ -41,7 +42,7 @@ def random_boxes(
     area = height * width * (scale[0] + (scale[1] - scale[0]) * uniform[:, :TRIES])
     low, high = log(ratio[0]), log(ratio[1])
     aspect = torch.exp(low + (high - low) * uniform[:, TRIES : 2 * TRIES])
-    # The fallback stands last, where argmax, which finds the first of equals, takes it only if no candidate fits.
+    # The fallback is last. argmax returns the first maximum, so it takes the fallback only if no candidate fits.
     h = torch.cat([(area / aspect).sqrt(), torch.minimum(height, width / ratio[0])], 1).round().long()
     w = torch.cat([(area * aspect).sqrt(), torch.minimum(width, height * ratio[1])], 1).round().long()
     fits = (w > 0) & (w <= width) & (h > 0) & (h <= height)
@@ -54,7 +55,7 @@ def random_boxes(
 
 
 def resampling(start: Tensor, length: Tensor, source: int, size: int, flip: Tensor | None = None) -> Tensor:
-    """Matrices float32 (N, size, source) that resize the pixels start .. start + length - 1 of a line to `size`.
+    """Return matrices float32 (N, size, source) that resize the pixels start .. start + length - 1 of a line to `size`.
 
     The filter is the triangle of torchvision's and Pillow's antialiased bilinear resize, normalised inside the box.
 
@@ -63,7 +64,7 @@ def resampling(start: Tensor, length: Tensor, source: int, size: int, flip: Tens
         length: int64 (N,).
         source: pixels of the line.
         size: pixels of the result.
-        flip: bool (N,), where the result is mirrored.
+        flip: bool (N,), True if the result is mirrored.
     """
     pixel = torch.arange(size, device=start.device)
     if flip is not None:
@@ -78,7 +79,7 @@ def resampling(start: Tensor, length: Tensor, source: int, size: int, flip: Tens
 
 
 def blurring(sigma: Tensor, size: int) -> Tensor:
-    """Matrices float32 (N, size, size) of a Gaussian blur with reflected borders; sigma (N,) in pixels.
+    """Return matrices float32 (N, size, size) of a Gaussian blur with reflected borders; sigma (N,) in pixels.
 
     The Gaussian is not cut off at a kernel size. Sigma 0 gives the identity.
     """
@@ -86,7 +87,7 @@ def blurring(sigma: Tensor, size: int) -> Tensor:
     row, column = pixel[:, None], pixel
     distance = torch.arange(2 * size, device=sigma.device)
     bell = torch.exp(-distance.square() / (2 * sigma[:, None].square().clamp(min=1e-6)))
-    bell[:, -1] = 0  # for the border pixels, which have no mirror image
+    bell[:, -1] = 0  # border pixels have no mirror image
     left = torch.where(column > 0, row + column, 2 * size - 1)
     right = torch.where(column < size - 1, 2 * (size - 1) - row - column, 2 * size - 1)
     weights = bell[:, (row - column).abs()] + bell[:, left] + bell[:, right]
@@ -94,7 +95,7 @@ def blurring(sigma: Tensor, size: int) -> Tensor:
 
 
 def separable(images: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
-    """Apply a matrix to the rows and one to the columns of each image, float32 (N, C, h, w).
+    """Apply a matrix to the rows and one to the columns of each image, and return float32 (N, C, h, w).
 
     Args:
         images: (N, C, H, W) of any dtype.

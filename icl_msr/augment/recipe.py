@@ -1,4 +1,4 @@
-"""A recipe says how one view is drawn; an augmentation is one recipe per view."""
+"""Recipes of views and augmentations. An augmentation has one recipe per view."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
@@ -39,24 +39,24 @@ Strengths = Annotated[list[NonNegativeFloat], Field(min_length=4, max_length=4),
 Probability = Annotated[float, Field(ge=0, le=1)]
 Changes = Annotated[dict[str, Any], AfterValidator(_changes)]
 
-# The random number of a key that serves each purpose. Results of old runs depend on it: append, never renumber.
+# Positions of the random numbers of a key, by purpose. Results of old runs depend on them: append, never renumber.
 _BOX, _FLIP, _JITTER, _FACTORS, _ORDER = slice(0, 22), 22, 23, slice(24, 28), slice(28, 32)
 _GRAY, _BLUR, _SIGMA, _SOLARIZE, NUMBERS = 32, 33, 34, 35, 36
 _PIXELS = 2**16
-"""Pixels that a CPU works on at a time, so that they stay in its cache."""
+"""Number of pixels that a CPU works on at a time, so that they stay in its cache."""
 
 
 @dataclass(kw_only=True)
 class Recipe:
-    """How one view is drawn: crop, flip, colour jitter, gray, blur, solarize, in this order.
+    """The recipe of one view: crop, flip, colour jitter, gray, blur, solarize, in this order.
 
-    The crop is torchvision's `RandomResizedCrop` with antialiasing and the jitter its `ColorJitter`, including the
-    random order of its four parts; but everything is float32, never rounded to 8 bits in between. The blur is a
-    Gaussian with reflected borders that is not cut off at a kernel size.
+    The crop is torchvision's `RandomResizedCrop` with antialiasing. The jitter is its `ColorJitter`, including the
+    random order of its four parts. Everything is float32 and never rounded to 8 bits. The blur is a Gaussian with
+    reflected borders that is not cut off at a kernel size.
     """
 
     scale: Interval
-    """Smallest and largest part of the area that a crop shows."""
+    """Smallest and largest share of the area that a crop shows."""
     ratio: Interval
     """Smallest and largest width / height of a crop."""
     flip: Probability
@@ -64,7 +64,7 @@ class Recipe:
     jitter: Strengths
     """Strengths of brightness, contrast, saturation and hue."""
     jitter_probability: Probability
-    """Probability that the colours are jittered at all."""
+    """Probability that the colours are jittered."""
     gray: Probability
     """Probability of grayscale."""
     blur: Probability
@@ -74,19 +74,19 @@ class Recipe:
     solarize: Probability
     """Probability that values of at least one half are inverted."""
     size: PositiveInt | None
-    """Side of the view in pixels; null is the image size of the data set."""
+    """Side of the view in pixels; null: the image size of the data set."""
 
     def boxes(self, numbers: Tensor, height: int | Tensor, width: int | Tensor) -> Tensor:
-        """What the view shows of each image: int64 (N, 4), see `geometry.random_boxes`."""
+        """Return the part of each image that the view shows: int64 (N, 4), see `geometry.random_boxes`."""
         return geometry.random_boxes(numbers[:, _BOX], height, width, self.scale, self.ratio)
 
     def draw(self, images: Tensor, numbers: Tensor, boxes: Tensor | None, size: int) -> Tensor:
-        """A view float32 (N, 3, size, size), in [0, 1], of each image.
+        """Return a view of each image, float32 (N, 3, size, size) in [0, 1].
 
         Args:
             images: uint8 (N, 3, H, W).
             numbers: float32 (N, NUMBERS), uniform in [0, 1).
-            boxes: int64 (N, 4), where to crop; None if that is done, in which case H = W = size.
+            boxes: int64 (N, 4), the crops. None: the images are already cropped, and H = W = size.
             size: in pixels.
         """
         flip = numbers[:, _FLIP] < self.flip
@@ -122,13 +122,13 @@ class Recipe:
 
 @dataclass(kw_only=True)
 class Augmentation(Recipe):
-    """V views of each image: the keys of `Recipe` hold for all of them, `views` says where one departs from that.
+    """V views of each image. The keys of `Recipe` hold for all views, and `views` gives the differences of each.
 
-    `views: [{}, {}]` are two views of one recipe. BYOL's two are `views: [{blur: 1.0}, {blur: 0.1, solarize: 0.2}]`;
-    a small third crop is `views: [{}, {}, {size: 16, scale: [0.05, 0.2]}]`.
+    `views: [{}, {}]` are two views of one recipe. BYOL's two are `views: [{blur: 1.0}, {blur: 0.1, solarize: 0.2}]`; a
+    small third crop is `views: [{}, {}, {size: 16, scale: [0.05, 0.2]}]`.
 
-    Parameters depend on (seed, epoch, index, view) only, so that a view is the same in whatever batch, worker or rank
-    its image appears, and the same call on other pictures (say, textures) transforms them alike.
+    Parameters depend only on (seed, epoch, index, view). So a view is the same in any batch, worker or rank, and the
+    same call on other pictures, such as textures, transforms them alike.
     """
 
     views: Annotated[list[Changes], Field(min_length=1)]
@@ -141,14 +141,14 @@ class Augmentation(Recipe):
     def crop_parameters(
         self, index: Tensor, height: int | Tensor, width: int | Tensor, *, seed: int, epoch: int
     ) -> list[Tensor]:
-        """What each view shows of images of that size: V times int64 (N, 4) as (top, left, height, width).
+        """Return the crops of each view for images of that size: V times int64 (N, 4) as (top, left, height, width).
 
-        A worker that decodes photographs cuts these boxes out, so that whole photographs need not travel.
+        A worker that decodes photographs cuts out these boxes, so that whole photographs need not be sent.
 
         Args:
             index: int64 (N,), position of each image in the training split.
-            height: of the images in pixels, for all or (N,).
-            width: likewise.
+            height: of the images in pixels, one number for all or (N,).
+            width: of the images in pixels, one number for all or (N,).
             seed: of the run.
             epoch: counted from 0.
         """
@@ -170,17 +170,17 @@ class Augmentation(Recipe):
         std: Sequence[float],
         cropped: bool = False,
     ) -> list[Tensor]:
-        """V normalised views, float32 (N, 3, s, s), on the device of the images.
+        """Return V normalised views, float32 (N, 3, s, s), on the device of the images.
 
         Args:
-            images: uint8 (N, 3, H, W); if `cropped`, V such tensors (N, 3, s, s), the crops of each view.
+            images: uint8 (N, 3, H, W). If `cropped`, V such tensors (N, 3, s, s), the crops of each view.
             index: int64 (N,), position of each image in the training split, on the device of the images.
             seed: of the run.
             epoch: counted from 0.
-            size: s in pixels of the views whose recipe has none.
+            size: s in pixels of views whose recipe has none.
             mean: of the channels, for values in [0, 1].
-            std: likewise.
-            cropped: the images are cut out by `crop_parameters` and resized, but not flipped.
+            std: of the channels, for values in [0, 1].
+            cropped: True if `crop_parameters` cut out the images and they were resized, but not flipped.
         """
         device = index.device
         scale = 1 / colour.channels(tuple(std), device)

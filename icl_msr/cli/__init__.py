@@ -1,1 +1,1 @@
-"""The command line: words, refusals, sweeps, processes, and how every command ends."""
+"""The command line: overrides, error messages, sweeps, processes, and the end of every command."""

@@ -1,4 +1,4 @@
-"""Build and check everything that a run is made of, before anything is written."""
+"""Build and check all parts of a run before anything is written."""
 
 import copy
 import logging
@@ -42,7 +42,7 @@ LOGGED = ("loss", "loss/contrastive", "online/knn", "online/probe")
 
 @dataclass
 class Pieces:
-    """All that a run is made of, built and checked."""
+    """The parts of a run, built and checked."""
 
     dataset: Dataset
     untrained: torch.nn.Module
@@ -54,7 +54,11 @@ class Pieces:
 
 
 def assemble(settings: Settings, plan: Plan) -> Pieces:
-    """Build everything; whatever can be refused is refused here, before anything is written."""
+    """Build and check all parts of a run, before anything is written.
+
+    Raises:
+        UserError: a part cannot be built, or the parts do not fit together.
+    """
     pl.seed_everything(settings.seed, verbose=False)
     dataset = build_as(Dataset, settings.dataset)
     backbone = build(settings.backbone, image_size=dataset.image_size)
@@ -105,7 +109,7 @@ def make_optimization(settings: Settings) -> Optimization:
     """Return the optimiser and the schedule of a config.
 
     Raises:
-        UserError: they are no optimiser and no schedule, or refuse their arguments.
+        UserError: the optimiser or the schedule cannot be built from its arguments.
     """
     optimizer = partial(build_as, torch.optim.Optimizer, settings.optimizer)
     schedule = partial(build_as, torch.optim.lr_scheduler.LRScheduler, settings.schedule)
@@ -123,10 +127,10 @@ def make_optimization(settings: Settings) -> Optimization:
 
 
 def require_meaning(settings: Settings, method: Method, ranks: int) -> None:
-    """Methods say what they cannot be combined with.
+    """Check that the method can be combined with the other parts of the config.
 
     Raises:
-        UserError: a group, the number of views or the size of a batch has no meaning for this method.
+        UserError: a group, the number of views or the batch size does not fit the method.
     """
     for group, reason in method.refuses.items():
         if getattr(settings, group)["_target_"] is not None:
@@ -148,7 +152,11 @@ def require_meaning(settings: Settings, method: Method, ranks: int) -> None:
 
 
 def build_as(kind: type[Built], node: Mapping[str, Any], **given: Any) -> Built:
-    """Build a node that must give a `kind`; see `config.build`."""
+    """Build a node and check that the result is a `kind`; see `config.build`.
+
+    Raises:
+        UserError: the node cannot be built, or gives another type.
+    """
     built = build(node, **given)
     if not isinstance(built, kind):
         raise UserError(f"{node['_target_']} gives {type(built).__name__}, and a {kind.__name__} is needed.")
@@ -156,12 +164,13 @@ def build_as(kind: type[Built], node: Mapping[str, Any], **given: Any) -> Built:
 
 
 def derive(settings: Settings, optimization: Optimization, images: int, world_size: int) -> dict[str, float]:
-    """Return numbers that follow from the config; they are shown and saved, never written back into it.
+    """Return numbers that follow from the config, such as the steps of an epoch.
 
-    Training itself follows what Lightning says (`trainer.estimated_stepping_batches`), which is the same.
+    They are shown and saved, but never written back into the config. Training itself uses Lightning's
+    `trainer.estimated_stepping_batches`, which agrees with them.
 
     Raises:
-        UserError: a batch is larger than the training split, or cannot be shared by the devices; or the run has no end.
+        UserError: a batch is larger than the training split or cannot be shared by the devices, or the run has no end.
     """
     loader, trainer = settings.loader, settings.trainer
     if loader.batch_size > images:
@@ -183,7 +192,7 @@ def derive(settings: Settings, optimization: Optimization, images: int, world_si
     if epochs in (None, -1) and steps_at_most == -1:
         raise UserError(
             f"trainer.max_epochs={'null' if epochs is None else epochs} needs trainer.max_steps=<number>, because "
-            "schedules follow the length of a run; trainer.max_time ends it earlier, no more."
+            "schedules follow the length of a run; trainer.max_time can only end it earlier."
         )
     steps = -(-batches // accumulated)
     total = steps * epochs if epochs not in (None, -1) else steps_at_most
@@ -198,12 +207,12 @@ def derive(settings: Settings, optimization: Optimization, images: int, world_si
 
 
 def in_words(derived: Mapping[str, float]) -> str:
-    """Derived values in one line."""
+    """Return the derived values as one line of text."""
     return "   ".join(f"{name.replace('_', ' ')} {value:g}" for name, value in derived.items())
 
 
 def make_trainer(settings: Settings, plan: Plan, folder: RunFolder, pieces: Pieces) -> pl.Trainer:
-    """Return Lightning's Trainer with the callbacks of this run; its loggers come when the run begins.
+    """Return Lightning's Trainer with the callbacks of this run. Its loggers are added when the run begins.
 
     Raises:
         UserError: Lightning refuses an argument.
@@ -221,7 +230,7 @@ def make_trainer(settings: Settings, plan: Plan, folder: RunFolder, pieces: Piec
     strategy: Strategy | str = "auto"
     if plan.world_size > 1:
         backend = "gloo" if plan.accelerator == "cpu" else None
-        # Buffers are equal on all ranks by themselves; a broadcast would overwrite a queue.
+        # Buffers are already equal on all ranks. A broadcast would overwrite a queue.
         strategy = DDPStrategy(process_group_backend=backend, broadcast_buffers=False)
     try:
         return build_as(
@@ -244,7 +253,7 @@ def make_trainer(settings: Settings, plan: Plan, folder: RunFolder, pieces: Piec
 
 
 def make_loggers(settings: Settings, folder: RunFolder, about: About) -> list[Logger]:
-    """Return `metrics.csv` and the loggers beside it, of which a `fast_dev_run` has none, as in Lightning."""
+    """Return the logger of `metrics.csv` and the configured loggers. A `fast_dev_run` has only the first one."""
     beside = [] if settings.trainer.get("fast_dev_run") else settings.logger.values()
     known = {"folder": folder.path, "about": about, "save_dir": str(folder.path)}
     made = [build_as(Logger, node, **known) for node in beside]  # type: ignore[type-abstract]

@@ -1,4 +1,4 @@
-"""The command line: Hydra's, with mistakes answered in one sentence and exit code 2."""
+"""Hydra's command line. A user's mistake gives one sentence and exit code 2."""
 
 import os
 import re
@@ -25,6 +25,7 @@ from icl_msr.cli.footprint import Footprint
 from icl_msr.cli.processes import hold_leash, in_folder, outlive_reader, told
 from icl_msr.cli.sweeps import ProcessLauncher, register_resolvers
 from icl_msr.cli.words import ambiguous, for_sweep, overrides, path_in, spelled_out, unreadable
+from icl_msr.core import trust
 from icl_msr.core.compose import compose, hydra_for_itself
 from icl_msr.core.config import Settings, check, config_dir, no_keys, suggestion, unfilled
 from icl_msr.core.errors import UserError
@@ -32,22 +33,22 @@ from icl_msr.core.folder import RunFolder
 from icl_msr.core.storage import disk_is_full
 
 Job = Callable[[Settings, DictConfig], float]
-"""What a command does with its checked settings and the composed config; it gives the metric of a sweep."""
+"""A function that runs a command. It takes the checked settings and the composed config and returns the metric."""
 
 _MULTIRUN = {"-m", "--multirun"}
 _CHOICE = r"((?:hydra/)?[^/]*)/(.*)"
-"""A group and the rest of a file's name."""
+"""Pattern of a config file's path: the group and the rest of the name."""
 
 
 def main(job: Job, arguments: Sequence[str] | None = None) -> int:
-    """Compose the config from the command line, check it, run `job` in Hydra's output folder; return the exit code."""
+    """Compose and check the config, run `job` in Hydra's output folder, and return the exit code."""
     hold_leash()
     outlive_reader()
     typed = overrides(sys.argv[1:] if arguments is None else arguments)
-    # Hydra then raises what it would otherwise print in its own words.
+    # Makes Hydra raise the errors that it would otherwise print.
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")
     warnings.filterwarnings("ignore", module="hydra|pytorch_lightning|lightning_fabric")
-    warnings.filterwarnings("ignore", "`torch.jit.script` is deprecated")  # by forward mode, inside torch
+    warnings.filterwarnings("ignore", "`torch.jit.script` is deprecated")  # torch warns of it in forward mode
     warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated")
     register_resolvers()
     ProcessLauncher.exit_codes.clear()
@@ -56,7 +57,7 @@ def main(job: Job, arguments: Sequence[str] | None = None) -> int:
     said: set[str] = set()
 
     def refuse(message: str) -> int:
-        if message not in said:  # by another job of the sweep
+        if message not in said:  # another job of the sweep may have said it
             print(message, file=sys.stderr)
         said.add(message)
         Footprint.erase()
@@ -64,14 +65,20 @@ def main(job: Job, arguments: Sequence[str] | None = None) -> int:
 
     @wraps(job)  # Hydra names the job after its module
     def answered(config: DictConfig) -> float:
-        sys.argv[1:] = typed  # for the ranks and the jobs of a sweep, which repeat the command
+        sys.argv[1:] = typed  # ranks and the jobs of a sweep repeat the command
         codes.append(0)
         try:
+<<<<<<< HEAD
             if source != config_dir():
                 config = OmegaConf.create(RunFolder(source).with_new_keys(OmegaConf.to_container(config)))
             return job(check(config, typed), config)
+=======
+            if saved is not None:
+                config = saved
+            return job(check(config), config)
+>>>>>>> main
         except UserError as mistake:
-            # Hydra would announce a mistake that leaves the job; and the other jobs of a sweep go on.
+            # An error that leaves the job would make Hydra print its own message and stop the other jobs of a sweep.
             codes[-1] = refuse(str(mistake))
             return float("nan")
         except Exception as fault:
@@ -86,41 +93,47 @@ def main(job: Job, arguments: Sequence[str] | None = None) -> int:
             raise
 
     try:
-        _check_flags(typed)
-        _check_search_path(typed)
-        source, words = _source(typed)
+        trust.leave_working_directory(typed)
+        asked = trust.given(typed)
+        _check_flags(asked)
+        _check_search_path(asked)
+        saved, words = _resumed(asked)
         words = for_sweep(words) if _MULTIRUN & set(typed) else spelled_out(words)
         sys.argv[1:] = words
-        hydra.main(version_base="1.3", config_path=str(source), config_name="config")(answered)()
+        hydra.main(version_base="1.3", config_path=str(config_dir()), config_name="config")(answered)()
     except UserError as mistake:
         return refuse(str(mistake))
     except (HydraException, OmegaConfBaseException, YAMLError, ValueError, OSError) as mistake:
-        if codes or ProcessLauncher.exit_codes:  # composed and begun, so it is no mistake of the user's
+        if codes or ProcessLauncher.exit_codes:  # the job has begun, so this is not a mistake of the user
             raise
         return refuse(sentence(mistake, typed))
     except KeyboardInterrupt:
         return 130
-    if not codes:  # a help text, or a sweep that had nothing to do
+    if not codes:  # a help text was printed, or the sweep had nothing to do
         Footprint.erase()
     return max([*codes, *ProcessLauncher.exit_codes], default=0)
 
 
-def _source(typed: Sequence[str]) -> tuple[Path, Sequence[str]]:
-    """Where the config comes from, and the overrides: `resume=<run folder>` repeats the run's own config.
+def _resumed(typed: Sequence[str]) -> tuple[DictConfig | None, Sequence[str]]:
+    """Return the config of the run that `resume=FOLDER` continues, or None for a new run, and the words for Hydra.
+
+    The saved config is read only as data. Hydra composes the program's own config, and the saved one then replaces it.
 
     Raises:
-        UserError: the folder holds no run, or something beside the number of epochs is to be changed.
+        UserError: the folder holds no run, its config is not trusted, or a word changes something other than the
+            number of epochs.
     """
     folders = [path_in(word) for word in typed if word.startswith("resume=")]
     if not folders:
-        return config_dir(), typed
-    folder = Path(folders[-1])
-    if not RunFolder(folder).begun:
+        return None, typed
+    folder = RunFolder(Path(folders[-1]))
+    if not folder.begun:
         raise UserError(
             f"resume={folder} is no run that can be continued: it holds no config.yaml; give the folder of a run "
             "that has begun to train."
         )
-    RunFolder(folder).saved_config()  # or it is refused here
+    trust.require(folder.saved_config(), folder.config)
+    config = OmegaConf.create(folder.saved_config(resolve=False))
     epochs = [word for word in typed if word.startswith("trainer.max_epochs=")]
     for word in typed:
         if word not in epochs and not word.startswith(("resume=", "hydra.run.dir=")):
@@ -128,14 +141,17 @@ def _source(typed: Sequence[str]) -> tuple[Path, Sequence[str]]:
                 f"{word} cannot be changed when a run is continued; drop it (trainer.max_epochs=N may grow), "
                 "or begin a new run."
             )
-    return folder.resolve(), [*epochs, in_folder(folder), "hydra.output_subdir=null", "hydra/job_logging=none"]
+    for change in OverridesParser.create().parse_overrides(epochs):
+        if not change.is_sweep_override():  # Hydra refuses a sweep
+            OmegaConf.update(config, change.key_or_group, change.value())
+    return config, [*epochs, in_folder(folder.path)]
 
 
 def _check_flags(typed: Sequence[str]) -> None:
-    """Hydra's parser would print its usage, over several lines.
+    """Check the flags. Hydra's own parser would print several lines of usage.
 
     Raises:
-        UserError: a flag that Hydra does not know, or a wrong value of one.
+        UserError: Hydra does not know a flag, or the value of a flag is wrong.
     """
     parser = get_args_parser()
     parser.exit_on_error = False
@@ -152,10 +168,10 @@ def _check_flags(typed: Sequence[str]) -> None:
 
 
 def _check_search_path(typed: Sequence[str]) -> None:
-    """Hydra passes over what is not there.
+    """Check that every entry of `hydra.searchpath` exists. Hydra ignores missing ones.
 
     Raises:
-        UserError: hydra.searchpath names a package or folder that does not exist.
+        UserError: `hydra.searchpath` names a package or folder that does not exist.
     """
     for word in _search_path(typed):
         paths: Any = OverridesParser.create().parse_overrides([word])[0].value()
@@ -176,13 +192,13 @@ def _importable(name: str) -> bool:
 
 
 def sentence(error: Exception, typed: Sequence[str]) -> str:
-    """An error of Hydra, OmegaConf or the file system, before a job has begun, in one sentence."""
+    """Return one sentence for an error of Hydra, OmegaConf or the file system from before the job began."""
     text = str(error)
     if isinstance(error, OverrideParseException):
         return unreadable(str(error.override))
     if isinstance(error, MissingConfigException) and (missing := re.fullmatch(_CHOICE, error.missing_cfg_file or "")):
         return _no_choice(missing[1], missing[2], typed)
-    if "Config group override" in text:  # a choice that is no name, such as method=null
+    if "Config group override" in text:  # the choice is not a name, as in method=null
         for group, _, choice in (word.partition("=") for word in typed):
             if (known := _choices(group, typed)) and choice not in known:
                 return _no_choice(group, choice, typed)
@@ -212,7 +228,7 @@ def _no_choice(group: str, wrong: str, typed: Sequence[str]) -> str:
 
 
 def _choices(group: str, typed: Sequence[str]) -> list[str]:
-    """Return what a group has to choose from on the whole search path, in its folders too."""
+    """Return the choices of a group on the whole search path, including those in its subfolders."""
     with hydra_for_itself() as state:
         loader = state.config_loader()
 
@@ -231,16 +247,16 @@ def _search_path(typed: Sequence[str]) -> list[str]:
 
 
 def _no_key(wrong: str, typed: Sequence[str]) -> str:
-    """A key that is not in the config which the rest of the command line gives."""
+    """Return the sentence about a key that is not in the config."""
     choice = re.compile(r"[a-z]+=([\w./-]+|\[[\w./, -]+\])")
     choices = [word for word in typed if choice.fullmatch(word) and not word.startswith(f"{wrong}=")]
     try:
         config = compose([*_search_path(typed), *choices])
-    except Exception:  # the mistake is among the choices; it has its own sentence
+    except Exception:  # a choice is wrong too, and has its own sentence
         config = compose([])
     parent = wrong.rpartition(".")[0]
     node = OmegaConf.select(config, parent) if parent else config
-    if isinstance(node, DictConfig) and not node:  # an open mapping, such as backbone.options
+    if isinstance(node, DictConfig) and not node:  # an empty mapping takes any key, such as backbone.options
         return f"{wrong} is not there yet; a plus adds it: +{wrong}=<value>."
     if isinstance(node, DictConfig) and node.get("_target_", "") is None:
         return no_keys(parent, wrong)

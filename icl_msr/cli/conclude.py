@@ -1,4 +1,4 @@
-"""How a run and an evaluation end: facts, results, pictures, report, dashboard, and the answer on the terminal."""
+"""The end of a run and of an evaluation: facts, results, pictures, report, dashboards and the printed answer."""
 
 import platform
 import resource
@@ -39,7 +39,10 @@ from icl_msr.training.loggers import Dashboard
 
 
 def describe(settings: Settings, plan: Plan, dataset: Dataset, folder: RunFolder) -> dict[str, Any]:
-    """Say where a run's numbers come from. A run that goes on keeps how it was begun, and adds how it was continued."""
+    """Return the facts that a run's numbers depend on.
+
+    A continued run keeps the facts of its start and adds those of the continuation.
+    """
     now = {
         "command": "python -m icl_msr.run " + " ".join(HydraConfig.get().overrides.task),
         "config_hash": fingerprint(settings),
@@ -49,7 +52,7 @@ def describe(settings: Settings, plan: Plan, dataset: Dataset, folder: RunFolder
     if folder.begun and folder.environment.exists():
         begun = folder.facts()
         return {**begun, "continued": [*begun.get("continued", []), now]}
-    chosen = HydraConfig.get().runtime.choices  # a group of several choices, or of a node that was typed, is not in it
+    chosen = HydraConfig.get().runtime.choices  # has no groups with several choices, and no typed nodes
     choices = {
         group: str(chosen[group]) if group in chosen else _named(node) for group, node in settings.groups().items()
     }
@@ -70,7 +73,7 @@ def _named(node: Mapping[str, Any]) -> str:
 
 
 def evaluate(settings: Settings, plan: Plan, pieces: Pieces, folder: RunFolder, choices: Mapping[str, str]) -> Results:
-    """Export the encoder of a run and measure it; what is too long for `results.json` is written."""
+    """Export the encoder of a run and evaluate it. Write the arrays that are too long for `results.json`."""
     backbone, dataset = pieces.module.method.backbone, pieces.dataset
     assert isinstance(backbone, Backbone)
     export_encoder(backbone, folder.path, {**image_facts(dataset), "choices": choices, "icl_msr": __version__})
@@ -83,7 +86,7 @@ def evaluate(settings: Settings, plan: Plan, pieces: Pieces, folder: RunFolder, 
     if pieces.evaluations:
         results.save(folder.path)
     regularizer = pieces.module.regularizer
-    usual = next((one for one in pieces.evaluations if isinstance(one, Evaluation)), None)  # it has a bootstrap
+    usual = next((one for one in pieces.evaluations if isinstance(one, Evaluation)), None)  # it sets the bootstrap
     if isinstance(regularizer, MetaSemanticRegularizer) and usual is not None:
         strata = look_at_strata(
             pieces.module.to(plan.device).method.backbone,
@@ -98,7 +101,7 @@ def evaluate(settings: Settings, plan: Plan, pieces: Pieces, folder: RunFolder, 
 
 
 def scene_of(pieces: Pieces, plan: Plan, results: Results) -> Scene:
-    """What the pictures of a run are drawn of."""
+    """Return the input of a run's pictures."""
     module = pieces.module.to(plan.device)
     return Scene(
         dataset=replace(pieces.dataset.evaluated, mean=pieces.dataset.mean, std=pieces.dataset.std),
@@ -112,7 +115,9 @@ def scene_of(pieces: Pieces, plan: Plan, results: Results) -> Scene:
 def conclude(
     folder: RunFolder, outcome: Outcome, scene: Scene, dashboards: Sequence[Dashboard], console: Console
 ) -> None:
-    """Write `results.json`, then draw, report and print; what cannot be drawn costs itself alone and is named.
+    """Write `results.json`, draw the pictures, write the report and print the answer.
+
+    A picture or report that fails is named on the terminal and does not stop the others.
 
     Raises:
         UserError: the disk is full.
@@ -142,7 +147,7 @@ def conclude(
 
 @contextmanager
 def sparing(name: str, missing: list[str]) -> Iterator[None]:
-    """Add `name` and the reason to `missing` when what is inside fails, and go on; a full disk ends all."""
+    """Catch an error of the block and append `name` and the reason to `missing`. A full disk is raised again."""
     try:
         yield
     except Exception as error:
@@ -152,13 +157,13 @@ def sparing(name: str, missing: list[str]) -> Iterator[None]:
 
 
 def image_facts(dataset: Dataset) -> dict[str, Any]:
-    """What an encoder of this data set must be fed with."""
+    """Return the image size and normalisation that an encoder of this data set expects."""
     return {"image_size": dataset.image_size, "mean": dataset.mean, "std": dataset.std, "dataset": dataset.name}
 
 
 def provenance(plan: Plan) -> dict[str, Any]:
-    """The code, the versions and the hardware that a number comes from."""
-    checkout = Path(__file__).parents[2] / ".git"  # an installed package may lie in somebody else's
+    """Return the code, the package versions and the hardware of this process."""
+    checkout = Path(__file__).parents[2] / ".git"  # an installed package may lie in another repository
     git = ["git", "--git-dir", str(checkout), "rev-parse", "HEAD"]
     commit = subprocess.run(git, capture_output=True, text=True, check=False)
     return {
@@ -173,7 +178,7 @@ def provenance(plan: Plan) -> dict[str, Any]:
 
 
 def peak_memory_mb(plan: Plan) -> float:
-    """Peak memory of the training device so far, in MB (of the process on a CPU)."""
+    """Return the peak memory of the training device so far, in MB. On a CPU it is the peak of the process."""
     if plan.accelerator == "gpu":
         return torch.cuda.max_memory_allocated() / 1e6
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3

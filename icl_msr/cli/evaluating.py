@@ -1,4 +1,4 @@
-"""The evaluation of any encoder on any data set, here or in a process for each device."""
+"""Evaluate any encoder on any data set, in this process or in one process per device."""
 
 import os
 import sys
@@ -34,10 +34,10 @@ HALF = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
 
 
 def carry_out(order: Order, words: Sequence[str]) -> int:
-    """Evaluates here, or in a process for each device; returns the exit code.
+    """Evaluate in this process or in one process per device, and return the exit code.
 
     Raises:
-        UserError: the processes cannot be had; see `evaluate`.
+        UserError: the processes cannot be started; see also `evaluate`.
     """
     plan: Plan = build(order.settings.hardware).plan()
     require_processes(plan)
@@ -60,12 +60,14 @@ def carry_out(order: Order, words: Sequence[str]) -> int:
 
 
 def evaluate(order: Order, words: Sequence[str], plan: Plan) -> None:
-    """Measures, writes and prints; ranks share the features, and the first writes and speaks.
+    """Measure the encoder, write the results and print them.
+
+    Ranks divide the computation of features. The first rank writes and prints.
 
     Raises:
-        UserError: the data, the encoder or an evaluation do not fit, or a file cannot be read or written.
+        UserError: the data, the encoder and the evaluations do not fit together, or a file cannot be read or written.
     """
-    # A pipe or a log file has no width of its own, and the tables of several evaluations need room.
+    # A pipe or a log file has no width, and the tables of several evaluations are wide.
     width = None if sys.stdout.isatty() else 160
     console = Console(highlight=False, soft_wrap=True, quiet=not is_first(), width=width)
     began = time.perf_counter()
@@ -83,7 +85,7 @@ def evaluate(order: Order, words: Sequence[str], plan: Plan) -> None:
     for evaluation in evaluations:
         if isinstance(evaluation, Evaluation):
             evaluation.require(encoder)
-    # The encoder is fed as it was trained, whatever the data set's own statistics are.
+    # The images are normalised as in the encoder's training, not by the data set's own statistics.
     dataset = replace(dataset, mean=_triple(subject.mean), std=_triple(subject.std))
     untrained = None if subject.random else foreign.untrained_copy(encoder, settings.seed)
     console.print(f"[bold]{subject.name}[/bold] on {dataset.name}, {plan}")
@@ -117,7 +119,7 @@ def _triple(values: Sequence[float]) -> tuple[float, float, float]:
 
 
 def require_writable(folder: Path) -> None:
-    """Before anything is measured; leaves no trace.
+    """Check that results can be written to the folder, before anything is measured. Leave nothing behind.
 
     Raises:
         UserError: the folder cannot be made or written.
@@ -145,7 +147,7 @@ def write(
     seconds: float,
     console: Console,
 ) -> None:
-    """Write the files of a run that an evaluation has, and end as a run does."""
+    """Write the files of an evaluation and conclude it as a run is concluded."""
     subject, settings = order.subject, order.settings
     folder = RunFolder(order.to)
     folder.path.mkdir(parents=True, exist_ok=True)
@@ -180,7 +182,7 @@ def write(
 
 
 def _config(order: Order, trained: Mapping[str, Any]) -> dict[str, Any]:
-    """The config of the run that trained the encoder, with the data set and the evaluations of this command."""
+    """Return the config of the encoder's run with the data set and the evaluations of this command."""
     subject, settings = order.subject, order.settings
     config = {**trained, "dataset": settings.dataset, "evaluation": settings.evaluation}
     config |= {"checkpoint": subject.checkpoint} if subject.checkpoint else {}
@@ -192,8 +194,10 @@ def _config(order: Order, trained: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def labels(order: Order, dataset: Dataset) -> dict[str, str]:
-    """What tells this evaluation from others in a table: the choices of the run that trained the encoder, the data set
-    that it was measured on, by the folder's name where the choice is no name of one, and the evaluation.
+    """Return the labels that tell this evaluation from others in a table.
+
+    They are the choices of the run that trained the encoder, the data set that it was measured on, and the evaluation.
+    A data set without a name of its own is called by the name of its folder.
     """
     subject = order.subject
     choices = {"encoder": subject.name} if subject.config is None else dict(subject.choices or {})

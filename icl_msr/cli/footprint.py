@@ -1,4 +1,4 @@
-"""The folders that a command makes: a new one belongs to nobody else, and a refused command leaves none behind."""
+"""The folders that a command makes. A new folder is never shared, and a refused command leaves none behind."""
 
 from contextlib import suppress
 from itertools import count
@@ -12,28 +12,28 @@ from icl_msr.core.compose import known_to_hydra
 
 
 class Footprint(Callback):
-    """Note which folders a command makes for its output, so that a refused one leaves none."""
+    """A Hydra callback that notes the folders a command makes, so that a refused command can remove them."""
 
     made: ClassVar[list[Path]] = []
 
     def on_run_start(self, config: DictConfig, **_: Any) -> None:
-        """Before Hydra makes the folder of a run."""
+        """Note the folder of a run before Hydra makes it."""
         with known_to_hydra(config):
             self.note(Path(str(config.hydra.run.dir)))
 
     def on_multirun_start(self, config: DictConfig, **_: Any) -> None:
-        """Before Hydra makes the folder of a sweep."""
+        """Note the folder of a sweep before Hydra makes it."""
         self.note(Path(str(config.hydra.sweep.dir)))
 
     @classmethod
     def note(cls, folder: Path) -> None:
-        """Remember `folder` and those around it that are not there yet."""
+        """Remember `folder` and those of its parents that do not exist yet."""
         folder = folder.absolute()
         cls.made += [path for path in (folder, *folder.parents) if not path.exists()]
 
     @classmethod
     def erase(cls) -> None:
-        """Remove the folders again, unless there is more in them than the record of a sweep without jobs."""
+        """Remove the noted folders, unless they hold more than the record of a sweep without jobs."""
         for folder in sorted(set(cls.made), key=lambda path: len(path.parts), reverse=True):
             if folder.is_dir() and {path.name for path in folder.iterdir()} <= {"sweep.json", "multirun.yaml"}:
                 for record in folder.iterdir():
@@ -43,7 +43,7 @@ class Footprint(Callback):
 
 
 def new_folder(path: str) -> str:
-    """Make a folder that no other process has, `path` or `path-2` and so on, and return its name.
+    """Make a folder that no other process uses, `path` or `path-2` and so on, and return its name.
 
     Names hold the time in seconds, and two commands may start in the same second.
     """
@@ -60,4 +60,4 @@ def new_folder(path: str) -> str:
             break
         else:
             return str(folder)
-    return path  # it cannot be made, and Hydra, which tries again, says why
+    return path  # it cannot be made; Hydra tries again and says why

@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 from rich.console import Console
 
 from icl_msr.cli.assemble import Pieces, assemble, build_as, in_words, make_loggers, make_trainer
@@ -25,6 +25,7 @@ from icl_msr.core.errors import UserError
 from icl_msr.core.folder import RunFolder
 from icl_msr.core.ranks import is_first, is_rank
 from icl_msr.core.records import Outcome, chosen_metric
+from icl_msr.core.saved import WRITTEN, as_yaml
 from icl_msr.core.storage import atomic_write, disk_is_full
 from icl_msr.data.dataset import Dataset
 from icl_msr.models.checkpoint import read_checkpoint
@@ -36,9 +37,9 @@ from icl_msr.training.module import Pretraining
 
 
 def run(settings: Settings, config: DictConfig) -> float:
-    """One run, in Hydra's output folder; returns the metric that a sweeper maximises.
+    """Train and evaluate in Hydra's output folder, and return the metric that a sweeper maximises.
 
-    A folder in which the same run was begun is continued, and one in which it was finished is left as it is.
+    A run that was begun in this folder is continued. A finished run is left as it is.
     """
     folder = RunFolder(Path(HydraConfig.get().runtime.output_dir))
     console = Console(highlight=False, soft_wrap=True, quiet=not is_first())
@@ -55,14 +56,14 @@ def run(settings: Settings, config: DictConfig) -> float:
         code = run_ranks(plan.world_size, [*sys.argv[1:], in_folder(folder.path)], folder.path)
         return folder.metric() if code == 0 else sys.exit(code)
     with folder.locked() if is_first() else nullcontext(), stoppable(folder):
-        # Another command may have been faster. One of several ranks goes on, as the others wait for it.
+        # Another command may have finished the run meanwhile. A rank must go on, because the others wait for it.
         if finished(settings, folder, console) and not is_rank():
             return folder.metric()
         return carry_out(settings, config, plan, pieces, folder, console)
 
 
 def finished(settings: Settings, folder: RunFolder, console: Console) -> bool:
-    """Whether this very run lies in the folder and wants no more epochs; says so.
+    """Return whether the same run lies finished in the folder and needs no more epochs. If so, print it.
 
     Raises:
         UserError: another run lies there.
@@ -71,7 +72,7 @@ def finished(settings: Settings, folder: RunFolder, console: Console) -> bool:
     if not folder.done or extended:
         return False
     console.print(f"{folder} is finished and stays as it is; continue it with a larger trainer.max_epochs.")
-    if is_first() and not has_page(folder.path):  # it could not be made, or was cut
+    if is_first() and not has_page(folder.path):  # the page may have failed or be cut short
         console.print(f"report   {write_report(folder.path)}")
     return True
 
@@ -79,7 +80,7 @@ def finished(settings: Settings, folder: RunFolder, console: Console) -> bool:
 def carry_out(
     settings: Settings, config: DictConfig, plan: Plan, pieces: Pieces, folder: RunFolder, console: Console
 ) -> float:
-    """Trains with the other ranks, if any; the first one then evaluates and reports."""
+    """Train on all ranks, then evaluate and report on the first rank. Return the metric."""
     began = time.perf_counter()
     resumed_at = resume_point(settings, pieces, folder, console)
     trainer = make_trainer(settings, plan, folder, pieces)
@@ -93,9 +94,9 @@ def carry_out(
     )
     loggers = make_loggers(settings, folder, about)
     if is_first():
-        folder.results.unlink(missing_ok=True)  # of the run before it was given more epochs
+        folder.results.unlink(missing_ok=True)  # results from before more epochs were asked for
         folder.write_facts(facts)
-        atomic_write(folder.config, OmegaConf.to_yaml(config))
+        atomic_write(folder.config, as_yaml(config))
     console.print(f"[bold]{about.name}[/bold] on {plan}\n{in_words(pieces.derived)}\n{folder}")
 
     for remark in [*pieces.dataset.remarks(), *(pieces.dataset.labelled.remarks() if pieces.dataset.labelled else [])]:
@@ -136,7 +137,7 @@ def carry_out(
 
 
 def more_epochs(settings: Settings, folder: RunFolder) -> bool:
-    """Whether the run in this folder is to be given more epochs than it had.
+    """Return whether the config asks for more epochs than the run in this folder had.
 
     Raises:
         UserError: another run lies there.
@@ -144,6 +145,8 @@ def more_epochs(settings: Settings, folder: RunFolder) -> bool:
     saved, now = flatten(folder.saved_config()), flatten(settings.model_dump())
     epochs = "trainer.max_epochs"
     for key in dict.fromkeys([*now, *saved]):
+        if key.removeprefix("dataset.") in WRITTEN:  # the images are the same
+            continue
         if saved.get(key) != now.get(key) and (key != epochs or (now[key] or 0) < (saved.get(key) or 0)):
             raise UserError(
                 f"{folder} holds a run with {key}={saved.get(key)}, and {now.get(key)} was asked for; a run is "
@@ -154,10 +157,10 @@ def more_epochs(settings: Settings, folder: RunFolder) -> bool:
 
 
 def require_room(module: Pretraining, folder: Path) -> None:
-    """A new checkpoint is written beside the old one.
+    """Check that two checkpoints fit on the disk, since a new one is written beside the old one.
 
     Raises:
-        UserError: they do not fit on the disk, or nothing can be written there.
+        UserError: they do not fit, or the folder cannot be written.
     """
     try:
         TemporaryFile(dir=folder).close()
@@ -176,14 +179,18 @@ def require_room(module: Pretraining, folder: Path) -> None:
 
 
 def resume_point(settings: Settings, pieces: Pieces, folder: RunFolder, console: Console) -> int | None:
-    """The optimiser step to continue from, said in words; None for a fresh start."""
+    """Return the optimiser step to continue from and print it; None for a fresh start.
+
+    Raises:
+        UserError: the checkpoint does not belong to the config, or has no state of the optimiser.
+    """
     if not (folder.begun and folder.checkpoint.exists()):
         return None
     checkpoint = read_checkpoint(folder.checkpoint)
     require_same_data(pieces.dataset, folder)
     if shapes(checkpoint["state_dict"]) != shapes(pieces.module.state_dict()):
         raise UserError(
-            f"{folder.checkpoint} belongs to another config than {folder.config}; put the one back that it was "
+            f"{folder.checkpoint} belongs to another config than {folder.config}; put back the one that it was "
             "trained with, or begin a new run."
         )
     if "optimizer_states" not in checkpoint:
@@ -208,10 +215,10 @@ def resume_point(settings: Settings, pieces: Pieces, folder: RunFolder, console:
 
 
 def require_same_data(dataset: Dataset, folder: RunFolder) -> None:
-    """Hold the training images against those that the run was begun with.
+    """Check that the training data are those that the run was begun with.
 
     Raises:
-        UserError: their number, their classes or their labels are others now.
+        UserError: the number of images, the classes or the labels have changed.
     """
     before = folder.facts().get("data") if folder.environment.is_file() else None
     now = dataset.trained_on()
@@ -226,13 +233,13 @@ def require_same_data(dataset: Dataset, folder: RunFolder) -> None:
 
 
 def shapes(state: Mapping[str, Any]) -> dict[str, torch.Size]:
-    """Of the tensors of a state dict."""
+    """Return the shapes of the tensors of a state dict."""
     return {name: value.shape for name, value in state.items() if isinstance(value, torch.Tensor)}
 
 
 @contextmanager
 def closing(loggers: Sequence[Any]) -> Iterator[None]:
-    """Tell the dashboards how the run ended, however it ended."""
+    """Close the dashboards with the run's exit code, also after an error."""
     code = 1
     try:
         yield

@@ -1,4 +1,4 @@
-"""What `python -m icl_msr.evaluate` is asked for: an encoder, a data set, evaluations, and where the results go."""
+"""The arguments of `python -m icl_msr.evaluate`: an encoder, a data set, evaluations and an output folder."""
 
 import re
 from collections.abc import Sequence
@@ -14,6 +14,7 @@ from yaml import YAMLError
 
 from icl_msr.cli.command import sentence
 from icl_msr.cli.words import in_full, path_in, spelled_out
+from icl_msr.core import trust
 from icl_msr.core.compose import compose
 from icl_msr.core.config import Settings, check, config_dir, suggestion
 from icl_msr.core.errors import UserError
@@ -21,29 +22,29 @@ from icl_msr.evaluation.subject import SOURCES, Subject, find
 
 OWN = (*SOURCES, "weights", "to", "cache")
 COMPOSED = ("dataset", "evaluation", "hardware", "seed")
-"""What may be changed of the config that `icl_msr.run` composes."""
+"""The keys of the config of `icl_msr.run` that an evaluation may change."""
 CACHE = ".cache/icl-msr/features"
 
 
 @dataclass
 class Order:
-    """A command, read and checked."""
+    """The parsed and checked arguments of an evaluation."""
 
     subject: Subject
     settings: Settings
     choices: dict[str, str]
-    """Of the groups `dataset` and `evaluation`."""
+    """The choices of the groups `dataset` and `evaluation`."""
     own_data: bool
-    """Whether the data set is the run's own."""
+    """True if the data set is that of the run that trained the encoder."""
     to: Path
     cache: Path | None
 
 
 def read(words: Sequence[str]) -> Order:
-    """What a command line asks for; nothing is built but an encoder that lies in a file.
+    """Read and check a command line. Only an encoder that lies in a file is built.
 
     Raises:
-        UserError: a word is no key, a value is not allowed, or there is no such encoder.
+        UserError: a key is unknown, a value is not allowed, or the encoder does not exist.
     """
     own: dict[str, str] = {}
     overrides = []
@@ -55,7 +56,7 @@ def read(words: Sequence[str]) -> Order:
         if key in own:
             raise UserError(f"{key} is given twice; keep one.")
         if key == "evaluation" and "," in value and value[:1] != "[":
-            word = f"evaluation=[{value}]"  # there are no sweeps here
+            word = f"evaluation=[{value}]"  # an evaluation is not a sweep, so a list is not split
         if key in OWN:
             own[key] = path_in(word)
         elif group in COMPOSED or key == "hydra.searchpath":
@@ -68,7 +69,7 @@ def read(words: Sequence[str]) -> Order:
         given = f"{' and '.join(sources)} are given" if sources else "Nothing is given to evaluate"
         raise UserError(f"{given}; give one of run=FOLDER, checkpoint=FILE, encoder=timm:NAME|torchvision:NAME|FILE.")
     if "weights" in own and ":" not in own.get("encoder", ""):
-        raise UserError("weights is for encoder=timm:NAME and encoder=torchvision:NAME alone; leave it out.")
+        raise UserError("weights is only for encoder=timm:NAME and encoder=torchvision:NAME; leave it out.")
     subject = find(sources[0], own[sources[0]], own.get("weights"))
     config, choices, own_data = composed(subject, overrides)
     settings = check(config)
@@ -85,15 +86,21 @@ def read(words: Sequence[str]) -> Order:
 
 
 def composed(subject: Subject, overrides: Sequence[str]) -> tuple[DictConfig, dict[str, str], bool]:
-    """Return the config, the choices of the groups `dataset` and `evaluation`, and whether the data set is the run's.
+    """Return the config, the choices of `dataset` and `evaluation`, and whether the data set is that of the run.
 
     Raises:
-        UserError: it cannot be composed.
+        UserError: the config cannot be composed.
     """
     own_data = subject.config is not None and not any(word.startswith("dataset=") for word in overrides)
     changes = [word for word in overrides if own_data and re.match(r"\+*dataset\.", word)]
-    words = ["hardware.precision=32-true"]  # unless asked for: features are kept, and compared
-    words += [f"seed={subject.config['seed']}"] if subject.config is not None else []
+    words = ["hardware.precision=32-true"]  # the default, because features are stored and compared
+    if subject.config is not None:
+        seed = subject.config.get("seed")
+        if type(seed) is not int:
+            raise UserError(f"The config of {subject.source} has no seed that is a whole number; restore it.")
+        words.append(f"seed={seed}")
+        if own_data:
+            trust.require(subject.config, Path(subject.source), ["dataset"])
     words += [word for word in overrides if word not in changes]
     try:
         config = compose(spelled_out(words))

@@ -1,7 +1,7 @@
 """Processes that this program starts: the ranks of a run on several devices, and the jobs of a sweep.
 
-Lightning's own launcher repeats a whole sweep in its second rank and kills the first one without a word, so the process
-that the user starts supervises, and each rank is a fresh process with the same words.
+Lightning's launcher repeats a whole sweep in its second rank and kills the first rank without a message. Here the
+process that the user starts supervises, and each rank is a fresh process with the same arguments.
 """
 
 import io
@@ -24,12 +24,12 @@ from icl_msr.core.errors import PREEMPTED, UserError
 from icl_msr.core.folder import RunFolder
 from icl_msr.core.ranks import is_first, is_rank, outside_world_size
 
-if TYPE_CHECKING:  # at run time it would bring torch along, which a supervisor does not need
+if TYPE_CHECKING:  # it imports torch, which a supervisor does not need
     from icl_msr.training.hardware import Plan
 
 MODULE = "icl_msr.run"
 GRACE = 15.0
-"""Seconds that the other ranks have to end by themselves after one has died: a broken connection wakes them."""
+"""Seconds that the other ranks have to end by themselves after one has died. A broken connection wakes them."""
 
 _LEASH = "ICL_MSR_LEASH"
 _held = False
@@ -40,10 +40,10 @@ _RANK_VARIABLES = (
 
 
 class Child(subprocess.Popen[bytes]):
-    """`python -m <module> <words>` that ends when this process does, however that ends.
+    """A process `python -m <module> <words>` that ends when this process ends, even if this one is killed.
 
-    Its standard input is a socket whose other end is ours alone. It leaves when that is closed, see `hold_leash`; and a
-    rank says there what it failed with, see `told`.
+    Its standard input is a socket. Only this process holds the other end. The child exits when that end closes, see
+    `hold_leash`. A rank also reports its exception through the socket, see `told`.
     """
 
     def __init__(
@@ -56,7 +56,7 @@ class Child(subprocess.Popen[bytes]):
         self.leash, theirs = socket.socketpair()
         self.leash.setblocking(False)
         self._said = b""
-        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # for the child: until it holds the leash
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # until the child holds the leash
         try:
             super().__init__(
                 [sys.executable, "-m", module or MODULE, *words],
@@ -64,14 +64,14 @@ class Child(subprocess.Popen[bytes]):
                 stdin=theirs.fileno(),
                 stdout=output,
                 stderr=subprocess.STDOUT if output else None,
-                start_new_session=True,  # Ctrl-C reaches it through us, once
+                start_new_session=True,  # this process passes Ctrl-C on, so the child gets it once
             )
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
             theirs.close()
 
     def fault(self) -> tuple[float, str, str] | None:
-        """When it failed, by the clock that never goes back, with what exception, in one line, and the traceback."""
+        """Return the monotonic time of a failure, the exception in one line and the traceback; None if it has none."""
         with suppress(OSError):
             while part := self.leash.recv(1 << 16):
                 self._said += part
@@ -81,7 +81,7 @@ class Child(subprocess.Popen[bytes]):
 
 
 def hold_leash() -> None:
-    """In a `Child`: leave when the parent is gone."""
+    """Exit this process, a `Child`, when its parent is gone."""
     if os.environ.pop(_LEASH, None) is None:
         return
 
@@ -91,7 +91,7 @@ def hold_leash() -> None:
 
     threading.Thread(target=wait, daemon=True).start()
     try:
-        # A Ctrl-C that came while modules were imported would have printed a traceback of some import.
+        # Signals were blocked until here: a Ctrl-C during imports would print the traceback of an import.
         signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
     except KeyboardInterrupt:
         sys.exit(130)
@@ -100,23 +100,23 @@ def hold_leash() -> None:
 
 
 class _Outlet(io.FileIO):
-    """A file whose reader may go away, as that of `| head` does: what is written then goes nowhere."""
+    """An output file that discards what is written once its reader is gone, as after `| head`."""
 
     def write(self, data: Any, /) -> int:
         try:
             return super().write(data)
         except BrokenPipeError:
             nowhere = os.open(os.devnull, os.O_WRONLY)
-            os.dup2(nowhere, self.fileno())  # for the processes that we start, too
+            os.dup2(nowhere, self.fileno())  # processes that we start inherit it
             os.close(nowhere)
             return len(data)
 
 
 def outlive_reader() -> None:
-    """Let the command go on when nobody reads its output any more."""
+    """Let the command go on when its output is no longer read."""
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
-        if stream is not None and stream is getattr(sys, f"__{name}__"):  # and not a stand-in, which has no pipe
+        if stream is not None and stream is getattr(sys, f"__{name}__"):  # not a replacement, which has no pipe
             stream.flush()
             outlet = _Outlet(stream.fileno(), "wb", closefd=False)
             text = io.TextIOWrapper(io.BufferedWriter(outlet), stream.encoding, stream.errors)
@@ -125,9 +125,10 @@ def outlive_reader() -> None:
 
 
 def told(fault: Exception) -> bool:
-    """In a rank of `run_ranks`: says what it failed with, before the others fail for want of it.
+    """Report this rank's exception to the parent, and return whether there is a parent of `run_ranks`.
 
-    The parent knows then who was the first and prints that alone; False where there is no such parent.
+    A rank reports before the others fail because of it. So the parent knows which rank failed first and prints only
+    its error.
     """
     if not (_held and is_rank()):
         return False
@@ -137,14 +138,14 @@ def told(fault: Exception) -> bool:
     with socket.socket(fileno=os.dup(0)) as leash:
         leash.sendall(f"{time.monotonic()} {cause}\n{text}".encode())
     if not is_first():
-        sys.stderr.write(text)  # into its log
+        sys.stderr.write(text)  # goes to the rank's log
     return True
 
 
 def clean_environment(processes: int = 1) -> dict[str, str]:
-    """The environment without what says that this process is one of several ranks.
+    """Return the environment without the variables that mark this process as one of several ranks.
 
-    Where several processes are to run side by side, each has its share of the processors, or all would wait for all.
+    With several processes side by side, each gets its share of the processors, because they would slow each other down.
     """
     environment = {
         name: value
@@ -158,16 +159,16 @@ def clean_environment(processes: int = 1) -> dict[str, str]:
 
 
 def require_processes(plan: "Plan", multirun: bool = False) -> None:
-    """Several devices need a process each, and a sweep in this process has but one.
+    """Check that there can be one process per device. A sweep within this process has only one.
 
     Raises:
-        UserError: the processes cannot be had.
+        UserError: the processes that were started do not match the config, or cannot be started.
     """
     outside = outside_world_size()
     if outside is not None and outside != plan.world_size:
         raise UserError(
             f"{outside} processes were started together, and hardware.devices={plan.devices} on hardware.nodes="
-            f"{plan.nodes} makes {plan.world_size}; set them to what was started, or start one process alone."
+            f"{plan.nodes} makes {plan.world_size}; set them to what was started, or start a single process."
         )
     if plan.world_size == 1 or is_rank():
         return
@@ -178,28 +179,28 @@ def require_processes(plan: "Plan", multirun: bool = False) -> None:
     if plan.nodes > 1:
         raise UserError(
             f"hardware.nodes={plan.nodes} needs the command to be started on every node, by torchrun or srun; "
-            "one machine alone takes hardware.nodes=1."
+            "a single machine takes hardware.nodes=1."
         )
 
 
 def in_folder(folder: Path) -> str:
-    """The word that has a run write there."""
+    """Return the override that makes a run write to this folder."""
     quoted = str(folder).replace("'", r"\'")
     return f"hydra.run.dir='{quoted}'"
 
 
 def run_ranks(world_size: int, words: Sequence[str], folder: Path, module: str | None = None) -> int:
-    """Runs `python -m <module>` once a rank and returns the exit code of the whole.
+    """Run `python -m <module>` once per rank and return the exit code of the whole.
 
-    The first rank speaks; the others write to `rank-<r>.log` in the folder. When one dies, the others follow, and
-    one sentence says which was the first and why.
+    The first rank prints to the terminal. The others write to `rank-<r>.log` in the folder. When one rank dies, the
+    others are ended, and one sentence names the first that failed and the reason.
     """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     common = {**clean_environment(world_size), "WORLD_SIZE": str(world_size), "LOCAL_WORLD_SIZE": str(world_size)}
     common |= {"NODE_RANK": "0", "GROUP_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    # Lightning believes these variables, and not those that SLURM sets for a batch script of several tasks.
+    # Lightning reads these variables before those that SLURM sets for a batch script of several tasks.
     common["TORCHELASTIC_RUN_ID"] = "icl_msr"
     logs = [folder / f"rank-{rank}.log" for rank in range(world_size)]
     ranks: list[Child] = []
@@ -221,7 +222,10 @@ def run_ranks(world_size: int, words: Sequence[str], folder: Path, module: str |
 
 
 def _first_failure(ranks: Sequence[Child]) -> int | None:
-    """A rank that was killed cannot say so, and another may notice at once."""
+    """Return the rank that failed first; None while none has failed.
+
+    A killed rank cannot report, and another rank may report the broken connection at once.
+    """
     codes = [rank.poll() or 0 for rank in ranks]
     killed = [number for number, code in enumerate(codes) if code < 0]
     failed = sorted((fault, number) for number, rank in enumerate(ranks) if (fault := rank.fault()))
@@ -230,7 +234,7 @@ def _first_failure(ranks: Sequence[Child]) -> int | None:
 
 
 def _running(ranks: Sequence[Child]) -> bool:
-    """Whether one still runs. What they say is heard, or they would wait for that."""
+    """Return whether a rank still runs. Read their reports, since a rank would wait for a full socket."""
     for rank in ranks:
         rank.fault()
     return any(rank.poll() is None for rank in ranks)
@@ -247,7 +251,7 @@ def _end(ranks: Sequence[Child]) -> None:
 
 
 def _explained(first: int, ranks: Sequence[Child], log: Path, signals: Sequence[int]) -> int:
-    """The exit code of a run whose rank `first` failed before the others; says why where that rank has not."""
+    """Return the exit code of a run whose rank `first` failed. Print the reason if that rank has not."""
     code, see, say = ranks[first].returncode, f"; see {log}" if first else "", partial(print, file=sys.stderr)
     if fault := ranks[first].fault():
         _, cause, trace = fault
@@ -261,7 +265,7 @@ def _explained(first: int, ranks: Sequence[Child], log: Path, signals: Sequence[
         memory = " (out of memory?)" if code == -signal.SIGKILL else ""
         name = signal.Signals(-code).name
         say(f"Rank {first} of {len(ranks)} was killed by {name}{memory}; the run was stopped{see}.")
-    elif first and not signals and ranks[0].returncode != code:  # it has its own words for the same mistake
+    elif first and not signals and ranks[0].returncode != code:  # the first rank prints its own message otherwise
         ended = f"Rank {first} of {len(ranks)} ended with exit code {code}; the run was stopped{see}."
         say(_last_line(log) if code == 2 else ended)
     return code if code > 0 else 128 - code
@@ -273,19 +277,19 @@ def _last_line(log: Path) -> str:
 
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
-"""Ctrl-C, and what a scheduler sends before it takes a machine away."""
+"""Ctrl-C, and the signals that a scheduler sends before it takes a machine away."""
 
 
 class _Stopped(SystemExit):
-    """Raised by a signal, wherever the program is."""
+    """Raised by a signal at any point of the program."""
 
 
 @contextmanager
 def stoppable(folder: RunFolder) -> Iterator[None]:
-    """End a run on a signal with one sentence and the exit code 75; while it trains, `Checkpoints` does the same.
+    """End a run on a signal with one sentence and exit code 75. During training, `Checkpoints` does the same.
 
-    A second signal ends it at once. The same one within a second is the first again: SLURM signals a rank and also the
-    parent, which passes it on.
+    A second signal ends it at once. The same signal within a second does not count as a second one, because SLURM
+    signals a rank and also its parent, and the parent passes the signal on.
     """
     came: list[tuple[int, float]] = []
 
@@ -311,7 +315,7 @@ def stoppable(folder: RunFolder) -> Iterator[None]:
 
 @contextmanager
 def passed_on(children: Sequence[Child]) -> Iterator[list[int]]:
-    """Signals go to the children, who know what to do, and this process waits for them; gives what has come."""
+    """Pass signals on to the children and wait for them. Yield the list of signals that have come."""
     received: list[int] = []
 
     def pass_on(number: int, frame: FrameType | None) -> None:

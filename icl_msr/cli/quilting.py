@@ -1,4 +1,4 @@
-"""The job of `icl_msr.textures`: a texture for every training image, by image quilting."""
+"""The job of `icl_msr.textures`: one texture per training image, by image quilting."""
 
 import json
 import os
@@ -31,21 +31,21 @@ from icl_msr.negatives.cached import texture_names
 from icl_msr.training.datamodule import NEGATIVES
 
 BATCH = 64
-"""Textures made together. What is rounded in a batch depends on its size, so it is the same in every run."""
+"""Textures made together. Rounding depends on the size of a batch, so it is the same in every run."""
 _END = b"\0\0\0\0IEND\xae\x42\x60\x82"
-"""How a PNG ends."""
+"""The last bytes of a PNG file."""
 
 
 def job(settings: Settings, config: DictConfig) -> float:
     """Write the textures of a checked config into Hydra's output folder.
 
     Raises:
-        UserError: the config makes no textures, or the folder holds others.
+        UserError: the config makes no textures, or the folder holds textures of another config.
     """
     folder = Path(HydraConfig.get().runtime.output_dir)
     generator = build(settings.negatives)
     if not isinstance(generator, TextureNegatives) or generator.count > 1:
-        raise UserError("One texture an image is written, by image quilting; type negatives=texture negatives.count=1.")
+        raise UserError("One texture per image is made, by image quilting; type negatives=texture negatives.count=1.")
     device = build(settings.hardware).plan().device
     dataset: Dataset = build(settings.dataset)
     recipe = {name: settings.negatives[name] for name in ("example", "block", "overlap", "reference", "candidates")}
@@ -58,10 +58,10 @@ def job(settings: Settings, config: DictConfig) -> float:
 
 
 def claim(folder: Path, recipe: dict[str, Any]) -> None:
-    """Notes in textures.json what the folder holds.
+    """Write the recipe of the folder's textures to `textures.json`.
 
     Raises:
-        UserError: it holds textures made in another way.
+        UserError: the folder holds textures made by another recipe.
     """
     note = folder / "textures.json"
     before: Any = recipe
@@ -79,9 +79,9 @@ def claim(folder: Path, recipe: dict[str, Any]) -> None:
 def write(
     dataset: Dataset, generator: TextureNegatives, base: Path, seed: int, device: torch.device
 ) -> tuple[int, int]:
-    """Makes what is missing or damaged below `base`; how many were made, and how many kept.
+    """Make the textures that are missing or damaged below `base`. Return how many were made and how many were kept.
 
-    A texture depends on the image, its position in the training split and the seed alone.
+    A texture depends only on the image, its position in the training split and the seed.
     """
     size = dataset.image_size
     files = [base / name for name in texture_names(dataset)]
@@ -97,7 +97,7 @@ def write(
                 key = keys(seed, 0, torch.tensor(batch), NEGATIVES)
                 examples = torch.cat(list(pool.map(lambda i, k: _examples(dataset, generator, i, k), batch, key)))
                 textures = generator.quilt(examples.to(device), key.to(device), size, size)[:, 0].cpu()
-                for future in written:  # of the batch before, which were written meanwhile
+                for future in written:  # files of the previous batch
                     future.result()
                 written = [pool.submit(_save, textures[i - batch[0]], files[i]) for i in wanted]
                 made += len(wanted)
@@ -112,19 +112,19 @@ def _batches(count: int) -> Iterator[range]:
 
 
 def _is_sound(file: Path, size: int) -> bool:
-    """Whether a file is there, whole, an image, and of that size."""
+    """Return whether the file exists and is an undamaged image of `size` pixels."""
     try:
         data = file.read_bytes()
         with Image.open(BytesIO(data), formats=["PNG"]) as image:
             kind = (image.mode, image.size)
-            image.verify()  # every checksum
-    except Exception:  # of many kinds, all of which mean that it is to be made again
+            image.verify()  # checks every checksum
+    except Exception:  # Pillow raises many kinds, and all mean that the file is damaged
         return False
     return kind == ("RGB", (size, size)) and data.endswith(_END)
 
 
 def _examples(dataset: Dataset, generator: TextureNegatives, i: int, key: Tensor) -> Tensor:
-    """Of image i, in its own resolution where it is decoded from its file: uint8 (1, 2, 3, p, p)."""
+    """Return the two example pieces of image i, uint8 (1, 2, 3, p, p), in the resolution of its file if it has one."""
     train, side = dataset.train, generator.sizes(dataset.image_size)[0]
     image = train.image(i) if isinstance(train, FileSplit) else train.load(torch.tensor([i]))[0]
     if min(image.shape[1:]) < side:
@@ -133,7 +133,7 @@ def _examples(dataset: Dataset, generator: TextureNegatives, i: int, key: Tensor
 
 
 def _save(texture: Tensor, file: Path) -> None:
-    """Whole or not at all. Not synced, which would take longer than all else: damaged ones are found and replaced."""
+    """Write a PNG file atomically. It is not synced, since that is slow, and the next run replaces damaged files."""
     temporary = file.with_name(f".{file.name}.tmp")
     temporary.write_bytes(bytes(encode_png(texture).numpy()))
     os.replace(temporary, file)

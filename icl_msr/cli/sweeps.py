@@ -23,15 +23,17 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from icl_msr.cli.footprint import Footprint, new_folder
 from icl_msr.cli.processes import Child, clean_environment, in_folder, passed_on
 from icl_msr.cli.words import in_short, spelled_out
+from icl_msr.core import trust
 from icl_msr.core.compose import known_to_hydra
 from icl_msr.core.config import check
 from icl_msr.core.errors import PREEMPTED, UserError
 from icl_msr.core.folder import RunFolder
 from icl_msr.core.ranks import outside_world_size
+from icl_msr.core.saved import as_yaml
 from icl_msr.core.storage import atomic_write
 
 _OURS = ("hydra.sweep.", "hydra.launcher.", "hydra.sweeper.", "hydra.mode", "hydra/launcher", "hydra/sweeper")
-"""What concerns the sweep and not its jobs."""
+"""Overrides that concern the sweep and not its jobs."""
 
 _LONGEST = 64
 """W&B's limit for a job type, in characters."""
@@ -45,18 +47,18 @@ class Job:
     folder: RunFolder
     title: str
     done: bool
-    """Whether this very run is finished; what else may lie in its folder, the run itself judges."""
+    """Return whether this run is finished. Anything else in its folder is checked by the run itself."""
 
 
 class ProcessLauncher:
-    """Runs every job as `python -m icl_msr.run` in a process of its own: one folder, one W&B run, one exit code.
+    """Runs every job as `python -m icl_msr.run` in its own process, with one folder, one W&B run and one exit code.
 
-    A job whose folder holds its results is left alone, and a job that was begun continues. One that fails does not stop
-    the others. With several jobs side by side, each writes to `job.log` in its folder.
+    A finished job is skipped, and a job that was begun continues. A job that fails does not stop the others. With
+    several jobs side by side, each writes to `job.log` in its folder.
     """
 
     exit_codes: ClassVar[list[int]] = []
-    """Of the jobs of this command that have ended, for its own exit code."""
+    """Exit codes of the jobs that have ended. They give the exit code of the command."""
 
     def __init__(self, jobs: int):
         self.jobs = jobs
@@ -66,22 +68,22 @@ class ProcessLauncher:
         self.seconds: list[float] = []
 
     def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
-        """See Hydra's Launcher; `hydra_plugins` makes this class one.
+        """Take what Hydra gives a launcher. `hydra_plugins` registers this class as one.
 
         Raises:
-            UserError: the number of jobs side by side is none.
+            UserError: `jobs` is not a whole number of at least 1.
         """
         if not isinstance(self.jobs, int) or self.jobs < 1:
             raise UserError(f"hydra.launcher.jobs={self.jobs} is not allowed; it should be a whole number, at least 1.")
         self.context, self.config = hydra_context, config
 
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> list[JobReturn]:
-        """Runs the jobs and gives their metrics to the sweeper; after a signal, the command ends when they have."""
+        """Run the jobs and return their metrics to the sweeper. After a signal, wait for the running jobs and stop."""
         total = initial_job_idx + len(job_overrides)
         jobs = [self._job(initial_job_idx + i, list(words), total) for i, words in enumerate(job_overrides)]
         self.due += sum(not job.done for job in jobs)
         for job in jobs:
-            job.folder.path.mkdir(parents=True, exist_ok=True)  # all count, also those that are never begun
+            job.folder.path.mkdir(parents=True, exist_ok=True)  # jobs that are never begun count too
         with passed_on(self.running) as self.signals, ThreadPoolExecutor(self.jobs) as pool:
             answers = list(pool.map(self._run, jobs))
         if self._stopped():
@@ -91,10 +93,10 @@ class ProcessLauncher:
 
     def _job(self, number: int, overrides: list[str], total: int) -> Job:
         config = checked_job(self.context, self.config, overrides, number)
-        HydraConfig.instance().set_config(config)  # for ${hydra:...} in the folder's name
+        HydraConfig.instance().set_config(config)  # resolves ${hydra:...} in the folder's name
         folder = RunFolder(Path(str(config.hydra.sweep.dir)) / str(config.hydra.sweep.subdir))
         task = OmegaConf.masked_copy(config, [str(key) for key in config if key != "hydra"])
-        done = folder.begun and folder.done and folder.config.read_text() == OmegaConf.to_yaml(task)
+        done = folder.begun and folder.done and folder.config.read_text() == as_yaml(task)
         return Job(overrides, folder, " ".join([f"[{number + 1}/{total}]", *_varying(overrides)]), done)
 
     def _stopped(self) -> bool:
@@ -126,13 +128,13 @@ class ProcessLauncher:
         return metric
 
     def _exit_code(self, job: Job) -> int:
-        """Of the job's process, as a shell gives it."""
+        """Run the job's process and return its exit code, as a shell gives it."""
         theirs = [word for word in self.config.hydra.overrides.hydra if not word.startswith(_OURS)]
         environment = clean_environment(self.jobs)
         environment.setdefault("WANDB_RUN_GROUP", Path(str(self.config.hydra.sweep.dir)).name)
         if named := job_type(job.overrides):
             environment.setdefault("WANDB_JOB_TYPE", named)
-        words = [*job.overrides, *theirs, in_folder(job.folder.path)]
+        words = [*job.overrides, *theirs, *trust.word(), in_folder(job.folder.path)]
         if self.jobs == 1:
             process = Child(words, environment)
         else:
@@ -146,7 +148,9 @@ class ProcessLauncher:
 
 
 def checked_job(context: HydraContext, sweep: DictConfig, overrides: Sequence[str], number: int) -> DictConfig:
-    """A job's whole config; launchers ask for all of them first, so that a mistake in the last costs nothing.
+    """Return the composed and checked config of a job.
+
+    Launchers check all jobs first, so that a mistake in the last one is found before the first one runs.
 
     Raises:
         UserError: a key or value is wrong.
@@ -160,16 +164,16 @@ def checked_job(context: HydraContext, sweep: DictConfig, overrides: Sequence[st
 
 
 def job_words(sweep: DictConfig, overrides: Sequence[str]) -> list[str]:
-    """Return the overrides of a job with the keys of its own choices; see `words.spelled_out`."""
+    """Return the overrides of a job, with keys of a plural group assigned to its choices; see `words.spelled_out`."""
     hydras: list[str] = list(sweep.hydra.overrides.hydra)
     return spelled_out(overrides, [word for word in hydras if word.startswith("hydra.searchpath=")])
 
 
 class SweepRecord(Callback):
-    """Writes `sweep.json`: which command this is, and whether all of it is done."""
+    """Writes `sweep.json`, which holds the command and whether all of its jobs are done."""
 
     def on_multirun_start(self, config: DictConfig, **_: Any) -> None:
-        """The folder is ours until the end of the process."""
+        """Lock the folder until the end of the process, and say which jobs are done."""
         if (outside := outside_world_size() or 1) > 1:
             _refuse(f"A sweep is started once, and {outside} processes were; add hydra/launcher=process instead.")
         self.folder = Path(str(config.hydra.sweep.dir))
@@ -182,7 +186,7 @@ class SweepRecord(Callback):
         self._write(finished=False)
 
     def on_multirun_end(self, config: DictConfig, **_: Any) -> None:
-        """Says what is missing."""
+        """Print how many jobs are done and how to go on."""
         done, all_jobs = self._state()
         self._write(finished=done == all_jobs)
         rest = "" if done == all_jobs else "; the same command finishes the others"
@@ -200,7 +204,7 @@ class SweepRecord(Callback):
 
 
 def sweep_folder(root: str) -> str:
-    """Where this command's sweep lies if it was begun, is not finished and is not running; else a new folder."""
+    """Return the folder of this command's sweep if it was begun, is unfinished and is not running; else a new one."""
     for record in sorted(Path(root).glob("*/sweep.json"), reverse=True):
         content = json.loads(record.read_text())
         if content["command"] == sys.argv[1:] and not content["finished"]:
@@ -214,22 +218,22 @@ def sweep_folder(root: str) -> str:
 
 
 def register_resolvers() -> None:
-    """Let a YAML say `${sweep_folder:<root>}` and `${new_folder:<path>}`, the same for all jobs of a sweep."""
+    """Register the resolvers `${sweep_folder:<root>}` and `${new_folder:<path>}`, the same for all jobs of a sweep."""
     OmegaConf.register_new_resolver("new_folder", new_folder, replace=True, use_cache=True)
     OmegaConf.register_new_resolver("sweep_folder", sweep_folder, replace=True, use_cache=True)
 
 
 def sweep_group() -> str | None:
-    """The sweep that this process is in the middle of; a job in its own process hears of it from W&B's variable."""
+    """Return the name of the running sweep; None outside a sweep. A job's process reads it from W&B's variable."""
     hydra = HydraConfig.get()
     sweep = Path(str(hydra.sweep.dir)).name if hydra.mode == RunMode.MULTIRUN else None
     return os.environ.get("WANDB_RUN_GROUP") or sweep
 
 
 def job_type(overrides: Sequence[str]) -> str | None:
-    """What a run is, whatever its seed: the overrides without it, those alone that a sweep changes if there are any.
+    """Return a run's settings without its seed, as text: the overrides that the sweep varies, or else all overrides.
 
-    A job in its own process hears of it from W&B's variable.
+    A job in its own process reads it from W&B's variable.
     """
     named = [word for word in overrides if not word.startswith("seed=")]
     changed = [word for word in _varying(overrides) if word in named]
@@ -237,13 +241,13 @@ def job_type(overrides: Sequence[str]) -> str | None:
 
 
 def _varying(overrides: Sequence[str]) -> list[str]:
-    """What a sweep changes from job to job: the words that were not typed like this."""
+    """Return the overrides that a sweep changes from job to job: those that were not typed in this form."""
     typed = {in_short(word) for word in sys.argv[1:]}
     return [word for word in overrides if in_short(word) not in typed]
 
 
 def _refuse(sentence: str) -> NoReturn:
-    """From a callback, where Hydra makes a warning of an exception."""
+    """Print the sentence and exit with code 2. In a callback, Hydra would turn an exception into a warning."""
     print(sentence, file=sys.stderr)
     Footprint.erase()
     sys.exit(2)
@@ -257,5 +261,5 @@ def _locks(folder: int) -> bool:
     try:
         fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
-        return error.errno not in (errno.EAGAIN, errno.EACCES)  # a file system without locks
+        return error.errno not in (errno.EAGAIN, errno.EACCES)  # another error means a file system without locks
     return True

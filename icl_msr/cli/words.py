@@ -1,4 +1,4 @@
-"""What a user types, made into Hydra's overrides; and what to type where Hydra cannot read it."""
+"""Turn what a user types into Hydra's overrides, and say what to type where Hydra cannot read it."""
 
 import re
 import shlex
@@ -17,20 +17,20 @@ from icl_msr.core.errors import UserError
 
 _KEY = re.compile(r"(?P<sign>[+~]*)(?P<group>\w+)\.(?P<name>[^.=]+)(?P<rest>.*)", re.DOTALL)
 _HOME = re.compile(r"(?<=[=,\[\s\"'])~(?=/)")
-"""A tilde that begins a path: a shell expands none after `key=`."""
+"""A tilde that begins a path. A shell does not expand it after `key=`."""
 
 
 def overrides(typed: Sequence[str]) -> list[str]:
-    """Return Hydra's words for the user's: short forms in full, `~/` as the home folder, flags before keys."""
+    """Return Hydra's overrides for the typed words: short forms in full, `~/` as the home folder, flags first."""
     words = [part for word in typed for part in in_full(word)]
-    # Hydra reads no flag between overrides. A word without an equals sign is a flag's value, or takes a key away.
+    # Hydra reads no flags between overrides. A word without an equals sign is the value of a flag or deletes a key.
     return sorted(words, key=lambda word: word[:1] == "~" or (word[:1] != "-" and "=" in word))
 
 
 def in_full(word: str) -> list[str]:
     """Return the overrides that a word is short for: two for `backbone=timm:NAME`, else one.
 
-    An argument of the trainer may have a plus, whether our YAML lists it or not.
+    An argument of the trainer may have a plus, whether or not our YAML lists it.
     """
     key, equals, value = word.partition("=")
     if equals:
@@ -44,13 +44,13 @@ def in_full(word: str) -> list[str]:
 
 
 def spelled_out(words: Sequence[str], search_path: Sequence[str] = ()) -> list[str]:
-    """Return overrides in which a key of a plural group names the choices that have it.
+    """Return overrides in which every key of a plural group names the choices that have this key.
 
     `evaluation=[default,corruptions] evaluation.images=5` gives `evaluation.corruptions.images=5`. A word that names a
-    choice, or a node that a plus adds, stays as it is. A key that no choice has goes to the last, which refuses it.
+    choice, or a node that a plus adds, stays as it is. A key that no choice has goes to the last one, which refuses it.
 
     Raises:
-        UserError: a key, and no choice that could have it; or several choices of a group that takes one.
+        UserError: no choice could have a key, or several choices are given for a group that takes one.
         HydraException, OmegaConfBaseException, YAMLError, ValueError, OSError: the other words cannot be composed.
     """
     for word in words:
@@ -66,7 +66,7 @@ def spelled_out(words: Sequence[str], search_path: Sequence[str] = ()) -> list[s
 
 def _for_those_with(word: str, config: DictConfig, added: Collection[tuple[str, str]]) -> list[str]:
     sign, group, name, rest = _key(word)
-    chosen: Any = OmegaConf.to_container(config[group])  # "in" a DictConfig leaves out a key without a value
+    chosen: Any = OmegaConf.to_container(config[group])  # `in` on a DictConfig misses keys without a value
     having = [choice for choice, node in chosen.items() if name in (node or {})]
     named = name in chosen and (rest[:1] == "." or sign == "~")
     if named or (not having and (group, name) in added):
@@ -75,16 +75,17 @@ def _for_those_with(word: str, config: DictConfig, added: Collection[tuple[str, 
         return [word]
     if not chosen:
         raise UserError(no_keys(group, f"{group}.{name}"))
-    if not having and rest[:1] == ".":  # a choice that is not there
+    if not having and rest[:1] == ".":  # the choice does not exist
         return [word]
     sign = "" if not having and sign == "++" else sign
     return [f"{sign}{group}.{choice}.{name}{rest}" for choice in having or [*chosen][-1:]]
 
 
 def for_sweep(words: Sequence[str]) -> list[str]:
-    """Return the words of a sweep, whose jobs may have other choices: Hydra takes their keys before it knows the jobs.
+    """Return the words of a sweep with two pluses before keys of plural groups.
 
-    Two pluses let it do that; `spelled_out` then gives each job the keys of its own choices.
+    Hydra reads these keys before it knows the jobs, whose choices may differ. The pluses let it accept the keys, and
+    `spelled_out` assigns them to the choices of each job.
     """
     return [
         f"++{word}" if (found := _KEY.match(word)) and found["group"] in PLURAL and not found["sign"] else word
@@ -98,7 +99,7 @@ def _is_node(word: str) -> bool:
 
 
 def _key(word: str) -> tuple[str, str, str, str]:
-    """Return the signs of a word, its group, the first name below, and what follows."""
+    """Return the leading signs of a word, its group, the first name below the group, and the rest."""
     found = _KEY.match(word)
     assert found
     return found["sign"], found["group"], found["name"], found["rest"]
@@ -114,26 +115,26 @@ def _require_one_choice(word: str) -> None:
 
 
 def in_short(word: str) -> str:
-    """Return a word without what `spelled_out` and `for_sweep` add: the choice that has the key, two pluses."""
+    """Return a word without the choice's name and the two pluses that `spelled_out` and `for_sweep` add."""
     return re.sub(rf"^(?:\+\+)?(\+?(?:{'|'.join(PLURAL)})\.)(?:[^.=]+\.)?", r"\1", word)
 
 
 def path_in(word: str) -> str:
-    """Return the value of a word that we read ourselves, without the quotes that Hydra would need around it."""
+    """Return the value of a word that Hydra does not read, without the quotes that Hydra would need."""
     value = word.partition("=")[2]
     quoted = re.fullmatch(r"(['\"])(.*)\1", value)
     return quoted[2] if quoted else value
 
 
 def unreadable(word: str) -> str:
-    """Return the sentence about a word that is no override."""
+    """Return the sentence about a word that is not an override."""
     quoted = _quoted(word)
     advice = f", and put quotes around such a value: {quoted}" if quoted else ""
     return f"{word} cannot be read; write key=value{advice}."
 
 
 def ambiguous(word: str) -> str:
-    """Return the sentence about a word with several values in a command that is no sweep."""
+    """Return the sentence about a word with several values in a command that is not a sweep."""
     group, _, value = word.partition("=")
     if group in PLURAL:
         return f"{word} has several values; write {group}=[{value}] for a run with all, or add -m for a run with each."
@@ -144,7 +145,7 @@ def ambiguous(word: str) -> str:
 
 
 def _quoted(word: str) -> str:
-    """Return the word with its value as text, for a shell; nothing where that is no override either."""
+    """Return the word with its value in quotes for a shell; an empty text if that is not an override either."""
     key, equals, value = word.partition("=")
     text = '"' + value.replace("\\", "\\\\").replace('"', '\\"') + '"'
     with suppress(HydraException):

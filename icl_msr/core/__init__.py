@@ -1,1 +1,1 @@
-"""What every room needs: errors, records, config, the run's folder, files, ranks, randomness."""
+"""Errors, records, configs, run folders, files, ranks and randomness, used by every room."""

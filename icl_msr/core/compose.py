@@ -1,4 +1,4 @@
-"""Composing configs with Hydra, also in the middle of one of its jobs."""
+"""Compose configs with Hydra, also inside a running Hydra job."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -14,7 +14,7 @@ from icl_msr.core.config import config_dir
 
 @contextmanager
 def hydra_for_itself() -> Iterator[GlobalHydra]:
-    """Set Hydra up on the folder `conf` for a while; a job that runs finds its own state again afterwards."""
+    """Initialise Hydra on the folder `conf` inside the context, and restore the state of a running job afterwards."""
     state = GlobalHydra.instance()
     before = state.hydra
     state.clear()
@@ -26,10 +26,10 @@ def hydra_for_itself() -> Iterator[GlobalHydra]:
 
 
 def compose(overrides: Sequence[str]) -> DictConfig:
-    """Return the config that overrides give, without Hydra's own node.
+    """Return the config that the overrides give, without Hydra's own node.
 
     Raises:
-        HydraException, OmegaConfBaseException, YAMLError, ValueError, OSError: it cannot be composed.
+        HydraException, OmegaConfBaseException, YAMLError, ValueError, OSError: the config cannot be composed.
     """
     with hydra_for_itself():
         return hydra.compose("config", overrides=list(overrides))
@@ -37,7 +37,7 @@ def compose(overrides: Sequence[str]) -> DictConfig:
 
 @contextmanager
 def known_to_hydra(config: DictConfig) -> Iterator[None]:
-    """Let `${hydra:...}` refer to this config for a while."""
+    """Let `${hydra:...}` refer to this config inside the context."""
     state = HydraConfig.instance()
     before = state.cfg
     state.set_config(config)

@@ -1,10 +1,10 @@
-"""From composed YAML to checked objects.
+"""Check composed YAML and build objects from it.
 
-A node is a mapping that names a class or function in `_target_`. What the target's parameters declare are the node's
-keys, so the schema of a component stands in the component, and any class of torch, Lightning or a user's package can
-stand in a YAML. The program hands some values over by name (`GIVEN`): a target takes those that it declares, unless the
-node says them itself. Values may be nodes again, also in lists and mappings; `_partial_: true` gives a function that
-waits for the rest, as in `hydra.utils.instantiate`.
+A node is a mapping that names a class or function in `_target_`. The parameters of the target are the keys of the node.
+So a component defines its own schema, and a YAML file can name any class of torch, Lightning or a user's package. The
+program passes some values by name (`GIVEN`). A target receives those that it declares, unless the node sets them
+itself. Values may be nodes again, also in lists and mappings. `_partial_: true` gives a function that takes the
+remaining arguments, as in `hydra.utils.instantiate`.
 
 This module imports no target before it is asked to check or build one.
 """
@@ -34,7 +34,7 @@ Node = dict[str, Any]
 _STRICT = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, protected_namespaces=())
 
 PLURAL = ("callbacks", "logger", "evaluation")
-"""Groups of which a run takes several choices: a mapping from names to nodes."""
+"""Groups in which a run may choose several options. Each is a mapping from names to nodes."""
 
 GIVEN: dict[str, tuple[str, ...]] = {
     "method": ("backbone", "classes", "mean", "std"),
@@ -45,7 +45,7 @@ GIVEN: dict[str, tuple[str, ...]] = {
     "callbacks": ("dataset", "channels", "seed", "checkpoint", "throughput"),
     "logger": ("folder", "about", "save_dir"),
 }
-"""What the program hands over to the targets of a group, by name."""
+"""Values that the program passes to the targets of a group, by name."""
 
 OWNED = {
     "trainer": {
@@ -54,8 +54,8 @@ OWNED = {
         "num_nodes": "type hardware.nodes=<number>",
         "precision": "type hardware.precision=<value>",
         "strategy": "it follows from hardware.devices, and queues must not be broadcast between ranks",
-        "sync_batchnorm": "statistics are shared by all devices as it is, in a way that has all derivatives",
-        "use_distributed_sampler": "the batches of a rank are those that one device would see",
+        "sync_batchnorm": "statistics are always shared by all devices, with derivatives of every order",
+        "use_distributed_sampler": "ranks share the batches that one device would see",
         "logger": "type logger=[wandb,tensorboard] or +logger.<name>._target_=<class>",
         "callbacks": "type +callbacks.<name>._target_=<class>",
         "enable_checkpointing": "drop the checkpoints with ~callbacks.checkpoints",
@@ -64,11 +64,11 @@ OWNED = {
         "barebones": "a run writes its results by callbacks and loggers",
     }
 }
-"""Arguments that the program decides, and what to do instead."""
+"""Arguments that the program sets itself, with the advice for the user."""
 
 
 class Loader(BaseModel):
-    """Batches."""
+    """Settings of the data loader."""
 
     model_config = _STRICT
 
@@ -77,9 +77,9 @@ class Loader(BaseModel):
 
 
 class Settings(BaseModel):
-    """The root of a config: one node a group, or several, and a few values of its own.
+    """The root of a config: one or more nodes for each group, and a few values of its own.
 
-    Groups stand in the order in which they are checked: those whose targets are imported fast come first.
+    Groups are checked in this order. Those whose targets are imported fast come first.
     """
 
     model_config = _STRICT
@@ -103,11 +103,11 @@ class Settings(BaseModel):
     logger: dict[str, Any]
 
     def groups(self) -> dict[str, Node]:
-        """Return every group of choices by its name."""
+        """Return all config groups by name."""
         return {name: value for name, value in self if isinstance(value, dict) and name != "bias_and_norm"}
 
     def nodes(self) -> Iterator[tuple[str, str, Any]]:
-        """Yield every node with its group and its key, `method` or `callbacks.online`."""
+        """Yield (group, key, node) for every node. A key is, for example, `method` or `callbacks.online`."""
         for group, value in self.groups().items():
             if group in PLURAL:
                 yield from ((group, f"{group}.{name}", node) for name, node in value.items())
@@ -154,9 +154,10 @@ def check(config: DictConfig, typed: Iterable[str] = ()) -> Settings:
 
 
 def build(node: Mapping[str, Any], **given: Any) -> Any:
-    """Call a checked node's target; return None where `_target_` is null.
+    """Call the target of a checked node and return the result; return None if `_target_` is null.
 
-    `given` is what the program hands over by name: the target takes what it declares and the node does not say itself.
+    `given` holds the values that the program passes by name. The target receives those that it declares and that the
+    node does not set itself.
     """
     if node["_target_"] is None:
         return None
@@ -169,10 +170,10 @@ def build(node: Mapping[str, Any], **given: Any) -> Any:
 
 
 def with_new_keys(saved: Mapping[str, Any], today: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a saved config in which every key that was added since has today's value.
+    """Return a saved config, completed with today's values of all keys that were added since.
 
-    Keys are added at the root, and to nodes whose target is still the same. A mapping of names, such as `callbacks`,
-    keeps the names that it was saved with.
+    Keys are added at the root, and to nodes whose target is unchanged. A mapping of names, such as `callbacks`, keeps
+    the names that it was saved with.
     """
     merged = {**today, **saved}
     for key, before in saved.items():
@@ -191,24 +192,24 @@ def _renewed(before: Any, now: Any) -> Any:
 
 
 def fingerprint(settings: Settings) -> str:
-    """Return a short hash of all values: equal for equal configs."""
+    """Return a short hash of all values. Equal configs have equal hashes."""
     text = json.dumps(settings.model_dump(), sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
 def unfilled(error: InterpolationResolutionError) -> str:
-    """Return the sentence about a value that refers to nothing."""
+    """Return the error message for a value that refers to nothing."""
     reason = str(error).splitlines()[0]
     return f"{error.full_key} cannot be filled in ({reason}); name a key in full, as ${{seed}}."
 
 
 def no_keys(group: str, wrong: str) -> str:
-    """Return the sentence about a key of a group that is `none`."""
+    """Return the error message for a key of a group that is `none`."""
     return f"{group} is none and has no keys, so {wrong} has no meaning; drop it or choose another {group}."
 
 
 def suggestion(wrong: str, known: Iterable[str]) -> str:
-    """Return `did you mean a or b?`, or all known names where none is near."""
+    """Return `did you mean a or b?`, or all known names if none is similar."""
     names = sorted(known)
     if not names:
         return "there is nothing to choose from."
@@ -217,12 +218,12 @@ def suggestion(wrong: str, known: Iterable[str]) -> str:
 
 
 def check_node(key: str, node: Any, given: Collection[str] = ()) -> None:
-    """Hold the keys of a node, and of the nodes in it, against what its `_target_` takes.
+    """Check the keys of a node, and of the nodes in it, against the parameters of its `_target_`.
 
     Args:
-        key: where the node stands, for the sentence.
+        key: the place of the node in the config, for the error message.
         node: the mapping.
-        given: names that the program hands over.
+        given: names of the values that the program passes.
 
     Raises:
         UserError: a key is missing, unknown, or has a value that is not allowed.
@@ -251,18 +252,18 @@ def check_node(key: str, node: Any, given: Collection[str] = ()) -> None:
 
 
 _HYDRAS = ("_target_", "_partial_", "_args_")
-"""Keys that say how a target is called; the others are its arguments."""
+"""Keys that say how a target is called. All other keys are its arguments."""
 
 
 def _built(value: Any) -> Any:
-    """A value of a node with every node in it built."""
+    """Return a value with every node in it built."""
     if isinstance(value, Mapping):
         return build(value) if "_target_" in value else {name: _built(part) for name, part in value.items()}
     return [_built(part) for part in value] if isinstance(value, list) else value
 
 
 def _nested(key: str, value: Any) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    """The nodes inside a value and where they stand."""
+    """Yield the nodes inside a value, each with its key."""
     if isinstance(value, Mapping) and "_target_" in value:
         yield key, value
     elif isinstance(value, Mapping | list):
@@ -271,12 +272,12 @@ def _nested(key: str, value: Any) -> Iterator[tuple[str, Mapping[str, Any]]]:
 
 
 def _parameters(target: Callable[..., Any]) -> dict[str, Parameter]:
-    """What a target declares by name; `**` stands for itself where it takes any name."""
+    """Return the named parameters of a target; the name `**` says that it takes any name."""
     try:
         signature = inspect.signature(target, eval_str=True)
-    except (NameError, AttributeError, TypeError):  # an annotation that exists for type checkers alone
+    except (NameError, AttributeError, TypeError):  # an annotation that exists only for type checkers
         signature = inspect.signature(target)
-    except ValueError:  # a builtin that does not say what it takes
+    except ValueError:  # a builtin without a signature
         return {"**": Parameter("_", Parameter.VAR_KEYWORD)}
     named = (Parameter.POSITIONAL_OR_KEYWORD, Parameter.KEYWORD_ONLY)
     names = ((p, "**" if p.kind is p.VAR_KEYWORD else p.name) for p in signature.parameters.values())
@@ -286,7 +287,7 @@ def _parameters(target: Callable[..., Any]) -> dict[str, Parameter]:
 def _schema(
     target: Callable[..., Any], keys: Mapping[str, Any], given: Collection[str], whole: bool
 ) -> type[BaseModel]:
-    """A model of a target's parameters. What is handed over may be said by the node, but need not be."""
+    """Return a model of a target's parameters. The node may set the values that the program passes, but need not."""
     fields: dict[str, Any] = {}
     parameters = _parameters(target)
     any_name = parameters.pop("**", None)
@@ -305,7 +306,7 @@ def _schema(
 
 
 def _held(annotation: Any) -> Any:
-    """What a value of a YAML file can be held against: the annotation as far as it speaks of such values, or Any."""
+    """Return the annotation as far as a YAML value can be checked against it, or else Any."""
     if annotation in (int, float, str, bool, None, NoneType, list, dict):
         return annotation
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
@@ -331,7 +332,7 @@ def _validated(schema: type[Schema], values: Mapping[str, Any], prefix: str) -> 
 
 
 def _sentence(errors: ValidationError, schema: type[BaseModel], values: Mapping[str, Any], prefix: str) -> str:
-    """The first mistake, said of its key. The members of a union, which pydantic judges one by one, are one choice."""
+    """Return the error message for the first mistake. Pydantic's errors for the members of a union become one."""
     first = errors.errors()[0]
     if first["type"] == "missing":
         key = prefix + ".".join(map(str, first["loc"]))
@@ -357,7 +358,7 @@ def _sentence(errors: ValidationError, schema: type[BaseModel], values: Mapping[
 
 
 def _path(loc: Iterable[int | str], values: Any) -> list[Any]:
-    """Where the value stands: pydantic's own path also names the types of a union that it tried."""
+    """Return the path of a value. Pydantic's own path also names the types of a union that it tried."""
     path: list[Any] = []
     for part in loc:
         inside = range(len(values)) if isinstance(values, list) else values if isinstance(values, Mapping) else ()
@@ -368,7 +369,7 @@ def _path(loc: Iterable[int | str], values: Any) -> list[Any]:
 
 
 def _fields(schema: type[BaseModel], path: Sequence[Any]) -> Mapping[str, FieldInfo]:
-    """The fields beside the last name of a path; none inside a value that is no model."""
+    """Return the fields beside the last name of a path; there are none inside a value that is not a model."""
     fields = schema.model_fields
     for name in path[:-1]:
         fields = getattr(fields[name].annotation, "model_fields", {}) if name in fields else {}
@@ -394,6 +395,6 @@ _ALLOWED = {
 
 
 def _allowed(error: Mapping[str, Any]) -> str:
-    """What a value should be, in plain words."""
+    """Return what a value should be, in plain words."""
     words = _ALLOWED.get(error["type"], "")
     return words.format(**error.get("ctx", {})) or str(error["msg"]).removeprefix("Input should be ").replace("'", "")

@@ -1,9 +1,9 @@
-"""Collectives, exact in the gradient for any number of ranks and any order of derivative.
+"""Collectives with exact derivatives of every order, for any number of ranks.
 
 Every rank's loss is a mean over its own rows, and the training loss L is the mean of the W ranks' losses. All ranks
-differentiate at once and the adjoint of a sum over ranks is a sum over ranks, so what a rank obtains by its own copy of
-a parameter is the derivative of W L. The average over the copies is therefore the derivative of L itself, and so on
-for derivatives of derivatives: only the last one is averaged.
+differentiate at the same time, and the adjoint of a sum over ranks is a sum over ranks. So a rank's gradient with
+respect to its own copy of a parameter is the derivative of W L, and the average over the copies is the derivative of L
+itself. The same holds for derivatives of derivatives: only the last one is averaged.
 
 All ranks must call the same collectives in the same order. With one process every function here is the identity.
 """
@@ -18,12 +18,12 @@ from torch.autograd.function import Function
 
 
 def world_size() -> int:
-    """Number of processes that train together."""
+    """Return the number of processes that train together."""
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
 def rank() -> int:
-    """This process's number, from 0."""
+    """Return the rank of this process, counted from 0."""
     return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
 
 
@@ -34,7 +34,7 @@ def _sum_over_ranks(local: Tensor) -> Tensor:
 
 
 class _Sum(Function):
-    """Linear and its own adjoint, so derivatives of every order cross the ranks, in reverse and in forward mode."""
+    """A sum over ranks. It is its own adjoint, so all derivatives cross ranks, in reverse and forward mode."""
 
     @staticmethod
     def forward(local: Tensor) -> Tensor:
@@ -54,12 +54,12 @@ class _Sum(Function):
 
 
 def all_reduce_sum(local: Tensor) -> Tensor:
-    """The sum over ranks, on every rank: same shape."""
+    """Return the sum over ranks, on every rank, in the same shape."""
     return local if world_size() == 1 else _Sum.apply(local)
 
 
 def gather(local: Tensor) -> Tensor:
-    """The rows of every rank, in rank order: (N, ...) to (W N, ...); N is the same on all ranks.
+    """Return the rows of all ranks in rank order: (N, ...) to (W N, ...); N is the same on all ranks.
 
     A loss that compares local rows with gathered ones has the gradient of one process on the whole batch.
     """
@@ -71,7 +71,7 @@ def gather(local: Tensor) -> Tensor:
 
 @torch.no_grad()
 def average(tensors: Sequence[Tensor]) -> list[Tensor]:
-    """Means over ranks of many tensors of one dtype, such as gradients, in one message; without gradient."""
+    """Return the means over ranks of tensors of one dtype, such as gradients, in one message; without gradient."""
     if world_size() == 1:
         return list(tensors)
     bucket = torch.cat([t.flatten() for t in tensors])
@@ -81,7 +81,7 @@ def average(tensors: Sequence[Tensor]) -> list[Tensor]:
 
 
 def everywhere(here: bool) -> bool:
-    """Whether it is so on every rank."""
+    """Return whether `here` is true on every rank."""
     if world_size() == 1:
         return here
     answers: list[Any] = [None] * world_size()

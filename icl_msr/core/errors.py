@@ -5,10 +5,10 @@ PREEMPTED = 75
 
 
 def reason(error: BaseException) -> str:
-    """Return the first line of what an error says, for the middle of a sentence."""
+    """Return the first line of an error's message, for use inside a sentence."""
     said = str(error).strip().splitlines()
     return said[0].rstrip(". ") if said else type(error).__name__
 
 
 class UserError(Exception):
-    """A mistake the user can mend; the message is one sentence that says what to type instead."""
+    """A mistake that the user can fix. The message is one sentence that says what to type instead."""

@@ -1,6 +1,6 @@
-"""What every drawing needs of text."""
+"""Text in figures."""
 
 
 def plain(text: str) -> str:
-    """Write text so that matplotlib draws it as it is: dollars would be mathematics, and legends leave `_names` out."""
+    """Return text that matplotlib draws literally: a dollar would start mathematics, and legends skip `_names`."""
     return ("\u200b" if text.startswith("_") else "") + text.replace("$", r"\$")

@@ -1,11 +1,12 @@
-"""What the folder of a run says of itself, and who may write there."""
+"""The folder of a run: its files, its format and its lock."""
 
 import errno
 import fcntl
 import json
 import os
+import re
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
@@ -15,19 +16,26 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
-from icl_msr.core.config import PLURAL, with_new_keys
+from icl_msr.core.config import PLURAL, Settings, with_new_keys
 from icl_msr.core.errors import UserError
-from icl_msr.core.storage import atomic_write
+from icl_msr.core.saved import read, shown
+from icl_msr.core.storage import atomic_write, read_regular
 
 FORMAT = 2
-"""The format of a run folder, said in its environment.json. It grows when what lies there is read in another way."""
+"""The format of a run folder, written to its environment.json. It grows when the files are read in another way."""
+
+_NAMES = re.compile(r"[\w-]+([+/][\w-]+)*")
+"""Of choices, not of anything that Hydra reads otherwise."""
+
+LARGEST = 10_000_000
+"""Bytes of a file that says facts."""
 
 PATIENCE = 10.0
-"""Seconds to wait for the processes of a run that was killed to let its folder go."""
+"""Seconds to wait until the processes of a killed run release its folder."""
 
 
 class RunFolder:
-    """A run's files by name. `config.yaml` is written when training begins, `results.json` when all is done."""
+    """The files of a run. `config.yaml` is written when training begins, `results.json` when everything is done."""
 
     def __init__(self, path: Path):
         self.path = path
@@ -41,34 +49,35 @@ class RunFolder:
 
     @property
     def begun(self) -> bool:
-        """Whether a run lies here, finished or not."""
+        """True if the folder holds a run, finished or not."""
         return self.config.exists()
 
     @property
     def done(self) -> bool:
-        """Whether a finished run lies here."""
+        """True if the folder holds a finished run."""
         return self.results.exists()
 
     @property
     def advice(self) -> str:
-        """How to go on with what lies here."""
+        """Advice to the user: how to continue with this folder."""
         return f"continue with resume={self}" if self.checkpoint.exists() else "repeat the command"
 
     def farewell(self, cause: str, steps: int | None = None) -> str:
-        """Return what a run says that was stopped after so many steps, or before or after all of them."""
+        """Return the message of a run that was stopped after `steps` steps; None means before or after training."""
         if not self.checkpoint.exists():
             return f"Stopped by {cause} before anything was trained; the same command begins again."
         after = "" if steps is None else f" after {steps} steps"
         return f"Stopped by {cause}{after}; all is saved. Continue with: python -m icl_msr.run resume={self}"
 
     def require_format(self) -> None:
-        """Refuse a folder that another version of the program has written in another format.
+        """Check that the folder has the format of this version of the program.
 
         Raises:
-            UserError: its format is another one, or is not said.
+            UserError: its format is another one, or is not said; or see `require_inside`.
         """
+        self.require_inside()
         facts: Any = {}
-        with suppress(OSError, ValueError):
+        with suppress(OSError, ValueError, RecursionError):
             facts = self.facts()
         found, writer = (facts.get(key) for key in ("format", "icl_msr")) if isinstance(facts, dict) else (None, None)
         if found != FORMAT:
@@ -76,55 +85,74 @@ class RunFolder:
             by = f"icl-msr {writer}, which wrote it" if writer else "the version of icl-msr that wrote it"
             raise UserError(f"{self} {said}, and this version reads format {FORMAT}; use {by}, or repeat the run.")
 
-    def saved_config(self, *, resolve: bool = True) -> dict[str, Any]:
-        """Return the config of the run that lies here, interpolations filled in, or as they are.
+    def require_inside(self) -> None:
+        """Check that no link leads out of the folder, and that it holds only files and folders.
+
+        Otherwise the program could read or write elsewhere, or wait for ever.
 
         Raises:
-            UserError: the folder is of another format, or the file is damaged.
+            UserError: a link leads out, or an entry is neither a file nor a folder.
+        """
+        inside = os.path.realpath(self.path)
+        for folder, folders, files in os.walk(self.path):
+            for path in (os.path.join(folder, name) for name in (*folders, *files)):
+                if os.path.islink(path):
+                    if os.path.commonpath((inside, os.path.realpath(path))) != inside:
+                        raise UserError(f"{shown(path)} leads out of the run's folder; put a copy in its place.")
+                elif not (os.path.isfile(path) or os.path.isdir(path)):
+                    raise UserError(f"{shown(path)} is neither a file nor a folder; remove it.")
+
+    def saved_config(self, *, resolve: bool = True) -> dict[str, Any]:
+        """Return the config of the run. Interpolations are resolved if `resolve` is true, else kept.
+
+        Raises:
+            UserError: the folder is of another format, or the file is damaged or more than data (see `core.saved`).
         """
         self.require_format()
         saved: Any = None
-        with suppress(OSError, ValueError, YAMLError, OmegaConfBaseException):
-            written = OmegaConf.to_container(OmegaConf.load(self.config))
-            if isinstance(written, dict) and written:
-                saved = OmegaConf.to_container(OmegaConf.create(self.with_new_keys(written)), resolve=resolve)
-        if not isinstance(saved, dict):
+        with suppress(OSError, ValueError, RecursionError, YAMLError, OmegaConfBaseException):
+            written = read(self.config)
+            saved = OmegaConf.to_container(OmegaConf.create(self.with_new_keys(written)), resolve=resolve)
+        if not isinstance(saved, dict) or not saved:
             raise UserError(f"{self.config} is damaged; restore it from a copy, or begin a new run in another folder.")
         return {str(key): value for key, value in saved.items()}
 
     def with_new_keys(self, saved: Any) -> dict[str, Any]:
-        """Return a saved config with the values that its choices have today for keys which were added since."""
+        """Return a saved config, completed with today's values of all keys that its choices have gained since."""
         choices: dict[str, str] = {}
-        with suppress(OSError, ValueError):
-            choices = self.facts().get("choices", {})
+        with suppress(OSError, ValueError, AttributeError, TypeError):
+            choices = dict(self.facts().get("choices", {}))
         words = tuple(
             f"{group}=[{choice.replace('+', ',')}]" if group in PLURAL else f"{group}={choice}"
             for group, choice in choices.items()
+            if group in Settings.model_fields and _NAMES.fullmatch(str(choice))
         )
         today = {key: value for key, value in _today(words).items() if key in saved or key not in choices}
         return with_new_keys({str(key): value for key, value in saved.items()}, today)
 
     def write_facts(self, facts: Mapping[str, Any]) -> None:
-        """Write `environment.json`: where the run comes from, and the format of its folder."""
+        """Write `environment.json`: the origin of the run and the format of its folder."""
         self.write(self.environment.name, {"format": FORMAT, **facts})
 
     def facts(self) -> dict[str, Any]:
-        """Return `environment.json`."""
-        facts: dict[str, Any] = json.loads(self.environment.read_text())
+        """Return the content of `environment.json`."""
+        facts: dict[str, Any] = json.loads(read_regular(self.environment, LARGEST))
         return facts
 
     def metric(self) -> float:
-        """The value that the finished run gave to the sweeper."""
+        """Return the value that the finished run gave to the sweeper; NaN if it has none."""
         value = json.loads(self.results.read_text())["metric"]["value"]
         return float("nan") if value is None else float(value)
 
     def write(self, name: str, content: Mapping[str, Any]) -> None:
-        """Plain data as indented JSON, whole or not at all."""
+        """Write plain data as indented JSON, whole or not at all."""
         atomic_write(self.path / name, json.dumps(content, indent=2) + "\n", self.advice)
 
     @contextmanager
     def locked(self) -> Iterator[None]:
-        """Nobody else writes here meanwhile; the lock goes with the process, however that ends.
+        """Lock the folder inside the context, so that no other process writes to it.
+
+        The operating system releases the lock when the process ends for any reason.
 
         Raises:
             UserError: another process writes here.
@@ -152,12 +180,12 @@ class RunFolder:
 
 @cache
 def _today(words: tuple[str, ...]) -> dict[str, Any]:
-    """Return what choices give today; without those that are not there any more, or in another's package."""
-    known = [word for word in words if _composed([word])]
-    return {str(key): value for key, value in (_composed(known) or {}).items()}
+    """Return the config that the choices give today, without choices that this installation does not have."""
+    today = _composed(words) or _composed([word for word in words if _composed([word])]) or {}
+    return {str(key): value for key, value in today.items()}
 
 
-def _composed(words: list[str]) -> dict[Any, Any] | None:
+def _composed(words: Sequence[str]) -> dict[Any, Any] | None:
     from icl_msr.core.compose import compose  # which brings Hydra along
 
     try:

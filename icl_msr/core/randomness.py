@@ -1,8 +1,8 @@
-"""Counter-based randomness: a number is an integer hash of (seed, epoch, index, view, slot).
+"""Counter-based random numbers: each is an integer hash of (seed, epoch, index, view, slot).
 
-The numbers depend on nothing else: not on the batch size, the worker, the rank or the device, and they are bit-equal
-on CPU and GPU. The mixer is the "lowbias32" finaliser found by exhaustive search (C. Wellons, hash-prospector, 2018).
-Arithmetic is done in int64, whose wrapping products keep the low 32 bits exact.
+The numbers do not depend on the batch size, the worker, the rank or the device. They are bit-equal on CPU and GPU. The
+mixer is the "lowbias32" finaliser found by exhaustive search (C. Wellons, hash-prospector, 2018).
+The arithmetic uses int64, because its wrapping products keep the low 32 bits exact.
 """
 
 import torch
@@ -18,7 +18,7 @@ def _mix(x: Tensor) -> Tensor:
 
 
 def keys(seed: int, epoch: int, index: Tensor, view: int) -> Tensor:
-    """One key for each image of a view: int64 (N,) from `index` int64 (N,)."""
+    """Return one key for each image of a view: int64 (N,) from `index` int64 (N,)."""
     key = torch.zeros_like(index)
     for word in (seed & _MASK, seed >> 32 & _MASK, epoch, view):
         key = _mix(key + word & _MASK) + 0x9E3779B9 & _MASK
@@ -26,16 +26,16 @@ def keys(seed: int, epoch: int, index: Tensor, view: int) -> Tensor:
 
 
 def integers(key: Tensor, slots: int, first: int = 0) -> Tensor:
-    """Uniform integers in [0, 2^32) as int64 (N, slots), for the slots first .. first + slots - 1 of each key."""
+    """Return uniform integers in [0, 2^32), int64 (N, slots), for slots first .. first + slots - 1 of each key."""
     slot = torch.arange(first, first + slots, device=key.device)
     return _mix(_mix(slot * 0x9E3779B9 & _MASK)[None] + key[:, None] & _MASK)
 
 
 def uniforms(key: Tensor, slots: int, first: int = 0) -> Tensor:
-    """Uniform float32 numbers in [0, 1) with 24 random bits, (N, slots); see `integers`."""
+    """Return uniform float32 numbers in [0, 1) with 24 random bits, (N, slots); see `integers`."""
     return (integers(key, slots, first) >> 8).float() * 2.0**-24
 
 
 def permutation(seed: int, epoch: int, length: int) -> Tensor:
-    """A random order of `length` images: int64 (length,), on the CPU."""
+    """Return a random order of `length` images: int64 (length,), on the CPU."""
     return torch.argsort(keys(seed, epoch, torch.arange(length), view=-1), stable=True)

@@ -1,13 +1,13 @@
-"""Which of the processes that were started together this one is, as the environment says."""
+"""The rank of this process among those started together, read from the environment."""
 
 import os
 
 _SPECIAL_STEPS = 0xFFFFFFF0
-"""SLURM numbers the batch script, the interactive shell and the like from here on: steps that hold one process."""
+"""First number of SLURM's special steps, such as the batch script and the interactive shell. Each is one process."""
 
 
 def outside_world_size() -> int | None:
-    """Return how many processes were started together, by us, torchrun or srun; None for one alone."""
+    """Return the number of processes that icl-msr, torchrun or srun started together; None for a single process."""
     if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
         return int(os.environ["WORLD_SIZE"])
     step = os.environ.get("SLURM_STEP_ID", "")
@@ -18,10 +18,10 @@ def outside_world_size() -> int | None:
 
 
 def is_rank() -> bool:
-    """Return whether this process trains together with others that are there already."""
+    """Return whether this process was started as one of several that train together."""
     return outside_world_size() is not None
 
 
 def is_first() -> bool:
-    """Return whether this process speaks and writes: the first of those that train together, or the only one."""
+    """Return whether this process prints and writes files: it is the first of several, or the only one."""
     return not is_rank() or int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", 0))) == 0

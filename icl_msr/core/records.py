@@ -1,7 +1,7 @@
-"""What was measured: one number a record, how records are laid out for people, and both as a run's `results.json`.
+"""Records of what was measured, their layout in tables and plots, and the file `results.json`.
 
-An evaluation makes records and says in a `Layout` beside them which table and which plot they stand in. The report, the
-dashboards and a sweeper read them. Nobody else has to know a new kind of record.
+A record holds one number. An evaluation makes records, and defines in a `Layout` which table and which plot show them.
+The report, the dashboards and a sweeper read records. No other code has to know a new kind of record.
 """
 
 import json
@@ -17,23 +17,23 @@ from icl_msr.core.errors import UserError
 
 Read = TypeVar("Read")
 Unit = Literal["fraction", "points", "count", "number"]
-"""A fraction is shown in per cent; points are differences of fractions in per cent."""
+"""The unit of a value. Fractions are shown in per cent. Points are differences of percentages."""
 TRAINED, UNTRAINED = "trained", "untrained"
-"""The encoder that is evaluated, and the one that it is compared with."""
+"""Names of the encoder that is evaluated, and of the untrained one that it is compared with."""
 CHANCE = "chance"
-"""In place of a split: the accuracy of guessing."""
+"""A name in place of a split, for the accuracy of guessing."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Classifier:
-    """What names the classes of images."""
+    """A classifier that predicts the classes of images."""
 
     family: str
-    """`linear` and `knn` on frozen features, `finetune`, or `head`, which the encoder came with."""
+    """`linear` or `knn` on frozen features, `finetune`, or `head`, the classifier that the encoder came with."""
     preset: str = ""
-    """How it is fitted, as `dino`; empty for the usual way."""
+    """Preset that it is fitted with, such as `dino`; empty for the default."""
     fraction: float = 1.0
-    """Of the labels that it is fitted with."""
+    """Fraction of the labels that it is fitted with."""
 
     def __str__(self) -> str:
         part = "" if self.fraction == 1 else f"{100 * self.fraction:g}%"
@@ -42,30 +42,30 @@ class Classifier:
 
 @dataclass(frozen=True, kw_only=True)
 class Measurement:
-    """One number, and all that says what it is a number of."""
+    """A number, with everything that says what it measures."""
 
     kind: str
     """Records of one kind share a `Layout`."""
     metric: str = "accuracy"
     value: float | None
-    """None where the measure has no value, as the rank of features that are all zero."""
+    """None if the measure has no value, such as the rank of features that are all zero."""
     low: float | None = None
     high: float | None = None
-    """The 95 % interval."""
+    """Upper end of the 95 % interval; `low` is the lower one."""
     n: int | None = None
-    """Images."""
+    """Number of images."""
     unit: Unit = "fraction"
     better: Literal["more", "less", "neither"] = field(default="more", compare=False)
-    """Which values are good ones; `less` is nearer to zero."""
+    """The direction of better values; `less` means nearer to zero."""
     encoder: str = TRAINED
     classifier: Classifier | None = None
     fitted_on: str = ""
-    """`train` or `balanced`; `stimuli` for what is read inside them, `own` for the classifier of the encoder."""
+    """`train` or `balanced`; `stimuli` for probes fitted to the stimuli, `own` for the encoder's own classifier."""
     split: str = ""
     minus: str = ""
-    """Of a difference: the split that is subtracted from `split`, or `CHANCE`."""
+    """For a difference, the split that is subtracted from `split`, or `CHANCE`."""
     factors: Mapping[str, str | int | float] = field(default_factory=dict, hash=False)
-    """What else tells this record from others of its kind, as `{"corruption": "fog", "severity": 3}`."""
+    """Other properties that distinguish records of one kind, such as `{"corruption": "fog", "severity": 3}`."""
     note: str = ""
 
     def __post_init__(self) -> None:
@@ -74,12 +74,12 @@ class Measurement:
 
     @property
     def splits(self) -> str:
-        """`mixed_rand`, or `mixed_same - mixed_rand` for a difference."""
+        """The split, such as `mixed_rand`, or the difference, such as `mixed_same - mixed_rand`."""
         return f"{self.split} - {self.minus}" if self.minus else self.split
 
     @property
     def name(self) -> str:
-        """What a user types to name this number, as `linear/balanced/mixed_rand`; the encoder is no part of it."""
+        """The name of this number, as a user types it: `linear/balanced/mixed_rand`. The encoder is not part of it."""
         usual = self.kind in (ACCURACY.kind, GAP.kind)
         kind, metric = "" if usual else self.kind, "" if self.metric == "accuracy" else self.metric
         parts = (kind, metric, self.classifier or "", self.fitted_on, self.splits, *self.factors.values())
@@ -87,25 +87,25 @@ class Measurement:
 
     @property
     def identity(self) -> Self:
-        """The record without its number: equal for the same measure of two runs."""
+        """The record without its number. It is equal for the same measure in two runs."""
         return replace(self, value=None, low=None, high=None, n=None, note="")
 
     @property
     def shown(self) -> float | None:
-        """The value as people read it: fractions in per cent."""
+        """The value for display, with fractions in per cent."""
         return self.scaled(self.value)
 
     def scaled(self, value: float | None) -> float | None:
-        """A value of this unit as people read it."""
+        """Return a value of this record's unit for display, with fractions in per cent."""
         return 100 * value if value is not None and self.unit == "fraction" else value
 
     def told(self, by: str) -> Any:
-        """The value of a field or factor, or of `splits`; None where it has none. A classifier is told by its name."""
+        """Return the value of a field, factor or `splits`, or None if it is empty. A classifier becomes its name."""
         value = getattr(self, by) if by in _OWN or by == "splits" else self.factors.get(by)
         return None if value in (None, "") else str(value) if by == "classifier" else value
 
     def row(self) -> dict[str, Any]:
-        """The record as a flat row: factors and the parts of the classifier are columns; what is empty is left out."""
+        """Return the record as a flat row with factors and the classifier's fields as columns, without empty ones."""
         row: dict[str, Any] = {"encoder": self.encoder, **({} if self.classifier is None else vars(self.classifier))}
         row |= {"fitted_on": self.fitted_on, "split": self.split, "minus": self.minus, **self.factors}
         row |= {"metric": self.metric, "value": self.value, "low": self.low, "high": self.high, "n": self.n}
@@ -115,10 +115,10 @@ class Measurement:
 
     @classmethod
     def read(cls, kind: str, row: Mapping[str, Any], where: str) -> Self:
-        """The record of a `row`.
+        """Return the record of a `row`.
 
         Raises:
-            ValueError: a value is none of its type.
+            ValueError: a value has the wrong type.
         """
         parts = [f.name for f in fields(Classifier)]
         classifier = {key: row[key] for key in parts if key in row} or None
@@ -132,61 +132,61 @@ _OWN = frozenset(f.name for f in fields(Measurement)) - {"factors"}
 
 @dataclass(frozen=True, kw_only=True)
 class ByClass:
-    """Where one classifier is right on a test split, and what it takes for what."""
+    """The accuracy of one classifier on each class of a test split, and its confusions."""
 
     encoder: str
     classifier: Classifier
     fitted_on: str
     split: str
     accuracies: list[float | None]
-    """In [0, 1], in the order of the classes; None of a class without images."""
+    """Accuracies in [0, 1], in the order of the classes; None for a class without images."""
     classes: list[str] | None = None
     """The names of the classes; None for those of the data set, in its order."""
     confused: list[list[Any]] = field(default_factory=list)
     """[true class, predicted class, images]: the ten largest confusions."""
     confusion: list[list[int]] | None = None
-    """Images of each true class (rows) taken for each class (columns); None where there are too many classes."""
+    """Images by true class (rows) and predicted class (columns); None if there are too many classes."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Chart:
-    """A plot of records: one panel, one place on the axis and one series for each value of what tells them apart."""
+    """A plot of records, with a panel, a place on the axis and a series for each value of `panel`, `axis`, `series`."""
 
     axis: str
-    """A field or factor."""
+    """Name of a field or factor."""
     series: tuple[str, ...]
     panel: str = ""
     where: Mapping[str, Any] = field(default_factory=dict, hash=False)
-    """What the records that are drawn have, as `{"metric": "excess"}`; all records by default."""
+    """Properties of the records that are drawn, such as `{"metric": "excess"}`; by default all records are drawn."""
     shape: Literal["dots", "lines"] = "dots"
-    """Lines are for an axis of numbers."""
+    """Lines need an axis of numbers."""
     note: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Layout:
-    """How the records of one kind are shown to people."""
+    """The layout of the records of one kind in tables and plots."""
 
     kind: str
     title: str
     rows: tuple[str, ...]
-    """The fields and factors that tell the lines of the table apart."""
+    """Fields and factors that identify a line of the table."""
     columns: tuple[str, ...] = ("metric",)
-    """Those that tell the columns apart."""
+    """Fields and factors that identify a column."""
     labels: Mapping[str, str] = field(default_factory=dict, hash=False)
-    """Words for people, in place of a name or a value."""
+    """Words shown in place of a name or a value."""
     details: Mapping[str, str] = field(default_factory=dict, hash=False)
-    """What is said beneath a name or a value, smaller."""
+    """Small text below a name or a value."""
     about: str = ""
     """A paragraph before the table."""
     count: str = ""
-    """The heading of the column with the number of images; empty: none."""
+    """The heading of the column with the number of images; no such column if empty."""
     notes: str = ""
-    """The heading of the column with the notes; empty: none."""
+    """The heading of the column with the notes; no such column if empty."""
     heat: bool = False
-    """Whether cells are coloured by their value."""
+    """True if cells are coloured by their value."""
     folded: bool = False
-    """Whether the page hides the table until it is asked for."""
+    """True if the page hides the table until the reader opens it."""
     chart: Chart | None = None
 
 
@@ -197,8 +197,8 @@ ACCURACY = Layout(
     columns=("split",),
     labels={"fitted_on": "fitted on", "own": "data of its own"},
     about="Per cent, with 95 % intervals over images. Fitted on the training set, a classifier may use the background "
-    "as far as it agrees with the class there; fitted on a balanced split it cannot, and shows what of the object is "
-    "in the features.",
+    "as far as it agrees with the class there. Fitted on a balanced split it cannot, and shows how much of the object "
+    "is in the features.",
     heat=True,
     chart=Chart(
         axis="split",
@@ -213,11 +213,11 @@ MEANINGS: Mapping[tuple[str, str], str] = MappingProxyType(
         ("original", "mixed_rand"): "the background is swapped for one of a random class",
         ("full", "fg"): "everything but the object is taken away",
         ("original", "only_fg"): "the background is taken away",
-        ("fg", "crop"): "gained by cropping to the object and not anywhere",
+        ("fg", "crop"): "gained by cropping to the object instead of anywhere",
         ("only_bg", CHANCE): "above chance from the background alone",
     }
 )
-"""What happens to the image between two splits."""
+"""The change to the image between two splits."""
 GAP = Layout(
     kind="gap",
     title="Gaps, points",
@@ -232,26 +232,26 @@ GAP = Layout(
 
 @dataclass
 class Records:
-    """All records of an encoder, or of one beside another."""
+    """All records of an encoder, or of a trained and an untrained one."""
 
     measurements: list[Measurement] = field(default_factory=list)
     by_class: list[ByClass] = field(default_factory=list)
     layouts: dict[str, Layout] = field(default_factory=dict)
-    """By kind; records of a kind without one are in no table."""
+    """Layouts by kind. Records of a kind without a layout are in no table."""
 
     def add(self, layout: Layout, *records: Measurement) -> None:
-        """Put records and their layout behind what is here."""
+        """Append records, and set their layout."""
         self.layouts[layout.kind] = layout
         self.measurements += records
 
     def join(self, other: "Records") -> None:
-        """Put what another evaluation of the same encoders found behind what is here; a record that is here stays."""
+        """Append the records of another evaluation of the same encoders. Existing records are kept."""
         self.layouts = self.layouts | other.layouts | self.layouts
         self.measurements = list(dict.fromkeys([*self.measurements, *other.measurements]))
         self.by_class += [record for record in other.by_class if record not in self.by_class]
 
     def where(self, kind: str, **known: Any) -> list[Measurement]:
-        """Records of one kind whose fields and factors have the values given; a classifier is given by its name."""
+        """Return the records of one kind with the given values of fields and factors. A classifier is given by name."""
         return [
             record
             for record in self.measurements
@@ -259,29 +259,29 @@ class Records:
         ]
 
     def find(self, kind: str, **known: Any) -> Measurement | None:
-        """The first such record, where there is one."""
+        """Return the first record that `where` finds, or None."""
         return next(iter(self.where(kind, **known)), None)
 
     def kinds(self) -> list[str]:
-        """The kinds that there are, those with a layout first and in the order of the layouts."""
+        """Return the kinds of the records. Those with a layout come first, in the order of the layouts."""
         there = dict.fromkeys(record.kind for record in self.measurements)
         return [kind for kind in dict.fromkeys([*self.layouts, *there]) if kind in there]
 
     def findings(self) -> list[Measurement]:
-        """The records that say what was found: no counts, and no kind that a page hides until it is asked for."""
+        """Return the records with results: no counts, and no kinds that the page hides until the reader opens them."""
         hidden = {layout.kind for layout in self.layouts.values() if layout.folded}
         return [r for r in self.measurements if r.value is not None and r.unit != "count" and r.kind not in hidden]
 
     def numbers(self) -> dict[str, float]:
-        """The findings on the trained encoder by the name that a user types: what a sweeper and a dashboard know."""
+        """Return the findings on the trained encoder by name, for sweepers and dashboards."""
         return {r.name: r.value for r in self.findings() if r.encoder == TRAINED and r.value is not None}
 
     def rows(self) -> dict[str, list[dict[str, Any]]]:
-        """Flat rows by kind."""
+        """Return flat rows by kind."""
         return {kind: [record.row() for record in self.where(kind)] for kind in self.kinds()}
 
     def to_json(self) -> dict[str, Any]:
-        """Plain data; see `from_json`."""
+        """Return plain data that `from_json` reads."""
         return {
             "records": self.rows(),
             "by_class": [asdict(record) for record in self.by_class],
@@ -290,10 +290,10 @@ class Records:
 
     @classmethod
     def from_json(cls, content: Mapping[str, Any]) -> "Records":
-        """What `to_json` made.
+        """Return the records that `to_json` wrote.
 
         Raises:
-            ValueError: it is damaged; the message says where.
+            ValueError: the data is damaged; the message says where.
         """
         kinds = fit(content.get("records", {}), dict[str, list[dict[str, Any]]], "records")
         return cls(
@@ -309,14 +309,14 @@ class Records:
 
 @dataclass(kw_only=True)
 class Outcome:
-    """`results.json`: what came out of a run or an evaluation. What a page can do without may be missing."""
+    """The content of `results.json` of a run or an evaluation. Only the fields without a default are required."""
 
     seed: int
     name: str = "run"
     choices: Mapping[str, str | None] = field(default_factory=dict)
     evaluation_seed: int | None = None
     encoder: str = ""
-    """Where the encoder came from, if not from this run."""
+    """The source of the encoder, if it is not from this run."""
     train_on: str | None = None
     classes: list[str] = field(default_factory=list)
     chance: float | None = None
@@ -326,18 +326,18 @@ class Outcome:
     images_per_second: float | None = None
     peak_memory_mb: float | None = None
     metric: dict[str, Any] = field(default_factory=dict)
-    """`name` and `value` of what a sweeper maximises."""
+    """`name` and `value` of the number that a sweeper maximises."""
     final: dict[str, float | None] = field(default_factory=dict)
-    """The last value of everything that was logged."""
+    """The last value of every logged number."""
     records: Records = field(default_factory=Records)
 
     def to_json(self) -> dict[str, Any]:
-        """Plain data."""
+        """Return plain data."""
         about = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "records"}
         return about | self.records.to_json()
 
     def numbers(self) -> dict[str, float]:
-        """Every number by name: logged values, those of `Records.numbers`, the cost, and the metric."""
+        """Return all numbers by name: logged values, those of `Records.numbers`, the cost and the metric."""
         cost = {name: getattr(self, name) for name in ("images_per_second", "peak_memory_mb", "wall_time_s")}
         found = {**self.final, **self.records.numbers(), **cost, "metric": self.metric.get("value")}
         return {name: value for name, value in found.items() if value is not None}
@@ -361,17 +361,17 @@ class Outcome:
             raise UserError(
                 f"{folder} has no results.json: the run failed or has not ended; give the folder of a finished run."
             ) from None
-        except (ValueError, OSError) as error:
+        except (ValueError, OSError, RecursionError) as error:
             raise UserError(
                 f"{file} cannot be read ({error}); repeat the run or remove it from the folders given."
             ) from None
 
 
 def chosen_metric(name: str, outcome: Outcome) -> tuple[str, float]:
-    """Name and value of what a sweeper maximises; NaN where that was not measured.
+    """Return the name and the value of the number that a sweeper maximises; the value is NaN if it was not measured.
 
-    `auto` is the accuracy that rewards the background least: the linear probe before other classifiers, fitted on the
-    balanced split before train, on `mixed_rand` before other splits; without an evaluation, the online kNN.
+    `auto` chooses the accuracy that rewards the background least. It prefers the linear probe to other classifiers, the
+    balanced fitting set to train, and the split `mixed_rand` to others. Without an evaluation it is the online kNN.
     """
     if name == "auto":
         accuracies = outcome.records.where(ACCURACY.kind, encoder=TRAINED)
@@ -386,10 +386,10 @@ def chosen_metric(name: str, outcome: Outcome) -> tuple[str, float]:
 
 
 def read(kind: type[Read], values: Mapping[str, Any], where: str) -> Read:
-    """A dataclass of plain data; keys that it does not know are left out.
+    """Return a dataclass made from plain data. Keys that it does not have are ignored.
 
     Raises:
-        ValueError: a value is missing or none of its type.
+        ValueError: a value is missing or has the wrong type.
     """
     hints, found = _hints(kind), {}  # type: ignore[arg-type]
     for f in fields(kind):  # type: ignore[arg-type]
@@ -402,10 +402,10 @@ def read(kind: type[Read], values: Mapping[str, Any], where: str) -> Read:
 
 
 def fit(value: Any, kind: Any, where: str) -> Any:
-    """Plain data as a value of a type: dataclasses of mappings, tuples of lists.
+    """Return plain data as a value of type `kind`: mappings become dataclasses, lists become tuples.
 
     Raises:
-        ValueError: it is none.
+        ValueError: the data does not have this type.
     """
     origin, inner = get_origin(kind), get_args(kind)
     if origin is UnionType:

@@ -1,7 +1,8 @@
-"""Files that are on the disk whole or not at all."""
+"""Atomic writing: a file is on the disk whole or not at all."""
 
 import errno
 import os
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -10,11 +11,27 @@ from typing import IO
 from icl_msr.core.errors import UserError
 
 
-def atomic_write(path: Path, content: bytes | str, advice: str = "repeat the command") -> None:
-    """Writes a file whole or not at all, however the process ends; one writer at a time.
+def read_regular(path: Path, largest: int) -> bytes:
+    """Return the content of a regular file. A pipe is never waited for, and a device is not opened.
 
     Raises:
-        UserError: the disk is full; the old file, if any, is still there. `advice` is what to do once there is room.
+        UserError: it is something else, or has more than `largest` bytes.
+        OSError: it is not there, or cannot be read.
+    """
+    number = os.open(path, os.O_RDONLY | os.O_NONBLOCK) if stat.S_ISREG(os.stat(path).st_mode) else None
+    if number is None:
+        raise UserError(f"{path} is no regular file; restore it from a copy.")
+    with open(number, "rb") as file:
+        if os.fstat(number).st_size > largest:
+            raise UserError(f"{path} is larger than {largest / 1e6:g} MB, as no such file is; restore it from a copy.")
+        return file.read(largest)
+
+
+def atomic_write(path: Path, content: bytes | str, advice: str = "repeat the command") -> None:
+    """Write a file whole or not at all, even if the process is killed. Only one process may write it at a time.
+
+    Raises:
+        UserError: the disk is full. The old file, if any, is kept. `advice` says what to do once there is space.
     """
     with replacing(path, advice) as file:
         file.write(content.encode() if isinstance(content, str) else content)
@@ -22,11 +39,12 @@ def atomic_write(path: Path, content: bytes | str, advice: str = "repeat the com
 
 @contextmanager
 def replacing(path: Path, advice: str) -> Iterator[IO[bytes]]:
-    """A file beside `path` that takes its place once it is whole and on the disk."""
-    temporary = path.with_name(f".{path.name}.tmp")  # always the same: what a kill leaves, the next one overwrites
+    """Yield a file beside `path` that replaces it once it is complete and on the disk."""
+    temporary = path.with_name(f".{path.name}.tmp")  # one name, so that the next write replaces what a kill left
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with temporary.open("wb") as file:
+        temporary.unlink(missing_ok=True)  # it could be a link to another file
+        with temporary.open("xb") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
@@ -37,7 +55,7 @@ def replacing(path: Path, advice: str) -> Iterator[IO[bytes]]:
             kept = f"the previous {path.name}, if any, is kept"
             raise UserError(f"The disk of {path.parent} is full; {kept}: free space and {advice}.") from None
         raise
-    with suppress(OSError):  # some network file systems cannot
+    with suppress(OSError):  # some network file systems cannot sync a folder
         folder = os.open(path.parent, os.O_RDONLY)
         try:
             os.fsync(folder)
@@ -46,7 +64,10 @@ def replacing(path: Path, advice: str) -> Iterator[IO[bytes]]:
 
 
 def disk_is_full(error: BaseException | None) -> bool:
-    """Also where torch, closing its archive, has put an error of its own in front."""
+    """Return whether the disk is full, according to an error or to one that it was raised from.
+
+    torch raises an error of its own when it closes its archive after a failed write.
+    """
     while error is not None:
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
             return True

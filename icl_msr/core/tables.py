@@ -1,4 +1,4 @@
-"""A table as data, and how it is written for people and for programs."""
+"""Tables as data, and their HTML, Markdown, LaTeX, CSV and terminal forms."""
 
 import csv
 import io
@@ -17,53 +17,53 @@ NOTHING = "–"
 
 @dataclass(frozen=True)
 class Column:
-    """The head of a column."""
+    """The heading of a column."""
 
     head: str
     detail: str = ""
-    """Said beneath the head, smaller."""
+    """Small text below the heading."""
     hint: str = ""
-    """Said there too, on a page, which has room for it."""
+    """Small text below the heading of a column without `detail`, on HTML pages only."""
     words: bool = False
-    """Whether the cells are words, which stand on the left; numbers stand on the right."""
+    """True if the cells are words, aligned left. Numbers are aligned right."""
     prose: bool = False
-    """Whether these are so many words that lines break."""
+    """True if the cells are long texts that may wrap."""
 
 
 @dataclass(frozen=True)
 class Cell:
-    """One cell."""
+    """A cell of a table."""
 
     text: str = NOTHING
     value: Any = None
-    """What a program gets: the number before it was rounded."""
+    """The value for programs: the number before rounding."""
     detail: str = ""
-    """Said beneath the text, smaller: an interval."""
+    """Small text below the cell's text, such as an interval."""
     margin: str = ""
-    """Said behind the text where nothing can stand beneath it."""
+    """Text after the cell's text, in formats without small text below it."""
     strong: bool = False
     heat: float | None = None
-    """How much of the colour the cell has, in [0, 1]."""
+    """Strength of the cell's colour, in [0, 1]."""
     link: str = ""
 
     @property
     def line(self) -> str:
-        """The text and what stands behind it."""
+        """The text with its margin."""
         return f"{self.text} {self.margin}".rstrip()
 
 
 @dataclass(frozen=True)
 class Line:
-    """One line."""
+    """A line of a table."""
 
     cells: Sequence[Cell]
     faint: bool = False
-    """Whether it is there for comparison only."""
+    """True if the line is shown only for comparison."""
 
 
 @dataclass(frozen=True)
 class Table:
-    """A table."""
+    """A table with a title, columns and lines."""
 
     name: str
     title: str
@@ -75,7 +75,7 @@ class Table:
 
     @classmethod
     def of(cls, name: str, rows: Iterable[Mapping[str, Any]]) -> "Table":
-        """Make a table of flat rows, as they are; a row may lack a column."""
+        """Return a table of flat rows. A row may lack a column."""
         rows = list(rows)
         heads = list(dict.fromkeys(head for row in rows for head in row))
         lines = [Line([Cell(str(row.get(head, "")), row.get(head)) for head in heads]) for row in rows]
@@ -83,16 +83,16 @@ class Table:
 
     @property
     def data(self) -> list[list[Any]]:
-        """The values, line by line."""
+        """The values of the cells, line by line."""
         return [[cell.value for cell in line.cells] for line in self.lines]
 
     @property
     def heads(self) -> list[str]:
-        """The heads of the columns, with their details."""
+        """The headings of the columns, with their details."""
         return [f"{column.head} ({column.detail})" if column.detail else column.head for column in self.columns]
 
     def rich(self, *, roomy: bool = False) -> "RichTable":
-        """Make the table of a terminal; `roomy` puts two spaces between columns, in place of one."""
+        """Return the table for a terminal. `roomy` puts two spaces between columns instead of one."""
         from rich.table import Table as RichTable
         from rich.text import Text
 
@@ -111,7 +111,7 @@ class Table:
         return table
 
     def html(self) -> str:
-        """Write the table for a page; `name` is its class."""
+        """Return the table as HTML. Its CSS class is `name`."""
         kinds = [' class="text"' if column.words else "" for column in self.columns]
         heads = [
             f"<th{kind}>{escape(column.head)}{_small(column.detail or column.hint)}</th>"
@@ -131,7 +131,7 @@ class Table:
         )
 
     def markdown(self) -> str:
-        """Write the table with its title and its note."""
+        """Return the table as Markdown, with its title and its note."""
         rule = ["---" if column.words else "---:" for column in self.columns]
         body = [[f"**{c.line}**" if c.strong else c.line for c in line.cells] for line in self.lines]
         escaped = ([text.replace("|", "\\|") for text in row] for row in [self.heads, rule, *body])
@@ -139,7 +139,7 @@ class Table:
         return "\n\n".join(filter(None, (f"### {self.title}", "\n".join(lines), self.note)))
 
     def latex(self, caption: str) -> str:
-        """Write an environment with booktabs."""
+        """Return the table as a LaTeX environment that needs booktabs."""
         body = [
             [rf"\textbf{{{_latex(cell.line)}}}" if cell.strong else _latex(cell.line) for cell in line.cells]
             for line in self.lines
@@ -150,10 +150,16 @@ class Table:
         return "\n".join([*opening, head, r"\midrule", *lines, r"\bottomrule", r"\end{tabular}", r"\end{table}"])
 
     def csv(self) -> str:
-        """Write the values."""
+        """Return the values as CSV, with the headings in the first line."""
         content = io.StringIO()
-        csv.writer(content, lineterminator="\n").writerows([self.heads, *self.data])
+        rows = [[_inert(value) for value in row] for row in [self.heads, *self.data]]
+        csv.writer(content, lineterminator="\n").writerows(rows)
         return content.getvalue()
+
+
+def _inert(value: Any) -> Any:
+    """Return a cell that no spreadsheet runs: a text that begins like a formula has a quote before it."""
+    return f"'{value}" if isinstance(value, str) and value[:1] in tuple("=+-@\t\r") else value
 
 
 def _small(text: str) -> str:

@@ -1,4 +1,4 @@
-"""What travels from the loader to a method."""
+"""The batch that the data module passes to a method."""
 
 import math
 from dataclasses import dataclass, field, replace
@@ -12,25 +12,26 @@ AlphaSchedule = Literal["constant", "linear", "cosine"]
 
 @dataclass
 class NonSemantic:
-    """Negatives that keep the texture of an image and drop its meaning; m an image, compared with that image only."""
+    """Negatives that keep the texture of an image but not its meaning: m for each image, compared with it only."""
 
     rows: Tensor
-    """(N, m, C, h, w) images in `Views`; (N, m, D) their embeddings in `Targets`."""
+    """(N, m, C, h, w) images in `Views`, or (N, m, D) embeddings of them in `Targets`."""
     alpha: float
-    """How much they count in InfoNCE-like losses; see `alpha_mode`."""
+    """Weight alpha in InfoNCE-like losses; see `alpha_mode`."""
     repulsion: float
-    """Weight alpha_r of the repulsion in losses without negatives."""
+    """Weight alpha_r of the repulsion, in losses without negatives."""
     alpha_mode: AlphaMode = "exponent"
-    """What a negative t adds to its anchor's denominator: exp(alpha q.t / tau); `weight`: alpha exp(q.t / tau)."""
+    """Term that a negative t adds to its anchor's denominator: exp(alpha q.t / tau); `weight`: alpha exp(q.t / tau)."""
     alpha_schedule: AlphaSchedule = "constant"
-    """How alpha and alpha_r get to their values: they have them, or rise from 0 over all of training."""
+    """Schedule of alpha and alpha_r: constant, or rising from 0 to their values over the whole training."""
     log: dict[str, Tensor] = field(default_factory=dict)
-    """Numbers () of the generator for the log, by name."""
+    """Scalars () that the generator logs, by name."""
 
     def at(self, progress: float) -> "NonSemantic":
-        """These negatives with the alpha and alpha_r of the moment; `progress` through training is in [0, 1].
+        """Return these negatives with the alpha and alpha_r that hold at `progress` in [0, 1] through training.
 
-        With alpha 0 a negative repels nothing in either mode: inside the exponent it is a constant in the denominator.
+        With alpha 0 a negative repels nothing in either mode: inside the exponent it only adds a constant to the
+        denominator.
         """
         share = {"constant": 1.0, "linear": progress, "cosine": (1 - math.cos(math.pi * progress)) / 2}
         factor = share[self.alpha_schedule]
@@ -39,7 +40,7 @@ class NonSemantic:
 
 @dataclass
 class Views:
-    """One augmented batch. N images, V views, C channels, m negatives an image.
+    """An augmented batch of N images with V views, C channels and m negatives per image.
 
     All images are float and normalised with the data set's mean and standard deviation.
     """
@@ -51,6 +52,6 @@ class Views:
     index: Tensor
     """(N,) int64 position of each image in the training split."""
     labels: Tensor
-    """(N,) int64 class labels; online monitors and `supervised` read them, no other method does."""
+    """(N,) int64 class labels, read only by online monitors and by the method `supervised`."""
     negatives: NonSemantic | None = None
     """Non-semantic negatives of each image, made from its first view."""

@@ -1,1 +1,1 @@
-"""Data sets, and the DataModule that turns them into batches of views on the device."""
+"""Data sets: splits of labelled images in memory, in files or in tables."""

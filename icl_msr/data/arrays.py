@@ -20,17 +20,20 @@ Arrays = dict[str, np.ndarray[Any, Any]]
 def arrays(
     *, path: str | Annotated[list[str], Field(min_length=1)], image_size: PositiveInt | None, train_on: TrainOn
 ) -> Dataset:
-    """Images and labels from one .npz file, or from several that share out the keys; N images, no pickles.
+    """Build a data set from one .npz file, or from several with a part of the arrays each. Pickles are not read.
 
-    One of three layouts, with `classes` (K,) names as an option in each:
+    The arrays have one of three layouts. Each may also have `classes`, (K,) names.
 
-    * two sets: `train_images`, `test_images` uint8 (N, H, W, 3) or (N, 3, H, W); `train_labels`, `test_labels`
-      integer (N,); optionally `train_masks`, `test_masks` (N, H, W), bool or uint8, not zero on the object;
-    * one set: `images`, `labels`, optionally `masks`, and `is_train` bool (N,);
-    * compressed images in one array: the third kind of `images` is `blob` uint8 (B,) with `offsets` int64 (N + 1,),
-      where image i is the JPEG or PNG file `blob[offsets[i]:offsets[i + 1]]`; else as in one set.
+    * Two sets: `train_images`, `test_images` uint8 (N, H, W, 3) or (N, 3, H, W); `train_labels`, `test_labels`
+      integer (N,); optionally `train_masks`, `test_masks` (N, H, W), bool or uint8, not zero on the object.
+    * One set: `images`, `labels`, optionally `masks`, and `is_train` bool (N,).
+    * Compressed images: as one set, but with `blob` uint8 (B,) and `offsets` int64 (N + 1,) in place of `images`.
+      Image i is the JPEG or PNG file `blob[offsets[i]:offsets[i + 1]]`.
 
-    Labels count from 0; -1 is an unlabelled training image. `image_size` null keeps the size of (square) arrays.
+    Labels count from 0, and -1 marks an unlabelled training image. `image_size` null keeps the size of square arrays.
+
+    Raises:
+        UserError: a file cannot be read, or an array is missing or has another type or shape.
     """
     paths = [path] if isinstance(path, str) else path
     found = _read(paths)
@@ -87,7 +90,7 @@ def _need(found: Arrays, key: str, where: str) -> np.ndarray[Any, Any]:
 
 
 def _part(found: Arrays, prefix: str, where: str) -> Arrays:
-    """Images (N, 3, H, W), labels (N,) and masks (N, H, W) that fit each other."""
+    """Return images (N, 3, H, W), labels (N,) and masks (N, H, W), checked to fit each other."""
     images = _need(found, f"{prefix}images", where)
     labels = _need(found, f"{prefix}labels", where)
     if images.dtype != np.uint8 or images.ndim != 4 or 3 not in (images.shape[1], images.shape[3]):

@@ -1,4 +1,4 @@
-"""Which classes a data set has, and the classes of images that lie in no class folder: what published files say."""
+"""The classes of a data set, and the classes of test images without class folders, from published files."""
 
 import csv
 import re
@@ -21,10 +21,10 @@ _PUBLISHED = ("LOC_val_solution.csv", _DEVKIT, f"data/{_DEVKIT}", f"ILSVRC2012_d
 
 
 def listed_classes(classes: str | list[str] | None, base: Path) -> list[str] | None:
-    """Return the classes that `dataset.classes` names: as a list, in a text file, or in a list of this package.
+    """Return the classes of `dataset.classes`: a list, a text file, or the name of a list in this package.
 
-    A line of a file begins with the name of a class; what follows a space or a comma, and lines that begin with #, are
-    left out.
+    A line of a file begins with the name of a class. The rest after a space or a comma is ignored, as are lines that
+    begin with #.
 
     Raises:
         UserError: there is no such file, or a class is named twice.
@@ -47,10 +47,10 @@ def listed_classes(classes: str | list[str] | None, base: Path) -> list[str] | N
 
 
 def chosen_classes(listed: list[str] | None, there: list[str], folder: Path) -> list[str]:
-    """Return the classes in the order of the labels: those that are listed, or all that are there.
+    """Return the classes in the order of the labels: the listed ones, or all that exist.
 
     Raises:
-        UserError: a listed class is not there.
+        UserError: a listed class does not exist.
     """
     for name in listed or ():
         if name not in there:
@@ -61,22 +61,23 @@ def chosen_classes(listed: list[str] | None, there: list[str], folder: Path) -> 
 class ImageClasses:
     """The classes of the images of a test folder that has no class folders.
 
-    Read are Tiny-ImageNet's `val_annotations.txt`, ImageNet's `LOC_val_solution.csv` and
-    `ILSVRC2012_validation_ground_truth.txt` (with the devkit's `meta.mat` beside it), and text files with a file's name
-    and its class a line, the name of a class or its number, from 0, among all training folders.
+    They are read from Tiny-ImageNet's `val_annotations.txt`, ImageNet's `LOC_val_solution.csv`,
+    `ILSVRC2012_validation_ground_truth.txt` (with the devkit's `meta.mat` beside it), or a text file. Each line of a
+    text file holds the name of an image and its class. The class is a name or, from 0, a number among all training
+    folders.
 
     Args:
         base: the folder of the data set.
-        file: the file in it, or absolute; None looks where it is published.
-        there: all class folders that can be trained on, in order.
-        classes: the classes in the order of the labels; images of others are left out.
+        file: the file of classes, absolute or in `base`. None searches the published places.
+        there: all training class folders, in order.
+        classes: the classes in the order of the labels. Images of other classes are left out.
     """
 
     def __init__(self, base: Path, file: str | None, there: Sequence[str], classes: Sequence[str]) -> None:
         self.base, self.file, self.there, self.classes = base, file, there, classes
 
     def covers(self, listing: Listing, folder: Path) -> bool:
-        """Does the folder hold images, and no class folders?"""
+        """Return whether the folder holds images and no class folders."""
         return (
             folder.is_dir()
             and all(path.name == "images" for path in listing.folders(folder))
@@ -87,7 +88,7 @@ class ImageClasses:
         """Return the files (N), their labels (N,) and their paths below the folder (N).
 
         Raises:
-            UserError: there is no file of classes, or it says nothing of an image.
+            UserError: there is no file of classes, or an image is missing in it.
         """
         files = listing.below(folder)
         path = self._path(folder)
@@ -96,7 +97,7 @@ class ImageClasses:
         for file in files:
             name = table.get(Path(file).stem)
             if name is None:
-                raise UserError(f"{path} says nothing of {file}; add its class, or remove the image.")
+                raise UserError(f"{path} has no class for {file}; add one, or remove the image.")
             if name in self.classes:
                 chosen.append(file)
                 labels.append(self.classes.index(name))
@@ -119,7 +120,7 @@ class ImageClasses:
         return found
 
     def _table(self, path: Path, files: Sequence[str]) -> Mapping[str, str]:
-        """The class of each image by the stem of its name."""
+        """Return the class of each image, by the stem of its name."""
         lines = [line for line in path.read_text(encoding="utf-8-sig", errors="replace").splitlines() if line.strip()]
         if all(line.strip().isdecimal() for line in lines):
             return self._numbered(path, [int(line) for line in lines], files)
@@ -128,7 +129,7 @@ class ImageClasses:
             rows = [[row[0], *row[1].split()] for row in rows[1:] if len(row) > 1]
         wrong = next((row for row in rows if len(row) < 2), None)
         if wrong is not None:
-            raise UserError(f"A line of {path} is no file's name and its class: {' '.join(wrong)}.")
+            raise UserError(f"A line of {path} is not the name of a file and its class: {' '.join(wrong)}.")
         return {Path(row[0]).stem: self._name(path, row[1]) for row in rows}
 
     def _name(self, path: Path, word: str) -> str:
@@ -142,7 +143,7 @@ class ImageClasses:
         return normalize("NFC", word)
 
     def _numbered(self, path: Path, numbers: Sequence[int], files: Sequence[str]) -> Mapping[str, str]:
-        """ImageNet's ground truth: a number for each image in the order of their names."""
+        """Return the classes in ImageNet's ground truth, which has a number for each image in the order of names."""
         meta = path.with_name("meta.mat")
         if not meta.is_file():
             raise UserError(f"{path} numbers the classes as meta.mat of ImageNet's devkit does; put {meta} beside it.")

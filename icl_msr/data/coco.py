@@ -1,4 +1,4 @@
-"""COCO images with one object: where ICL-MSR shows that encoders use the background (Qiang et al. 2022)."""
+"""COCO images with one object. ICL-MSR shows on them that encoders use the background (Qiang et al. 2022)."""
 
 import math
 from collections import Counter
@@ -41,7 +41,7 @@ class _Category:
 
 @dataclass
 class _Instances:
-    """What is used of an annotation file; the rest, the outlines above all, is skipped while it is read."""
+    """The part of an annotation file that is used. The rest, such as the outlines, is skipped on reading."""
 
     images: list[_Image]
     annotations: list[_Annotation]
@@ -50,11 +50,11 @@ class _Instances:
 
 @dataclass
 class Target:
-    """The one object of an image."""
+    """The only object of an image."""
 
     file: str
     name: str
-    """Of its category."""
+    """The name of its category."""
     box: tuple[int, int, int, int]
     """x0, y0, x1, y1 in pixels, x1 and y1 exclusive."""
 
@@ -73,23 +73,27 @@ def coco(
     resident_size: NonNegativeInt,
     memory_budget_gb: NonNegativeFloat,
 ) -> Dataset:
-    """The images of a COCO-like set that show a single object of one of the `classes`, which `single_targets` picks.
+    """Build a data set of the COCO images that show a single object of one of the `classes`; see `single_targets`.
 
     Args:
-        root: the folder; the next four are paths in it, or absolute.
-        train: the folder of training images,
-        test: and that of test images.
-        train_annotations: the .json file of their objects in COCO's format for object detection,
-        test_annotations: and that of the test images. Categories are matched by name.
-        classes: their names, in the order of the labels; or how many, those with the most single-target training
-            images, in the order of the file.
-        min_area: of the box, in pixels; images with a smaller object are left out (ours; 1 leaves out empty boxes).
-        image_size: of the short side, in pixels; the centre square is cut.
-        train_on: full images or fg, the inside of the box (stretched to a square).
-        resident_size: as in `imagefolder`,
-        memory_budget_gb: and this too.
+        root: the folder of the data set. The next four are absolute paths or paths in it.
+        train: the folder of training images.
+        test: the folder of test images.
+        train_annotations: the .json file of the objects in training images, in COCO's format for object detection.
+        test_annotations: the .json file of the objects in test images. Categories are matched by name.
+        classes: the names of the classes, in the order of the labels; or their number K. A number takes the K classes
+            with the most single-target training images, in the order of the file.
+        min_area: smallest area of the box, in pixels (ours). Images with a smaller object are left out; 1 leaves out
+            empty boxes.
+        image_size: length of the short side, in pixels. The centre square is cut.
+        train_on: `full` images, or `fg`, the inside of the box stretched to a square.
+        resident_size: see `imagefolder`.
+        memory_budget_gb: see `imagefolder`.
 
-    The test images are shown as by `imagefolder` with boxes: `full`, `fg`, `crop`, `only_fg`, `only_bg`.
+    The test images are shown in the regions `full`, `fg`, `crop`, `only_fg` and `only_bg` of `imagefolder`.
+
+    Raises:
+        UserError: a folder or file is missing or not in the format, or there is no image of a class.
     """
     base = Path(root).expanduser()
     if not base.is_dir():
@@ -126,13 +130,13 @@ def coco(
 
 
 def single_targets(path: Path, part: str, min_area: int) -> tuple[list[str], list[Target]]:
-    """The categories of an annotation file, and the images that hold a single object, both in the order of the file.
+    """Return the categories of an annotation file and the images with a single object, in the order of the file.
 
-    Ours, where the paper says "one target": an object of any category counts, so that nothing annotated is left in the
-    background, and a crowd (`iscrowd`) is more than one. The box grows to whole pixels and is cut to the image.
+    The paper says "one target". We count objects of any category, so that nothing annotated is left in the background,
+    and a crowd (`iscrowd`) counts as several objects. The box grows to whole pixels and is cut to the image.
 
     Raises:
-        UserError: there is no such file, or not in the format; `part` is the key's name before `_annotations`.
+        UserError: the file is missing or not in the format. The message names the key `<part>_annotations`.
     """
     instances = _read(path, part)
     names = {category.id: category.name for category in instances.categories}
@@ -168,14 +172,14 @@ def _read(path: Path, part: str) -> _Instances:
 
 
 def _whole_pixels(bbox: Sequence[float], width: int, height: int) -> tuple[int, int, int, int]:
-    """COCO's x, y, width, height as x0, y0, x1, y1 around it inside the image."""
+    """Return COCO's box (x, y, width, height) as whole pixels (x0, y0, x1, y1) inside the image."""
     x, y, across, down = bbox
     x1, y1 = min(math.ceil(x + across), width), min(math.ceil(y + down), height)
     return max(math.floor(x), 0), max(math.floor(y), 0), x1, y1
 
 
 def _chosen(classes: int | list[str], categories: list[str], targets: list[Target], path: Path) -> list[str]:
-    """The names of the classes in the order of the labels."""
+    """Return the names of the classes in the order of the labels."""
     count = Counter(target.name for target in targets)
     if isinstance(classes, int):
         if len(count) < classes:
@@ -193,5 +197,5 @@ def _chosen(classes: int | list[str], categories: list[str], targets: list[Targe
         if name in classes[:number]:
             raise UserError(f"dataset.classes names {name} twice; name it once.")
         if not count[name]:
-            raise UserError(f"dataset.classes names {name}, and no image of {path} shows one alone; leave it out.")
+            raise UserError(f"dataset.classes names {name}, and no image of {path} shows a single one; leave it out.")
     return classes

@@ -1,4 +1,4 @@
-"""The embedded data set: shapes on procedural textures that give the class away, in train.
+"""The embedded data set: shapes on procedural textures. In train, the texture gives the class away.
 
 K object classes are drawn on K families of background. Family k belongs to class k: in train and in the test split
 `original` the background comes from the family of the object's class with probability rho, and from one of the other
@@ -48,11 +48,11 @@ from icl_msr.data.crops import boxes_around, crop_to_boxes, square_boxes
 from icl_msr.data.dataset import ArraySplit, Dataset
 
 VERSION = 1
-"""Of the generator: a change of any pixel raises it, and with it invalidates the cached sets."""
+"""Version of the generator. It is raised when any pixel changes, which invalidates the cached sets."""
 
 MEAN = (0.50, 0.50, 0.50)
 STD = (0.27, 0.27, 0.27)
-"""Of `train`, as measured (seed 0, 32 pixels)."""
+"""Channel means and standard deviations of `train`, measured with seed 0 at 32 pixels."""
 
 # ---------------------------------------------------------------------------------------------------------- objects
 # A shape is a signed distance (negative inside) at x, y (N, S, S), in units of the object's radius.
@@ -124,8 +124,8 @@ SHAPES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 """The classes: class k is the k-th shape."""
 
 # ------------------------------------------------------------------------------------------------------ backgrounds
-# A texture is a field in [0, 1] at u, v (N, S, S), in units of its period, from uniforms r (N, 16, 1, 1) and the width
-# of a pixel in the same units, `px` (N, 1, 1), over which its edges are smoothed.
+# A texture is a field in [0, 1] at u, v (N, S, S), in units of its period. It depends on uniforms r (N, 16, 1, 1) and
+# on the width of a pixel in the same units, `px` (N, 1, 1). Its edges are smoothed over this width.
 
 
 def _stripes(u: Tensor, v: Tensor, r: Tensor, px: Tensor) -> Tensor:
@@ -204,7 +204,7 @@ FAMILIES: dict[str, Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]] = {
 
 
 def draw_objects(key: Tensor, labels: Tensor, size: int) -> tuple[Tensor, Tensor]:
-    """Objects from keys and labels (N,): float64 colours (N, 3, S, S) and coverage (N, 1, S, S), both in [0, 1]."""
+    """Draw objects from keys and labels (N,): float64 colours (N, 3, S, S) and coverage (N, 1, S, S) in [0, 1]."""
     r = _spread(key, 24)
     x, y = _pixels(size)
     radius = 0.22 + 0.12 * r[:, 0]
@@ -222,7 +222,7 @@ def draw_objects(key: Tensor, labels: Tensor, size: int) -> tuple[Tensor, Tensor
 
 
 def draw_backgrounds(key: Tensor, families: Tensor, behind: Tensor, size: int) -> Tensor:
-    """Backgrounds of families (N,) behind the objects whose keys are `behind`: float64 (N, 3, S, S) in [0, 1]."""
+    """Draw backgrounds of families (N,) behind the objects with the keys `behind`: float64 (N, 3, S, S) in [0, 1]."""
     r = _spread(key, 32)
     x, y = _pixels(size)
     period = 0.16 + 0.12 * r[:, 0]
@@ -246,7 +246,7 @@ def _spread(key: Tensor, slots: int) -> Tensor:
 
 
 def _pixels(size: int) -> tuple[Tensor, Tensor]:
-    """x (1, 1, S) and y (1, S, 1) of the pixels' centres, in units of the image's side."""
+    """Return x (1, 1, S) and y (1, S, 1) of the pixels' centres, in units of the image's side."""
     centres = (torch.arange(size).double() + 0.5) / size
     return centres.view(1, 1, size), centres.view(1, size, 1)
 
@@ -257,13 +257,13 @@ def _turn(x: Tensor, y: Tensor, turns: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _colour(light: Tensor, hue: Tensor, chroma: Tensor) -> Tensor:
-    """(N, 3, S, S) of mean `light` (N, S, S), with a hue in turns and a chroma in [0, 1) (N, 1, 1)."""
+    """Return colours (N, 3, S, S) of mean `light` (N, S, S), with hue in turns and chroma in [0, 1), both (N, 1, 1)."""
     thirds = torch.tensor([0.0, 1 / 3, 2 / 3], dtype=torch.float64).view(1, 3, 1, 1)
     return (light[:, None] + (0.05 + 0.15 * chroma)[:, None] * _wave(hue[:, None] - thirds)).clamp(0, 1)
 
 
 def _grouped(functions: list[Callable[..., Tensor]], group: Tensor, *arguments: Tensor) -> Tensor:
-    """Image i through the function `group[i]`."""
+    """Apply the function `group[i]` to image i of the arguments."""
     out = torch.empty_like(arguments[0])
     for k, function in enumerate(functions):
         members = (group == k).nonzero()[:, 0]
@@ -274,24 +274,24 @@ def _grouped(functions: list[Callable[..., Tensor]], group: Tensor, *arguments: 
 # ------------------------------------------------------------------------------------------------------ the data set
 
 _SPLITS = ("train", "balanced", "test")
-_OBJECT, _FAMILY, _BACKGROUND, _SAME, _RANDOM, _ORDER = range(1 << 16, (1 << 16) + 6)  # apart from training's streams
+_OBJECT, _FAMILY, _BACKGROUND, _SAME, _RANDOM, _ORDER = range(1 << 16, (1 << 16) + 6)  # not used by training
 
 
 class Scenes(NamedTuple):
-    """What a split shows: N images, drawn from the randomness of `split`."""
+    """The content of a split: N images, drawn from the random stream of `split`."""
 
     split: int
     labels: Tensor
-    """(N,) int64 classes of the objects."""
+    """Classes of the objects, (N,) int64."""
     families: Tensor | None
-    """(N,) int64 background families; None for black."""
+    """Background families, (N,) int64; None for black."""
     stream: int
-    """Two splits with the same families and the same stream share their backgrounds."""
+    """Random stream of the backgrounds. Splits with the same families and the same stream share their backgrounds."""
     has_objects: bool = True
 
 
 def scenes(seed: int, classes: int, train: int, balanced: int, test: int, rho: float) -> dict[str, Scenes]:
-    """The contents of all splits; see `confounded` for the parameters."""
+    """Return the contents of all splits. `confounded` explains the parameters."""
     plan: dict[str, Scenes] = {}
     for split, (count, agreement) in enumerate([(train, rho), (balanced, 1 / classes), (test, rho)]):
         labels = permutation(seed, _ORDER + split, count) % classes
@@ -310,7 +310,7 @@ def scenes(seed: int, classes: int, train: int, balanced: int, test: int, rho: f
 
 
 def draw(seed: int, content: Scenes, index: Tensor, size: int) -> tuple[Tensor, Tensor]:
-    """The images `index` (n,) of a split: uint8 (n, 3, S, S), and the bool masks (n, S, S) of their objects."""
+    """Return the images `index` (n,) of a split, uint8 (n, 3, S, S), and the masks of their objects, bool (n, S, S)."""
     labels = content.labels[index]
     key = keys(seed, content.split, index, _OBJECT)
     colours, coverage = draw_objects(key, labels, size)
@@ -336,10 +336,22 @@ def confounded(
 ) -> Dataset:
     """Generate the data set, or read it from the folder `cache` if it is there.
 
-    `train`, `balanced` and `test` count images, `test` those of each test split. `rho`, in [1 / classes, 1], is the
-    probability that background and class agree; at 1 / classes the background says nothing, as in `balanced`.
-    `train_on="fg"` cuts the images of `train`, and of no other split, to their objects. All splits but `only_bg` have
-    masks, true where at least half of a pixel is object. Raises `UserError` for a rho out of range.
+    All splits but `only_bg` have masks. They are true where at least half of a pixel is object.
+
+    Args:
+        seed: seed of the data. It is independent of the run's seed.
+        image_size: side of the images, in pixels.
+        classes: number of object classes and of background families.
+        train: number of images of the split `train`.
+        balanced: number of images of the split `balanced`.
+        test: number of images of each test split.
+        rho: probability in [1 / classes, 1] that background and class agree. At 1 / classes the background says nothing
+            about the class, as in `balanced`.
+        train_on: `full`, or `fg` to cut the images of `train`, and of no other split, to their objects.
+        cache: folder that keeps the generated set; None generates it anew.
+
+    Raises:
+        UserError: `rho` is out of range, or the cache cannot be written.
     """
     if not 1 / classes - 1e-3 <= rho <= 1:
         raise UserError(
@@ -366,7 +378,7 @@ def confounded(
 
 
 def _cut(split: ArraySplit) -> ArraySplit:
-    """Images and masks cropped to the square box around the object."""
+    """Crop images and masks to the square box around the object."""
     assert split.masks is not None
     size = split.images.shape[-1]
     boxes = square_boxes(boxes_around(split.masks), size)
@@ -375,7 +387,7 @@ def _cut(split: ArraySplit) -> ArraySplit:
 
 
 def _generate(seed: int, plan: Mapping[str, Scenes], size: int) -> dict[str, Tensor]:
-    """Images and masks of all splits."""
+    """Draw the images and masks of all splits."""
     batch = max(1, (1 << 17) // size**2)  # small temporaries stay in the processor's cache: several times faster
     total = sum(len(content.labels) for content in plan.values())
     arrays: dict[str, Tensor] = {}
@@ -392,7 +404,7 @@ def _generate(seed: int, plan: Mapping[str, Scenes], size: int) -> dict[str, Ten
 
 
 def _cached(folder: str | None, recipe: object, generate: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
-    """What `generate` returns, kept in a file named by a hash of the recipe."""
+    """Return the result of `generate`. It is kept in a file of the folder, named by a hash of the recipe."""
     if folder is None:
         return generate()
     digest = hashlib.sha256(json.dumps(recipe).encode()).hexdigest()
@@ -405,7 +417,7 @@ def _cached(folder: str | None, recipe: object, generate: Callable[[], dict[str,
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         np.savez(unfinished, allow_pickle=False, **{name: array.numpy() for name, array in arrays.items()})
-        unfinished.replace(path)  # atomic: no other process ever sees half a file
+        unfinished.replace(path)  # atomic, so no other process sees half a file
     except OSError as error:
         raise UserError(
             f"dataset.cache={folder} cannot be written ({error.strerror}): name another folder, "

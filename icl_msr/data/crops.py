@@ -1,4 +1,4 @@
-"""Crops to the object: each image of a batch cut to its own box and resized, all in one go."""
+"""Crops to the object: cut each image of a batch to its own box and resize it, all at once."""
 
 import torch
 from torch import Tensor
@@ -11,9 +11,9 @@ _CHUNK = 128  # images resized at once: small temporaries stay in the cache
 
 
 def boxes_around(masks: Tensor) -> Tensor:
-    """The smallest box (x0, y0, x1, y1) around each mask, in pixels, x1 and y1 exclusive.
+    """Return the smallest box (x0, y0, x1, y1) around each mask, in pixels, x1 and y1 exclusive.
 
-    `masks` is bool (N, H, W); returns int64 (N, 4). An empty mask gives the box of the whole image.
+    `masks` is bool (N, H, W), and the boxes are int64 (N, 4). An empty mask gives the box of the whole image.
     """
     edges = []
     for occupied in (masks.any(1), masks.any(2)):  # columns, then rows
@@ -24,7 +24,7 @@ def boxes_around(masks: Tensor) -> Tensor:
 
 
 def square_boxes(boxes: Tensor, size: int) -> Tensor:
-    """Each box (N, 4) int64 grown to a square along its shorter side, moved to lie inside a `size` x `size` image."""
+    """Grow each box (N, 4) int64 to a square along its shorter side, and move it into the `size` x `size` image."""
     low, high = boxes[:, :2], boxes[:, 2:]
     side = (high - low).amax(1, keepdim=True).clamp(max=size)
     start = ((low + high - side) // 2).clamp(min=0).minimum(size - side)
@@ -32,9 +32,9 @@ def square_boxes(boxes: Tensor, size: int) -> Tensor:
 
 
 def moved(boxes: Tensor, height: int, width: int, index: Tensor) -> Tensor:
-    """Boxes (N, 4) of the same sizes at uniform places of `height` x `width` images, the object or not.
+    """Return boxes (N, 4) of the same sizes at uniformly random places of `height` x `width` images.
 
-    The place is that of the image's number, `index` (N,), on every machine.
+    The place depends only on the image's number, `index` (N,), and not on the object or the machine.
     """
     size = boxes[:, 2:] - boxes[:, :2]
     free = torch.tensor([width, height], device=boxes.device) - size
@@ -45,8 +45,8 @@ def moved(boxes: Tensor, height: int, width: int, index: Tensor) -> Tensor:
 def crop_to_boxes(images: Tensor, boxes: Tensor, size: int) -> Tensor:
     """Cut each image to its box and resize the cut to `size` x `size`, bilinear with anti-aliasing.
 
-    `images` is uint8 (N, C, H, W); `boxes` (N, 4) holds x0, y0, x1, y1 in pixels, x1 and y1 exclusive, and lies inside
-    the image; returns uint8 (N, C, size, size). A box that is not square is stretched: see `square_boxes`.
+    `images` is uint8 (N, C, H, W). `boxes` (N, 4) holds x0, y0, x1, y1 in pixels, x1 and y1 exclusive, inside the
+    image. The result is uint8 (N, C, size, size). A box that is not square is stretched; `square_boxes` avoids that.
     """
     height, width = images.shape[-2:]
     crops = images.new_empty((*images.shape[:2], size, size))
@@ -60,7 +60,7 @@ def crop_to_boxes(images: Tensor, boxes: Tensor, size: int) -> Tensor:
 
 
 def _resampling(low: Tensor, high: Tensor, length: int, size: int) -> Tensor:
-    """(N, size, length) integer weights of a triangle filter that resizes [low, high) of a line of `length` pixels."""
+    """Return integer weights (N, size, length) of a triangle filter that resizes [low, high) of `length` pixels."""
     step = ((high - low) / size)[:, None, None]
     centre = low[:, None, None] + (torch.arange(size, device=low.device).double()[None, :, None] + 0.5) * step
     pixel = torch.arange(length, device=low.device).double()[None, None, :] + 0.5

@@ -1,4 +1,4 @@
-"""What a data set is to the rest of the package: splits of labelled images, some with the object's mask."""
+"""The interface of data sets: splits of labelled images, some with masks of the object."""
 
 import hashlib
 from collections import Counter
@@ -17,33 +17,33 @@ class Split(Protocol):
     """Labelled images in a fixed order."""
 
     labels: Tensor
-    """(N,) int64."""
+    """Labels, (N,) int64."""
 
     def __len__(self) -> int: ...
 
     def load(self, index: Tensor) -> Tensor:
-        """The whole, un-augmented images at `index` (n,), as uint8 (n, 3, S, S)."""
+        """Return the whole images at `index` (n,) without augmentation, uint8 (n, 3, S, S)."""
         ...
 
 
 @dataclass
 class ArraySplit:
-    """A split that lies in memory; the DataModule moves it to the training device once."""
+    """A split in memory. The DataModule moves it to the training device once."""
 
     images: Tensor
-    """(N, 3, S, S) uint8."""
+    """Images, (N, 3, S, S) uint8."""
     labels: Tensor
-    """(N,) int64."""
+    """Labels, (N,) int64."""
     masks: Tensor | None = None
-    """(N, S, S) bool, true on the object; None where the data set has none."""
+    """Masks, (N, S, S) bool, true on the object; None if the data set has none."""
     files: Sequence[str] | None = None
-    """Where each image was read from, if it had a file of its own."""
+    """The file of each image; None if the images had no files of their own."""
 
     def __len__(self) -> int:
         return len(self.labels)
 
     def load(self, index: Tensor) -> Tensor:
-        """See `Split.load`."""
+        """Return the images at `index` (n,), uint8 (n, 3, S, S)."""
         return self.images[index]
 
 
@@ -51,8 +51,8 @@ class ArraySplit:
 class Dataset:
     """The splits of one data set.
 
-    Test splits that show the same objects (`original`, `mixed_rand`, ...) are aligned: position i holds the same
-    object in each of them, so that their difference can be taken image by image.
+    Test splits that show the same objects (`original`, `mixed_rand`, ...) are aligned. Position i holds the same object
+    in each of them, so they can be compared image by image.
     """
 
     name: str
@@ -65,16 +65,16 @@ class Dataset:
     mean: tuple[float, float, float] = field(default=(0.5, 0.5, 0.5))
     std: tuple[float, float, float] = field(default=(0.25, 0.25, 0.25))
     shifted: tuple[str, ...] = ()
-    """Test splits that show the classes otherwise; they are compared with the first one."""
+    """Test splits that show the classes in another way, such as sketches. They are compared with the first one."""
     superclasses: Sequence[str] | None = None
-    """The coarse class of each class, where the data set has such."""
+    """The coarse class of each class; None if the data set has no coarse classes."""
     notes: tuple[str, ...] = ()
-    """What its user should know before anything is trained, a sentence each; see `remarks`."""
+    """Sentences that a user should read before training; see `remarks`."""
     labelled: "Dataset | None" = None
-    """What evaluation and the online monitors use instead, where the images of this one have no labels."""
+    """The data set that evaluation and the online monitors use instead, if the images of this one have no labels."""
 
     def __post_init__(self) -> None:
-        """Refuse labels that no class stands for."""
+        """Check that every label has a class."""
         for name, split in {"train": self.train, **self.tests}.items():
             highest = int(split.labels.max()) if len(split) else -1
             if highest >= max(len(self.classes), 1):
@@ -84,7 +84,7 @@ class Dataset:
                 )
 
     def remarks(self) -> list[str]:
-        """Return `notes`, and what the labels give reason to say, a sentence each."""
+        """Return `notes` and remarks about the labels, one sentence each."""
         found = list(self.notes)
         if len(self.classes) == 1:
             found.append(f"{self.name} has one class, {self.classes[0]}, so that no accuracy means anything.")
@@ -103,18 +103,18 @@ class Dataset:
         return found
 
     def trained_on(self) -> dict[str, Any]:
-        """Return what must stay as it is for a run to go on: the number of training images, classes and labels."""
+        """Return what must not change for a run to go on: the number of training images, the classes and the labels."""
         labels = hashlib.sha256(self.train.labels.cpu().numpy().tobytes()).hexdigest()
         return {"images": len(self.train), "classes": list(self.classes), "labels": labels[:16]}
 
     @property
     def evaluated(self) -> "Dataset":
-        """What evaluation and the online monitors use."""
+        """The data set that evaluation and the online monitors use."""
         return self.labelled or self
 
     @property
     def classified(self) -> bool:
-        """Do its labels tell images apart? They do not where there are none, or one class."""
+        """True if there are labels of at least two classes."""
         return len(self.classes) > 1
 
     @property
@@ -124,6 +124,6 @@ class Dataset:
 
 
 def normalise(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
-    """Uint8 (N, 3, H, W) to float32 with the given channel means and standard deviations (of values in [0, 1])."""
+    """Convert uint8 (N, 3, H, W) to float32, normalised by channel means and stds of values in [0, 1]."""
     shift, scale = (channels(tuple(values), images.device) for values in (mean, std))
     return (images.float() / 255 - shift) / scale

@@ -1,4 +1,4 @@
-"""Image files that are decoded when they are needed, and data sets of them."""
+"""Splits of image files that are decoded when they are needed, and data sets of such splits."""
 
 import hashlib
 import os
@@ -36,7 +36,7 @@ CUT_OUT = ("fg", "crop")
 
 
 class Encoded(Protocol):
-    """Image files that lie in a table or an archive."""
+    """Image files inside a table or an archive."""
 
     def __getitem__(self, index: int, /) -> bytes:
         """Return the content of the image file at `index`."""
@@ -52,17 +52,17 @@ class FileSplit:
     """A split that is decoded when it is needed."""
 
     files: Sequence[str]
-    """Where each image lies; only a name where the images are `encoded` elsewhere."""
+    """The path of each image, or only a name if the images are in `encoded`."""
     labels: Tensor
-    """(N,) int64."""
+    """Labels, (N,) int64."""
     image_size: int
     boxes: Tensor | None = None
-    """(N, 4) int64 around the object: x0, y0, x1, y1 in pixels of the upright image, x1 and y1 exclusive."""
+    """Boxes around the object, (N, 4) int64: x0, y0, x1, y1 in pixels of the upright image, x1 and y1 exclusive."""
     mask_files: Sequence[str] | None = None
-    """One mask per image, of its size; see `sources.read_mask`."""
+    """The mask file of each image, of the same size as the image; see `sources.read_mask`."""
     region: Region = "full"
     mask_values: MaskValues = None
-    """Which values of a mask are the object."""
+    """The values of a mask that are the object."""
     encoded: Encoded | None = None
 
     def __len__(self) -> int:
@@ -70,15 +70,15 @@ class FileSplit:
 
     @property
     def located(self) -> bool:
-        """Is it known where the object is?"""
+        """True if there are boxes or masks."""
         return self.boxes is not None or self.mask_files is not None
 
     def source(self, i: int) -> Path | bytes:
-        """Return the file of image i, or its content."""
+        """Return the path of image i, or the content of its file."""
         return Path(self.files[i]) if self.encoded is None else self.encoded[i]
 
     def image(self, i: int) -> Tensor:
-        """The region of image i in its own resolution, uint8 (3, H, W): what random crops are cut from."""
+        """Return the region of image i in its own resolution, uint8 (3, H, W). Random crops are cut from it."""
         image = read_image(self.source(i), self.files[i])
         if self.region == "full":
             return image
@@ -95,7 +95,7 @@ class FileSplit:
         """Return the mask of image i (3, H, W): bool (H, W).
 
         Raises:
-            UserError: the mask or the box cannot be meant.
+            UserError: the mask or the box does not fit the image.
         """
         height, width = image.shape[1:]
         if self.mask_files is not None:
@@ -107,10 +107,10 @@ class FileSplit:
         return mask
 
     def check_objects(self) -> None:
-        """Hold every box or mask against the size of its image.
+        """Check every box or mask against the size of its image.
 
         Raises:
-            UserError: one cannot be meant.
+            UserError: a box or a mask does not fit its image.
         """
         if self.located:
             fits = self._mask if self.mask_files is not None else self._box
@@ -119,15 +119,15 @@ class FileSplit:
                     pass
 
     def square(self, image: Tensor) -> Tensor:
-        """An image as `load` shows it, uint8 (3, S, S): what was cut out is stretched, all else cut in the centre."""
+        """Return an image as `load` shows it, uint8 (3, S, S). Cut-out regions are stretched, others cut centrally."""
         return resize(image[None], self.image_size)[0] if self.region in CUT_OUT else fit(image, self.image_size)
 
     def load(self, index: Tensor) -> Tensor:
-        """See `Split.load`."""
+        """Return the images at `index` (n,), uint8 (n, 3, S, S)."""
         return torch.stack([self.square(self.image(i)) for i in index.tolist()])
 
     def in_memory(self) -> ArraySplit:
-        """Decode the split once."""
+        """Decode the split and return it as an `ArraySplit`."""
         images = stack(lambda i: self.square(self.image(i)), len(self), "Decoding images")
         masks = None
         if self.region == "full" and self.located:
@@ -135,7 +135,7 @@ class FileSplit:
         return ArraySplit(images, self.labels, masks, self.files)
 
     def identity(self) -> str:
-        """Return a text that is equal for the same images in the same order, shown the same way."""
+        """Return a text that is equal for the same images in the same order and the same region."""
         boxes = "" if self.boxes is None else str(self.boxes.tolist())
         shown = (str(self.image_size), self.region, boxes, str(self.mask_values))
         files = self.files if self.encoded is None else []
@@ -144,7 +144,7 @@ class FileSplit:
         return hashlib.sha256(text.encode(errors="surrogateescape")).hexdigest()
 
     def _box(self, i: int, height: int, width: int) -> tuple[int, int, int, int]:
-        """The box of image i, which has this size."""
+        """Return the box of image i of this size, after checking it."""
         assert self.boxes is not None
         x0, y0, x1, y1 = self.boxes[i].tolist()
         if not (0 <= x0 < x1 <= width and 0 <= y0 < y1 <= height):
@@ -155,7 +155,7 @@ class FileSplit:
         return x0, y0, x1, y1
 
     def _mask(self, i: int, height: int, width: int) -> Tensor:
-        """The mask of image i, which has this size."""
+        """Return the mask of image i of this size, after checking it."""
         assert self.mask_files is not None
         mask = read_mask(Path(self.mask_files[i]), self.mask_files[i], self.mask_values)
         if mask.shape != (height, width):
@@ -187,13 +187,12 @@ def of_files(
     shifted: Mapping[str, FileSplit] | None = None,
     notes: Sequence[str] = (),
 ) -> Dataset:
-    """Make a data set of image files, trained on what `train_on` says; tests that know the object show every region.
+    """Make a data set of image files. Test splits with boxes or masks are shown in every region.
 
-    Small images are decoded now if the budget allows it; see `imagefolder` for `resident_size`, `memory_budget_gb` and
-    `shifted`.
+    Small images are decoded now if the memory budget allows it. `imagefolder` explains the arguments.
 
     Raises:
-        UserError: a box or a mask that will be used cannot be meant, or a small image cannot be read.
+        UserError: a box or a mask that is used does not fit its image, or a small image cannot be read.
     """
     lazy = {"train": replace(train, region=train_on)}
     for test, whole in tests.items():

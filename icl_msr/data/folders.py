@@ -1,4 +1,4 @@
-"""Folders of images with one folder per class, with the object's box or mask where it is known."""
+"""Folders of images with one folder per class, with boxes or masks of the objects as an option."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -26,7 +26,7 @@ SPELLINGS: Mapping[str, tuple[str, ...]] = {
     "val": ("val", "valid", "validation", "valset", "val_set", "validation_set"),
     "test": ("test", "testing", "testset", "test_set", "testing_set"),
 }
-"""How the folders of a published data set are called, in lower case."""
+"""Names of the folders in published data sets, in lower case."""
 
 
 def imagefolder(
@@ -51,38 +51,44 @@ def imagefolder(
     corrupted: str | None = None,
     extra: str | list[str] | None = None,
 ) -> Dataset:
-    """Any folder of images with one folder per class, `<root>/<train>/<class>/*.jpg` and so on.
+    """Build a data set from a folder of images with one folder per class, `<root>/<train>/<class>/*.jpg` and so on.
 
     Args:
         root: the folder.
-        train: the folder in it to train on; null is `train` (or `Train`, `training`) where there is one, else `root`.
-        tests: the folders in it to test on; null is `val` (or `valid`) or else `test` where there is one, else a part
-            of `train`. Folders of one last name are told apart by the part of the path that differs.
-        split: the part of each class that is held out where there is no test folder; always the same images.
+        train: the folder in `root` to train on. Null takes `train` (or `Train`, `training`) if it exists, else `root`.
+        tests: the folders in `root` to test on. Null takes `val` (or `valid`), else `test`, else a part of `train`.
+            Folders with the same last name are named by the part of the path that differs.
+        split: the fraction of each class that is held out if there is no test folder. It is always the same images.
         boxes: a .csv file with a line per image and the columns wnid (or class), file, xmin, ymin, xmax, ymax in
-            pixels, max inclusive, and, as an option, split, the name of the train or test folder; file is the path
-            below the class folder, of which the last name is enough where it is the only one.
-        masks: a folder with a mask for each image in the place that the image has in `root`; same stem, not black on
-            the object.
-        image_size: of the short side, in pixels; the centre square is cut.
-        train_on: full images or fg, the inside of the object's box (stretched to a square).
-        resident_size: images up to this size are decoded once and kept on the training device,
-        memory_budget_gb: as long as all of them need no more gigabytes than this.
-        shifted: further test splits by name, folders of the same classes shown otherwise (sketches, renditions, other
-            places); absolute, or in `root`. What the training folder does not have is left out, so that ImageNet-R
-            serves for ImageNet-100; folders that are numbers, as in ImageNetV2, count the classes in order.
-        renamed: a class folder in there to the class that it means, where the names differ.
-        classes: the classes to use, in this order: a list, a text file with one a line, or `imagenet100`; null is all.
-        labels: a file that names the class of each image of test folders without class folders, as published with
-            ImageNet and Tiny-ImageNet (see `classes.ImageClasses`); null finds it where it is published.
-        boxes_of: what several boxes of one image mean: refuse, largest or union.
-        mask_values: which values of a mask are the object: a list, trimap (1) or voc (1 to 254); null is all but 0.
-        follow_links: also read what links to places outside `root` lead to.
-        corrupted: the folder of ImageNet-C, `<corruption>/<severity>/<class>`: each is a test split, such as `fog_3`.
-        extra: images without labels, of any depth, to train on too: a folder, a text file of paths, or a list of these.
+            pixels, max inclusive. The optional column split has the name of the train or test folder. The column file
+            has the path below the class folder, or only the last name if it is unique.
+        masks: a folder with a mask for each image, at the image's path in `root`. The mask has the same stem and is not
+            black on the object.
+        image_size: length of the short side, in pixels. The centre square is cut.
+        train_on: `full` images, or `fg`, the inside of the object's box stretched to a square.
+        resident_size: images up to this size, in pixels, are decoded once and kept on the training device.
+        memory_budget_gb: the most memory that these may need, in gigabytes. Above it, workers decode in every epoch.
+        shifted: further test splits by name: absolute folders, or folders in `root`, that show the same classes in
+            another way, such as sketches. Classes that the training folder lacks are left out, so ImageNet-R serves
+            for ImageNet-100. Folders named by numbers, as in ImageNetV2, count the classes in order.
+        renamed: a mapping from the class folders of `shifted` to classes, for those whose names differ.
+        classes: the classes to use, in this order: a list, a text file with one per line, or `imagenet100`. Null takes
+            all.
+        labels: a file with the class of each image of test folders without class folders, as published with ImageNet
+            and Tiny-ImageNet (see `classes.ImageClasses`). Null searches the published places.
+        boxes_of: the treatment of several boxes of one image: refuse, largest or union.
+        mask_values: the values of a mask that are the object: a list, trimap (1) or voc (1 to 254). Null takes all but
+            0.
+        follow_links: true also reads links to places outside `root`.
+        corrupted: the folder of ImageNet-C, `<corruption>/<severity>/<class>`. Each corruption and severity is a test
+            split, such as `fog_3`.
+        extra: further training images without labels, of any depth: a folder, a text file of paths, or a list of these.
 
-    With boxes or masks each test set is shown as `full`, `fg`, `crop` (as large as `fg`, from anywhere), `only_fg` (the
-    rest black), `only_bg` (the object black). `boxes` and `masks` are paths in `root`, or absolute.
+    With boxes or masks, each test set is shown as `full`, `fg`, `crop` (as large as `fg`, from a random place),
+    `only_fg` (the rest black) and `only_bg` (the object black). `boxes` and `masks` are paths in `root`, or absolute.
+
+    Raises:
+        UserError: a folder or file is missing or empty, or the folders, boxes or masks do not fit together.
     """
     base = Path(root).expanduser()
     if not base.is_dir():
@@ -158,28 +164,28 @@ class _Found:
     folder: Path
     files: list[str]
     labels: Tensor
-    """(N,) int64."""
+    """Labels, (N,) int64."""
     places: list[str]
-    """The path of each below its class folder."""
+    """The path of each image below its class folder."""
 
     def part(self, chosen: Tensor) -> "_Found":
-        """Those where `chosen` (N,) is true."""
+        """Return the images for which `chosen` (N,) is true."""
         index = chosen.nonzero()[:, 0].tolist()
         return _Found(self.folder, [self.files[i] for i in index], self.labels[chosen], [self.places[i] for i in index])
 
 
 @dataclass
 class _Layout:
-    """Which folder is trained on, and which are tested."""
+    """The training folder and the test folders."""
 
     train: Path
     tests: Mapping[str, Path]
-    """By the name of the split; empty where a part of `train` is to be held out."""
+    """Folders by the name of the split; empty if a part of `train` is held out."""
     notes: list[str]
 
 
 def _layout(listing: Listing, train: str | None, tests: list[str] | None, read_elsewhere: Sequence[Path]) -> _Layout:
-    """What the keys name, or else what the names of the folders say."""
+    """Return the folders that the keys name, or else those with the usual names."""
     base = listing.root
     children = listing.folders(base)
     spelled = {kind: _spelled(children, kind) for kind in SPELLINGS}
@@ -212,8 +218,7 @@ def _spelled(folders: Sequence[Path], kind: str) -> Path | None:
     found = [path for path in folders if path.name.lower() in SPELLINGS[kind]]
     if len(found) > 1:
         raise UserError(
-            f"{found[0]} and {found[1]} are both called {kind}; set dataset.train and dataset.tests to those that are "
-            "meant."
+            f"{found[0]} and {found[1]} are both called {kind}; set dataset.train and dataset.tests to the right ones."
         )
     return found[0] if found else None
 
@@ -221,7 +226,7 @@ def _spelled(folders: Sequence[Path], kind: str) -> Path | None:
 def _refuse_splits_as_classes(
     listing: Listing, children: Sequence[Path], spelled: Mapping[str, Path | None], tests: list[str] | None
 ) -> None:
-    """The folders of a root are not classes where their names or their own folders say otherwise."""
+    """Check that the folders of a root look like classes, by their names and by their own folders."""
     way_out = "set dataset.train and dataset.tests to folders in it, or dataset.train=. where they are classes"
     wrong = next((path for kind in ("val", "test") if (path := spelled[kind])), None)
     if wrong is not None and tests is None and listing.folders(wrong):
@@ -247,7 +252,7 @@ def _unread(base: Path, folders: Sequence[Path]) -> list[str]:
 
 
 def _named(base: Path, tests: Sequence[str]) -> dict[str, Path]:
-    """Test folders by the name of their split: the last name, or what differs before equal ends of their paths."""
+    """Return test folders by the name of their split: the last name, or the part that differs if last names agree."""
     if not tests:
         raise UserError("dataset.tests is an empty list; name folders in it, or set it to null.")
     paths = [base / test for test in tests]
@@ -270,7 +275,7 @@ def _named(base: Path, tests: Sequence[str]) -> dict[str, Path]:
 
 
 def _class_folders(listing: Listing, folder: Path, masks: Path | None = None) -> dict[str, Path]:
-    """The class folders by the names of the classes, in order."""
+    """Return the class folders by the names of the classes, in order."""
     if not folder.is_dir():
         raise UserError(f"There is no folder {folder}; dataset.train and dataset.tests name folders in dataset.root.")
     found: dict[str, Path] = {}
@@ -292,7 +297,7 @@ def _class_folders(listing: Listing, folder: Path, masks: Path | None = None) ->
 
 
 def _images(listing: Listing, folder: Path, classes: Mapping[str, Path]) -> _Found:
-    """The images of the class folders, in order; the label is the place in `classes`."""
+    """Return the images of the class folders, in order. A label is the position in `classes`."""
     files: list[str] = []
     labels: list[int] = []
     places: list[str] = []
@@ -310,7 +315,7 @@ def _images(listing: Listing, folder: Path, classes: Mapping[str, Path]) -> _Fou
 
 
 def _test_images(listing: Listing, folder: Path, classes: Sequence[str], flat: ImageClasses, *, partly: bool) -> _Found:
-    """The images of a test folder, which may lack classes; with `partly`, folders of other classes are left out."""
+    """Return the images of a test folder. It may lack classes. With `partly`, folders of other classes are left out."""
     if flat.covers(listing, folder):
         return _Found(folder, *flat.read(listing, folder))
     found = _class_folders(listing, folder)
@@ -329,7 +334,7 @@ def _test_images(listing: Listing, folder: Path, classes: Sequence[str], flat: I
 def _shifted_images(
     listing: Listing, name: str, folder: Path, classes: Sequence[str], renamed: dict[str, str]
 ) -> tuple[list[str], Tensor]:
-    """The files of those class folders that are classes of the training folder, and their labels (N,)."""
+    """Return the files in the folders of training classes, and their labels (N,)."""
     if not folder.is_dir():
         raise UserError(f"There is no folder {folder}; set dataset.shifted.{name} to a folder of class folders.")
     wrong = [target for target in renamed.values() if target not in classes]
@@ -341,7 +346,7 @@ def _shifted_images(
         if len(found) != len(classes):
             raise UserError(
                 f"{folder} has {len(found)} numbered classes and the training folder {len(classes)}, so they cannot be "
-                "counted off; name its folders as the training classes."
+                "matched by number; name its folders as the training classes."
             )
         meant = dict(zip(sorted(found, key=lambda path: int(path.name)), classes, strict=True))
     else:
@@ -356,13 +361,13 @@ def _shifted_images(
     if not files:
         raise UserError(
             f"{folder} has no images of a class of the training folder, {_some(classes)}; set dataset.shifted.{name} "
-            "to another folder, or say with +dataset.renamed.<its folder>=<class> what is what."
+            "to another folder, or name its classes with +dataset.renamed.<its folder>=<class>."
         )
     return files, torch.tensor(labels)
 
 
 def _corrupted(listing: Listing, folder: Path) -> dict[str, str]:
-    """The folders of ImageNet-C by the names of the splits; its corruptions may lie in folders of four kinds."""
+    """Return the folders of ImageNet-C by the names of the splits. Corruptions may lie in folders of four kinds."""
     if not folder.is_dir():
         raise UserError(f"There is no folder {folder}; set dataset.corrupted to ImageNet-C, or to null.")
     found: dict[str, str] = {}
@@ -384,7 +389,7 @@ def _corrupted(listing: Listing, folder: Path) -> dict[str, str]:
 
 
 def _held_out(labels: Tensor, part: float, folder: Path, classes: Sequence[str]) -> Tensor:
-    """Bool (N,): the same `part` of every class, at least one image of it, on every call."""
+    """Return bool (N,): the same `part` of every class on every call, at least one image of each."""
     chosen = torch.zeros(len(labels), dtype=torch.bool)
     for k, name in enumerate(classes):
         members = (labels == k).nonzero()[:, 0]
@@ -403,7 +408,7 @@ def _list(value: str | list[str]) -> list[str]:
 
 
 def _relative(path: Path, base: Path) -> str:
-    """The path below the base, with `/`; the whole path where it lies elsewhere."""
+    """Return the path below the base, with `/`; the whole path if it lies elsewhere."""
     return path.relative_to(base).as_posix() if path.is_relative_to(base) else path.as_posix()
 
 

@@ -1,4 +1,4 @@
-"""Data sets of the `datasets` library: from the hub, from Parquet files, from a folder that it saved."""
+"""Data sets of the `datasets` library: from the hub, from Parquet files, or from a saved folder."""
 
 from dataclasses import dataclass
 from importlib import import_module
@@ -29,21 +29,24 @@ def huggingface(
     resident_size: NonNegativeInt,
     memory_budget_gb: NonNegativeFloat,
 ) -> Dataset:
-    """Images and labels in columns of a table that `datasets` reads; needs the extra `hf`.
+    """Build a data set from the columns of a table that `datasets` reads. It needs the extra `hf`.
 
     Images stay encoded in the table and are decoded by this package, so they have the same bytes as from files.
 
     Args:
-        name: of the set on the hub, or a folder of `save_to_disk`, or a folder of Parquet files, or one such file.
-        config: the configuration of a set on the hub, where it has several.
-        train: the split to train on,
-        test: and the one to test on; null holds out a part of `train`.
-        image: the column of images, encoded or as paths,
-        label: and that of labels; null is a set without labels.
-        split: the part that is held out where `test` is null; always the same images.
-        image_size: of the short side, in pixels; the centre square is cut.
-        resident_size: images up to this size are decoded once and kept on the training device,
-        memory_budget_gb: as long as all of them need no more gigabytes than this.
+        name: the name of a set on the hub, a folder of `save_to_disk`, a folder of Parquet files, or one such file.
+        config: the configuration of a set on the hub that has several.
+        train: the split to train on.
+        test: the split to test on. Null holds out a part of `train`.
+        image: the column of images, encoded or as paths.
+        label: the column of labels. Null is a set without labels.
+        split: the fraction that is held out if `test` is null. It is always the same images.
+        image_size: length of the short side, in pixels. The centre square is cut.
+        resident_size: see `imagefolder`.
+        memory_budget_gb: see `imagefolder`.
+
+        Raises:
+            UserError: the library, the set, a split or a column is missing, or a column has no images or labels.
     """
     tables = _load(name, config)
     chosen = {}
@@ -73,13 +76,13 @@ def huggingface(
 
 @dataclass
 class _Column:
-    """The encoded images of a column, some of them chosen."""
+    """The encoded images in some rows of a column."""
 
     name: str
     table: Any
     image: str
     rows: Tensor
-    """(N,) int64."""
+    """Row of each image, (N,) int64."""
 
     def __getitem__(self, index: int, /) -> bytes:
         cell = self.table[int(self.rows[index])][self.image]
@@ -105,7 +108,7 @@ def _load(name: str, config: str | None) -> Any:
         if path.is_file():
             return library.load_dataset("parquet", data_files={"train": str(path)})
         return library.load_dataset(str(path) if path.is_dir() else name, config)
-    except Exception as error:  # anything from the network to a damaged file
+    except Exception as error:  # it may raise anything, from network errors to a damaged file
         reason = " ".join(str(error).split()).rstrip(".")
         raise UserError(
             f"{name} cannot be read by datasets ({reason}); set dataset.name to a set on the hub, a folder of "
@@ -146,7 +149,7 @@ def _split(
 
 
 def _divide(whole: FileSplit, part: float) -> tuple[FileSplit, FileSplit]:
-    """All but a part of the images, and that part."""
+    """Split off a part of the images. Return the rest and that part."""
     order = permutation(0, 0, len(whole))
     count = max(1, round(part * len(whole)))
     assert isinstance(whole.encoded, _Column)

@@ -1,4 +1,4 @@
-"""Data sets in the layout that they are published in, where folders of classes do not say it all."""
+"""Data sets whose published layout needs more than folders of classes."""
 
 import re
 from collections.abc import Sequence
@@ -21,17 +21,17 @@ def tiny_imagenet(
     resident_size: NonNegativeInt,
     memory_budget_gb: NonNegativeFloat,
 ) -> Dataset:
-    """Tiny-ImageNet-200 as Stanford's CS231n published it: 200 classes, one box around the object of every image.
+    """Build Tiny-ImageNet-200 as Stanford's CS231n published it: 200 classes, one box around the object of every image.
 
-    Read are `train/<wnid>/images/*.JPEG` with `train/<wnid>/<wnid>_boxes.txt`, and `val/images/*.JPEG` with
-    `val/val_annotations.txt`; the images of `test` have no labels and are left out.
+    It reads `train/<wnid>/images/*.JPEG` with `train/<wnid>/<wnid>_boxes.txt`, and `val/images/*.JPEG` with
+    `val/val_annotations.txt`. The images of `test` have no labels and are left out.
 
     Args:
         root: the folder tiny-imagenet-200.
-        image_size: of the short side, in pixels; 64 as published.
-        train_on: full images or fg, the inside of the box (stretched to a square).
-        resident_size: as in `imagefolder`,
-        memory_budget_gb: and this too.
+        image_size: length of the short side, in pixels; 64 as published.
+        train_on: `full` images, or `fg`, the inside of the box stretched to a square.
+        resident_size: see `imagefolder`.
+        memory_budget_gb: see `imagefolder`.
     """
     base = _folder(root)
     classes = sorted(path.name for path in (base / "train").glob("n*") if path.is_dir())
@@ -70,17 +70,17 @@ def oxford_pets(
     resident_size: NonNegativeInt,
     memory_budget_gb: NonNegativeFloat,
 ) -> Dataset:
-    """Oxford-IIIT Pet: 37 breeds, 3,680 training and 3,669 test images, a trimap of each (Parkhi et al., CVPR 2012).
+    """Build Oxford-IIIT Pet: 37 breeds, 3,680 training and 3,669 test images with trimaps (Parkhi et al., CVPR 2012).
 
-    Read are `images/*.jpg`, `annotations/trainval.txt`, `annotations/test.txt` and `annotations/trimaps/*.png`, of
-    which 1 is the pet, 2 the background and 3 the border between them, which counts as background.
+    It reads `images/*.jpg`, `annotations/trainval.txt`, `annotations/test.txt` and `annotations/trimaps/*.png`. In a
+    trimap, 1 is the pet, 2 the background and 3 the border between them. The border counts as background.
 
     Args:
         root: the folder that has `images` and `annotations`.
-        image_size: of the short side, in pixels; the centre square is cut.
-        train_on: full images or fg, the inside of the box around the pet (stretched to a square).
-        resident_size: as in `imagefolder`,
-        memory_budget_gb: and this too.
+        image_size: length of the short side, in pixels. The centre square is cut.
+        train_on: `full` images, or `fg`, the inside of the box around the pet stretched to a square.
+        resident_size: see `imagefolder`.
+        memory_budget_gb: see `imagefolder`.
     """
     base = _folder(root)
     rows = {part: _table(base / f"annotations/{part}.txt", 2) for part in ("trainval", "test")}
@@ -115,7 +115,7 @@ def _folder(root: str) -> Path:
 
 
 def _table(path: Path, columns: int) -> Sequence[Sequence[str]]:
-    """The rows of a text file, with at least so many columns, the last ones numbers."""
+    """Return the rows of a text file, checked to have this many columns, of which the last ones are numbers."""
     if not path.is_file():
         raise UserError(f"There is no file {path}; set dataset.root to the folder as it was unpacked.")
     lines = path.read_text(encoding="utf-8-sig", errors="replace").splitlines()

@@ -1,4 +1,4 @@
-"""Find the images and folders below a folder, and count what is passed over."""
+"""Find the images and folders below a folder, and count the entries that are skipped."""
 
 import os
 from collections import Counter
@@ -9,30 +9,30 @@ SUFFIXES = (
     *(".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".apng", ".webp", ".gif", ".avif"),
     *(".bmp", ".tif", ".tiff", ".ppm", ".pgm", ".pbm", ".pnm"),
 )
-"""What the names of image files end with, in lower case."""
+"""Suffixes of image files, in lower case."""
 
 LITTER = ("@eaDir", "__MACOSX", "#recycle", "$RECYCLE.BIN", "System Volume Information", "lost+found", "__pycache__")
 """Folders that file managers and archives leave behind."""
 
-_UNSEEN = ("Thumbs.db", "ehthumbs.db", "desktop.ini", "Icon\r", ".DS_Store")  # files of that kind; not worth a word
+_UNSEEN = ("Thumbs.db", "ehthumbs.db", "desktop.ini", "Icon\r", ".DS_Store")  # such files are not even counted
 
 
 class Listing:
     """The images and folders below a root.
 
-    Hidden files and folders, litter, links that lead out of the root, and what is neither file nor folder are passed
-    over at every depth, and so are files that are no images by their names. `sentence` says how many.
+    At every depth it skips hidden files and folders, litter, links that lead out of the root, entries that are neither
+    file nor folder, and files without the suffix of an image. `sentence` says how many.
 
     Args:
         root: the folder.
-        follow_links: also read what links out of the root lead to.
+        follow_links: true also reads links that lead out of the root.
     """
 
     def __init__(self, root: Path, *, follow_links: bool = False) -> None:
         self.root, self.follow_links = root, follow_links
         self._inside = os.path.realpath(root)
         self._passed: dict[str, str] = {}
-        """The kind of what was passed over, by its path."""
+        """The reason for each skipped entry, by its path."""
 
     def folders(self, folder: Path) -> list[Path]:
         """Return the folders in a folder, sorted."""
@@ -43,11 +43,11 @@ class Listing:
         return sorted(entry.path for entry in self._entries(folder) if entry.is_file() and _suffix(entry) in SUFFIXES)
 
     def beside(self, folder: Path) -> None:
-        """Count the image files in the folder itself as passed over."""
+        """Count the image files in the folder itself as skipped."""
         self._passed |= dict.fromkeys(self.here(folder), "images beside the class folders")
 
     def below(self, folder: Path) -> list[str]:
-        """Return the image files of any depth below a folder, sorted by their paths."""
+        """Return the image files at any depth below a folder, sorted by their paths."""
         found: list[str] = []
         waiting: list[tuple[str, tuple[str, ...]]] = [(str(folder), (os.path.realpath(folder),))]
         while waiting:
@@ -65,7 +65,7 @@ class Listing:
 
     @property
     def sentence(self) -> str:
-        """What was passed over so far; empty where there was nothing."""
+        """One sentence about the entries skipped so far; empty if there are none."""
         if not self._passed:
             return ""
         counts = Counter(self._passed.values())
@@ -85,7 +85,7 @@ class Listing:
                     self._passed[entry.path] = kind
 
     def _passed_over(self, entry: "os.DirEntry[str]") -> str | None:
-        """What the entry is, if it is neither a folder nor a file that may be read."""
+        """Return the reason to skip an entry; None for folders and files that are read."""
         if entry.name.startswith("."):
             return "hidden"
         if entry.name in LITTER:

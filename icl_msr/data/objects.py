@@ -1,4 +1,4 @@
-"""Where the object of each image of a folder is: in a table of boxes, in a folder of masks, or not known."""
+"""The place of the object in each image of a folder, from a table of boxes or a folder of masks."""
 
 import csv
 from collections import Counter
@@ -14,7 +14,7 @@ from icl_msr.core.errors import UserError
 from icl_msr.data.listing import SUFFIXES
 
 BoxesOf = Literal["refuse", "largest", "union"]
-"""What several boxes of one image mean: a mistake, the largest of them, or the box around all."""
+"""Treatment of several boxes of one image: an error, the largest of them, or the box around all."""
 
 Box = tuple[int, int, int, int]
 
@@ -23,10 +23,10 @@ class Objects:
     """The boxes or masks of the images below a folder.
 
     Args:
-        base: the folder; the next two are paths in it, or absolute.
+        base: the folder. The next two are absolute paths or paths in it.
         boxes: a table of boxes; see `folders.imagefolder`.
         masks: a folder of masks.
-        boxes_of: what several boxes of one image mean.
+        boxes_of: the treatment of several boxes of one image.
     """
 
     def __init__(self, base: Path, boxes: str | None, masks: str | None, boxes_of: BoxesOf) -> None:
@@ -35,26 +35,29 @@ class Objects:
         self.base, self.boxes, self.boxes_of = base, boxes, boxes_of
         self.table = None if boxes is None else _read_boxes(base / boxes)
         self.unused = set(self.table or ())
-        """The rows that no image has asked for yet."""
+        """The rows that no image has used yet."""
         self.masks = None if masks is None else base / masks
         if self.masks is not None and not self.masks.is_dir():
             raise UserError(f"There is no folder {self.masks}; set dataset.masks to the folder of masks, or to null.")
 
     @property
     def known(self) -> bool:
-        """Is it known where objects are?"""
+        """True if there are boxes or masks."""
         return self.table is not None or self.masks is not None
 
     def of(
         self, splits: Sequence[str], files: Sequence[str], classes: Sequence[str], places: Sequence[str]
     ) -> tuple[Tensor | None, list[str] | None]:
-        """Return boxes (N, 4) and mask files (N) of a folder's images, or None for what there is not.
+        """Return boxes (N, 4) and mask files (N) of a folder's images, each None if there are none.
 
         Args:
-            splits: the names that the table may call the folder by, the most exact one first.
+            splits: the names that the table may use for the folder, the most exact one first.
             files: the images (N).
             classes: their classes (N).
             places: their paths below the class folder (N), with `/`.
+
+            Raises:
+                UserError: an image has no box or mask, or its box or mask is ambiguous.
         """
         if self.table is not None:
             times = Counter((name, Path(place).name) for name, place in zip(classes, places, strict=True))
@@ -74,7 +77,7 @@ class Objects:
 
     @property
     def sentence(self) -> str:
-        """How many rows of the table no image has; empty where all are used."""
+        """One sentence about the rows of the table without an image; empty if all rows are used."""
         if not self.unused:
             return ""
         _, name, file = min(self.unused, key=str)
@@ -118,7 +121,7 @@ class Objects:
 
 
 def _read_boxes(path: Path) -> dict[tuple[str | None, str, str], list[Box]]:
-    """The boxes by split, class and file."""
+    """Return the boxes by split, class and file."""
     if not path.is_file():
         raise UserError(f"There is no file {path}; set dataset.boxes to the .csv file of boxes, or to null.")
     table: dict[tuple[str | None, str, str], list[Box]] = {}

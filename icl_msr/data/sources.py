@@ -1,4 +1,4 @@
-"""What all sources of real images share: read a file, fit it to a square, show its object or its background."""
+"""Functions for all sources of real images: read a file, fit it to a square, show its object or its background."""
 
 import os
 import time
@@ -27,31 +27,31 @@ from icl_msr.data.dataset import ArraySplit, Dataset
 TrainOn = Literal["full", "fg"]
 Region = Literal["full", "fg", "crop", "only_fg", "only_bg"]
 REGIONS: tuple[Region, ...] = ("full", "fg", "crop", "only_fg", "only_bg")
-"""The whole image; the inside of the object's box, stretched to a square; a crop as large from a random place, which
-shows what cropping itself does; the object on black; the object in black."""
+"""Shown regions, in order: the whole image; the inside of the object's box, stretched to a square; a crop as large from
+a random place, as a control of cropping itself; the object on black; the background with the object in black."""
 
 MaskValues = Literal["trimap", "voc"] | list[int] | None
 MASK_VALUES = {"trimap": [1], "voc": list(range(1, 255))}
-"""What the object is in published masks: the pet of Oxford-IIIT Pet's trimaps, and not their border; every object of
-Pascal VOC, and not the void around it."""
+"""Values of the object in published masks: the pet without the border in Oxford-IIIT Pet's trimaps, and every object
+without the void around it in Pascal VOC."""
 
-_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF")  # no format that runs another program
-_ORIENTATION = 0x0112  # of EXIF
+_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF")  # none of them runs another program
+_ORIENTATION = 0x0112  # EXIF tag
 _LOSSY = ("JPEG", "MPO", "WEBP", "AVIF")
 
-_CHUNK = 256  # images a thread decodes before it reports
-_PART = 4096  # images of an array handled at once
+_CHUNK = 256  # images that a thread decodes before it reports
+_PART = 4096  # images of an array that are handled at once
 
 
 def read_image(source: Path | bytes, name: str) -> Tensor:
     """Decode an image file, or its bytes, to uint8 (3, H, W), by the rules of the table in data/README.md.
 
-    This is the only decoder of the package, so that an image has the same bytes on every path. Pillow reads the header
-    and decodes. JPEG is decoded by torchcodec where it is installed: the same bytes, faster.
+    This is the only decoder of the package, so an image has the same bytes on every path. Pillow reads the header and
+    decodes. torchcodec decodes JPEG if it is installed, to the same bytes and faster.
 
     Args:
-        source: the file, or its content.
-        name: what a message calls it.
+        source: the path of the file, or its content.
+        name: the name of the file in an error message.
 
     Raises:
         UserError: the file is missing, cut short, or no image.
@@ -68,9 +68,10 @@ def read_image(source: Path | bytes, name: str) -> Tensor:
 def read_mask(path: Path, name: str, values: MaskValues = None) -> Tensor:
     """Decode a mask to bool (H, W), true on the object.
 
-    Without `values`, the object is where a value is not zero in the file's own depth; where the image is not
-    transparent, if it has transparent pixels; and above half of the largest value in a format that loses detail, which
-    rings at edges. With them, the object is where the grey value or the index of the palette is one of them.
+    With `values`, the object is where the grey value or the palette index is one of them. Without `values`, it is where
+    the value is not zero in the file's own depth. There are two exceptions. If the image has transparent pixels, the
+    object is where it is not transparent. In a lossy format, which rings at edges, the object is above half of the
+    largest value.
 
     Raises:
         UserError: the file cannot be read, or the mask is empty or covers the whole image.
@@ -89,21 +90,21 @@ def read_mask(path: Path, name: str, values: MaskValues = None) -> Tensor:
 
 
 def read_size(source: Path | bytes, name: str) -> tuple[int, int]:
-    """Return height and width of the upright image in pixels; only the header is read.
+    """Return height and width of the upright image in pixels. Only the header is read.
 
     Raises:
         UserError: the file is missing, or no image.
     """
     with _named(name), _open(source) as image:
         if image.format == "TIFF":
-            image.load()  # turns it
+            image.load()  # applies the orientation
         turned = _orientation(image) >= 5
         return (image.width, image.height) if turned else (image.height, image.width)
 
 
 @contextmanager
 def _named(name: str) -> Iterator[None]:
-    """Say which file could not be read. A damaged file makes a decoder raise almost anything."""
+    """Turn errors of decoders into a `UserError` that names the file. A damaged file can raise almost anything."""
     try:
         yield
     except UnidentifiedImageError:
@@ -113,20 +114,20 @@ def _named(name: str) -> Iterator[None]:
 
 
 def _open(source: bytes | Path) -> Image.Image:
-    """The image with its header read. The checksums of a PNG file are compared: its decoder stops before the last."""
+    """Return the image with its header read. All checksums of a PNG are checked, since the decoder stops early."""
     if isinstance(source, bytes) and source.startswith(b"\x89PNG"):
         Image.open(BytesIO(source), formats=["PNG"]).verify()
     return Image.open(BytesIO(source) if isinstance(source, bytes) else source, formats=_FORMATS)
 
 
 def _plain_jpeg(image: Image.Image) -> bool:
-    """Is it a JPEG file in RGB or grey that stands upright? torchcodec turns images by rules of its own."""
+    """Return whether the image is an upright JPEG in RGB or grey. torchcodec turns images by rules of its own."""
     upright = "exif" not in image.info or image.getexif().get(_ORIENTATION) == 1
     return image.format in ("JPEG", "MPO") and image.mode in ("L", "RGB") and upright
 
 
 def _jpeg(data: bytes) -> Tensor | None:
-    """Uint8 (3, H, W) as it is stored; None where torchcodec is missing or finds fault with the file."""
+    """Return the pixels as stored, uint8 (3, H, W); None if torchcodec is missing or refuses the file."""
     decode = _jpeg_decoder()
     if decode is None:
         return None
@@ -138,7 +139,7 @@ def _jpeg(data: bytes) -> Tensor | None:
 
 @cache
 def _jpeg_decoder() -> Callable[[bytes], Tensor] | None:
-    """Import torchcodec when the first JPEG file is read; a build for another torch cannot be loaded."""
+    """Return torchcodec's decoder; None if torchcodec is missing or was built for another torch."""
     try:
         return partial(import_module("torchcodec.decoders").decode_jpeg, mode="RGB")
     except (ImportError, OSError, RuntimeError):
@@ -146,7 +147,7 @@ def _jpeg_decoder() -> Callable[[bytes], Tensor] | None:
 
 
 def _rgb(image: Image.Image) -> NDArray[np.uint8]:
-    """Uint8 (H, W, 3) as it is stored: deep values scaled to eight bits, transparency on white."""
+    """Return the pixels as stored, uint8 (H, W, 3), with deep values scaled to eight bits and transparency on white."""
     if image.mode in ("I", "F") or image.mode.startswith("I;16"):
         return np.repeat(_eight_bits(np.asarray(image), image.format)[:, :, None], 3, axis=2)
     if image.has_transparency_data:
@@ -156,8 +157,8 @@ def _rgb(image: Image.Image) -> NDArray[np.uint8]:
 
 
 def _eight_bits(values: NDArray[Any], kind: str | None) -> NDArray[np.uint8]:
-    """Grey values of more than eight bits as uint8."""
-    if values.dtype.kind == "u" or kind == "PPM":  # PPM: 16 bits, which Pillow widens to 32
+    """Scale grey values of more than eight bits to uint8."""
+    if values.dtype.kind == "u" or kind == "PPM":  # Pillow widens the 16 bits of PPM to 32
         return np.asarray(values >> 8, np.uint8)
     low, high = values.min(), values.max()
     if not (np.isfinite(low) and np.isfinite(high)):
@@ -171,7 +172,7 @@ def _eight_bits(values: NDArray[Any], kind: str | None) -> NDArray[np.uint8]:
 
 
 def _object(image: Image.Image, data: bytes, values: MaskValues) -> NDArray[np.bool_]:
-    """Bool (H, W) as it is stored; see `read_mask`."""
+    """Return the mask of the object as stored, bool (H, W); see `read_mask`."""
     if values is not None:
         index = np.asarray(image)
         if index.ndim != 2:
@@ -182,7 +183,7 @@ def _object(image: Image.Image, data: bytes, values: MaskValues) -> NDArray[np.b
         if opacity.min() < 255:
             return opacity > 0
     if data.startswith(b"\x89PNG") and data[24] == 16 and image.mode in ("RGB", "RGBA"):
-        pixels = _deep_png(data)[:3].amax(0).numpy()  # Pillow keeps the upper eight bits of a colour
+        pixels = _deep_png(data)[:3].amax(0).numpy()  # Pillow keeps only the upper eight bits of a colour
     else:
         pixels = np.asarray(image.convert("RGB") if image.mode in ("P", "PA", "RGBA", "CMYK") else image)
         pixels = pixels.max(axis=2) if pixels.ndim == 3 else pixels
@@ -190,14 +191,14 @@ def _object(image: Image.Image, data: bytes, values: MaskValues) -> NDArray[np.b
 
 
 def _deep_png(data: bytes) -> Tensor:
-    """Int32 (C, H, W) of a PNG file of 16 bits a channel."""
+    """Return the values of a PNG file with 16 bits per channel, int32 (C, H, W)."""
     decode = import_module("torchcodec.decoders").decode_png
     deep: Tensor = decode(data, mode="UNCHANGED", output_dtype=torch.uint16)
     return deep.int()
 
 
 def _orientation(image: Image.Image) -> int:
-    """How the image must be turned to stand upright, 1 (not at all) to 8, by EXIF; 1 where EXIF cannot be read."""
+    """Return the EXIF orientation, from 1 (upright) to 8; 1 if EXIF cannot be read."""
     try:
         return int(image.getexif().get(_ORIENTATION, 1))
     except Exception:
@@ -205,7 +206,7 @@ def _orientation(image: Image.Image) -> int:
 
 
 def _upright(pixels: Tensor, image: Image.Image) -> Tensor:
-    """(C, H, W), turned and mirrored as EXIF says. Pillow has done that to TIFF, and taken the tag away."""
+    """Turn and mirror pixels (C, H, W) as EXIF says. Pillow has already done so for TIFF and removed the tag."""
     turn = _orientation(image)
     if turn in (5, 6, 7, 8):
         pixels = pixels.transpose(1, 2)
@@ -225,12 +226,12 @@ def fit(image: Tensor, size: int, *, nearest: bool = False) -> Tensor:
 
 
 def fit_all(images: Tensor, size: int, *, nearest: bool = False) -> Tensor:
-    """`fit` of many images (N, ..., H, W), in parts to bound the memory."""
+    """Apply `fit` to many images (N, ..., H, W), in parts to limit the memory."""
     return torch.cat([fit(part, size, nearest=nearest) for part in _parts(images)])
 
 
 def show(images: Tensor, masks: Tensor, region: Region) -> Tensor:
-    """The `region` (see `REGIONS`) of square uint8 images (N, 3, S, S) with bool masks (N, S, S), a whole split."""
+    """Return the `region` (see `REGIONS`) of a whole split: uint8 images (N, 3, S, S) with bool masks (N, S, S)."""
     if region == "full":
         return images
     if region == "fg":
@@ -242,7 +243,11 @@ def show(images: Tensor, masks: Tensor, region: Region) -> Tensor:
 
 
 def stack(load: Callable[[int], Tensor], count: int, doing: str) -> Tensor:
-    """`load(0)`, ..., `load(count - 1)` from a pool of threads into one tensor, with a progress bar after 2 s."""
+    """Stack `load(0)`, ..., `load(count - 1)`, computed by a pool of threads. Show a progress bar after 2 s.
+
+    Raises:
+        UserError: the images differ in size.
+    """
     first = load(0)
     result = first.new_empty((count, *first.shape))
 
@@ -269,13 +274,13 @@ def stack(load: Callable[[int], Tensor], count: int, doing: str) -> Tensor:
 
 
 def progress_bar() -> Progress:
-    """Of images: how many are done, how many a second, and the time left."""
+    """Return a progress bar of images that shows the number done, the images per second and the time left."""
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), _Rate(), TimeRemainingColumn())
     return Progress(*columns, console=Console(stderr=True), transient=True)
 
 
 def statistics(images: Tensor) -> tuple[tuple[float, float, float], tuple[float, float, float]]:
-    """Channel means and standard deviations over all pixels of uint8 (N, 3, S, S), as values in [0, 1]."""
+    """Return channel means and standard deviations over all pixels of uint8 (N, 3, S, S), as values in [0, 1]."""
     values = torch.arange(256, dtype=torch.float64) / 255
     shares = torch.stack([_histogram(images[:, c]) for c in range(3)]).double() / images[:, 0].numel()
     mean = shares @ values
@@ -286,7 +291,11 @@ def statistics(images: Tensor) -> tuple[tuple[float, float, float], tuple[float,
 def resident(
     name: str, classes: Sequence[str], train: ArraySplit, tests: Mapping[str, ArraySplit], train_on: TrainOn
 ) -> Dataset:
-    """A data set of whole images in memory, trained on what `train_on` says; tests with masks show every region."""
+    """Make a data set of whole images in memory. Test splits with masks are shown in every region.
+
+    Raises:
+        UserError: `train_on` is `fg`, and the training images have no masks.
+    """
     if train_on == "fg":
         if train.masks is None:
             raise UserError(
@@ -308,7 +317,7 @@ def resident(
 
 
 def test_name(test: str, region: Region, *, single: bool) -> str:
-    """The key of a region of a test set in `Dataset.tests`."""
+    """Return the key of a region of a test set in `Dataset.tests`."""
     return region if single else f"{test}_{region}"
 
 
@@ -318,12 +327,12 @@ class _Rate(ProgressColumn):
 
 
 def cores() -> int:
-    """Those that this process may use."""
+    """Return the number of cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _histogram(channel: Tensor) -> Tensor:
-    """Counts (256,) of the values of a uint8 tensor, without a wide copy of the whole of it."""
+    """Return counts (256,) of the values of a uint8 tensor, without a wider copy of the whole tensor."""
     return torch.stack([torch.bincount(part.flatten(), minlength=256) for part in _parts(channel)]).sum(0)
 
 

@@ -42,17 +42,17 @@ CIFAR100: Mapping[str, str] = {
 
 
 def cifar10(*, root: str, download: bool, train_on: TrainOn, corrupted: str | None = None) -> Dataset:
-    """CIFAR-10: 50,000 training and 10,000 test images of 32 pixels, 10 classes (Krizhevsky, 2009).
+    """Build CIFAR-10: 50,000 training and 10,000 test images of 32 pixels, 10 classes (Krizhevsky, 2009).
 
-    `corrupted` is the folder CIFAR-10-C: each corruption and severity is a test split, such as `fog_3`.
+    `corrupted` is the folder CIFAR-10-C. Each corruption and severity is a test split, such as `fog_3`.
     """
     return _cifar(torchvision_datasets.CIFAR10, "cifar10", root, download, train_on, corrupted)
 
 
 def cifar100(*, root: str, download: bool, train_on: TrainOn, corrupted: str | None = None) -> Dataset:
-    """CIFAR-100: 50,000 training and 10,000 test images of 32 pixels, 100 classes of 20 kinds (Krizhevsky, 2009).
+    """Build CIFAR-100: 50,000 training and 10,000 test images of 32 pixels, 100 classes in 20 superclasses.
 
-    `corrupted` is the folder CIFAR-100-C, as in `cifar10`.
+    Published by Krizhevsky, 2009. `corrupted` is the folder CIFAR-100-C, as in `cifar10`.
     """
     dataset = _cifar(torchvision_datasets.CIFAR100, "cifar100", root, download, train_on, corrupted)
     above = {name: superclass for superclass, names in CIFAR100.items() for name in names.split()}
@@ -62,11 +62,11 @@ def cifar100(*, root: str, download: bool, train_on: TrainOn, corrupted: str | N
 def stl10(
     *, root: str, download: bool, image_size: PositiveInt, train_on: TrainOn, fold: Fold | None = None
 ) -> Dataset:
-    """STL-10: 5,000 labelled and then 100,000 unlabelled training images, 8,000 test images, 10 classes.
+    """Build STL-10: 5,000 labelled, then 100,000 unlabelled training images, and 8,000 test images, of 10 classes.
 
-    Published at 96 pixels; 64 is usual in self-supervised learning. The label of an unlabelled image is -1: what is
-    fitted on labels leaves these images out (Coates, Ng, Lee, 2011). With `fold`, 0 to 9, the 1,000 training images of
-    that fold alone have labels: the published protocol takes the mean accuracy over the ten folds on all test images.
+    Published by Coates, Ng, Lee, 2011, at 96 pixels; 64 is usual in self-supervised learning. Unlabelled images have
+    the label -1 and are left out when a classifier is fitted. With `fold`, 0 to 9, only the 1,000 training images of
+    that fold have labels. The published protocol takes the mean accuracy over the ten folds on all test images.
     """
     kind = torchvision_datasets.STL10
     train = _open(kind, root, download, lambda: kind(root, split="train+unlabeled", download=download))
@@ -99,7 +99,7 @@ def _cifar(kind: Any, name: str, root: str, download: bool, train_on: TrainOn, c
 
 
 def _corrupted(folder: Path) -> dict[str, ArraySplit]:
-    """The test splits of CIFAR-10-C or -100-C: five severities behind each other in a file (Hendrycks, 2019)."""
+    """Return the test splits of CIFAR-10-C or -100-C. A file holds five severities in order (Hendrycks, 2019)."""
     files = sorted(path for path in folder.glob("*.npy") if path.name != "labels.npy")
     if not files or not (folder / "labels.npy").is_file():
         raise UserError(f"{folder} has no labels.npy and no corruption.npy; set dataset.corrupted to CIFAR-10-C.")

@@ -1,4 +1,4 @@
-"""Images without labels: any folders of them, for pre-training; what labels measure is another data set's."""
+"""Folders of images without labels, for pre-training. Evaluation can use another, labelled data set."""
 
 import os
 from collections.abc import Mapping, Sequence
@@ -30,19 +30,22 @@ def images(
     memory_budget_gb: NonNegativeFloat,
     follow_links: bool,
 ) -> Dataset:
-    """All images of a folder, of any depth, without labels.
+    """Build a data set of all images of a folder, at any depth, without labels.
 
     Args:
-        root: a folder, a text file with the path of an image a line, or a list of these. Paths in a text file are
-            absolute, or begin at the file's folder.
-        split: without `labelled`: the part of the images that is held out, to measure the representation on; always
-            the same images.
+        root: a folder, a text file with the path of an image per line, or a list of these. Paths in a text file are
+            absolute, or relative to the file's folder.
+        split: the fraction of the images that is held out to measure the representation on, always the same images. It
+            is not used with `labelled`.
         labelled: the data set that evaluation and the online monitors use: the name of a choice of `dataset`, or a
             mapping with its `_target_` and keys.
-        image_size: of the short side, in pixels; the centre square is cut.
-        resident_size: images up to this size are decoded once and kept on the training device,
-        memory_budget_gb: as long as all of them need no more gigabytes than this.
-        follow_links: also read what links to places outside `root` lead to.
+        image_size: length of the short side, in pixels. The centre square is cut.
+        resident_size: see `imagefolder`.
+        memory_budget_gb: see `imagefolder`.
+        follow_links: true also reads links to places outside `root`.
+
+        Raises:
+            UserError: there are too few images, or the labelled data set cannot be used.
     """
     roots = [Path(part).expanduser() for part in ([root] if isinstance(root, str) else root)]
     files, notes = unlabelled_files(roots, follow_links=follow_links)
@@ -75,10 +78,10 @@ def images(
 
 
 def unlabelled_files(roots: Sequence[Path], *, follow_links: bool) -> tuple[list[str], list[str]]:
-    """Return the image files of folders and of text files of paths, each once, and what is to be said of them.
+    """Return the image files of folders and of text files of paths, each once, and remarks for the user.
 
     Raises:
-        UserError: there is no such folder or file, or no image in it.
+        UserError: a folder or file does not exist or names no image.
     """
     files: list[str] = []
     notes: list[str] = []
@@ -101,10 +104,10 @@ def unlabelled_files(roots: Sequence[Path], *, follow_links: bool) -> tuple[list
 
 
 def labelled_set(labelled: str | Mapping[str, Any] | Dataset, image_size: int) -> Dataset:
-    """Return the data set, or build the one that a choice of the group `dataset` or a mapping names.
+    """Return the labelled data set. Build it if `labelled` is a choice of the group `dataset` or a mapping.
 
     Raises:
-        UserError: there is no such choice, a key is wrong, or the set has no classes or another size.
+        UserError: the choice does not exist, a key is wrong, or the set has no classes or another image size.
     """
     data: Any = labelled
     if not isinstance(labelled, Dataset):
@@ -144,7 +147,7 @@ def _without_labels(files: Sequence[str], image_size: int) -> FileSplit:
 
 
 def _listed(path: Path) -> list[str]:
-    """The paths that a text file has, one a line."""
+    """Return the paths in a text file, one per line."""
     try:
         lines = path.read_text(encoding="utf-8-sig", errors="surrogateescape").splitlines()
     except OSError as error:

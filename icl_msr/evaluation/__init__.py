@@ -1,1 +1,1 @@
-"""Features in, metrics out; independent of training."""
+"""Evaluation of encoders, independent of training."""

@@ -1,8 +1,8 @@
-"""How far does an encoder rely on the background? Differences of accuracies between test splits.
+"""Differences of accuracies between test splits, which show how far an encoder relies on the background.
 
 The splits are those of the ImageNet-9 backgrounds challenge (Xiao et al. 2021): `original`, `mixed_same` (background of
 another image of the same class), `mixed_rand` (of any class), `only_fg`, `only_bg`; and, for sets with boxes
-or masks, `full` and `fg` (ICL-MSR, motivating experiment), and `crop`, the control for what cropping itself does.
+or masks, `full` and `fg` (ICL-MSR, motivating experiment), and `crop`, the control for the effect of cropping itself.
 """
 
 from collections.abc import Mapping, Sequence
@@ -21,7 +21,7 @@ GAPS = (
     ("full", "fg"),
     ("fg", "crop"),
 )
-"""The accuracy on the first split minus the accuracy on the second."""
+"""Pairs of splits. A gap is the accuracy on the first minus the accuracy on the second."""
 WITHOUT_OBJECT = ("only_bg",)
 """Splits on which a high accuracy is neither good nor bad."""
 
@@ -33,10 +33,10 @@ def background_gaps(
     bootstrap: Bootstrap,
     shifted: Sequence[str] = (),
 ) -> dict[tuple[str, str], Interval]:
-    """Return every gap whose splits exist, in [-1, 1]: `GAPS`, and the first split minus each of the `shifted` ones.
+    """Return the gaps whose splits exist, in [-1, 1]: `GAPS`, and the first split minus each of the `shifted` ones.
 
-    `correct` bool (n,) and `labels` int64 (n,) by split; `chance` in [0, 1]. Splits with equal labels
-    show the same objects (the contract of `Dataset`): their difference is paired image by image.
+    `correct` is bool (n,) and `labels` is int64 (n,), by split; `chance` is in [0, 1]. Splits with equal labels show
+    the same objects (the contract of `Dataset`), so their difference is paired image by image.
     """
     gaps: dict[tuple[str, str], Interval] = {}
     usual = next(iter(correct))

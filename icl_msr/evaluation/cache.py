@@ -1,7 +1,7 @@
-"""Features on disk, found again by what they were made of: the encoder, the images, and what was done to them.
+"""Cache of features on disk. A file's name is a hash of the encoder, the images and the processing.
 
-Nothing is ever out of date: another weight, image, normalisation, or code that makes them, has another name. What is
-there can be removed.
+A file is never out of date: other weights, images, normalisation or code give another name. Files can be removed at any
+time.
 """
 
 import hashlib
@@ -30,30 +30,30 @@ from icl_msr.models.backbones import Backbone
 
 @runtime_checkable
 class Identified(Protocol):
-    """A split that says itself what its images are."""
+    """A split that can identify its images."""
 
     def identity(self) -> str | None:
-        """Equal for equal images alone; None where it cannot be said."""
+        """Return a text that is equal only for equal images; None if the images cannot be identified."""
         ...
 
 
 class FeatureCache:
-    """`features.extract`, done once: (encoder, split) to float32 (N, c), kept in a folder and in memory.
+    """A cache around `features.extract`: (encoder, split) to float32 (N, c), kept in a folder and in memory.
 
-    Features are looked up by the encoder's weights and the Python that builds it, by the images (their bytes; of files
-    that are decoded when they are needed: path, size and time of change), by mean and std, and by the versions and the
-    kind of device and the precision that made them. The batch size is left out. Splits of other kinds are extracted
-    anew. Ranks share the work and have one answer: all find features or all make them, and the first writes.
+    The key consists of the encoder's weights and the Python code that builds it, the images (their bytes, or path,
+    size and time of change of files that are decoded on demand), mean and std, the versions of the libraries, the type
+    of device, and the precision. The batch size is not part of it. Splits without an identity are not cached.
+    Ranks share the work: all find the features or all extract them, and the first writes.
 
     Raises:
-        UserError: nothing can be written to the folder. A disk that is full later costs the file, not the evaluation.
+        UserError: the folder is not writable. A disk that is full later costs the file, not the evaluation.
     """
 
     def __init__(self, folder: Path | None, autocast: torch.dtype | None = None) -> None:
         self.folder, self.autocast = folder, autocast
         self.held: dict[str, Tensor] = {}
         self.found = 0
-        """How often nothing had to be extracted."""
+        """Number of calls that extracted nothing."""
         if folder is not None:
             try:
                 folder.mkdir(parents=True, exist_ok=True)
@@ -75,7 +75,7 @@ class FeatureCache:
         batch_size: int,
         label: str = "features",
     ) -> Tensor:
-        """See `features.extract`."""
+        """Return the features of a split, float32 (N, c) on the CPU; the arguments are those of `features.extract`."""
         network, images = encoder_identity(encoder), split_identity(split)
         made_by = (*mean, *std, torch.device(device).type, torch.__version__, _sources())
         made_by += () if self.autocast is None else (self.autocast,)
@@ -106,7 +106,7 @@ class FeatureCache:
             return self.held[name]
         if self.folder is None:
             return None
-        with suppress(OSError, SafetensorError, KeyError):  # damaged: made anew
+        with suppress(OSError, SafetensorError, KeyError):  # a missing or damaged file is made again
             features = load_file(self.folder / name)["features"]
             if len(features) == images:
                 self.held[name] = features
@@ -118,7 +118,7 @@ class FeatureCache:
         if self.folder is None or rank() > 0:
             return
         path = self.folder / name
-        # Several processes may write the same features: each its own file, the last of which stays.
+        # Several processes may write the same features. Each writes its own file, and the last one is kept.
         own = path.with_name(f"{path.name}.{os.getpid()}")
         with suppress(OSError, UserError):
             atomic_write(own, save({"features": features.contiguous()}))
@@ -126,7 +126,7 @@ class FeatureCache:
 
 
 def encoder_identity(encoder: torch.nn.Module) -> str | None:
-    """Equal for encoders with equal weights and the same Python that builds them; None where that is not known."""
+    """Return a hash of an encoder's weights and of the Python code that builds it; None if the code is not known."""
     if not isinstance(encoder, Backbone):
         return None
     state = [_tensor(name, value) for name, value in encoder.state_dict().items()]
@@ -134,7 +134,7 @@ def encoder_identity(encoder: torch.nn.Module) -> str | None:
 
 
 def split_identity(split: Split) -> str | None:
-    """Equal for the same images in the same order; None where that is not known."""
+    """Return a text that is equal for the same images in the same order; None if they cannot be identified."""
     if isinstance(split, ArraySplit):
         return _tensor("images", split.images)
     return split.identity() if isinstance(split, Identified) else None
@@ -142,7 +142,7 @@ def split_identity(split: Split) -> str | None:
 
 @lru_cache
 def _sources() -> str:
-    """Of what makes images and features: parts of this package, and the libraries that decode and have the networks."""
+    """Return a hash of the code behind images and features: parts of this package, and versions of libraries."""
     libraries = [f"{name} {version(name)}" for name in ("torchvision", "timm") if find_spec(name)]
     package = Path(__file__).parents[1]
     files: list[Path] = []

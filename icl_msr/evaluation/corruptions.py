@@ -1,12 +1,14 @@
-"""Fourteen of the fifteen corruptions of ImageNet-C, batched and on any device: uint8 in, uint8 out.
+"""Fourteen of the fifteen corruptions of ImageNet-C for batches of uint8 images on any device.
 
 Hendrycks and Dietterich, Benchmarking Neural Network Robustness to Common Corruptions and Perturbations, ICLR 2019. The
-fifteenth, frost, lays photographs of frost over the image, which we do not have; it is left out, here and in the mean.
+fifteenth, frost, needs photographs of frost, which we do not have. It is left out, also of the mean.
 
 `LEVELS` holds the strengths that the authors published for 32 pixels (CIFAR-10-C), 64 (Tiny ImageNet-C) and 224
-(ImageNet-C); an image of another size takes those of the nearest one, by ratio. Ours are the random numbers, a hash of
-(seed, image, corruption, severity) instead of a sequence, rounding to the nearest level instead of cutting, and the
-motion blur, which is ImageMagick's in theirs. N images of S x S pixels; values in [0, 1] inside.
+(ImageNet-C). An image of another size takes those of the nearest size, by ratio. Three things differ from the published
+code. Random numbers are a hash of (seed, image, corruption, severity) instead of a sequence. Values are rounded to the
+nearest level instead of cut off. The motion blur is our own, while theirs is ImageMagick's.
+
+N images of S x S pixels; values are in [0, 1] inside.
 """
 
 import math
@@ -40,10 +42,10 @@ Corruption = Literal[
 ]
 CORRUPTIONS: tuple[Corruption, ...] = get_args(Corruption)
 LEFT_OUT = ("frost",)
-"""What ImageNet-C has and we have not: it needs photographs of frost."""
+"""Corruptions of ImageNet-C that are missing here: frost needs photographs of frost."""
 
 _CHUNK_BYTES = 2**27
-"""Of random numbers held at a time."""
+"""Bytes of random numbers that are held at a time."""
 
 Levels = Mapping[Corruption, Sequence[Any]]
 
@@ -131,15 +133,15 @@ LEVELS: Mapping[int, Levels] = MappingProxyType(
 
 
 def published_size(size: int) -> int:
-    """The published image size whose strengths images of `size` pixels take."""
+    """Return the published image size whose strengths apply to images of `size` pixels."""
     return min(LEVELS, key=lambda known: abs(math.log(known / size)))
 
 
 def corrupt(images: Tensor, corruption: Corruption, severity: int, *, seed: int, index: Tensor) -> Tensor:
-    """One corruption of uint8 images (N, 3, S, S), in their size and on their device.
+    """Return corrupted uint8 images (N, 3, S, S), in the same size and on the same device.
 
-    `severity` is 1 to 5. `index` (N,) int64 are the images' numbers in their data set: the random numbers depend on
-    them, on `seed` and on what is asked for, and on neither the batch nor the device.
+    `severity` is 1 to 5. `index` (N,) int64 are the images' positions in their data set. The random numbers depend on
+    them, on `seed`, on the corruption and on the severity, but not on the batch or the device.
     """
     size = images.shape[-1]
     level = LEVELS[published_size(size)][corruption][severity - 1]
@@ -153,34 +155,34 @@ def corrupt(images: Tensor, corruption: Corruption, severity: int, *, seed: int,
 
 
 class Draw:
-    """Random numbers of N images, one after the other."""
+    """A sequence of random numbers for each of N images."""
 
     def __init__(self, key: Tensor) -> None:
         self.key, self.used = key, 0
 
     def uniform(self, *shape: int) -> Tensor:
-        """In (0, 1): float32 (N, *shape)."""
+        """Return uniform numbers in (0, 1): float32 (N, *shape)."""
         count = math.prod(shape)
         values = uniforms(self.key, count, self.used).clamp(min=2.0**-25)
         self.used += count
         return values.view(-1, *shape)
 
     def normal(self, *shape: int) -> Tensor:
-        """Standard normal, (N, *shape)."""
+        """Return standard normal numbers: float32 (N, *shape)."""
         values: Tensor = torch.special.ndtri(self.uniform(*shape).double())
         return values.float()
 
 
 def gaussian_noise(x: Tensor, std: float, draw: Draw) -> Tensor:
-    """Noise of light that is scarce, the same for all values."""
+    """Add Gaussian noise of standard deviation `std`, as in low light."""
     return x + std * draw.normal(*x.shape[1:])
 
 
 def shot_noise(x: Tensor, photons: float, draw: Draw) -> Tensor:
-    """A Poisson number of photons in each value."""
+    """Replace each value by a Poisson number of photons; `photons` is the mean for white."""
     cumulative = _poisson(photons).to(x.device)
     levels = (x * 255).round().long()
-    # Row l of the table lies between l and l + 1, so one sorted line holds all rows.
+    # Row l of the table lies between l and l + 1, so that all rows form one sorted line.
     line = (cumulative + torch.arange(256, device=x.device)[:, None]).flatten()
     found = torch.searchsorted(line, levels + draw.uniform(*x.shape[1:]).double(), right=True)
     return ((found - levels * cumulative.shape[1]) / photons).float()
@@ -188,7 +190,7 @@ def shot_noise(x: Tensor, photons: float, draw: Draw) -> Tensor:
 
 @lru_cache(maxsize=16)
 def _poisson(photons: float) -> Tensor:
-    """Distribution functions of the 256 levels, float64 (256, counts), below 1."""
+    """Return the distribution functions of the 256 levels: float64 (256, counts), below 1."""
     rate = torch.arange(256, dtype=torch.float64)[:, None] * photons / 255
     count = torch.arange(math.ceil(photons + 12 * photons**0.5 + 12), dtype=torch.float64)
     log = torch.xlogy(count, rate) - rate - torch.lgamma(count + 1)
@@ -196,18 +198,18 @@ def _poisson(photons: float) -> Tensor:
 
 
 def impulse_noise(x: Tensor, share: float, draw: Draw) -> Tensor:
-    """Salt and pepper: values that are full or zero, each half of the `share`."""
+    """Set a `share` of the values to one or zero, half of them each (salt and pepper)."""
     u = draw.uniform(*x.shape[1:])
     return torch.where(u < share, (u < share / 2).float(), x)
 
 
 def defocus_blur(x: Tensor, level: tuple[float, float], draw: Draw) -> Tensor:
-    """The mean over a disk."""
+    """Average over a disk; `level` is (radius, sigma of its edge)."""
     return _filter(x, disk(*level).to(x.device))
 
 
 def disk(radius: float, sigma: float) -> Tensor:
-    """A disk that sums to 1, its edge softened by a Gaussian of 3 (large disks: 5) taps: (2 r + 1, 2 r + 1)."""
+    """Return a disk (2 r + 1, 2 r + 1) that sums to 1, its edge smoothed by a Gaussian of 3 taps (large disks: 5)."""
     reach = max(8, round(radius))
     line = torch.arange(-reach, reach + 1, dtype=torch.float64)
     aliased = (line[:, None] ** 2 + line**2 <= radius**2).double()
@@ -219,10 +221,10 @@ def disk(radius: float, sigma: float) -> Tensor:
 
 
 def glass_blur(x: Tensor, level: tuple[float, int, int], draw: Draw) -> Tensor:
-    """Blurred, its pixels exchanged with near ones, `times` over, and blurred again."""
+    """Blur, exchange pixels with near ones several times, and blur again; `level` is (sigma, reach, times)."""
     sigma, reach, times = level
     blur = _gaussian(x.shape[-1], sigma, "nearest", 4.0).to(x)
-    x = (blur @ x @ blur.T * 255 + 1e-3).floor() / 255  # cut, as published; what is whole stays
+    x = (blur @ x @ blur.T * 255 + 1e-3).floor() / 255  # cut, as published; whole numbers stay
     for _ in range(times):
         offsets = (draw.uniform(2, *x.shape[2:]) * 2 * reach).long() - reach
         source = pushed(offsets, reach).flatten(1)[:, None]
@@ -231,11 +233,11 @@ def glass_blur(x: Tensor, level: tuple[float, int, int], draw: Draw) -> Tensor:
 
 
 def pushed(offsets: Tensor, reach: int) -> Tensor:
-    """Where each pixel's value comes from when pixels take over that of a near one, in turn: int64 (N, S, S).
+    """Return the source of each pixel's value when pixels copy near ones in turn: int64 (N, S, S).
 
-    The published code goes from the last pixel to the first and gives each the value that the one at its `offsets`
-    (N, 2, S, S), rows and columns, has by then (it means to exchange the two). A pixel whose neighbour has had its turn
-    takes the neighbour's source; these chains are followed for all pixels at once, in steps of twice the length.
+    The published code goes from the last pixel to the first. Each pixel takes the current value of the pixel at its
+    `offsets` (N, 2, S, S), rows and columns. (The intention was to exchange the two.) A pixel whose neighbour was
+    visited before takes the neighbour's source. These chains are followed for all pixels at once, by doubling.
     """
     size = offsets.shape[-1]
     line = torch.arange(size, device=offsets.device)
@@ -251,12 +253,12 @@ def pushed(offsets: Tensor, reach: int) -> Tensor:
 
 
 def motion_blur(x: Tensor, level: tuple[float, float], draw: Draw) -> Tensor:
-    """A trail behind every pixel, up to 45 degrees off the horizontal."""
+    """Blur along a line, up to 45 degrees from the horizontal; `level` is (radius, sigma)."""
     return trail(x, *level, angle=(draw.uniform()[:, None] * 2 - 1) * math.pi / 4)
 
 
 def trail(x: Tensor, radius: float, sigma: float, angle: Tensor) -> Tensor:
-    """One-sided Gaussian of 2 r + 1 taps in the direction of `angle` (N, 1), in radians, from the nearest pixels."""
+    """Blur by a one-sided Gaussian of 2 r + 1 taps along `angle` (N, 1), in radians, from the nearest pixels."""
     taps = torch.arange(2 * round(radius) + 1, device=x.device)
     weights = torch.exp(-(taps**2) / (2 * sigma**2))
     line = torch.arange(x.shape[-1], device=x.device)
@@ -270,13 +272,13 @@ def trail(x: Tensor, radius: float, sigma: float, angle: Tensor) -> Tensor:
 
 
 def zoom_blur(x: Tensor, level: tuple[float, float], draw: Draw) -> Tensor:
-    """The mean of the image and of enlargements of it."""
+    """Average the image and its enlargements; `level` is (end, step) of their factors."""
     factors = np.arange(1, *level)
     return (x + sum(zoomed(x, float(factor)) for factor in factors)) / (len(factors) + 1)
 
 
 def zoomed(x: Tensor, factor: float) -> Tensor:
-    """The middle of images (N, C, S, S), enlarged to S x S by interpolation between the centres of the outer pixels."""
+    """Return the middle of images (N, C, S, S), enlarged to S x S by bilinear interpolation with aligned corners."""
     size = x.shape[-1]
     crop = math.ceil(size / factor)
     low = (size - crop) // 2
@@ -287,7 +289,10 @@ def zoomed(x: Tensor, factor: float) -> Tensor:
 
 
 def snow(x: Tensor, level: tuple[float, ...], draw: Draw) -> Tensor:
-    """Flakes blown down, twice, before a paler image."""
+    """Whiten the image and add two layers of blurred flakes.
+
+    `level` is (mean, std, zoom, threshold, radius and sigma of the motion, share of the image).
+    """
     mean, std, zoom, threshold, radius, sigma, share = level
     flakes = zoomed(mean + std * draw.normal(1, *x.shape[2:]), zoom)
     flakes = torch.where(flakes < threshold, 0.0, flakes).clamp(0, 1)
@@ -298,7 +303,7 @@ def snow(x: Tensor, level: tuple[float, ...], draw: Draw) -> Tensor:
 
 
 def fog(x: Tensor, level: tuple[float, float], draw: Draw) -> Tensor:
-    """A cloud over the image, which is as bright as before."""
+    """Add a cloud and keep the brightness; `level` is (strength, decay of the details)."""
     strength, decay = level
     size = x.shape[-1]
     cloud = plasma(2 ** math.ceil(math.log2(size)), decay, draw)[:, None, :size, :size]
@@ -307,9 +312,9 @@ def fog(x: Tensor, level: tuple[float, float], draw: Draw) -> Tensor:
 
 
 def plasma(size: int, decay: float, draw: Draw) -> Tensor:
-    """A fractal landscape in [0, 1] on a torus by the diamond-square algorithm, (N, size, size); size a power of two.
+    """Return a fractal landscape in [0, 1] on a torus by the diamond-square algorithm: (N, size, size).
 
-    Every finer grid is displaced by `decay` squared less, as in the published code.
+    `size` is a power of two. The noise of each finer grid is divided by `decay` squared, as in the published code.
     """
     height = draw.uniform(1, 1) * 0
     roughness = 1.0
@@ -328,20 +333,23 @@ def plasma(size: int, decay: float, draw: Draw) -> Tensor:
 
 
 def brightness(x: Tensor, added: float, draw: Draw) -> Tensor:
-    """More value, in HSV: hue and saturation stay, so all channels grow by one factor."""
+    """Add to the value in HSV. Hue and saturation stay, so all channels grow by one factor."""
     value = x.amax(1, keepdim=True)
     brighter = (value + added).clamp(max=1)
     return torch.where(value > 0, x * brighter / value.clamp(min=1e-6), brighter)
 
 
 def contrast(x: Tensor, factor: float, draw: Draw) -> Tensor:
-    """Nearer to the mean of the channel."""
+    """Scale the differences from the channel's mean by `factor`."""
     mean = x.mean((2, 3), keepdim=True)
     return (x - mean) * factor + mean
 
 
 def elastic_transform(x: Tensor, level: tuple[float, float, float], draw: Draw) -> Tensor:
-    """A random affine map, then every pixel displaced by a smooth random field."""
+    """Apply a random affine map, then displace pixels by a smooth random field.
+
+    `level` is (strength, sigma, jitter of the corners), as shares of the size.
+    """
     size = x.shape[-1]
     base = 244 if published_size(size) == 224 else size
     strength, sigma, jitter = (base * part for part in level)
@@ -349,7 +357,7 @@ def elastic_transform(x: Tensor, level: tuple[float, float, float], draw: Draw) 
     corners = x.new_tensor([[side, side], [side, -side], [-side, -side]]) + middle  # (x, y)
     moved = corners + (draw.uniform(3, 2) * 2 - 1) * jitter
     ones = x.new_ones(len(x), 3, 1)
-    # The map from where a pixel lies now to where it lay: A with [moved, 1] A = corners.
+    # The map from a pixel's new place to its old one: A with [moved, 1] A = corners.
     back = torch.linalg.solve(torch.cat([moved, ones], 2).double(), corners.expand(len(x), 3, 2).double())
     line = torch.arange(size, device=x.device, dtype=torch.float64)
     here = torch.stack(
@@ -365,7 +373,7 @@ def elastic_transform(x: Tensor, level: tuple[float, float, float], draw: Draw) 
 
 
 def pixelate(x: Tensor, factor: float, draw: Draw) -> Tensor:
-    """Fewer pixels: made smaller and enlarged again, with Pillow's box filter."""
+    """Shrink by a factor and enlarge again, with Pillow's box filter."""
     size = x.shape[-1]
     small = int(size * factor)
     levels = (x * 255).round()
@@ -377,7 +385,7 @@ def pixelate(x: Tensor, factor: float, draw: Draw) -> Tensor:
 
 @lru_cache(maxsize=16)
 def boxes(size: int, out: int) -> Tensor:
-    """Weights (out, size) that resize a line: a pixel counts wholly or not at all."""
+    """Return weights (out, size) that resize a line. A pixel counts fully or not at all."""
     scale = size / out
     width = max(scale, 1.0)
     weights = torch.zeros(out, size, dtype=torch.float64)
@@ -406,18 +414,18 @@ _CHROMINANCE = [
     [47, 66, 99, 99, 99, 99, 99, 99],
     *[[99] * 8 for _ in range(4)],
 ]
-"""Annex K of ITU-T T.81."""
+"""Quantisation tables of annex K of ITU-T T.81."""
 
 
 def jpeg_compression(x: Tensor, quality: int, draw: Draw) -> Tensor:
-    """What JPEG loses: colours at half the resolution, and the cosine transform of 8 x 8 blocks rounded (T.81)."""
+    """Apply the losses of JPEG (T.81): colours at half resolution, and rounded cosine transforms of 8 x 8 blocks."""
     size = x.shape[-1]
     whole = -(-size // 16) * 16
     red, green, blue = (pad(x, (0, whole - size, 0, whole - size), mode="replicate") * 255).unbind(1)
     luma = 0.299 * red + 0.587 * green + 0.114 * blue
     colours = torch.stack([(blue - luma) / 1.772, (red - luma) / 1.402], 1) + 128
     fours = colours.round().view(len(x), 2, whole // 2, 2, whole // 2, 2).sum((3, 5))
-    # Means of four end in a half more often than not; the reference encoder rounds them down and up in turn.
+    # Many means of four end in a half. The reference encoder rounds them down and up in turn.
     small = ((fours + 1 + torch.arange(whole // 2, device=x.device) % 2) / 4).floor()
     percent = 5000 / quality if quality < 50 else 200 - 2 * quality
     y = _rounded_blocks(luma.round()[:, None], _LUMINANCE, percent)
@@ -428,7 +436,7 @@ def jpeg_compression(x: Tensor, quality: int, draw: Draw) -> Tensor:
 
 
 def _rounded_blocks(channels: Tensor, table: list[list[int]], percent: float) -> Tensor:
-    """Channels (N, C, H, W), 0 to 255, after the cosine coefficients of their blocks were rounded."""
+    """Return channels (N, C, H, W), 0 to 255, with the cosine coefficients of their blocks rounded."""
     steps = ((channels.new_tensor(table) * math.floor(percent) + 50) / 100).floor().clamp(1, 255)
     line = torch.arange(8, dtype=channels.dtype, device=channels.device)
     cosine = torch.cos((2 * line + 1) * line[:, None] * math.pi / 16) / 2
@@ -441,7 +449,7 @@ def _rounded_blocks(channels: Tensor, table: list[list[int]], percent: float) ->
 
 
 def _doubled(colours: Tensor) -> Tensor:
-    """Twice the size, each value 3/4 of the nearest and 1/4 of the next one, in both directions."""
+    """Double the size. In each direction, a value is 3/4 of the nearest and 1/4 of the next one."""
     for axis in (2, 3):
         count = colours.shape[axis]
         line = torch.arange(count, device=colours.device)
@@ -474,7 +482,7 @@ def _quantise(x: Tensor) -> Tensor:
 
 
 def _filter(x: Tensor, kernel: Tensor) -> Tensor:
-    """Correlation of every channel with a kernel (k, k), k odd, over borders mirrored at the outer pixels' centres."""
+    """Correlate each channel with a kernel (k, k), k odd. Borders are mirrored at the centres of the outer pixels."""
     reach, size = kernel.shape[-1] // 2, x.shape[-1]
     line = _mirror(torch.arange(-reach, size + reach, device=x.device), size)
     wide = x[..., line, :][..., line].flatten(0, 1)[:, None]
@@ -483,7 +491,7 @@ def _filter(x: Tensor, kernel: Tensor) -> Tensor:
 
 @lru_cache(maxsize=32)
 def _gaussian(size: int, sigma: float, border: Literal["nearest", "reflect"], truncate: float) -> Tensor:
-    """Smooths a line, as a matrix (size, size) that has folded in what lies beyond the border; SciPy's conventions."""
+    """Return a matrix (size, size) that smooths a line, including its border, with SciPy's conventions."""
     reach = int(truncate * sigma + 0.5)
     taps = torch.arange(-reach, reach + 1)
     weights = torch.exp(-(taps.double() ** 2) / (2 * max(sigma, 1e-9) ** 2))
@@ -493,26 +501,26 @@ def _gaussian(size: int, sigma: float, border: Literal["nearest", "reflect"], tr
 
 
 def _mirror(places: Tensor, size: int) -> Tensor:
-    """Places on a line, mirrored at the centres of the outer pixels: 2 1 | 0 1 2 ..."""
+    """Return places on a line, mirrored at the centres of the outer pixels: 2 1 | 0 1 2 ..."""
     period = max(2 * size - 2, 1)
     places = places.remainder(period)
     return torch.minimum(places, period - places)
 
 
 def _reflect(places: Tensor, size: int) -> Tensor:
-    """Places on a line, mirrored at the edges of the outer pixels: 1 0 | 0 1 2 ..."""
+    """Return places on a line, mirrored at the edges of the outer pixels: 1 0 | 0 1 2 ..."""
     places = places.remainder(2 * size)
     return torch.minimum(places, 2 * size - 1 - places)
 
 
 def _at(x: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
-    """Images (N, C, S, S) at whole places (N, S, S), or what broadcasts to them: (N, C, S, S)."""
+    """Return images (N, C, S, S) sampled at whole places that broadcast to (N, S, S)."""
     place = (rows * x.shape[-1] + columns).flatten(1)[:, None]
     return x.flatten(2).gather(2, place.expand(-1, x.shape[1], -1)).view_as(x)
 
 
 def _bilinear(x: Tensor, rows: Tensor, columns: Tensor, fold: Callable[[Tensor, int], Tensor]) -> Tensor:
-    """Images (N, C, S, S) at places between pixels (N, S, S), `fold` saying what lies beyond the border."""
+    """Return images (N, C, S, S) sampled between pixels (N, S, S); `fold` maps places beyond the border inside."""
     size = x.shape[-1]
     top, left = rows.floor(), columns.floor()
     down, across = (rows - top)[:, None], (columns - left)[:, None]

@@ -1,4 +1,4 @@
-"""Images in, features out: the only part of the evaluation that runs an encoder."""
+"""Extraction of features, the part of the evaluation that runs the encoder."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -32,13 +32,13 @@ def extract(
     autocast: torch.dtype | None = None,
     over_ranks: bool = False,
 ) -> Tensor:
-    """Pooled features of the whole, un-augmented images of `split`, float32 (N, c) on the CPU, in the split's order.
+    """Return the pooled features of the un-augmented images of `split`, float32 (N, c) on the CPU, in the same order.
 
-    `encoder` maps normalised float images (n, 3, S, S) to (n, c). It runs in evaluation mode and without gradients; it
-    is moved to `device` and otherwise left as it was found. `index` (N,) picks images, all of them by default;
-    `autocast` is the precision of the forward pass, float32 by default; `label` names the progress bar. `over_ranks`
-    shares the work with the other ranks, all of which must ask for the same: batches are those of one rank, so that the
-    features are too, to the last bit.
+    `encoder` maps normalised float images (n, 3, S, S) to (n, c). It runs in evaluation mode and without gradients. It
+    is moved to `device` and otherwise not changed. `index` (N,) selects images, by default all. `autocast` is the
+    precision of the forward pass, by default float32. `label` names the progress bar. `over_ranks` shares the work with
+    the other ranks, which must all make the same call. The batches are those of a single process, and so are the
+    features, bit for bit.
 
     Raises:
         UserError: a feature is not finite.
@@ -73,7 +73,7 @@ def extract(
 
 @contextmanager
 def evaluating(encoder: nn.Module) -> Iterator[None]:
-    """Evaluation mode inside; afterwards every submodule is back in the mode it was in."""
+    """Set an encoder to evaluation mode inside the context, and restore the mode of every submodule afterwards."""
     modes = [(module, module.training) for module in encoder.modules()]
     encoder.eval()
     try:
@@ -84,7 +84,7 @@ def evaluating(encoder: nn.Module) -> Iterator[None]:
 
 
 class Bar:
-    """Images a second and time left; shows itself only when the work turns out to be long."""
+    """A progress bar with images per second and time left, which appears only if the work takes long."""
 
     def __init__(self, label: str, total: int) -> None:
         columns = (
@@ -98,7 +98,7 @@ class Bar:
         self.began, self.done = monotonic(), 0
 
     def advance(self, images: int) -> None:
-        """So many more are done."""
+        """Add a number of finished images."""
         self.done += images
         elapsed = monotonic() - self.began
         if elapsed > _PATIENCE and not self.progress.live.is_started:
@@ -108,7 +108,7 @@ class Bar:
 
 @contextmanager
 def progress(label: str, total: int) -> Iterator[Bar]:
-    """A bar for the work inside, of `total` images."""
+    """Yield a progress bar for `total` images."""
     bar = Bar(label, total)
     try:
         yield bar

@@ -1,4 +1,4 @@
-"""Fine-tuning: a copy of the encoder and a linear head, trained together on all labels or on some of them.
+"""Fine-tuning of a copy of the encoder, with a linear head, on all labels or on some of them.
 
 Kornblith et al., Do better ImageNet models transfer better?, CVPR 2019; with few labels: Chen et al., A simple
 framework for contrastive learning of visual representations, ICML 2020, section 4.2.
@@ -21,6 +21,7 @@ from torch.nn.utils import skip_init
 from torch.optim import SGD, AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 from torchvision.transforms.v2 import functional as F
+from typing_extensions import override
 
 from icl_msr.augment import Augmentation
 from icl_msr.augment.recipe import Interval, Probability
@@ -42,19 +43,19 @@ TUNED = Classifier(family="finetune")
 
 @dataclass(frozen=True, kw_only=True)
 class Tuning:
-    """How a copy of the encoder is trained; without warm-up, the learning rates fall to zero as a cosine."""
+    """The recipe of fine-tuning. The learning rates follow a cosine to zero, without warm-up."""
 
     optimizer: OptimizerName
-    """SGD has momentum 0.9."""
+    """Name of the optimiser; SGD has momentum 0.9."""
     head_learning_rate: float
     weight_decay: float
-    """Not of biases and of the scales of normalisation layers."""
+    """Weight decay of weight matrices; biases and scales of normalisation layers have none."""
     epochs: int
     batch_size: int
     augmentation: Augmentation
 
     def build(self, encoder: nn.Module, head: nn.Module, rate: float, steps: int) -> tuple[Optimizer, LambdaLR]:
-        """The optimiser, which trains the encoder at `rate`, and its schedule of so many steps."""
+        """Build the optimiser, with the encoder's learning rate `rate`, and its schedule over `steps` steps."""
         groups = [
             {
                 "params": [p for p in part.parameters() if (p.ndim > 1) == matrices],
@@ -81,10 +82,11 @@ def fine_tune(
     seed: int,
     label: str = "fine-tuning",
 ) -> nn.Sequential | None:
-    """A copy of `encoder` with a linear head, images (n, 3, S, S) to logits (n, K); None where training diverged.
+    """Return a fine-tuned copy of `encoder` with a linear head; None if training diverged.
 
-    It is trained on the images of the train split at `index` (N,), in batches whose sizes differ by one at most. The
-    head begins at zero. Order and augmentation depend on `seed` and the image's position alone.
+    It maps images (n, 3, S, S) to logits (n, K). It is trained on the images of the train split at `index` (N,), in
+    batches whose sizes differ by at most one. The head begins at zero. Order and augmentation depend only on `seed` and
+    on the positions of the images.
     """
     device, size = torch.device(device), dataset.image_size
     tuned = copy.deepcopy(encoder).to(device).requires_grad_(True)
@@ -129,9 +131,9 @@ def augmented(
     epoch: int,
     device: torch.device,
 ) -> Iterator[Tensor]:
-    """The first view of the training images of each batch (n,) of positions: float32 (n, 3, S, S) on `device`.
+    """Yield the first augmented view of each batch of training images, given by positions (n,).
 
-    Photographs that lie in files are cut in their own resolution.
+    A view is float32 (n, 3, S, S) on `device`. Photographs in files are cropped at their own resolution.
     """
     split, size = dataset.train, dataset.image_size
     sources: Iterator[Tensor] = map(split.load, batches)
@@ -153,7 +155,7 @@ def augmented(
 def _crops(
     split: FileSplit, batches: Sequence[Tensor], augmentation: Augmentation, seed: int, epoch: int, size: int
 ) -> Iterator[Tensor]:
-    """uint8 (n, 3, S, S) of each batch, decoded by threads, one batch ahead."""
+    """Yield the crops of each batch, uint8 (n, 3, S, S), decoded by threads, one batch ahead."""
 
     def cut(i: int) -> Tensor:
         image = split.image(i)
@@ -170,17 +172,18 @@ def _crops(
 
 @dataclass(kw_only=True)
 class FineTuning(Evaluation):
-    """A fine-tuned copy of the encoder, and classifiers on its frozen features, fitted with all or some of the labels.
+    """Fine-tuning, and classifiers on frozen features, with all or some of the labels.
 
-    Config keys: those of `suite.Evaluation`, for the frozen features; `fractions` of the labels, by which classes are
-    balanced, or `files`, a list of images for each of them instead (see `labels`); `finetune` asks for fine-tuning,
-    whose keys are `tune_optimizer`, `tune_learning_rates` of the encoder, `tune_head_learning_rate`,
+    Config keys: those of `suite.Evaluation`, for the frozen features. `fractions` are the parts of the labels to use,
+    with balanced classes; `files` gives a list of images for each of them instead (see `labels`). `finetune` asks for
+    fine-tuning. Its keys are `tune_optimizer`, `tune_learning_rates` of the encoder, `tune_head_learning_rate`,
     `tune_weight_decay`, `tune_epochs`, `tune_batch_size`, `tune_crop` (smallest and largest part of the area that a
-    crop shows), `tune_flip` (probability of a mirrored image) and, where there are several learning rates,
-    `tune_held_out`, the fraction of the images on which one is chosen before training on all. The run's seed decides
-    which images have labels as well, the same for all encoders.
+    crop shows) and `tune_flip` (probability of a mirrored image). If there are several learning rates, one is chosen on
+    the fraction `tune_held_out` of the images, before training on all of them. The run's seed also decides which images
+    have labels. They are the same for all encoders.
 
-    Several ranks do the same work, but for features of frozen encoders, which they share.
+    Several ranks do the same work, except for features of frozen encoders, which they share. Fine-tuning that diverges
+    raises a `UserError`.
     """
 
     fractions: Annotated[list[Annotated[float, Field(gt=0, le=1)]], Field(min_length=1)]
@@ -210,8 +213,8 @@ class FineTuning(Evaluation):
         if len(set(self.fractions)) < len(self.fractions):
             raise UserError(f"evaluation.fractions={self.fractions} has an entry twice; keep one.")
 
+    @override
     def names(self, dataset: Dataset) -> list[str]:
-        """See `suite.Evaluation`; images may have no labels, or a list may not fit them."""
         fitted = [*self.classifiers, *([TUNED] if self.finetune else [])]
         return [
             f"{replace(classifier, fraction=part.fraction)}/train/{split}"
@@ -220,12 +223,8 @@ class FineTuning(Evaluation):
             for split in dataset.tests
         ]
 
+    @override
     def measure(self, task: Task, results: Results) -> None:
-        """See `suite.Evaluation`.
-
-        Raises:
-            UserError: fine-tuning diverges.
-        """
         dataset, labels = task.dataset, task.dataset.train.labels.cpu()
         frozen = {"train": dataset.train, **dataset.tests} if self.classifiers else {}
         features = {name: task.features(split, name) for name, split in frozen.items()}
@@ -251,7 +250,7 @@ class FineTuning(Evaluation):
         return [listed_part(dataset, fraction, Path(file)) for fraction, file in lists]
 
     def _tuned(self, task: Task, part: Part, fit: Fit, results: Results) -> dict[str, Tensor]:
-        """Logits (n, K) of each test split, of a copy that is trained with the best learning rate."""
+        """Return the logits (n, K) of each test split from a copy that is trained with the best learning rate."""
         rates, dataset = sorted(set(self.tune_learning_rates)), task.dataset
         recipe = self.recipe
 
@@ -299,7 +298,7 @@ class FineTuning(Evaluation):
 
     @property
     def recipe(self) -> Tuning:
-        """Of fine-tuning."""
+        """The recipe of fine-tuning."""
         return Tuning(
             optimizer=self.tune_optimizer,
             head_learning_rate=self.tune_head_learning_rate,

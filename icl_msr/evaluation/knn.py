@@ -1,8 +1,8 @@
-"""k nearest neighbours, by named presets: "kNN accuracy" alone is not a measure.
+"""k nearest neighbours with named presets, because "kNN accuracy" without its settings is not a measure.
 
-Everything is deterministic, whatever the chunk size and the device:
-distances are taken in float64 and compared after rounding to 2^-36 of their range; among equally distant bank images
-the earlier one is nearer; among classes with equal scores the one with the smallest number wins (as in scikit-learn).
+Results do not depend on the chunk size or the device. Distances are computed in float64 and compared after rounding to
+2^-36 of their range. Among equally distant bank images, the earlier one is nearer. Among classes with equal scores, the
+one with the smallest number wins (as in scikit-learn).
 """
 
 from collections.abc import Mapping, Sequence
@@ -19,13 +19,13 @@ PresetName = Literal["wmse", "icl", "instdisc", "dino"]
 
 @dataclass(frozen=True)
 class Preset:
-    """One way of voting: `k` neighbours, on unit-length features or not, by majority or weighted."""
+    """A way of voting: `k` neighbours, on unit-length features or not, by majority or weighted."""
 
     k: int
     normalised: bool
     """Features are scaled to unit length first."""
     temperature: float | None
-    """T of the weights exp(cosine / T); None for one vote each."""
+    """T of the weights exp(cosine / T); None for equal votes."""
 
 
 PRESETS: Mapping[str, Preset] = MappingProxyType(
@@ -38,16 +38,16 @@ PRESETS: Mapping[str, Preset] = MappingProxyType(
 )
 
 _SPARE = 16
-"""Candidates beyond k; see `neighbours`."""
+"""Number of candidates beyond k; see `neighbours`."""
 
 
 def neighbours(
     bank: Tensor, queries: Tensor, k: int, *, normalised: bool, chunk_bytes: int = 2**26
 ) -> tuple[Tensor, Tensor]:
-    """The k bank images nearest to each query, nearest first: Euclidean distances float64 and positions int64 (N, k).
+    """Return Euclidean distances float64 (N, k) and positions int64 (N, k) of the k bank images nearest to each query.
 
-    `bank` (M, c) and `queries` (N, c) are on one device; `k` is clipped to M. About `chunk_bytes` bytes are held for
-    the (chunk, M) distances at a time.
+    Neighbours are sorted, the nearest first. `bank` (M, c) and `queries` (N, c) are on one device; `k` is clipped to M.
+    The (chunk, M) distances take about `chunk_bytes` bytes at a time.
     """
     size = len(bank)
     k = min(k, size)
@@ -60,11 +60,11 @@ def neighbours(
     for chunk in torch.split(queries, max(1, chunk_bytes // (8 * size))):
         norms = chunk.square().sum(1, keepdim=True)
         largest = (norms.sqrt() + bank_norms.max().sqrt()).square().clamp_min(torch.finfo(torch.float64).tiny)
-        squared = torch.addmm(bank_norms, chunk, bank.T, alpha=-2)  # without the query's own, which changes no order
+        squared = torch.addmm(bank_norms, chunk, bank.T, alpha=-2)  # without the query's norm: it changes no order
         candidates = squared.topk(min(k + _SPARE, size), largest=False)
         code = _code(*candidates, norms, levels / largest, size).sort().values
         nearest = code[:, :k]
-        # Images that are as near as the last candidate may be missing; where the k-th is as near as that, all compete.
+        # Images as near as the last candidate may be missing. If the k-th is as near as that, all images are compared.
         tied = (code[:, k - 1] // size == code[:, -1] // size).nonzero()[:, 0]
         if candidates.indices.shape[1] < size and len(tied):
             everyone = torch.arange(size, device=bank.device)
@@ -76,16 +76,16 @@ def neighbours(
 
 
 def _code(squared: Tensor, positions: Tensor, norms: Tensor, scale: Tensor, size: int) -> Tensor:
-    """One integer for the rounded distance and the position among `size`, so that no two candidates are ever equal."""
+    """Return an integer for the rounded distance and the position among `size`, so that no two candidates are equal."""
     return (squared + norms).clamp_(min=0).mul_(scale).round_().long().mul_(size).add_(positions)
 
 
 def vote(distances: Tensor, labels: Tensor, preset: Preset, classes: int) -> Tensor:
-    """Class scores float32 (N, classes) of neighbours at `distances` with `labels`, both (N, >= k), nearest first."""
+    """Return class scores float32 (N, classes) from neighbours' `distances` and `labels`, both (N, >= k), sorted."""
     distances, labels = distances[:, : preset.k], labels[:, : preset.k]
     if preset.temperature is None:
         return one_hot(labels, classes).sum(1).float()
-    # On the unit sphere cosine - 1 = -distance^2 / 2; the constant leaves the order of the scores alone.
+    # On the unit sphere cosine - 1 = -distance^2 / 2. The constant does not change the order of the scores.
     weights = torch.exp(distances.square() / (-2 * preset.temperature))
     return weights.new_zeros(len(labels), classes).scatter_add_(1, labels, weights).float()
 
@@ -93,9 +93,9 @@ def vote(distances: Tensor, labels: Tensor, preset: Preset, classes: int) -> Ten
 def knn_scores(
     bank: Tensor, bank_labels: Tensor, queries: Tensor, presets: Sequence[PresetName], classes: int
 ) -> dict[PresetName, Tensor]:
-    """Class scores float32 (N, classes) by each preset; presets with the same distance share one search.
+    """Return class scores float32 (N, classes) for each preset.
 
-    `bank` (M, c) with `bank_labels` (M,) int64, `queries` (N, c).
+    `bank` (M, c) has `bank_labels` (M,) int64; `queries` is (N, c). Presets with the same distance share a search.
     """
     scores: dict[PresetName, Tensor] = {}
     for normalised in (False, True):
@@ -109,5 +109,5 @@ def knn_scores(
 
 
 def knn_predict(bank: Tensor, bank_labels: Tensor, queries: Tensor, preset: PresetName, classes: int) -> Tensor:
-    """Predicted classes int64 (N,) of `queries` (N, c) by one preset; see `knn_scores`."""
+    """Return predicted classes int64 (N,) of `queries` (N, c) for one preset; see `knn_scores`."""
     return knn_scores(bank, bank_labels, queries, [preset], classes)[preset].argmax(1)

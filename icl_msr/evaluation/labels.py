@@ -1,4 +1,4 @@
-"""Some of the labels of a training split: a class-balanced part, or the images that a published list names."""
+"""Parts of the labels of a training split: a class-balanced part, or the images in a published list."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,7 +16,7 @@ from icl_msr.data.files import FileSplit
 _PART = -3
 """The `epoch` of the hash that picks images; training epochs count from 0."""
 _SEVERAL = -1
-"""In place of a position: several images have the name."""
+"""A value in place of a position, for a name that several images have."""
 
 
 LABELS = Layout(
@@ -26,12 +26,12 @@ LABELS = Layout(
     labels={"chosen_by": "chosen by", "fewest": "fewest of a class", "most": "most of a class"},
     notes="note",
 )
-"""The images whose labels were used, where those were only some."""
+"""Layout of the records on the labels used, if only some of them were used."""
 
 
 @dataclass(frozen=True)
 class Part:
-    """Some of the training images."""
+    """A part of the training images."""
 
     index: Tensor
     """(n,) int64 positions in the training split, ascending; all of them have a label."""
@@ -41,11 +41,11 @@ class Part:
 
     @property
     def file(self) -> str:
-        """The name of the list of these images; empty for all images."""
+        """Name of the file that lists these images; empty for all images."""
         return "" if self.fraction == 1 else f"labelled-{percent(self.fraction)}.txt"
 
     def records(self, labels: Tensor) -> list[Measurement]:
-        """Count images and classes, with `labels` (N,) of the training split; nothing where all images are used."""
+        """Return counts of images and classes from `labels` (N,) of the training split; none if all images are used."""
         if self.fraction == 1:
             return []
         counts = labels[self.index].bincount()
@@ -67,15 +67,15 @@ class Part:
 
 
 def percent(fraction: float) -> str:
-    """0.01 -> 1%."""
+    """Return a fraction in per cent: 0.01 becomes `1%`."""
     return f"{100 * fraction:g}%"
 
 
 def require_labels(dataset: Dataset) -> None:
-    """Two training images with a label are the least that a classifier is fitted to.
+    """Check that a data set has classes, and at least two training images with a label.
 
     Raises:
-        UserError: there are fewer.
+        UserError: it has not.
     """
     labelled = int((dataset.train.labels >= 0).sum())
     if not dataset.classified:
@@ -92,9 +92,9 @@ def require_labels(dataset: Dataset) -> None:
 
 
 def balanced_part(dataset: Dataset, fraction: float, seed: int) -> Part:
-    """The same number of images of every class that has any, at least one, so that all are `fraction` of the labelled.
+    """Return a class-balanced `fraction` of the labelled training images, with at least one image of every class.
 
-    A smaller fraction with the same seed is a part of a larger one.
+    A smaller fraction with the same seed is a part of a larger one. Classes without labelled images are left out.
     """
     labels = dataset.train.labels.cpu()
     labelled = int((labels >= 0).sum())
@@ -104,7 +104,7 @@ def balanced_part(dataset: Dataset, fraction: float, seed: int) -> Part:
     known = int((counts > 0).sum())
     exact = fraction * labelled / known
     each = max(1, round(exact))
-    # Grouped by class, each class in a random order: the first ones of each group.
+    # Images are grouped by class in a random order, and the first of each group are chosen.
     order = permutation(seed, _PART, len(labels))
     order = order[labels[order] >= 0]
     order = order[labels[order].argsort(stable=True)]
@@ -124,17 +124,19 @@ def balanced_part(dataset: Dataset, fraction: float, seed: int) -> Part:
 
 
 def listed_part(dataset: Dataset, fraction: float, file: Path) -> Part:
-    """The training images that a list names, one a line: by the end of their path, or by their position where images
-    have no files of their own. What it names beside them is left out, so that ImageNet's list serves for ImageNet-100.
+    """Return the training images that a file lists, one per line.
+
+    A line is the end of an image's path, or its position if images have no files of their own. Other names are ignored,
+    so that the list for ImageNet can be used for ImageNet-100.
 
     Raises:
-        UserError: the file cannot be read, names an image that is not the only one of its name, or fewer than two
-            labelled training images.
+        UserError: the file cannot be read, a name fits several images, or the file lists fewer than two labelled
+            training images.
     """
     try:
         lines = [line.strip() for line in file.expanduser().read_text().splitlines() if line.strip()]
     except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "it is no text"
+        reason = error.strerror if isinstance(error, OSError) else "it is not text"
         raise UserError(f"{file} cannot be read ({reason}); evaluation.files names lists of images.") from None
     labels, names = dataset.train.labels.cpu(), _paths(dataset.train)
     tables: dict[int, dict[str, int]] = {}
@@ -154,12 +156,12 @@ def listed_part(dataset: Dataset, fraction: float, file: Path) -> Part:
     if len(found) < 2:
         raise UserError(
             f"{file} names {len(found) or 'no'} labelled training image{'' if len(found) == 1 else 's'} of "
-            f"{dataset.name}, which has such as {'/'.join(names[0][-2:])}; give another list in evaluation.files."
+            f"{dataset.name}, which has names like {'/'.join(names[0][-2:])}; give another list in evaluation.files."
         )
     index = torch.tensor(sorted(found))
     notes = []
     if unknown := len(set(lines)) - len(found):
-        notes.append(f"{unknown} of {len(set(lines))} names are no labelled training images here")
+        notes.append(f"{unknown} of {len(set(lines))} names are not labelled training images here")
     share = len(found) / int((labels >= 0).sum())
     if not 0.8 < share / fraction < 1.25:
         notes.append(f"the list covers {percent(round(share, 4))} of the labels")
@@ -169,7 +171,7 @@ def listed_part(dataset: Dataset, fraction: float, file: Path) -> Part:
 
 
 def names(split: Split, index: Tensor) -> list[str]:
-    """Of the images at `index` (n,), as short as tells all images of the split apart; see `listed_part`."""
+    """Return names of the images at `index` (n,), as short as possible but unique in the split; see `listed_part`."""
     paths = _paths(split)
     longest = max(map(len, paths))
     parts = next((n for n in range(1, longest) if len(_by_end(paths, n)) == len(paths)), longest)
@@ -177,7 +179,7 @@ def names(split: Split, index: Tensor) -> list[str]:
 
 
 def _by_end(paths: Sequence[Sequence[str]], parts: int) -> dict[str, int]:
-    """Position by the last parts of a path; `_SEVERAL` where it is not the only one."""
+    """Return positions by the last `parts` of their paths; `_SEVERAL` if these are not unique."""
     table: dict[str, int] = {}
     for position, path in enumerate(paths):
         end = "/".join(path[-parts:])

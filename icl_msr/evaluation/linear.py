@@ -1,7 +1,8 @@
-"""The linear probe: a grid of heads over learning rates, trained in one pass over cached features.
+"""The linear probe, with a grid of learning rates trained in one pass over cached features.
 
-Every head is softmax regression from zero, trained as a named preset says. The head whose learning rate does best on a
-held-out part of the fitting set names the learning rate; a head trained with it on the whole fitting set is the probe.
+Every head is softmax regression that begins at zero and is trained with the settings of a named preset. The learning
+rate with the best head on a held-out part of the fitting set is chosen. The probe is a head trained with it on the
+whole fitting set.
 """
 
 import math
@@ -24,13 +25,13 @@ ProbeName = Literal["ours", "wmse", "moco"]
 
 @dataclass(frozen=True)
 class ProbePreset:
-    """How heads are trained; the learning rates, the epochs and the batch size are no part of it."""
+    """Settings of the training of heads, without learning rates, epochs and batch size."""
 
     standardised: bool
-    """Features are standardised first; else they are taken as they are."""
+    """True if features are standardised first."""
     optimizer: Callable[..., Optimizer]
     factor: Callable[[int, int], float]
-    """(epoch, epochs) to the share of the learning rate that holds in that epoch."""
+    """Maps (epoch, epochs) to the factor of the learning rate in that epoch."""
 
 
 PROBES: Mapping[ProbeName, ProbePreset] = MappingProxyType(
@@ -55,34 +56,36 @@ _HELD_OUT = -2
 
 @dataclass(frozen=True)
 class LinearProbe:
-    """A fitted probe and how its learning rate was chosen. c channels, K classes."""
+    """A fitted probe, with the accuracies that chose its learning rate. c channels, K classes."""
 
     weight: Tensor
     """(c + 1, K) float32; the last row is the bias."""
     mean: Tensor
-    """(c,) of the fitting set; 0 where features are taken as they are."""
+    """(c,) mean of the fitting set; 0 if features are not standardised."""
     scale: Tensor
-    """(c,) standard deviation in the fitting set, or 1; see `fit_linear_probe`."""
+    """(c,) standard deviation of the fitting set; 1 if features are not standardised. See `fit_linear_probe`."""
     learning_rate: float
     held_out_accuracies: dict[float, float]
-    """Accuracy in [0, 1] on the held-out part, for each learning rate of the grid, ascending."""
+    """Accuracy in [0, 1] on the held-out part by learning rate, in ascending order of learning rates."""
 
     @property
     def at_edge(self) -> bool:
-        """Whether a learning rate outside the grid might do better."""
+        """True if the learning rate lies at an edge of the grid, so that one outside might be better."""
         rates = list(self.held_out_accuracies)
         return len(rates) > 1 and self.learning_rate in (rates[0], rates[-1])
 
     def __call__(self, features: Tensor) -> Tensor:
-        """Class scores (logits) float32 (N, K) of `features` (N, c)."""
+        """Return class scores (logits) float32 (N, K) of `features` (N, c)."""
         return _standardise(features, self.mean, self.scale) @ self.weight
 
 
 def hold_out(length: int, fraction: float, seed: int) -> tuple[Tensor, Tensor]:
-    """Positions (int64, ascending) of the images to fit on and of the held-out ones: `fraction`, at least one of each.
+    """Return the positions (int64, ascending) of the images to fit on, and of the held-out `fraction`.
+
+    There is at least one image in each part.
 
     Raises:
-        ValueError: fewer than two images.
+        ValueError: there are fewer than two images.
     """
     if length < 2:
         raise ValueError("holding out needs at least two images")
@@ -105,10 +108,10 @@ def fit_linear_probe(
 ) -> LinearProbe:
     """Fit a probe to `features` float (N, c) and `labels` int64 (N,); `held_out` is a fraction in (0, 1).
 
-    Where the preset says so, features are standardised by the mean and standard deviation of the fitting set; a
-    channel's deviation counts as at least 1/1000 of the largest one, so that a channel that is dead there cannot decide
-    elsewhere. Among equal held-out accuracies the lowest held-out cross-entropy wins; where no held-out image is of a
-    class that was fitted, the middle of the grid.
+    If the preset says so, features are standardised by the mean and standard deviation of the fitting set. A channel's
+    deviation counts as at least 1/1000 of the largest one, so that a channel that is dead in the fitting set cannot
+    dominate on other images. Among equal held-out accuracies, the lowest held-out cross-entropy wins. If no held-out
+    image has a class that was fitted, the middle of the grid is chosen.
     """
     how = PROBES[preset]
     mean, scale = torch.zeros_like(features[0]), torch.ones_like(features[0])
@@ -125,7 +128,7 @@ def fit_linear_probe(
     losses = [cross_entropy(head, labels[held]).item() for head in logits]
     best = max(range(len(rates)), key=lambda head: (accuracies[head], -losses[head]))
     if not torch.isin(labels[held], labels[fit]).any():
-        best = len(rates) // 2  # one image a class: held-out classes were never seen, and say nothing
+        best = len(rates) // 2  # with one image per class, held-out classes were never fitted
 
     weight = _train(inputs, labels, classes, [rates[best]], epochs, batch_size, seed, how)[0]
     return LinearProbe(weight, mean, scale, rates[best], dict(zip(rates, accuracies, strict=True)))
@@ -143,7 +146,7 @@ def _train(
     seed: int,
     how: ProbePreset,
 ) -> Tensor:
-    """One head for each of G learning rates, (G, c + 1, K), all in one product; inputs (N, c + 1)."""
+    """Return the heads (G, c + 1, K) for G learning rates, trained together; `inputs` is (N, c + 1)."""
     heads: list[Tensor] = [nn.Parameter(inputs.new_zeros(inputs.shape[1], classes)) for _ in rates]
     groups = [{"params": [head], "lr": rate} for head, rate in zip(heads, rates, strict=True)]
     optimizer = how.optimizer(groups)
@@ -153,7 +156,7 @@ def _train(
         for batch in torch.split(order, batch_size):
             logits = (inputs[batch] @ torch.cat(heads, dim=1)).view(-1, classes)  # (n G, K)
             targets = labels[batch].repeat_interleave(len(heads))
-            loss = cross_entropy(logits, targets, reduction="sum") / len(batch)  # heads do not share their gradients
+            loss = cross_entropy(logits, targets, reduction="sum") / len(batch)  # a sum keeps heads independent
             optimizer.zero_grad()
             loss.backward()  # type: ignore[no-untyped-call]
             optimizer.step()
@@ -162,5 +165,5 @@ def _train(
 
 
 def _standardise(features: Tensor, mean: Tensor, scale: Tensor) -> Tensor:
-    """(N, c) to (N, c + 1): standardised, and a one for the bias."""
+    """Return standardised features with a column of ones for the bias: (N, c) to (N, c + 1)."""
     return pad((features - mean) / scale, (0, 1), value=1.0)

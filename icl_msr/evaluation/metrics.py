@@ -20,23 +20,23 @@ class Interval(NamedTuple):
 
 @dataclass(frozen=True)
 class Bootstrap:
-    """Draws the images anew, `resamples` times, with replacement.
+    """A bootstrap that resamples images with replacement, `resamples` times.
 
-    The draws depend on `seed` and on the number of images alone, so results on the same images, of
-    any encoder, classifier or split, are resampled alike and can be compared.
+    The draws depend only on `seed` and on the number of images. So the results of different encoders, classifiers or
+    splits on the same images are resampled in the same way and can be compared.
     """
 
     resamples: int
     seed: int
 
     def mean(self, values: Tensor) -> Interval:
-        """Mean of `values` (n,), bool or small whole numbers, one for each image."""
+        """Return the mean of `values` (n,), bool or small whole numbers, one for each image, with its interval."""
         return _interval(values.float().mean(), self._means(values))
 
     def difference(self, first: Tensor, second: Tensor, *, paired: bool) -> Interval:
-        """Mean of `first` (n,) minus mean of `second` (m,).
+        """Return the mean of `first` (n,) minus the mean of `second` (m,), with its interval.
 
-        `paired`: position i is the same object in both (n = m), and the two are drawn together; else independently.
+        If `paired`, position i is the same object in both (n = m), and both are drawn together; else independently.
         """
         if paired:
             return self.mean(first.float() - second.float())
@@ -44,13 +44,13 @@ class Bootstrap:
         return _interval(centre, self._means(first) - self._means(second, stream=1))
 
     def _means(self, values: Tensor, stream: int = 0) -> Tensor:
-        """The mean of each resample, (resamples,); sums of whole numbers are exact in float32."""
+        """Return the mean of each resample, (resamples,). Sums of whole numbers are exact in float32."""
         return _counts(len(values), self.resamples, self.seed, stream) @ values.float().cpu() / len(values)
 
 
 @lru_cache(maxsize=2)
 def _counts(images: int, resamples: int, seed: int, stream: int) -> Tensor:
-    """How often each image is drawn: float32 (resamples, images)."""
+    """Return the number of times that each image is drawn: float32 (resamples, images)."""
     counts = torch.zeros(resamples, images)
     rows = max(1, 2**20 // images)
     key = keys(seed, stream, torch.arange(resamples), view=-3)

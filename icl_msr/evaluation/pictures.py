@@ -29,14 +29,14 @@ matplotlib.rcParams["svg.fonttype"] = "none"
 
 
 def views_grid(views: Views, mean: Sequence[float], std: Sequence[float], path: Path, images: int = 10) -> str:
-    """The un-augmented image and its views, one column an image. Writes `path`; returns a caption."""
+    """Draw un-augmented images and their views, one image per column. Write `path` and return a caption."""
     rows = {"image X": views.images, **{f"view {i}": view for i, view in enumerate(views.views, start=1)}}
     _grid({name: pixels(tensor[:images], mean, std) for name, tensor in rows.items()}, path)
     return "Training images and the independent augmentations that the method compares."
 
 
 def negatives_grid(views: Views, mean: Sequence[float], std: Sequence[float], path: Path, images: int = 10) -> str:
-    """The query and its non-semantic negatives. Writes `path`; returns a caption."""
+    """Draw queries and their non-semantic negatives. Write `path` and return a caption."""
     assert views.negatives is not None
     rows = {"query": views.views[0][:images]}
     for i, negative in enumerate(views.negatives.rows[:images].unbind(1), start=1):
@@ -49,10 +49,10 @@ def negatives_grid(views: Views, mean: Sequence[float], std: Sequence[float], pa
 def strata_grid(
     backbone: Backbone, strata: Tensor, images: Tensor, mean: Sequence[float], std: Sequence[float], path: Path
 ) -> str:
-    """Where each stratum looks: the last feature map weighted by a_t, over normalised images (N, 3, H, W).
+    """Draw the last feature map, weighted by each stratum's a_t, over normalised images (N, 3, H, W).
 
-    `strata` is A(X), (N, S, c), or narrower where several encoders share it; the map in which all channels count alike
-    comes first. Each map is scaled to its own largest value in the image. Writes `path`; returns a caption.
+    `strata` is A(X), (N, S, c), or narrower if several encoders share it. The first map weights all channels equally.
+    Each map is scaled to its own largest value in the image. Write `path` and return a caption.
     """
     with evaluating(backbone):
         maps = backbone.maps(images).float()  # (N, c, h, w)
@@ -65,16 +65,16 @@ def strata_grid(
     overlays = {name: (shown, weighted[:, t]) for t, name in enumerate(names)}
     _grid({"image X": shown, **overlays}, path)
     return (
-        "What each stratum of f_msr weighs up: the last feature map, weighted by a_t (bright: large, each map by "
-        "itself), below the map in which all channels count alike."
+        "The last feature map, weighted by the a_t of each stratum of f_msr (bright: large, each map scaled by "
+        "itself), below the map that weights all channels equally."
     )
 
 
 def weights_figure(strata: Tensor, path: Path) -> str:
-    """How A(X), (N, S, c), of a batch is distributed: sqrt(c) a_t, which is 1 where all channels count alike.
+    """Draw the distribution of A(X), (N, S, c), of a batch, as sqrt(c) a_t, which is 1 for uniform weights.
 
-    Left a histogram over images and channels, right the mean over images, channels in the order of the stratum that
-    weighs them most and of that weight. Writes `path`; returns a caption.
+    On the left is a histogram over images and channels. On the right is the mean over images, with channels sorted by
+    the stratum with the largest weight, then by this weight. Write `path` and return a caption.
     """
     weights = math.sqrt(strata.shape[2]) * strata.detach().float().cpu()
     mean = weights.mean(0)  # (S, c)
@@ -104,7 +104,7 @@ def weights_figure(strata: Tensor, path: Path) -> str:
 def neighbours_grid(
     dataset: Dataset, features: Mapping[str, Tensor], split: str, path: Path, images: int = 10, k: int = 5
 ) -> str:
-    """Test images and the training images whose features are nearest. Writes `path`; returns a caption."""
+    """Draw test images and the training images with the nearest features. Write `path` and return a caption."""
     test = dataset.tests[split]
     chosen = torch.linspace(0, len(test) - 1, images).long()
     _, nearest = neighbours(features["train"], features[split][chosen], k, normalised=True)
@@ -120,9 +120,9 @@ def neighbours_grid(
 
 
 def map_figure(dataset: Dataset, features: Tensor, split: str, path: Path, images: int = 2000) -> str:
-    """Test images as points: the two principal components of their unit features (N, c), coloured by class.
+    """Draw test images as points: two principal components of their unit features (N, c), coloured by class.
 
-    Writes `path`; returns a caption.
+    Write `path` and return a caption.
     """
     labels = dataset.tests[split].labels.cpu()
     chosen = torch.linspace(0, len(labels) - 1, min(images, len(labels))).long()
@@ -158,31 +158,31 @@ def map_figure(dataset: Dataset, features: Tensor, split: str, path: Path, image
 
 @dataclass(frozen=True)
 class Scene:
-    """What pictures are drawn of; there is no picture of what is missing."""
+    """The data for pictures. A picture whose data is missing is not drawn."""
 
     dataset: Dataset
     features: Mapping[str, Tensor] = field(default_factory=dict)
-    """float32 (N, c) of the trained encoder by split, `train` among them."""
+    """float32 (N, c) features of the trained encoder by split, including `train`."""
     batch: Callable[[], Views] | None = None
-    """Makes a batch of training views, on the device of the backbone."""
+    """Returns a batch of training views, on the device of the backbone."""
     backbone: Backbone | None = None
     strata: Callable[[Tensor], Tensor] | None = None
-    """A(X), (N, S, c), of normalised images."""
+    """Maps normalised images to A(X), (N, S, c)."""
 
     @cached_property
     def views(self) -> Views | None:
-        """The batch."""
+        """The batch of training views, made once; None without `batch`."""
         return None if self.batch is None else self.batch()
 
     @cached_property
     @torch.no_grad()
     def weights(self) -> Tensor | None:
-        """A(X) of the images of the batch."""
+        """A(X), (N, S, c), of the images of the batch; None without `batch` or `strata`."""
         return None if self.strata is None or self.views is None else self.strata(self.views.images)
 
     @property
     def split(self) -> str:
-        """The most telling test split."""
+        """The most informative test split."""
         tests = self.dataset.tests
         return "mixed_rand" if "mixed_rand" in tests else next(iter(tests))
 
@@ -228,11 +228,11 @@ PICTURES: dict[str, Callable[[Scene, Path], str | None]] = {
     "neighbours.png": _neighbours,
     "map.png": _map,
 }
-"""Each draws one file and returns its caption; None where there is nothing to draw."""
+"""Functions by file name. Each draws the file and returns its caption; None if there is nothing to draw."""
 
 
 def draw(scene: Scene, folder: Path) -> list[str]:
-    """Draw every picture, and write `captions.json`; return what could not be drawn, each with the reason."""
+    """Draw all pictures and write `captions.json`. Return the files that could not be drawn, with the reasons."""
     folder.mkdir(exist_ok=True)
     captions, missing = {}, []
     for name, picture in PICTURES.items():
@@ -252,7 +252,7 @@ def draw(scene: Scene, folder: Path) -> list[str]:
 
 
 def pixels(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
-    """Normalised float images (N, 3, H, W) back to uint8."""
+    """Return normalised float images (N, 3, H, W) as uint8."""
     scale = torch.tensor(std, device=images.device).view(1, 3, 1, 1)
     shift = torch.tensor(mean, device=images.device).view(1, 3, 1, 1)
     return ((images.float() * scale + shift) * 255).round().clamp(0, 255).byte()
@@ -261,13 +261,13 @@ def pixels(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tenso
 def _grid(
     rows: Mapping[str, Tensor | tuple[Tensor, Tensor]], path: Path, marks: Mapping[str, Tensor] | None = None
 ) -> None:
-    """One row a name, one column an image; a pair of images and maps is drawn as an overlay."""
+    """Draw a row per name and a column per image. A pair of images and maps is drawn as an overlay."""
     columns = max(len(r[0] if isinstance(r, tuple) else r) for r in rows.values())
     size = (columns * 0.9 + 1.1, len(rows) * 0.93)
     figure = Figure(figsize=size, dpi=110)
     axes = figure.add_axes(
         (1.1 / size[0], 0.01, 0.995 - 1.1 / size[0], 0.98)
-    )  # one for all: an Axes each takes a second
+    )  # one Axes for all images: one for each would take a second
     axes.set_axis_off()
     for line, (name, row) in enumerate(rows.items()):
         axes.text(-0.09, line + 0.5, plain(name), ha="right", va="center", fontsize=9)

@@ -1,13 +1,13 @@
-"""What class scores say beside the top-1 accuracy. N images, K classes."""
+"""Measures on class scores beside the top-1 accuracy. N images, K classes."""
 
 import torch
 from torch import Tensor
 
 
 def in_top(scores: Tensor, labels: Tensor, k: int) -> Tensor:
-    """Whether the true class is among the k best of `scores` (N, K): bool (N,), with `labels` (N,) int64.
+    """Return bool (N,): whether the true class, `labels` int64 (N,), is among the k best of `scores` (N, K).
 
-    Among equal scores the smaller class number is the better one, as in `argmax`.
+    Among equal scores, the smaller class number ranks higher, as in `argmax`.
     """
     own = scores.gather(1, labels[:, None])
     earlier = torch.arange(scores.shape[1], device=scores.device) < labels[:, None]
@@ -15,18 +15,18 @@ def in_top(scores: Tensor, labels: Tensor, k: int) -> Tensor:
 
 
 def confusion(predicted: Tensor, labels: Tensor, classes: int) -> Tensor:
-    """How many images of each true class (rows) are taken for each class (columns): int64 (K, K)."""
+    """Return the number of images by true class (rows) and predicted class (columns): int64 (K, K)."""
     return torch.bincount(labels * classes + predicted, minlength=classes**2).view(classes, classes)
 
 
 def per_class(matrix: Tensor) -> list[float | None]:
-    """Accuracy of each class, in [0, 1], from its `confusion` (K, K); None of a class without images."""
+    """Return the accuracy of each class, in [0, 1], from a `confusion` (K, K); None for a class without images."""
     shown = matrix.sum(1)
     return [int(right) / int(n) if n else None for right, n in zip(matrix.diag(), shown, strict=True)]
 
 
 def most_confused(matrix: Tensor, pairs: int) -> list[tuple[int, int, int]]:
-    """Up to `pairs` pairs (true class, predicted class, images), the largest first, of a `confusion` (K, K)."""
+    """Return up to `pairs` triples (true class, predicted class, images) of a `confusion` (K, K), the largest first."""
     wrong = (matrix - matrix.diag().diag()).flatten()
     order = torch.argsort(wrong, descending=True, stable=True)[:pairs]
     found = [(*divmod(int(i), len(matrix)), int(wrong[i])) for i in order]

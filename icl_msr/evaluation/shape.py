@@ -1,9 +1,9 @@
-"""Shape or texture? Images whose shape is of one class and whose texture is of another.
+"""Shape bias and decodability on cue-conflict images, whose shape and texture belong to different classes.
 
-Geirhos et al., ImageNet-trained CNNs are biased towards texture, ICLR 2019: of the decisions for either class, the
-shape bias is the share that is for the shape. Hermann et al., The origins and prevalence of texture bias in
-convolutional neural networks, NeurIPS 2020: what a representation holds of each is another question, which linear
-probes inside the stimuli answer.
+Geirhos et al., ImageNet-trained CNNs are biased towards texture, ICLR 2019: the shape bias is the share of decisions
+for the shape among all decisions for the shape or the texture. Hermann et al., The origins and prevalence of texture
+bias in convolutional neural networks, NeurIPS 2020: linear probes, fitted to the stimuli, measure how much of shape and
+of texture a representation holds.
 """
 
 import re
@@ -17,6 +17,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 from torchvision.datasets.folder import IMG_EXTENSIONS
+from typing_extensions import override
 
 from icl_msr.core.errors import UserError
 from icl_msr.core.records import ACCURACY, GAP, TRAINED, Chart, Classifier, Layout, Measurement
@@ -40,39 +41,39 @@ SHAPE = Layout(
     count="images",
     chart=Chart(axis="metric", series=("classifier", "encoder"), where={"unit": "fraction"}),
 )
-"""How a classifier decides where shape and texture disagree: of `n` images whose shape and texture are both of its
-`classes`, `decided` ones are taken for either; `shape_bias` is the share of these that are taken for their shape."""
+"""Decisions of a classifier on `n` images whose shape and texture are both among its `classes`. `decided` of them are
+taken for their shape or their texture. `shape_bias` is the share of these that are taken for their shape."""
 DECODABILITY = Layout(
     kind="decodability",
-    title="Read from the features of the stimuli, %",
+    title="Accuracy of probes on the stimuli, %",
     rows=("cue", "encoder"),
-    about="Accuracy of linear probes for shape and texture; no probe is tested on an instance that it was fitted to.",
+    about="Linear probes for shape and texture. No probe is tested on an instance that it was fitted to.",
     count="n",
 )
 
 
 @dataclass(frozen=True)
 class Stimuli:
-    """Cue-conflict images: file, and class and instance of shape and texture; images without a conflict left out."""
+    """Cue-conflict images: files, with class and instance of shape and texture."""
 
     files: list[str]
     classes: list[str]
     labels: Mapping[str, Tensor]
     """(N,) int64 by cue."""
     instances: Mapping[str, list[str]]
-    """`cat7` by cue."""
+    """Instances such as `cat7`, by cue."""
     without_conflict: int
-    """Images left out, because shape and texture are of one class."""
+    """Number of images that are left out, because shape and texture belong to one class."""
 
     def __len__(self) -> int:
         return len(self.files)
 
 
 def read_stimuli(folder: Path) -> Stimuli:
-    """Geirhos's layout: `<shape class>/<shape><N>-<texture><M>.jpg`.
+    """Read a folder in the layout of Geirhos et al.: `<shape class>/<shape><N>-<texture><M>.jpg`.
 
     Raises:
-        UserError: there is no such folder, or an image in it is named otherwise.
+        UserError: there is no such folder, it has no cue-conflict images, or an image is named differently.
     """
     if not folder.is_dir():
         raise UserError(f"There is no folder {folder}; set evaluation.stimuli to the folder of cue-conflict images.")
@@ -104,17 +105,17 @@ def read_stimuli(folder: Path) -> Stimuli:
 
 @dataclass(kw_only=True)
 class ShapeAndTexture(Evaluation):
-    """Shape bias of classifiers fitted on a data set, and decodability of shape and texture inside the stimuli.
+    """Shape bias of classifiers fitted on a data set, and decodability of shape and texture from the stimuli.
 
-    Config keys: those of `suite.Evaluation`; `stimuli`, the folder (`read_stimuli`); `same`, the classes of the data
-    set that a class of the stimuli stands for where they have another name; `head` asks for the decisions of the
-    ImageNet classifier that an encoder of timm or torchvision came with, beside those of the fitted ones (`sixteen`);
-    `folds` of the decodability, at most one for each instance of a class. Classifiers are fitted on the images of the
-    covered classes alone, under the stimuli's names.
+    Config keys: those of `suite.Evaluation`. `stimuli` is the folder (`read_stimuli`). `same` maps a class of the
+    stimuli to classes of the data set, if their names differ. `head` asks for the decisions of the ImageNet classifier
+    that an encoder of timm or torchvision came with, beside those of the fitted classifiers (`sixteen`). `folds` is the
+    number of folds for decodability, at most one for each instance of a class. Classifiers are fitted only on images of
+    the covered classes, under the names of the stimuli.
 
-    Among the accuracies, the splits `conflict_shape` and `conflict_texture` are the shares that are taken for
-    either, and `shape` and `texture`, fitted on `stimuli`, the decodability. Without two covered classes there is no
-    shape bias, and decodability alone.
+    In the accuracies, the splits `conflict_shape` and `conflict_texture` are the shares that are taken for the shape
+    and for the texture. The splits `shape` and `texture`, fitted on `stimuli`, are the decodability. If fewer than two
+    classes are covered, only the decodability is measured.
     """
 
     stimuli: str
@@ -128,11 +129,11 @@ class ShapeAndTexture(Evaluation):
         unknown = sorted(self.same.keys() - set(self.shown.classes))
         if unknown:
             raise UserError(
-                f"evaluation.same.{unknown[0]} is no class of the stimuli, which are {', '.join(self.shown.classes)}."
+                f"evaluation.same.{unknown[0]} is not a class of the stimuli ({', '.join(self.shown.classes)})."
             )
 
+    @override
     def names(self, dataset: Dataset) -> list[str]:
-        """See `suite.Evaluation`; a class of `same` may not be in the data set."""
         label = covered(self.shown.classes, dataset.classes, self.same)
         bias = [f"{classifier}/train" for classifier in self.classifiers if self._conflicts(label)[0].numel()]
         if bias:
@@ -141,19 +142,19 @@ class ShapeAndTexture(Evaluation):
         decoded = [f"{self.linear_classifier}/stimuli/{cue}" for cue in CUES]
         return [*(f"{classifier}/conflict_{cue}" for classifier in bias for cue in CUES), *decoded]
 
+    @override
     def require(self, encoder: nn.Module) -> None:
-        """See `suite.Evaluation`."""
         if not self.head:
             return
         if not self._conflicts(self._of_sixteen())[0].numel():
             raise UserError(
-                f"evaluation.head=true decides among {', '.join(SIXTEEN)}, and no image of {self.stimuli} is of two "
-                "of them; leave it out."
+                f"evaluation.head=true decides among {', '.join(SIXTEEN)}, and no image of {self.stimuli} has shape "
+                "and texture among them; leave it out."
             )
         with_classifier(encoder)
 
+    @override
     def measure(self, task: Task, results: Results) -> None:
-        """See `suite.Evaluation`."""
         dataset = task.dataset
         label = covered(self.shown.classes, dataset.classes, self.same)
         images = FileSplit(self.shown.files, self.shown.labels["shape"], dataset.image_size)
@@ -166,8 +167,9 @@ class ShapeAndTexture(Evaluation):
             self._decode(task, cue, stimuli, results)
 
     def _conflicts(self, label: Mapping[int, int]) -> tuple[Tensor, Tensor, Tensor]:
-        """Positions (n,) of the stimuli whose shape and texture are both covered, and the two as places among the
-        covered classes.
+        """Return the positions (n,) of stimuli with both classes covered, and their shape and texture (n,).
+
+        Shape and texture are places among the covered classes.
         """
         classes = sorted(set(label.values()))
         shape, texture = (self._among(self.shown.labels[cue], classes) for cue in CUES)
@@ -175,10 +177,10 @@ class ShapeAndTexture(Evaluation):
         return chosen, shape[chosen], texture[chosen]
 
     def _bias(self, task: Task, train: Tensor, stimuli: Tensor, label: Mapping[int, int], results: Results) -> None:
-        """`label` is the stimuli's class of a class of the data set."""
+        """Record the decisions of fitted classifiers. `label` maps classes of the data set to those of the stimuli."""
         labels = task.dataset.train.labels.to(task.device)
         classes = sorted(set(label.values()))
-        translate = labels.new_full((int(labels.max()) + 2,), -1)  # the last for -1, images without a label
+        translate = labels.new_full((int(labels.max()) + 2,), -1)  # the last place is for -1, images without a label
         for of_data, of_stimuli in label.items():
             if of_data < len(translate) - 1:
                 translate[of_data] = classes.index(of_stimuli)
@@ -191,11 +193,11 @@ class ShapeAndTexture(Evaluation):
             _record(task, Fit(task.encoder, classifier, "train"), names, taken, shape, texture, results)
 
     def _of_sixteen(self) -> dict[int, int]:
-        """Number of each of the 16 to that of the stimuli's class of its name."""
+        """Return the class of the stimuli, by number, for each of the 16 classes with the same name."""
         return covered(self.shown.classes, list(SIXTEEN), {})
 
     def _head(self, task: Task, images: Split, results: Results) -> None:
-        """`task` at the encoder and its classifier."""
+        """Record the decisions of the encoder's own classifier; `task.network` includes it."""
         label, names = self._of_sixteen(), list(SIXTEEN)
         chosen, *cues = self._conflicts(label)
         places = torch.tensor([names.index(self.shown.classes[k]) for k in sorted(label.values())])
@@ -205,7 +207,7 @@ class ShapeAndTexture(Evaluation):
 
     @staticmethod
     def _among(labels: Tensor, classes: Sequence[int]) -> Tensor:
-        """Places of labels (N,) in `classes`, -1 where they are not."""
+        """Return the places of labels (N,) in `classes`; -1 for labels that are not in it."""
         places = torch.full_like(labels, -1)
         for place, k in enumerate(classes):
             places[labels == k] = place
@@ -235,8 +237,9 @@ class ShapeAndTexture(Evaluation):
 def _record(
     task: Task, fit: Fit, classes: list[str], taken: Tensor, shape: Tensor, texture: Tensor, results: Results
 ) -> None:
-    """Puts what one classifier takes n images for into the results; `taken`, `shape` and `texture` (n,) are places in
-    `classes`.
+    """Record the decisions of one classifier on n images.
+
+    The decisions `taken`, and `shape` and `texture`, are places (n,) in `classes`.
     """
     bootstrap, hits = task.bootstrap, {"shape": taken == shape, "texture": taken == texture}
     decided = hits["shape"] | hits["texture"]
@@ -260,17 +263,17 @@ def _record(
 
 
 def covered(stimuli: Sequence[str], classes: Sequence[str], same: Mapping[str, Sequence[str]]) -> dict[int, int]:
-    """Number of a class of the data set to that of the stimuli's class which it belongs to.
+    """Return the class of the stimuli, by number, that each covered class of the data set belongs to.
 
     Raises:
-        UserError: `same` names a class that the data set has not.
+        UserError: `same` names a class that the data set does not have.
     """
     label: dict[int, int] = {}
     for k, name in enumerate(stimuli):
         for other in same.get(name, [name] if name in classes else []):
             if other not in classes:
                 raise UserError(
-                    f"evaluation.same.{name} names {other}, which is no class of the data set "
+                    f"evaluation.same.{name} names {other}, which is not a class of the data set "
                     f"({', '.join(classes[:5])}{', ...' if len(classes) > 5 else ''})."
                 )
             label[classes.index(other)] = k
@@ -278,8 +281,9 @@ def covered(stimuli: Sequence[str], classes: Sequence[str], same: Mapping[str, S
 
 
 def folds_by_instance(instances: Sequence[str], labels: Tensor, folds: int) -> tuple[Tensor, int]:
-    """The fold of each image (N,), all images of an instance in one and the instances of every class shared out, and
-    how many folds there are: `folds`, or fewer where a class has fewer instances.
+    """Return the fold of each image (N,), and the number of folds: `folds`, or fewer if a class has fewer instances.
+
+    All images of an instance are in one fold, and the instances of every class are spread over the folds.
     """
     by_class: dict[int, list[str]] = {}
     for name, k in sorted(set(zip(instances, labels.tolist(), strict=True))):

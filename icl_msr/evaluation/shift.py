@@ -1,4 +1,4 @@
-"""How much of the accuracy on clean images is left on corrupted ones, and on other images of the same classes."""
+"""Robustness: accuracy on clean images, on corrupted ones, and on other images of the same classes."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -8,6 +8,7 @@ from typing import Annotated, Literal, get_args
 import torch
 from pydantic import Field, PositiveInt
 from torch import Tensor
+from typing_extensions import override
 
 from icl_msr.core.errors import UserError
 from icl_msr.core.records import ACCURACY, GAP, Chart, Layout, Measurement
@@ -34,9 +35,9 @@ from icl_msr.evaluation.suite import (
 
 Severity = Literal[1, 2, 3, 4, 5]
 OWN = ("clean", "corrupted")
-"""The names of what is shown beside the shifted splits."""
+"""Names of the images that are always tested. Shifted splits come in addition."""
 MEAN = "mean"
-"""The name of the mean over all corruptions, and of that over severities."""
+"""Name of the mean over all corruptions, and of the mean over severities."""
 CORRUPTION = Layout(
     kind="corruption",
     title="Accuracy under corruptions, %",
@@ -53,11 +54,11 @@ CORRUPTION = Layout(
 
 @dataclass
 class Corrupted:
-    """Images under each of several corruptions, one after the other: n for each."""
+    """The same n images under several corruptions, one corruption after the other."""
 
     clean: Some
     variants: Sequence[tuple[Corruption, int]]
-    """(corruption, severity)."""
+    """Pairs (corruption, severity)."""
     seed: int
     device: torch.device
 
@@ -68,7 +69,7 @@ class Corrupted:
         return len(self.clean) * len(self.variants)
 
     def load(self, index: Tensor) -> Tensor:
-        """See `Split.load`; the images lie on `device`."""
+        """Load corrupted uint8 images (n, 3, S, S) at positions `index` (n,), on `device`."""
         variant, place = index // len(self.clean), index % len(self.clean)
         images = self.clean.load(place).to(self.device)
         for v in sorted(set(variant.tolist())):
@@ -78,21 +79,21 @@ class Corrupted:
         return images
 
     def identity(self) -> str | None:
-        """See `cache.Identified`."""
+        """Return a text that is equal only for equal images; see `cache.Identified`."""
         known = self.clean.identity()
         return None if known is None else f"{known} {self.seed} {list(self.variants)}"
 
 
 @dataclass(kw_only=True)
 class CorruptionRobustness(Evaluation):
-    """Classifiers fitted on clean training images, tested on clean, on corrupted and on shifted ones.
+    """Classifiers fitted on clean training images, tested on clean, corrupted and shifted images.
 
-    Config keys: those of `suite.Evaluation`; `corruptions` and `severities` of `evaluation.corruptions`; `images` of
-    the test split at most, spread evenly over it; `split` names it, null is the first. All of them are shown under
-    every corruption and severity, so that all means weigh them alike. The run's seed decides the corruptions as well,
-    the same for all encoders. `shifted` asks for the data set's shifted splits too, whole: with them, the accuracies
-    are the columns that Ge et al. (Robust contrastive learning using negative samples with diminished semantics, 2021)
-    report of ImageNet-100, its -C, -Sketch, Stylized and -R.
+    Config keys: those of `suite.Evaluation`. `corruptions` and `severities` are those of `evaluation.corruptions`.
+    `images` is the largest number of test images, spread evenly over the split. `split` names the test split; null is
+    the first. Every image is shown under every corruption and severity, so that all means weight images equally. The
+    run's seed also decides the corruptions, which are the same for all encoders. `shifted` asks for all images of the
+    data set's shifted splits as well. With them, the accuracies are the columns of Ge et al. (Robust contrastive
+    learning using negative samples with diminished semantics, 2021) for ImageNet-100, -C, -Sketch, Stylized and -R.
     """
 
     corruptions: Annotated[list[Corruption], Field(min_length=1)]
@@ -103,24 +104,26 @@ class CorruptionRobustness(Evaluation):
 
     @property
     def variants(self) -> list[tuple[Corruption, int]]:
-        """In the order of the paper, whatever the order and however often they were typed."""
+        """Pairs (corruption, severity) in the order of the paper, each once."""
         known: list[Corruption] = [name for name in get_args(Corruption) if name in self.corruptions]
         return [(name, severity) for name in known for severity in sorted(set(self.severities))]
 
+    @override
     def names(self, dataset: Dataset) -> list[str]:
-        """See `suite.Evaluation`."""
         require_labels(dataset)
         named_split(dataset, self.split)
         shown = (*OWN, *self._others(dataset))
         if taken := [name for name in OWN if shown.count(name) > 1]:
-            raise UserError(f"dataset.shifted.{taken[0]} has a name that is taken; give the folder another one.")
+            raise UserError(
+                f"dataset.shifted.{taken[0]} has a name that the evaluation uses itself; give the folder another one."
+            )
         return [f"{classifier}/train/{split}" for classifier in self.classifiers for split in shown]
 
     def _others(self, dataset: Dataset) -> dict[str, Split]:
         return {name: dataset.tests[name] for name in dataset.shifted if self.shifted}
 
+    @override
     def measure(self, task: Task, results: Results) -> None:
-        """See `suite.Evaluation`."""
         name = named_split(task.dataset, self.split)
         split, train = task.dataset.tests[name], task.dataset.train
         clean = Some(split, torch.linspace(0, len(split) - 1, min(self.images, len(split))).round().long())
@@ -142,7 +145,7 @@ class CorruptionRobustness(Evaluation):
         labels: Mapping[str, Tensor],
         results: Results,
     ) -> None:
-        """`scores` and `labels` of `clean` (n, K), of `corrupted` (variants n, K) and of shifted images."""
+        """Record accuracies and gaps, given `scores` of `clean` (n, K), `corrupted` (variants n, K) and others."""
         bootstrap, n, variants = task.bootstrap, len(labels["clean"]), len(self.variants)
         predicted = {part: values.argmax(1) for part, values in scores.items()}
         for part, classes in predicted.items():
@@ -150,7 +153,7 @@ class CorruptionRobustness(Evaluation):
         clean, hits = ((predicted[part] == labels[part]).view(-1, n) for part in ("clean", "corrupted"))
 
         def found(corruption: str, severity: int | str, chosen: Tensor) -> Measurement:
-            # Sums are whole numbers, so that the resampled means are exact.
+            # Sums over corruptions are whole numbers, so that the resampled means are exact.
             value, low, high = (part / len(chosen) for part in bootstrap.mean(chosen.sum(0)))
             factors = {"corruption": corruption, "severity": severity}
             record = partial(Measurement, kind=CORRUPTION.kind, split=split, n=n, factors=factors, **fit._asdict())

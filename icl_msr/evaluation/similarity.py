@@ -1,4 +1,4 @@
-"""How alike two encoders see the same test images, whatever the axes of their features."""
+"""Similarity of the features of two encoders on the same test images, independent of the features' axes."""
 
 from dataclasses import replace
 from functools import partial
@@ -19,20 +19,20 @@ from icl_msr.evaluation.suite import Extractor, Results, both
 
 SIMILARITY = Layout(
     kind="similarity",
-    title="Alike",
+    title="Similarity to another encoder",
     rows=("encoder", "other", "split"),
     labels={"other": "and", "split": "images of", "cka": "CKA", "shared_neighbours": "shared neighbours, %"},
-    details={"cka": "1: equal but for a rotation and a scale", "chance": "of features without relation"},
+    details={"cka": "1: equal up to rotation and scale", "chance": "for unrelated features"},
     count="n",
 )
 
 
 class Similarity:
-    """CKA and shared neighbours of the encoder and of another one.
+    """CKA and shared nearest neighbours of the encoder and another one.
 
-    Config keys: `other`, a run's folder, a .safetensors file, timm:<name> or torchvision:<name>; `split` of the data
-    set, null is the first; `neighbours` of each image; `batch_size` of a forward pass; `untrained` asks for the
-    untrained encoder beside the trained one.
+    Config keys: `other` is a run's folder, a .safetensors file, timm:<name> or torchvision:<name>. `split` names a
+    test split; null is the first. `neighbours` is the number of neighbours of each image. `batch_size` is the number
+    of images in a forward pass. `untrained` asks for the untrained encoder beside the trained one.
     """
 
     def __init__(
@@ -42,10 +42,10 @@ class Similarity:
         self.split, self.neighbours, self.batch_size, self.untrained = split, neighbours, batch_size, untrained
 
     def names(self, dataset: Dataset) -> list[str]:
-        """What will be measured.
+        """Return the names of the measures, as `measure/split`.
 
         Raises:
-            UserError: there is no such split, it has too few images, or the other encoder cannot take them.
+            UserError: there is no such split, it has too few images, or the other encoder cannot take the images.
         """
         split = next(iter(dataset.tests)) if self.split is None else self.split
         if split not in dataset.tests:
@@ -87,7 +87,7 @@ class Similarity:
                 label=f"{label} features of {split}",
             ).to(device)
 
-        # Each encoder is fed as it was trained.
+        # Each encoder gets images that are normalised as in its training.
         mean, std = (tuple(map(float, values)) for values in (subject.mean, subject.std))
         others = features(there, replace(dataset, mean=mean, std=std), subject.name)  # type: ignore[arg-type]
         for label, network in both(encoder, untrained_encoder if self.untrained else None).items():
@@ -105,7 +105,7 @@ class Similarity:
 
 
 def shared_neighbours(first: Tensor, second: Tensor, k: int) -> float:
-    """Mean part of the k nearest other images (by cosine) that an image has in both of (N, c) and (N, d)."""
+    """Return the mean share of an image's k nearest neighbours (by cosine) that (N, c) and (N, d) have in common."""
     near = [neighbours(features, features, k + 1, normalised=True)[1] for features in (first, second)]
     itself = torch.arange(len(first), device=first.device)[:, None]
     mine, theirs = (index.masked_fill(index == itself, -1 - number) for number, index in enumerate(near))

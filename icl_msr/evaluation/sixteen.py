@@ -1,7 +1,7 @@
 """The 16 classes of Geirhos et al. (ImageNet-trained CNNs are biased towards texture, ICLR 2019) in ImageNet's 1,000.
 
-A class holds those of ILSVRC-2012 that lie below it in WordNet, less some that its authors left out. The sets are those
-of their repository, rgeirhos/texture-vs-shape, code/helper/human_categories.py; 207 of the 1,000 are in one.
+A class consists of the classes of ILSVRC-2012 below it in WordNet, without some that the authors left out. The sets are
+taken from their repository, rgeirhos/texture-vs-shape, code/helper/human_categories.py. They contain 207 of the 1,000.
 """
 
 from collections.abc import Mapping
@@ -27,23 +27,23 @@ RANGES: Mapping[str, str] = {
     "oven": "766",
     "truck": "555 569 656 675 717 734 864 867",
 }
-"""Numbers of ImageNet's classes, in the usual order (that of their WordNet ids), both ends of a range included."""
+"""Numbers of ImageNet's classes in the usual order (of WordNet ids). Ranges include both ends."""
 
 
 def members(ranges: str) -> list[int]:
-    """`2 4-6` to 2, 4, 5, 6."""
+    """Return the numbers in a text: `2 4-6` becomes 2, 4, 5, 6."""
     ends = [part.split("-") for part in ranges.split()]
     return [k for part in ends for k in range(int(part[0]), int(part[-1]) + 1)]
 
 
 SIXTEEN: Mapping[str, list[int]] = {name: members(ranges) for name, ranges in RANGES.items()}
-"""The classes in the order of their names, and the numbers of each."""
+"""ImageNet's class numbers of each class, in the order of the names."""
 
 
 def sixteen(scores: Tensor) -> Tensor:
-    """The mean probability of each of the 16: a classifier's scores (n, 1000) before the softmax to (n, 16).
+    """Return the mean probability of each of the 16 classes (n, 16), from scores (n, 1000) before the softmax.
 
-    The mean, and not the sum, is the published rule: a dog of 109 breeds counts no more than an airplane of one.
+    The published rule takes the mean, not the sum, so that dog with its 109 breeds has no advantage over airplane.
     """
     probabilities = scores.double().softmax(1)
     return torch.stack([probabilities[:, numbers].mean(1) for numbers in SIXTEEN.values()], 1)

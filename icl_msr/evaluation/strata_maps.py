@@ -1,10 +1,10 @@
-"""What does a stratum look at? The share of its activation that lies on the object.
+"""The share of each stratum's activation that lies on the object.
 
-A map that does not see the object has the object's area there, if it is flat. Maps are not: those of padded
-convolutions are fainter towards the edges, where objects are rare. So what a place gets without its object is measured
-too, on another image, and what is left is because of the object.
+A flat map that does not see the object has a share equal to the object's area. Real maps are not flat: with padded
+convolutions they are fainter towards the edges, where objects are rare. So the share at the object's place is also
+measured on another image. The difference is due to the object.
 
-N images, S strata, c channels; a map is the last feature map, h x w, its channels weighted by a_t.
+N images, S strata, c channels. A map is the last feature map, h x w, with its channels weighted by a_t.
 """
 
 from collections.abc import Callable, Sequence
@@ -24,7 +24,7 @@ from icl_msr.evaluation.metrics import Bootstrap
 from icl_msr.models.backbones import Backbone
 
 ALL = "all channels"
-"""The name of the map in which no channel counts more than another."""
+"""Name of the map that weights all channels equally."""
 
 
 STRATA = Layout(
@@ -40,17 +40,19 @@ STRATA = Layout(
         note="Bars are 95 % intervals over images. On the dashed line a map does not see the object.",
     ),
 )
-"""The `share` of each stratum's map on the object, what a map that does not see the object would have there
-(`by_place`: its area, corrected for its place), and the `excess` of the first over the second."""
+"""The `share` of each stratum's map on the object; the share of a map that does not see the object (`by_place`: the
+object's area, corrected for its place); and the `excess` of the first over the second."""
 AREA, APART = "strata_area", "strata_apart"
-"""Kinds: the mean part of an image that the object covers; by how many points the two strata differ that differ most,
-found on half of the images and measured on the other half."""
+"""Two kinds of records: the mean part of an image that the object covers, and the difference in points of the two
+strata that differ most, which are chosen on half of the images and measured on the other half."""
 
 
 class Found(NamedTuple):
-    """Of N images: `shares` (N, 1 + S) on the object, of all channels and of each stratum, NaN where a map is zero;
-    `place`, what the place of another image's object has above that object's area; `area` (N,) of the object, as a
-    share of the image.
+    """Shares of the maps of N images.
+
+    `shares` (N, 1 + S) are on the object, for all channels and for each stratum; NaN if a map is zero. `place`
+    (N, 1 + S) is the share at the place of another image's object minus that object's area. `area` (N,) is the
+    object's share of the image.
     """
 
     shares: Tensor
@@ -59,19 +61,19 @@ class Found(NamedTuple):
 
 
 def weighted_maps(maps: Tensor, strata: Tensor) -> Tensor:
-    """Maps (N, c, h, w), negative values cut off, weighted by strata (N, S, c): (N, S, h, w).
+    """Return maps (N, S, h, w): the positive part of `maps` (N, c, h, w), weighted by `strata` (N, S, c).
 
-    Narrower strata are shared by several encoders, whose maps lie behind one another.
+    Narrower strata are shared by several encoders, whose maps are concatenated along the channels.
     """
     strata = strata.repeat(1, 1, maps.shape[1] // strata.shape[2])
     return torch.einsum("nsc,nchw->nshw", strata, maps.clamp(min=0))
 
 
 def on_object(maps: Tensor, masks: Tensor) -> Tensor:
-    """Share of non-negative maps (N, S, h, w) on the object: (N, S) in [0, 1], NaN where a map is zero everywhere.
+    """Return the share of non-negative maps (N, S, h, w) on the object: (N, S) in [0, 1], NaN if a map is zero.
 
-    `masks` (N, H, W) are true on the object. Each cell of a map counts by the part of its area that the object covers,
-    exactly: as if it were enlarged to the image without smoothing.
+    `masks` (N, H, W) are true on the object. Each cell of a map is weighted by the exact part of its area that the
+    object covers, as if the map were enlarged to the image without smoothing.
     """
     rows, columns = (_cells(fine, coarse) for fine, coarse in zip(masks.shape[1:], maps.shape[2:], strict=True))
     covered = rows.to(maps) @ masks.to(maps) @ columns.to(maps).T  # (N, h, w)
@@ -79,7 +81,7 @@ def on_object(maps: Tensor, masks: Tensor) -> Tensor:
 
 
 def _cells(fine: int, coarse: int) -> Tensor:
-    """The part of each of `coarse` cells that lies in each of `fine` pixels of the same side: (coarse, fine)."""
+    """Return the part of each of `coarse` cells that lies in each of `fine` pixels on the same line: (coarse, fine)."""
     cell, pixel = (torch.arange(n + 1, dtype=torch.float64) / n for n in (coarse, fine))
     ends = torch.minimum(cell[1:, None], pixel[None, 1:])
     starts = torch.maximum(cell[:-1, None], pixel[None, :-1])
@@ -87,7 +89,7 @@ def _cells(fine: int, coarse: int) -> Tensor:
 
 
 def masks_of(split: Split, index: Tensor) -> Tensor | None:
-    """Masks (n, S, S) bool of the images at `index`, as `split.load` shows them; None where they are not known."""
+    """Return masks bool (n, S, S) of the images at `index`, as `split.load` returns them; None if not known."""
     if isinstance(split, ArraySplit):
         return None if split.masks is None else split.masks[index]
     if isinstance(split, FileSplit) and split.region == "full" and split.located:
@@ -97,7 +99,7 @@ def masks_of(split: Split, index: Tensor) -> Tensor | None:
 
 
 def split_with_masks(dataset: Dataset) -> str | None:
-    """The first test split that knows where its objects are."""
+    """Return the first test split with masks of its objects, or None."""
     return next((name for name, split in dataset.tests.items() if masks_of(split, torch.arange(1)) is not None), None)
 
 
@@ -113,9 +115,9 @@ def measure(
     images: int,
     batch_size: int,
 ) -> Found:
-    """Looks at up to `images` images of a split with masks, spread evenly over it, as far as they show their object.
+    """Measure the maps on up to `images` images of a split with masks, spread evenly, without images of empty masks.
 
-    `strata` is A(X) of normalised images. The backbone runs in evaluation mode and is otherwise left as it is.
+    `strata` maps normalised images to A(X). The backbone runs in evaluation mode and is otherwise not changed.
     """
     found = []
     index = torch.linspace(0, len(split) - 1, min(images, len(split))).round().long()
@@ -145,7 +147,7 @@ def look_at_strata(
     bootstrap: Bootstrap,
     images: int = 1000,
 ) -> Records:
-    """Measure where the strata look on the first test split that knows where its objects are; nothing without one."""
+    """Measure the strata on the first test split with masks; return no records if there is none."""
     split = split_with_masks(dataset)
     if split is None:
         return Records()
@@ -155,13 +157,13 @@ def look_at_strata(
 
 
 def strata_records(found: Found, split: str, bootstrap: Bootstrap) -> Records:
-    """Average over images, and say whether the strata differ; a stratum whose map is zero is left out."""
+    """Return means over images, and whether the strata differ. A stratum whose map is always zero is left out."""
     records, n, area = Records(), len(found.area), float(found.area.mean())
     about = (
         "Each stratum's map (the last feature map, weighted by its a_t): the share on the object, over "
         f"{n:,} images of {split}, with 95 % intervals. The object covers {100 * area:.1f} % of an image, which is "
-        "what a flat map has there; as maps are fainter or brighter towards the edges, this is corrected by what the "
-        "same map has at the place of another image's object."
+        "the share of a flat map. Real maps are fainter or brighter towards the edges, so this is corrected by the "
+        "share of the same map at the place of another image's object."
     )
     names = {str(t): f"stratum {t}" for t in range(1, found.shares.shape[1])}
     layout = replace(STRATA, about=about, labels={**STRATA.labels, **names})
@@ -185,7 +187,10 @@ def strata_records(found: Found, split: str, bootstrap: Bootstrap) -> Records:
 
 
 def _difference(shares: Tensor, split: str, bootstrap: Bootstrap) -> list[Measurement]:
-    """Chosen and measured on different images: the largest of many differences is above zero by chance alone."""
+    """Return the largest difference of two strata.
+
+    The two are chosen and measured on different images: the largest of many differences is above zero by chance.
+    """
     shares = shares[shares.isfinite().all(1)]
     if shares.shape[1] < 2 or len(shares) < 2:
         return []

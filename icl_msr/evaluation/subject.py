@@ -1,4 +1,4 @@
-"""Which encoder is evaluated: that of a run, of a checkpoint, of a file, or of another library."""
+"""The encoder to evaluate, from a run, a checkpoint, a file or another library."""
 
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from icl_msr.core import trust
 from icl_msr.core.config import build, suggestion
 from icl_msr.core.errors import UserError
 from icl_msr.core.folder import RunFolder
@@ -20,37 +21,37 @@ from icl_msr.models.exported import load_encoder
 
 SOURCES = ("run", "checkpoint", "encoder")
 ENCODERS = {"online": "method.backbone.", "momentum": "method.momentum_encoder.backbone."}
-"""Where a checkpoint keeps them."""
+"""Prefixes of the encoders' weights in a checkpoint."""
 
 
 @dataclass
 class Subject:
-    """What is evaluated, and what is known of it before the data set is."""
+    """An encoder to evaluate, with everything known about it."""
 
     name: str
     source: str
     build: Callable[[int, int], Backbone]
-    """The encoder for images of so many pixels; its random weights, if it has any, depend on the seed."""
+    """Maps (image size in pixels, seed) to the encoder. The seed decides random weights, if there are any."""
     mean: Sequence[float]
     std: Sequence[float]
     image_size: int | None = None
-    """What it was trained with or is meant for, in pixels, if known."""
+    """Image size in pixels that it was trained with or is meant for, if known."""
     config: Mapping[str, Any] | None = None
-    """That of the run which trained it."""
+    """Config of the run that trained it."""
     recorded: Mapping[str, Any] | None = None
-    """The same with interpolations, so that runs which differ in their seed differ in nothing that follows it."""
+    """The same config with interpolations, so that values which follow from the seed are equal in all seeds."""
     choices: Mapping[str, str] | None = None
-    """Those of the run."""
+    """Choices of the run's config groups."""
     checkpoint: str | None = None
-    """The file's name, where one was asked for: another one of the run is another encoder."""
+    """Name of the checkpoint file, if the user named one. Other checkpoints of the run are other encoders."""
     random: bool = False
-    """Whether its weights are random, so that there is no untrained one to compare it with."""
+    """True if its weights are random, so that there is no untrained encoder to compare it with."""
 
     def fitting(self, image_size: int, seed: int) -> Backbone:
-        """The encoder, through which two images of so many pixels have gone.
+        """Build the encoder and check that it takes images of `image_size` pixels.
 
         Raises:
-            UserError: they do not go through.
+            UserError: it cannot take them.
         """
         encoder = self.build(image_size, seed).to(memory_format=torch.channels_last).eval()
         try:
@@ -66,15 +67,20 @@ class Subject:
 
 
 def find(source: str, value: str, weights: str | None) -> Subject:
-    """The encoder that is asked for.
+    """Find the encoder that the user names.
+
+    Args:
+        source: one of `SOURCES`.
+        value: a folder, a file, or a name such as timm:NAME.
+        weights: name of the weights of a library's model; "null" for random ones, None for the library's own.
 
     Raises:
-        UserError: there is none.
+        UserError: it does not exist, or cannot be loaded.
     """
     if source == "encoder" and (named := re.fullmatch(r"(\w+):(.*)", value)):
         library, name = named.groups()
         if library not in foreign.LIBRARIES:
-            raise UserError(f"encoder={value} is of an unknown library; {suggestion(library, foreign.LIBRARIES)}")
+            raise UserError(f"encoder={value} names an unknown library; {suggestion(library, foreign.LIBRARIES)}")
         foreign.require_known(library, name)
         chosen = None if weights == "null" else weights or library
 
@@ -88,6 +94,8 @@ def find(source: str, value: str, weights: str | None) -> Subject:
     if source == "encoder":
         if not Path(value).exists():
             raise UserError(f"There is no encoder {value}; give a .safetensors file, timm:NAME or torchvision:NAME.")
+        if Path(value).is_file() and Path(value).suffix not in (".safetensors", ".json"):
+            raise UserError(_of_another_program(value))
         backbone, about = load_encoder(Path(value))
         path = Path(value)
         name = path.absolute().parent.name if path.stem == "encoder" else path.stem
@@ -97,6 +105,8 @@ def find(source: str, value: str, weights: str | None) -> Subject:
     if source == "checkpoint":
         if not file.is_file():
             raise UserError(f"There is no checkpoint {file}; give a run's checkpoints/last.ckpt.")
+        if not run.begun:
+            raise UserError(_of_another_program(value))
         run.checkpoint = file
     elif not run.path.is_dir():
         raise UserError(f"There is no run {run}; give the folder of a run.")
@@ -114,6 +124,13 @@ def find(source: str, value: str, weights: str | None) -> Subject:
     return subject
 
 
+def _of_another_program(file: str) -> str:
+    return (
+        f"{file} lies in no run's folder, so it is of another program and does not say its network; name that: "
+        f"encoder=torchvision:resnet50 weights={file}, or encoder=timm:NAME."
+    )
+
+
 def _exported(backbone: Backbone, about: Mapping[str, Any], name: str, source: str) -> Subject:
     try:
         mean, std, size = about["mean"], about["std"], int(about["image_size"])
@@ -123,13 +140,13 @@ def _exported(backbone: Backbone, about: Mapping[str, Any], name: str, source: s
 
 
 def rebuild(run: RunFolder, encoder: str) -> tuple[Backbone, dict[str, Any]]:
-    """An encoder of a run's last checkpoint, and what encoder.json says of it.
+    """Rebuild an encoder from a run's last checkpoint; return it with the content of its encoder.json.
 
     Raises:
-        UserError: there is no such run, checkpoint or encoder, or they do not fit.
+        UserError: there is no such run, checkpoint or encoder, or they do not fit together.
     """
     if not run.begun:
-        raise UserError(f"{run} is no run: it holds no config.yaml; give the folder of a run that has begun to train.")
+        raise UserError(f"{run} is not a run: it has no config.yaml; give the folder of a run that has begun to train.")
     run.require_format()
     saved = read_checkpoint(run.checkpoint)["state_dict"]
     prefix = ENCODERS[encoder]
@@ -143,18 +160,21 @@ def rebuild(run: RunFolder, encoder: str) -> tuple[Backbone, dict[str, Any]]:
         raise UserError(f"{run.environment} does not say what images the encoder takes; repeat the run.") from None
     try:
         config, images = run.saved_config(), facts["images"]
+        trust.require(config, run.config, ("backbone", "method"))
         node: Mapping[str, Any] = config["backbone"]
         untrained = {**node, "weights": None} if "weights" in node else node
         plain = build(untrained, image_size=images["image_size"])
-        # The method may make its own encoder of it; how many classes there are matters to no encoder.
+        # The method may change the encoder. The number of classes does not affect any encoder.
         facts_of_data = {"classes": 2, "mean": images["mean"], "std": images["std"]}
         method: Method = build(config["method"], backbone=plain, **facts_of_data)
         backbone = method.backbone
         backbone.load_state_dict(state)
+    except UserError:
+        raise
     except Exception as error:
         reason = str(error).partition("\n")[0].rstrip(".: ")
         raise UserError(
-            f"The encoder cannot be rebuilt from {run.config} ({reason}); put the config or the package back that the "
+            f"The encoder cannot be rebuilt from {run.config} ({reason}); restore the config or the package that the "
             "run was trained with."
         ) from error
     return backbone, about

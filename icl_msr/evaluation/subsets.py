@@ -1,4 +1,4 @@
-"""Splits made of another split: some of its images, or crops of them."""
+"""Splits made from another split: some of its images, or crops of them."""
 
 from dataclasses import dataclass
 
@@ -19,7 +19,7 @@ class Some:
 
     split: Split
     index: Tensor
-    """(n,) int64."""
+    """(n,) int64 positions in `split`."""
 
     def __post_init__(self) -> None:
         self.labels = self.split.labels.cpu()[self.index]
@@ -28,22 +28,22 @@ class Some:
         return len(self.index)
 
     def load(self, index: Tensor) -> Tensor:
-        """See `Split.load`."""
+        """Load uint8 images (n, 3, S, S) at positions `index` (n,)."""
         return self.split.load(self.index[index])
 
     def identity(self) -> str | None:
-        """See `cache.Identified`."""
+        """Return a text that is equal only for equal images; see `cache.Identified`."""
         known = split_identity(self.split)
         return None if known is None else f"{known} {self.index.tolist()}"
 
 
 @dataclass
 class Crops:
-    """One random crop of each image, a quarter of it at least and half of the crops mirrored, resized to its size."""
+    """A random crop of each image, a quarter of its area or more, resized to its size; half of them are mirrored."""
 
     split: Split
     view: int
-    """0 or 1: another crop of the same images."""
+    """0 or 1, for two different crops of each image."""
     seed: int
     device: torch.device
 
@@ -54,7 +54,7 @@ class Crops:
         return len(self.split)
 
     def load(self, index: Tensor) -> Tensor:
-        """See `Split.load`; the images lie on `device`."""
+        """Load uint8 crops (n, 3, S, S) of the images at positions `index` (n,), on `device`."""
         images = self.split.load(index).to(self.device)
         views = crop_and_flip([0.25, 1.0], 0.5, views=2)(
             images,
@@ -68,13 +68,13 @@ class Crops:
         return views[self.view].round().clamp(0, 255).byte()
 
     def identity(self) -> str | None:
-        """See `cache.Identified`."""
+        """Return a text that is equal only for equal images; see `cache.Identified`."""
         known = split_identity(self.split)
         return None if known is None else f"{known} crop {self.view} {self.seed}"
 
 
 def crop_and_flip(scale: list[float], flip: float, views: int = 1) -> Augmentation:
-    """Crops of `scale`, smallest and largest part of the area, mirrored with probability `flip`, and nothing else."""
+    """Return an augmentation that only crops, to `scale` (smallest, largest part of the area), and mirrors."""
     return Augmentation(
         scale=scale,
         ratio=[3 / 4, 4 / 3],

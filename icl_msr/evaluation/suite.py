@@ -1,6 +1,6 @@
-"""The evaluation at the end of a run: every encoder x classifier x fitting set x test split, and the gaps between them.
+"""Evaluation of encoders: every encoder x classifier x fitting set x test split, and the gaps between splits.
 
-It knows nothing of training: encoders and a data set in, plain records out.
+It takes encoders and a data set and returns records. It does not depend on training.
 """
 
 import itertools
@@ -53,7 +53,7 @@ HEALTH = Layout(
     details={"effective_rank": "of the channels", "feature_std": "1: spread evenly", "alignment": "of two crops"},
     count="n",
 )
-"""How well an encoder uses its space; see `evaluation.health`."""
+"""Layout of the measures in `evaluation.health`."""
 CHOICE = Layout(
     kind="choice",
     title="The learning rates that were chosen on a held-out part of the fitting set",
@@ -65,44 +65,44 @@ CHOICE = Layout(
 )
 
 LARGEST_MATRIX = 32
-"""Classes up to which the whole confusion is in the records; that of any number follows from predictions.npz."""
+"""Largest number of classes for which the records hold the confusion matrix. predictions.npz has all predictions."""
 LOOKED_AT = 4096
-"""Images that the health of a representation is measured on, at most."""
+"""Largest number of images for the measures of health."""
 
 CROPPED = 1024
-"""Images that two crops are taken of, at most."""
+"""Largest number of images that are cropped twice, for the alignment."""
 
 
 class Fit(NamedTuple):
-    """What was fitted to what: what the records of one classifier have in common."""
+    """A classifier fitted to features: the fields that its records have in common."""
 
     encoder: str
-    """`trained`, the one that is evaluated, or `untrained`."""
+    """`trained` or `untrained`."""
     classifier: Classifier
     fitted_on: str
 
 
 @dataclass
 class Results:
-    """What an evaluation found: records, and what is too long for them."""
+    """The results of an evaluation: records, and data that is too long for them."""
 
     records: Records = field(default_factory=Records)
     lists: dict[str, list[str]] = field(default_factory=dict)
-    """Names of images, by the name of the text file that `save` writes."""
+    """Names of images, by the name of the text file for `save`."""
     predictions: dict[str, NDArray[np.int64]] = field(default_factory=dict)
-    """Predicted classes (n,) under `encoder/classifier/fitted_on/split`, and true ones under `labels/split`: what
-    `numpy.savez` takes, for paired comparisons between runs."""
+    """Predicted classes (n,) under `encoder/classifier/fitted_on/split`, and true ones under `labels/split`. `save`
+    writes them for paired comparisons between runs."""
     features: dict[str, dict[str, Tensor]] = field(default_factory=dict)
-    """float32 (N, c) on the CPU, by encoder and split (`train`, `balanced` and the test splits)."""
+    """Features float32 (N, c) on the CPU, by encoder and split (`train`, `balanced` and the test splits)."""
 
     def save(self, folder: Path) -> None:
-        """Write what is too long for the records: `predictions.npz`, and each list as a file, one name a line."""
+        """Write `predictions.npz`, and each list as a text file with one name per line."""
         np.savez_compressed(folder / "predictions.npz", **self.predictions)  # type: ignore[arg-type]
         for file, names in self.lists.items():
             atomic_write(folder / file, "\n".join(names) + "\n")
 
     def join(self, other: "Results") -> None:
-        """Put what another evaluation of the same encoders found behind what is here; what is here stays."""
+        """Add the results of another evaluation of the same encoders. Existing results are kept."""
         self.records.join(other.records)
         self.lists = self.lists | other.lists | self.lists
         self.predictions = self.predictions | other.predictions | self.predictions
@@ -110,7 +110,7 @@ class Results:
 
 
 class Extractor(Protocol):
-    """`features.extract`, or what does the same: (encoder, split) to float32 (N, c) on the CPU."""
+    """A function like `features.extract`: (encoder, split) to float32 (N, c) on the CPU."""
 
     def __call__(
         self,
@@ -123,13 +123,13 @@ class Extractor(Protocol):
         batch_size: int,
         label: str = ...,
     ) -> Tensor:
-        """See `features.extract`."""
+        """Return the features; the arguments are those of `features.extract`."""
         ...
 
 
 @dataclass(frozen=True)
 class Task:
-    """One encoder on one data set, and all that a measurement of it needs beside the config of the evaluation."""
+    """One encoder on one data set, with everything that a measurement needs beside the config of the evaluation."""
 
     encoder: str
     """`trained` or `untrained`."""
@@ -142,7 +142,7 @@ class Task:
     extractor: Extractor
 
     def features(self, split: Split, name: str) -> Tensor:
-        """float32 (N, c) on the device; `name` is for the progress bar."""
+        """Return the features of a split, float32 (N, c) on the device; `name` is for the progress bar."""
         found = self.extractor(
             self.network,
             split,
@@ -159,12 +159,12 @@ class Task:
 class Evaluation:
     """kNN and linear probes on cached features, fitted on the train split and on the balanced one.
 
-    Config keys: `knn` names the kNN presets; `linear` asks for the linear probe, whose keys are `probe` (a preset of
+    Config keys: `knn` names the kNN presets. `linear` asks for the linear probe. Its keys are `probe` (a preset of
     `linear.PROBES`), `learning_rates`, `probe_epochs`, `probe_batch_size` and `probe_held_out` (a fraction of the
-    fitting set); `bootstrap` is the number of resamples; `untrained` asks for the untrained encoder beside the trained
-    one; `batch_size` is the number of images in a forward pass.
+    fitting set). `bootstrap` is the number of resamples. `untrained` asks for the untrained encoder beside the trained
+    one. `batch_size` is the number of images in a forward pass.
 
-    Other evaluations add keys of their own and say in `names` and `measure` what is measured.
+    Other evaluations add keys of their own, and override `names` and `measure`.
     """
 
     knn: list[PresetName]
@@ -179,10 +179,10 @@ class Evaluation:
     batch_size: PositiveInt
 
     def names(self, dataset: Dataset) -> list[str]:
-        """What will be measured: `classifier/fitted_on/split`.
+        """Return the names of what will be measured, as `classifier/fitted_on/split`.
 
         Raises:
-            UserError: the data set lacks something for it.
+            UserError: the data set lacks something that the evaluation needs.
         """
         if not dataset.classified:
             return []
@@ -191,15 +191,15 @@ class Evaluation:
         return ["/".join(map(str, parts)) for parts in fits]
 
     def require(self, encoder: nn.Module) -> None:
-        """Before anything is measured.
+        """Check the encoder before anything is measured.
 
         Raises:
-            UserError: the encoder lacks something for it.
+            UserError: the encoder lacks something that the evaluation needs.
         """
 
     @property
     def classifiers(self) -> list[Classifier]:
-        """What is fitted."""
+        """The classifiers to fit."""
         neighbours = [Classifier(family="knn", preset=preset) for preset in self.knn]
         return neighbours + ([self.linear_classifier] if self.linear else [])
 
@@ -218,10 +218,10 @@ class Evaluation:
         untrained_encoder: nn.Module | None = None,
         extractor: Extractor = extract,
     ) -> Results:
-        """Evaluate `encoder`, and `untrained_encoder` if given and asked for; both map images to pooled features.
+        """Evaluate `encoder`, and `untrained_encoder` if it is given and the config asks for it.
 
-        Both are moved to `device` and otherwise left as they are. `seed` decides the held-out images, the probe's
-        order of images and the bootstrap, all of them the same for both encoders.
+        Both map images (n, 3, S, S) to pooled features (n, c). They are moved to `device` and otherwise not changed.
+        `seed` decides the held-out images, the order of the probe's images and the bootstrap, in the same way for both.
 
         Raises:
             UserError: a feature is not finite.
@@ -233,7 +233,7 @@ class Evaluation:
         return results
 
     def measure(self, task: Task, results: Results) -> None:
-        """Adds what is found of one encoder to the results."""
+        """Measure one encoder and add the findings to `results`."""
         dataset = task.dataset
         fitting = fitting_sets(dataset)
         features = {name: task.features(split, name) for name, split in {**fitting, **dataset.tests}.items()}
@@ -257,9 +257,10 @@ class Evaluation:
         results: Results,
         fraction: float = 1.0,
     ) -> Iterator[tuple[Fit, dict[str, Tensor]]]:
-        """Class scores (n, K) on the CPU of `tests`, features (n, c) by name, by each classifier fitted to the bank.
+        """Fit every classifier and yield it with its class scores (n, K) on the CPU, by the names in `tests`.
 
-        `bank` (M, c) has `labels` (M,), a `fraction` of all labels. How the probe was chosen goes to the results.
+        `bank` (M, c) has `labels` (M,), a `fraction` of all labels. `tests` holds features (n, c). The choice of the
+        probe's learning rate is added to `results`.
         """
         queries, classes = torch.cat(list(tests.values())), len(task.dataset.classes)
         scores, probe = self.fit(bank, labels.to(task.device), queries, classes, task.seed)
@@ -273,9 +274,9 @@ class Evaluation:
     def fit(
         self, bank: Tensor, labels: Tensor, queries: Tensor, classes: int, seed: int
     ) -> tuple[dict[Classifier, Tensor], LinearProbe | None]:
-        """Class scores (N, K) of `queries` (N, c) by every classifier fitted to `bank` (M, c), and the probe, if any.
+        """Return class scores (N, K) of `queries` (N, c) for every classifier fitted to `bank` (M, c), and the probe.
 
-        Images of the bank whose label is negative have none and are left out.
+        The probe is None if the config does not ask for it. A negative label means none, and such images are left out.
         """
         labelled = labels >= 0  # STL-10 trains on unlabelled images too
         bank, labels = bank[labelled], labels[labelled]
@@ -287,7 +288,7 @@ class Evaluation:
         return {**scores, self.linear_classifier: probe(queries)}, probe
 
     def fit_probe(self, features: Tensor, labels: Tensor, classes: int, seed: int) -> LinearProbe:
-        """See `linear.fit_linear_probe`."""
+        """Fit a linear probe with the settings of the config; see `linear.fit_linear_probe`."""
         return fit_linear_probe(
             features,
             labels,
@@ -302,23 +303,23 @@ class Evaluation:
 
 
 def fitting_sets(dataset: Dataset) -> dict[str, Split]:
-    """What classifiers are fitted on, by name."""
+    """Return the splits that classifiers are fitted on, by name."""
     return {"train": dataset.train, **({} if dataset.balanced is None else {"balanced": dataset.balanced})}
 
 
 def named_split(dataset: Dataset, name: str | None) -> str:
-    """The name of the test split that `evaluation.split` asks for, by default the first.
+    """Return the name of the test split that `evaluation.split` asks for, by default the first.
 
     Raises:
         UserError: there is no such split.
     """
     if name is not None and name not in dataset.tests:
-        raise UserError(f"evaluation.split={name} is no test split; {suggestion(name, dataset.tests)}")
+        raise UserError(f"evaluation.split={name} is not a test split; {suggestion(name, dataset.tests)}")
     return name or next(iter(dataset.tests))
 
 
 def record_tests(task: Task, fit: Fit, scores: Mapping[str, Tensor], results: Results) -> None:
-    """Put class scores (n, K) of every test split, and the gaps between them, into the results."""
+    """Record class scores (n, K) of all test splits, and the gaps between the splits."""
     dataset = task.dataset
     labels = {name: split.labels.cpu() for name, split in dataset.tests.items()}
     correct = {
@@ -332,9 +333,9 @@ def record_tests(task: Task, fit: Fit, scores: Mapping[str, Tensor], results: Re
 def record(
     task: Task, fit: Fit, split: str, scores: Tensor, labels: Tensor, results: Results, good: bool = True
 ) -> Tensor:
-    """Put class `scores` (n, K) of images with `labels` (n,) into the results; bool (n,), where they are right.
+    """Record class `scores` (n, K) of images with `labels` (n,). Return bool (n,), true for correct predictions.
 
-    `good` says whether more is better.
+    `good` is false if a higher accuracy is not better.
     """
     predicted = scores.argmax(1)
     keep_predictions(fit, split, predicted, labels, results)
@@ -346,20 +347,20 @@ def record(
 def record_accuracy(
     task: Task, fit: Fit, split: str, scores: Tensor, labels: Tensor, results: Results, good: bool = True
 ) -> None:
-    """Put the accuracy of class `scores` (n, K) of images with `labels` (n,) into the results."""
+    """Record the accuracy of class `scores` (n, K) of images with `labels` (n,)."""
     interval = task.bootstrap.mean(scores.argmax(1) == labels)
     results.records.add(ACCURACY, accuracy(fit, split, interval, len(labels), good))
     results.records.add(TOP5, *top_five(fit, split, scores, labels))
 
 
 def keep_predictions(fit: Fit, split: str, predicted: Tensor, labels: Tensor, results: Results) -> None:
-    """Keep predicted and true classes (n,) under the names that `Results.predictions` has them by."""
+    """Store predicted and true classes (n,) in `Results.predictions`."""
     results.predictions[f"labels/{split}"] = labels.numpy()
     results.predictions["/".join([*map(str, fit), split])] = predicted.numpy()
 
 
 def accuracy(fit: Fit, split: str, interval: Interval, n: int, good: bool = True) -> Measurement:
-    """Return the record of an accuracy in [0, 1] over n images; `good` says whether more is better."""
+    """Return the record of an accuracy in [0, 1] over n images; `good` is false if a higher one is not better."""
     better: Literal["more", "neither"] = "more" if good else "neither"
     record = partial(Measurement, kind=ACCURACY.kind, split=split, n=n, better=better)
     return record(**interval._asdict(), **fit._asdict())
@@ -373,14 +374,14 @@ def gap(fit: Fit, split: str, minus: str, interval: Interval) -> Measurement:
 
 
 def both(encoder: nn.Module, untrained: nn.Module | None) -> dict[str, nn.Module]:
-    """The encoders by the names that they have in all records."""
+    """Return the encoders by the names that they have in records."""
     return {TRAINED: encoder, **({} if untrained is None else {UNTRAINED: untrained})}
 
 
 def top_five(fit: Fit, split: str, scores: Tensor, labels: Tensor) -> list[Measurement]:
-    """Return the top-5 accuracy of class `scores` (n, K); none of five classes or fewer.
+    """Return the record of the top-5 accuracy of class `scores` (n, K); none for five classes or fewer.
 
-    A class that no neighbour votes for is no answer of kNN.
+    kNN does not predict a class without votes, even among its best five.
     """
     if scores.shape[1] <= 5:
         return []
@@ -392,7 +393,7 @@ def top_five(fit: Fit, split: str, scores: Tensor, labels: Tensor) -> list[Measu
 
 
 def by_class(fit: Fit, split: str, predicted: Tensor, labels: Tensor, classes: Sequence[str]) -> ByClass:
-    """Return the record of predicted and true classes (n,)."""
+    """Return the record of the accuracies by class, from predicted and true classes (n,)."""
     matrix = confusion(predicted, labels, len(classes))
     return ByClass(
         **fit._asdict(),
@@ -404,7 +405,7 @@ def by_class(fit: Fit, split: str, predicted: Tensor, labels: Tensor, classes: S
 
 
 def health(task: Task, name: str, split: Split, features: Tensor) -> list[Measurement]:
-    """Measure how well the `features` (N, c) of a split use their space, on `LOOKED_AT` of them, spread evenly."""
+    """Measure the health of the `features` (N, c) of a split, on up to `LOOKED_AT` of them, spread evenly."""
     index = torch.linspace(0, len(features) - 1, min(LOOKED_AT, len(features))).round().long()
     seen = features[index.to(features.device)]
     crops = [Crops(Some(split, index[:: -(-len(index) // CROPPED)]), view, task.seed, task.device) for view in (0, 1)]
@@ -428,7 +429,7 @@ def health(task: Task, name: str, split: Split, features: Tensor) -> list[Measur
 def choice(
     fit: Fit, chosen: float, held_out: Mapping[float, float], grid: str = "learning_rates"
 ) -> Iterator[Measurement]:
-    """Record which learning rate was chosen, and the held-out accuracies (in [0, 1]) by learning rate that chose it."""
+    """Yield records of the chosen learning rate, and of the held-out accuracies in [0, 1] that chose it."""
     at_edge = len(held_out) > 1 and chosen in (min(held_out), max(held_out))
     note = f"The chosen learning rate {chosen:g} lies at the edge of the grid: widen evaluation.{grid}."
     yield Measurement(

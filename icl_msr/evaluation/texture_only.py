@@ -1,8 +1,8 @@
-"""Which classes are told from texture alone? Test images turned into non-semantic versions of themselves.
+"""Classification of non-semantic versions of the test images, which shows the classes recognised from texture alone.
 
 Ge et al., Robust Contrastive Learning Using Negative Samples with Diminished Semantics, NeurIPS 2021: some classes are
-recognised by their texture, and the non-semantic negatives of their images are false ones; coarse classes show whether
-what is taken for another class is at least near.
+recognised by their texture, and the non-semantic negatives of their images are false negatives. Coarse classes show
+whether confused classes are at least related.
 """
 
 import csv
@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from icl_msr.core.errors import UserError
 from icl_msr.core.randomness import keys
@@ -25,24 +26,24 @@ from icl_msr.evaluation.metrics import Bootstrap, Interval
 from icl_msr.evaluation.suite import HEALTH, Evaluation, Fit, Results, Task, gap, health, named_split, record
 
 _VIEW = -200
-"""The view number of these images' keys."""
+"""View number of the random keys of these images."""
 
 
 TEXTURE = Layout(
     kind="texture",
-    title="Told from what is left of an image without its content, %",
+    title="Accuracy on images without their content, %",
     rows=("images", "classifier", "encoder"),
     columns=("level", "metric"),
     labels={"accuracy": "classes"},
-    about="Coarse classes are the superclasses: those of one superclass count as one.",
-    notes="told best",
+    about="Coarse classes are superclasses: the classes of one superclass count as one.",
+    notes="most accurate",
     chart=Chart(axis="images", series=("classifier", "encoder"), where={"metric": "accuracy", "level": "fine"}),
 )
 
 
 @dataclass
 class NonSemanticVersions:
-    """The images of a split, each turned into one of its non-semantic negatives."""
+    """A split in which each image is replaced by one of its non-semantic negatives."""
 
     split: Split
     generator: Any
@@ -57,24 +58,24 @@ class NonSemanticVersions:
         return len(self.split)
 
     def load(self, index: Tensor) -> Tensor:
-        """See `Split.load`; the images lie on `device`."""
+        """Load non-semantic uint8 images (n, 3, S, S) at positions `index` (n,), on `device`."""
         images = self.split.load(index).to(self.device)
         made: Tensor = self.generator(images.float(), keys(self.seed, 0, index.to(self.device), _VIEW))
         return made[:, 0].round().clamp(0, 255).byte()
 
     def identity(self) -> str | None:
-        """See `cache.Identified`."""
+        """Return a text that is equal only for equal images; see `cache.Identified`."""
         known = split_identity(self.split)
         return None if known is None else f"{known} {self.seed} {type(self.generator)} {vars(self.generator)}"
 
 
 @dataclass(kw_only=True)
 class TextureImages(Evaluation):
-    """Classifiers fitted on training images as they are, tested on non-semantic versions of the test images.
+    """Classifiers fitted on ordinary training images and tested on non-semantic versions of the test images.
 
-    Config keys: those of `suite.Evaluation`; `generators` by name, each as in the group `negatives`; `split` of the
-    test, null is the first; `superclasses`, a file (`read_superclasses`), null is what the data set says of itself, if
-    anything. The run's seed decides the versions, the same for all encoders.
+    Config keys: those of `suite.Evaluation`. `generators` are nodes by name, as in the group `negatives`. `split` names
+    the test split; null is the first. `superclasses` is a file (`read_superclasses`); null means those of the data set,
+    if it has any. The run's seed decides the versions. They are the same for all encoders.
     """
 
     generators: dict[str, Any]
@@ -88,17 +89,17 @@ class TextureImages(Evaluation):
             self.built[f"only_{name}"] = generator
             if not callable(generator):
                 key = f"evaluation.generators.{name}"
-                raise UserError(f"{key} is no generator that makes images; leave it out with ~{key}.")
+                raise UserError(f"{key} is not a generator that makes images; leave it out with ~{key}.")
 
+    @override
     def names(self, dataset: Dataset) -> list[str]:
-        """See `suite.Evaluation`; superclasses may be missing."""
         require_labels(dataset)
         self._superclasses(dataset)
         shown = (named_split(dataset, self.split), *self.built)
         return [f"{classifier}/train/{images}" for classifier in self.classifiers for images in shown]
 
+    @override
     def measure(self, task: Task, results: Results) -> None:
-        """See `suite.Evaluation`."""
         dataset, name = task.dataset, named_split(task.dataset, self.split)
         split, superclasses = dataset.tests[name], self._superclasses(dataset)
         shown: dict[str, Split] = {name: split}
@@ -120,24 +121,24 @@ class TextureImages(Evaluation):
                         _record(fit, name, images, level, told, len(labels), results)
 
     def _superclasses(self, dataset: Dataset) -> Sequence[str] | None:
-        """Of each class."""
+        """Return the superclass of each class, or None if there are none."""
         if self.superclasses is None:
             return dataset.superclasses
         return read_superclasses(Path(self.superclasses).expanduser(), dataset.classes)
 
 
 class Told(NamedTuple):
-    """Which images are told by the name of their class."""
+    """Accuracy of predictions, compared by name."""
 
     accuracy: Interval
     chance: float
     """The accuracy of guessing."""
     by_name: dict[str, float | None]
-    """The accuracy on each name; None of a name without images."""
+    """Accuracy on each name; None for a name without images."""
 
 
 def told_apart(predicted: Tensor, labels: Tensor, names: Sequence[str], bootstrap: Bootstrap) -> Told:
-    """Compare predicted and true classes (n,) by number; classes of one name, of `names` (K,), count as one."""
+    """Compare predicted and true classes (n,), given by number. Classes with the same name in `names` (K,) are one."""
     kinds = list(dict.fromkeys(names))
     kind = torch.tensor([kinds.index(name) for name in names])
     true = kind[labels]
@@ -149,14 +150,14 @@ def told_apart(predicted: Tensor, labels: Tensor, names: Sequence[str], bootstra
 
 
 def _record(fit: Fit, split: str, images: str, level: str, told: Told, n: int, results: Results) -> None:
-    """Puts what one classifier is right about on one kind of images into the results."""
+    """Record the accuracy of one classifier on one kind of images."""
     best = sorted(((name, value) for name, value in told.by_name.items() if value), key=lambda pair: -pair[1])[:3]
     note = ", ".join(f"{name} {100 * value:.0f}" for name, value in best) if level == "fine" else ""
     factors = {"images": images, "level": level}
     record = partial(Measurement, kind=TEXTURE.kind, split=split, n=n, factors=factors, **fit._asdict())
     chance = record(metric="chance", value=told.chance)
     results.records.add(TEXTURE, record(**told.accuracy._asdict(), note=note), chance)
-    if level == "coarse":  # the classes themselves have theirs
+    if level == "coarse":  # fine classes have their record already
         by_class = ByClass(
             **fit._asdict(), split=images, classes=list(told.by_name), accuracies=list(told.by_name.values())
         )
@@ -164,7 +165,7 @@ def _record(fit: Fit, split: str, images: str, level: str, told: Told, n: int, r
 
 
 def read_superclasses(file: Path, classes: Sequence[str]) -> list[str]:
-    """The superclass of each class, from a CSV file with the columns `class` and `superclass`.
+    """Read the superclass of each class from a CSV file with the columns `class` and `superclass`.
 
     Raises:
         UserError: there is no such file, it has other columns, or a class is not in it.
@@ -174,7 +175,7 @@ def read_superclasses(file: Path, classes: Sequence[str]) -> list[str]:
             found: Mapping[str, str] = {line["class"]: line["superclass"] for line in csv.DictReader(lines)}
     except (OSError, KeyError, UnicodeDecodeError):
         raise UserError(
-            f"{file} is no file of superclasses; evaluation.superclasses is a .csv file with the columns class and "
+            f"{file} is not a file of superclasses; evaluation.superclasses is a .csv file with the columns class and "
             "superclass, or null."
         ) from None
     missing = [name for name in classes if not found.get(name)]

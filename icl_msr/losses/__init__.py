@@ -1,1 +1,1 @@
-"""Contrastive objectives as pure functions of tensors: no state, fp32 inside, means over anchors."""
+"""Contrastive losses as pure functions of tensors. They keep no state, compute in fp32 and average over anchors."""

@@ -1,7 +1,7 @@
 """Losses that compare assignments to prototypes. N images, V views, D embedding, K prototypes, Q queued projections.
 
-Scores are cosines to the prototypes. The first two views are the global ones: what they are assigned to is what every
-other view has to predict, without a gradient for the assignment.
+Scores are cosines between embeddings and prototypes. The first two views are the global ones. Every other view predicts
+their assignments; no gradient flows through an assignment.
 """
 
 import torch
@@ -13,9 +13,9 @@ from icl_msr.losses.contrastive import full_precision, unit
 
 @full_precision
 def cosines(embeddings: Tensor, prototypes: Tensor) -> Tensor:
-    """Scores (..., K) of embeddings (..., D) against prototypes (K, D), at least in fp32.
+    """Return scores (..., K) of embeddings (..., D) against prototypes (K, D), at least in fp32.
 
-    The prototypes are normalised here, as a function, so that they are on the sphere at any parameters.
+    The prototypes are normalised here, so that the scores are cosines for any value of the parameters.
     """
     return unit(embeddings) @ unit(prototypes).T
 
@@ -23,19 +23,19 @@ def cosines(embeddings: Tensor, prototypes: Tensor) -> Tensor:
 @torch.no_grad()
 @full_precision
 def sinkhorn(scores: Tensor, epsilon: float, iterations: int, queued: Tensor | None = None) -> Tensor:
-    """Soft assignments that follow the scores and use all prototypes alike (SwAV; Caron et al. 2020, eq. 3-5).
+    """Return soft assignments that follow the scores and use all prototypes equally (SwAV; Caron et al. 2020, eq. 3-5).
 
-    The Sinkhorn-Knopp algorithm on exp(scores / epsilon), with logarithms, so that no epsilon overflows. The batch is
-    that of all ranks.
+    This is the Sinkhorn-Knopp algorithm on exp(scores / epsilon), computed with logarithms, so that no epsilon
+    overflows. The batch is that of all ranks.
 
     Args:
         scores: (..., N, K), of this rank.
-        epsilon: > 0, weight of the entropy: the smaller, the harder the assignments.
-        iterations: how often both marginals are set right.
-        queued: (..., Q, K) scores, the same on all ranks, of earlier images that take part.
+        epsilon: weight of the entropy, > 0. A smaller value gives harder assignments.
+        iterations: number of times that both marginals are normalised.
+        queued: (..., Q, K) scores of earlier images that take part; the same on all ranks.
 
     Returns:
-        (..., N, K); rows sum to 1, and with enough iterations the columns of batch and queue to (M + Q) / K.
+        (..., N, K). Rows sum to 1. With enough iterations the columns of batch and queue sum to (M + Q) / K.
     """
     logs = scores / epsilon
     queue = scores[..., :0, :] if queued is None else queued / epsilon
@@ -50,7 +50,7 @@ def sinkhorn(scores: Tensor, epsilon: float, iterations: int, queued: Tensor | N
 def swapped_prediction(
     scores: Tensor, temperature: float, epsilon: float, iterations: int, queued: Tensor | None = None
 ) -> Tensor:
-    """Each global view's assignment is predicted from every other view (SwAV; Caron et al. 2020, eq. 1 and 2).
+    """Return the loss of views that predict each other's assignments (SwAV; Caron et al. 2020, eq. 1 and 2).
 
     Args:
         scores: (V, N, K).
@@ -68,14 +68,14 @@ def swapped_prediction(
 def self_distillation(
     student: Tensor, teacher: Tensor, centre: Tensor, temperature: float, teacher_temperature: float
 ) -> Tensor:
-    """Every view of the student predicts the teacher's other global views (DINO; Caron et al. 2021, eq. 1-3).
+    """Return the loss of a student that predicts the teacher's other global views (DINO; Caron et al. 2021, eq. 1-3).
 
     Args:
         student: (V, N, K) scores.
         teacher: (2, N, K) scores of the global views.
-        centre: (K,), subtracted from the teacher's scores, so that no prototype takes all.
+        centre: (K,), subtracted from the teacher's scores, so that no prototype dominates.
         temperature: tau_s > 0.
-        teacher_temperature: tau_t > 0; a lower one sharpens the target.
+        teacher_temperature: tau_t > 0. A lower value sharpens the target.
 
     Returns:
         () mean over images and the 2 (V - 1) pairs of views.
@@ -85,7 +85,7 @@ def self_distillation(
 
 
 def _across_views(assignments: Tensor, logits: Tensor) -> Tensor:
-    """Mean cross entropy of assignments (2, N, K) with the logits (V, N, K) of all views but their own."""
+    """Return the mean cross entropy of assignments (2, N, K) with the logits (V, N, K) of all other views."""
     views, n = logits.shape[:2]
     terms = -torch.einsum("gnk,vnk->gv", assignments, logits.log_softmax(-1)) / n
     return (terms.sum() - terms.diagonal().sum()) / (2 * (views - 1))

@@ -1,9 +1,9 @@
-"""InfoNCE and its relatives. N images, D embedding, K bank, M = N x ranks, m non-semantic negatives an image, tau > 0.
+"""InfoNCE and its relatives. N images, D embedding, K bank, M = N x ranks, m non-semantic negatives per image, tau > 0.
 
-Embeddings need not be normalised; the functions normalise them and compute in (at least) fp32. Non-semantic negatives
-follow Ge et al. 2021 (NeurIPS), section 3: they are compared with their own image only, and alpha multiplies their
-similarity inside the exponent, as in their code, or their exponential (`NonSemantic.alpha_mode`). Means are over the
-local anchors.
+Embeddings need not be normalised: the functions normalise them and compute in (at least) fp32. Non-semantic negatives
+follow Ge et al. 2021 (NeurIPS), section 3. They are compared with their own image only. alpha multiplies either their
+similarity inside the exponent, as in the authors' code, or their exponential (`NonSemantic.alpha_mode`). Means are over
+the local anchors.
 """
 
 import math
@@ -22,11 +22,14 @@ from icl_msr.core.views import NonSemantic
 Arguments = ParamSpec("Arguments")
 
 CHUNK = 2**21
-"""Similarities that lie in memory at a time."""
+"""Number of similarities that are held in memory at a time."""
 
 
 def full_precision(loss: Callable[Arguments, Tensor]) -> Callable[Arguments, Tensor]:
-    """Switches autocast off inside: a similarity matrix in bf16 has two digits, too few for a low temperature."""
+    """Return the loss with autocast switched off inside.
+
+    A similarity in bf16 has two significant digits, too few for a low temperature.
+    """
 
     @wraps(loss)
     def wrapped(*args: Arguments.args, **kwargs: Arguments.kwargs) -> Tensor:
@@ -38,19 +41,19 @@ def full_precision(loss: Callable[Arguments, Tensor]) -> Callable[Arguments, Ten
 
 
 def unit(embeddings: Tensor) -> Tensor:
-    """Rows of unit length, at least in fp32: (..., D) to (..., D)."""
+    """Return rows of unit length, at least in fp32: (..., D) to (..., D)."""
     return F.normalize(embeddings.float() if embeddings.dtype.itemsize < 4 else embeddings, dim=-1)
 
 
 def own_rows(n: int, device: torch.device) -> Tensor:
-    """Where this rank's n images stand among the gathered ones: (n, 1) int64."""
+    """Return the positions of this rank's n images among the gathered ones: (n, 1) int64."""
     return torch.arange(n, device=device)[:, None] + rank() * n
 
 
 class _LogSumExp(Function):
-    """log sum_k exp(a.b_k); keeps no logit for the backward pass, which computes them again, some anchors at a time.
+    """log sum_k exp(a.b_k) without stored logits. The backward pass computes them again, a chunk of anchors at a time.
 
-    First derivatives only: what is differentiated twice, such as a regularizer, uses torch's own.
+    It has a first derivative only. Code that is differentiated twice, such as a regularizer, uses `torch.logsumexp`.
     """
 
     @staticmethod
@@ -80,12 +83,15 @@ class _LogSumExp(Function):
 
 
 def log_sum_exp(anchors: Tensor, bank: Tensor, temperature: float, left_out: Tensor | None = None) -> Tensor:
-    """log sum_k exp(a.b_k / tau) for each anchor, (N,), without an (N, K) matrix in memory.
+    """Return log sum_k exp(a.b_k / tau) of each anchor, (N,), without an (N, K) matrix in memory.
 
     Args:
         anchors, bank: (N, D) and (K, D), of unit length.
         temperature: tau > 0.
         left_out: (N, e) int64, columns of the bank that do not count for an anchor.
+
+    Raises:
+        RuntimeError: in a backward pass with `create_graph=True`; there is no second derivative.
     """
     if left_out is None:
         left_out = torch.empty(len(anchors), 0, dtype=torch.long, device=anchors.device)
@@ -100,12 +106,12 @@ def log_odds(
     negatives: NonSemantic | None,
     left_out: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Logarithms, (N,) each, of what speaks for the positive and of the sum of what speaks against it.
+    """Return the logarithms of the positive's exponential and of the sum of the negatives' exponentials, (N,) each.
 
-    Every loss of this file is a function of the two: that of InfoNCE is log(1 + against / for).
+    Every loss in this file is a function of the two. InfoNCE, for example, is log(1 + negatives / positive).
 
     Args:
-        anchors, positives: (N, D), of unit length, and so are the rows of the bank.
+        anchors, positives: (N, D), of unit length, as are the rows of the bank.
         bank, temperature, left_out: see `log_sum_exp`.
         negatives: m further negatives for each anchor.
     """
@@ -115,7 +121,17 @@ def log_odds(
 
 
 def with_non_semantic(against: Tensor, anchors: Tensor, temperature: float, negatives: NonSemantic | None) -> Tensor:
-    """Adds what an image's own m negatives say against its anchors: (V N,) to (V N,), V views one after the other."""
+    """Add the exponentials of each image's own m negatives to `against`.
+
+    Args:
+        against: (V N,) logarithms of sums of exponentials, for V views one after the other.
+        anchors: (V N, D), of unit length.
+        temperature: tau > 0.
+        negatives: m negatives for each of the N images.
+
+    Returns:
+        (V N,) logarithms.
+    """
     if negatives is None:
         return against
     weight, factor = (negatives.alpha, 1.0) if negatives.alpha_mode == "weight" else (1.0, negatives.alpha)
@@ -130,7 +146,7 @@ def with_non_semantic(against: Tensor, anchors: Tensor, temperature: float, nega
 def two_view_log_odds(
     first: Tensor, second: Tensor, temperature: float, negatives: NonSemantic | None
 ) -> tuple[Tensor, Tensor]:
-    """`log_odds` of both views' anchors, (2N,): the negatives are the 2M - 2 views of the other images."""
+    """Return `log_odds` of the anchors of both views, (2N,). The negatives are the 2M - 2 views of the other images."""
     n = len(first)
     first, second = unit(first), unit(second)
     everyone = torch.cat([gather(first), gather(second)])  # (2M, D)
@@ -142,7 +158,7 @@ def two_view_log_odds(
 
 @full_precision
 def nt_xent(first: Tensor, second: Tensor, temperature: float, negatives: NonSemantic | None = None) -> Tensor:
-    """NT-Xent of SimCLR (Chen et al. 2020, eq. 1): each view against the 2M - 1 other views of the global batch.
+    """Return NT-Xent of SimCLR: each view against the 2M - 1 other views of the global batch (Chen et al. 2020, eq. 1).
 
     Args:
         first, second: (N, D) embeddings of the two views.
@@ -160,7 +176,7 @@ def nt_xent(first: Tensor, second: Tensor, temperature: float, negatives: NonSem
 def info_nce(
     anchors: Tensor, positives: Tensor, bank: Tensor, temperature: float, negatives: NonSemantic | None = None
 ) -> Tensor:
-    """InfoNCE against a bank of negatives (MoCo; He et al. 2020, eq. 1; Ge et al. 2021, eq. 3).
+    """Return InfoNCE against a bank of negatives (MoCo; He et al. 2020, eq. 1; Ge et al. 2021, eq. 3).
 
     Args:
         anchors, positives: (N, D) queries and their keys.
@@ -177,7 +193,7 @@ def info_nce(
 
 @full_precision
 def in_batch_nce(anchors: Tensor, keys: Tensor, temperature: float, negatives: NonSemantic | None = None) -> Tensor:
-    """InfoNCE whose negatives are the other images' keys, on all ranks (MoCo v3; Chen, Xie and He 2021, eq. 1).
+    """Return InfoNCE against the keys of the other images on all ranks (MoCo v3; Chen, Xie and He 2021, eq. 1).
 
     Args:
         anchors, keys: (N, D); an anchor's positive is the key in its row.
@@ -201,12 +217,12 @@ def decoupled(
     sigma: float | None = None,
     negatives: NonSemantic | None = None,
 ) -> Tensor:
-    """Decoupled contrastive loss (DCL; Yeh et al. 2021, eq. 6): NT-Xent without the positive in the denominator.
+    """Return NT-Xent without the positive in the denominator (DCL; Yeh et al. 2021, eq. 6).
 
     Args:
         first, second: (N, D) embeddings of the two views.
-        temperature: tau.
-        sigma: of the von Mises-Fisher weights of the positives, which make it DCLW; None: they weigh 1.
+        temperature: tau > 0.
+        sigma: width of the von Mises-Fisher weights of the positives (DCLW). None: every positive has weight 1.
         negatives: m further logits for each of the two anchors of an image.
 
     Returns:
@@ -219,9 +235,9 @@ def decoupled(
 
 
 def von_mises_fisher_weights(first: Tensor, second: Tensor, sigma: float) -> Tensor:
-    """w = 2 - exp(z.z+ / sigma) / mean exp(z.z+ / sigma), (N,), without gradient (DCLW; Yeh et al. 2021).
+    """Return w = 2 - exp(z.z+ / sigma) / mean exp(z.z+ / sigma), (N,), without gradient (DCLW; Yeh et al. 2021).
 
-    Positives that are still far apart weigh more, up to 2. The mean is over the images of all ranks.
+    Positives that are still far apart get a larger weight, up to 2. The mean is over the images of all ranks.
     """
     similarity = (unit(first) * unit(second)).sum(1).detach() / sigma
     everyone = gather(similarity)
@@ -232,18 +248,18 @@ def von_mises_fisher_weights(first: Tensor, second: Tensor, sigma: float) -> Ten
 def debiased(
     first: Tensor, second: Tensor, temperature: float, tau_plus: float, negatives: NonSemantic | None = None
 ) -> Tensor:
-    """Debiased contrastive loss (Chuang et al. 2020, eq. 7, 8): NT-Xent whose negatives are cleared of false ones.
+    """Return the debiased contrastive loss: NT-Xent corrected for false negatives (Chuang et al. 2020, eq. 7, 8).
 
-    A share tau+ of the n = 2M - 2 other views is expected to show the anchor's own class. What they contribute is
-    estimated by the positive and subtracted from S, the sum over the others:
+    A share tau+ of the n = 2M - 2 other views is expected to show the anchor's own class. Their contribution is
+    estimated from the positive and subtracted from S, the sum over the others:
     n g = max((S - tau+ n exp(z.z+ / tau)) / (1 - tau+), n exp(-1 / tau)).
 
     Args:
         first, second: (N, D) embeddings of the two views.
-        temperature: tau.
-        tau_plus: tau+, 0 <= tau+ < 1; 0 makes it NT-Xent.
-        negatives: m further logits for each of the two anchors of an image; they are no false ones, so they are
-            added to n g as they are (ours).
+        temperature: tau > 0.
+        tau_plus: tau+, 0 <= tau+ < 1. With 0 the loss is NT-Xent.
+        negatives: m further logits for each of the two anchors of an image. They are never false negatives, so they are
+            added to n g uncorrected (ours).
 
     Returns:
         () mean over the 2N anchors of -log exp(z.z+ / tau) / (exp(z.z+ / tau) + n g).
@@ -252,7 +268,7 @@ def debiased(
     n = 2 * world_size() * len(first) - 2
     least = against.new_full((), math.log(n) - 1 / temperature)
     log_share = for_it + against.new_full((), tau_plus * n).log() - against
-    # Where the share is 1 or more, only the bound is left; -1 keeps the branch that is not taken finite.
+    # If the share is 1 or more, the lower bound applies. -1 keeps the unused branch finite.
     rest = (-torch.expm1(torch.where(log_share < 0, log_share, -1))).log() - math.log1p(-tau_plus)
     against = torch.where(log_share < 0, torch.maximum(against + rest, least), least)
     against = with_non_semantic(against, torch.cat([unit(first), unit(second)]), temperature, negatives)
@@ -263,12 +279,13 @@ def debiased(
 def neighbour_nce(
     neighbours: Tensor, predictions: Tensor, temperature: float, negatives: NonSemantic | None = None
 ) -> Tensor:
-    """InfoNCE with a neighbour in the anchor's place (NNCLR; Dwibedi et al. 2021, eq. 3).
+    """Return InfoNCE with a nearest neighbour in the anchor's place (NNCLR; Dwibedi et al. 2021, eq. 3).
 
     Args:
-        neighbours: (N, D) the nearest neighbour of each image's one view, without gradient.
-        predictions: (N, D) of its other view, the positive; the negatives are those of the other images, on all ranks.
-        temperature: tau.
+        neighbours: (N, D) the nearest neighbour of one view of each image, without gradient.
+        predictions: (N, D) predictions of the other view, the positives. The negatives are the predictions of the other
+            images, on all ranks.
+        temperature: tau > 0.
         negatives: m further logits for each anchor. They are compared with the prediction (ours): a neighbour has no
             gradient, so nothing would be pushed away from them.
 
@@ -285,7 +302,7 @@ def neighbour_nce(
 @full_precision
 @torch.no_grad()
 def nearest(queries: Tensor, support: Tensor) -> Tensor:
-    """The row of the support set (K, D) with the largest cosine to each query: (N, D) to (N, D), without gradient."""
+    """Return the row of the support set (K, D) with the largest cosine to each query, (N, D), without gradient."""
     support = unit(support)
     parts = torch.split(unit(queries), max(1, CHUNK // len(support)))
     return support[torch.cat([(part @ support.T).argmax(1) for part in parts])]

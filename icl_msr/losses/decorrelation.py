@@ -1,7 +1,7 @@
-"""Losses on the correlations between the dimensions of an embedding. N images a rank, D embedding.
+"""Losses on the correlations between the dimensions of an embedding. N images per rank, D embedding.
 
-All statistics are those of the batch of all ranks, and so are their gradients: with statistics of its own on each rank,
-N ranks would follow another gradient than one. Embeddings are compared as they are, not normalised, in (at least) fp32.
+All statistics, and their gradients, are those of the batch of all ranks. With separate statistics on each rank, N ranks
+would follow a different gradient than one. Embeddings are not normalised. Everything is computed in (at least) fp32.
 """
 
 import torch
@@ -18,29 +18,29 @@ VICREG_EPSILON = 1e-4
 
 
 def single(rows: Tensor) -> Tensor:
-    """At least in fp32."""
+    """Return the rows at least in fp32."""
     return rows.float() if rows.dtype.itemsize < 4 else rows
 
 
 def global_mean(rows: Tensor) -> Tensor:
-    """Mean over the rows of all ranks: (N, ...) to (...)."""
+    """Return the mean over the rows of all ranks: (N, ...) to (...)."""
     return all_reduce_sum(rows.mean(0)) / world_size()
 
 
 def cross_covariance(first: Tensor, second: Tensor) -> Tensor:
-    """Of two views' dimensions over the rows of all ranks, biased: (N, D) and (N, E) to (D, E)."""
+    """Return the biased covariance of two views' dimensions over the rows of all ranks: (N, D) and (N, E) to (D, E)."""
     first, second = first - global_mean(first), second - global_mean(second)
     return all_reduce_sum(first.T @ second / len(first)) / world_size()
 
 
 def off_diagonal_squares(matrix: Tensor) -> Tensor:
-    """Sum of the squares of a (D, D) matrix beside its diagonal: ()."""
+    """Return the sum of the squares () of a (D, D) matrix outside its diagonal."""
     return matrix.square().sum() - matrix.diagonal().square().sum()
 
 
 @full_precision
 def barlow_twins(first: Tensor, second: Tensor, off_diagonal: float) -> Tensor:
-    """Makes the cross-correlation of two views the identity (Zbontar et al. 2021, eq. 1 and 2).
+    """Return how far the cross-correlation of two views is from the identity (Zbontar et al. 2021, eq. 1 and 2).
 
     Args:
         first, second: (N, D) embeddings of the two views.
@@ -57,14 +57,16 @@ def barlow_twins(first: Tensor, second: Tensor, off_diagonal: float) -> Tensor:
 
 @full_precision
 def vicreg(first: Tensor, second: Tensor, invariance: float, variance: float, covariance: float) -> Tensor:
-    """Variance, invariance, covariance (Bardes et al. 2022, section 4.1, normalised as the official code has it).
+    """Return the variance, invariance and covariance loss (Bardes et al. 2022, section 4.1).
+
+    Terms are normalised as in the official code.
 
     Args:
         first, second: (N, D) embeddings of the two views.
-        invariance: weight of their mean squared distance a dimension (the paper sums the dimensions).
+        invariance: weight of the mean squared distance per dimension (the paper sums over dimensions).
         variance: weight of the hinge that keeps each dimension's standard deviation at 1 or more, averaged over both
             views (the paper adds them).
-        covariance: weight of the squared covariances between dimensions, over D, added over both views.
+        covariance: weight of the squared covariances between dimensions, divided by D and added over both views.
 
     Returns:
         () the weighted sum.

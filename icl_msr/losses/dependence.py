@@ -1,4 +1,4 @@
-"""Kernel dependence by random Fourier features. V views, N images a rank, D embedding, F frequencies."""
+"""Kernel dependence by random Fourier features. V views, N images per rank, D embedding, F frequencies."""
 
 import math
 from collections.abc import Sequence
@@ -12,16 +12,16 @@ from icl_msr.losses.decorrelation import cross_covariance, global_mean
 
 
 def imq_frequencies(count: int, dim: int, scale: float, draw: int) -> Tensor:
-    """Random frequencies w of the inverse multiquadric kernel k(x, y) = c / sqrt(c^2 + |x - y|^2) = E cos w.(x - y).
+    """Draw frequencies w of the inverse multiquadric kernel k(x, y) = c / sqrt(c^2 + |x - y|^2) = E cos w.(x - y).
 
-    The kernel is a mixture of Gaussian ones, because E exp(-h^2 r^2 / 2) = 1 / sqrt(1 + r^2) for a normal number h. So
-    w is a normal vector times a normal number, over c. (Ours; the official code tabulates the density of |w|, a Bessel
-    function. The distribution is the same.)
+    The kernel is a mixture of Gaussian kernels, because E exp(-h^2 r^2 / 2) = 1 / sqrt(1 + r^2) for a normal number h.
+    So w is a normal vector times a normal number, divided by c. (This is ours. The official code tabulates the density
+    of |w|, a Bessel function. The distribution is the same.)
 
     Args:
         count, dim: F and D.
         scale: c > 0.
-        draw: same number, same frequencies, on any rank.
+        draw: number of the draw. The same number gives the same frequencies on any rank.
 
     Returns:
         (F, D) float64, on the CPU.
@@ -32,16 +32,15 @@ def imq_frequencies(count: int, dim: int, scale: float, draw: int) -> Tensor:
 
 
 def fourier_features(rows: Tensor, frequencies: Tensor) -> Tensor:
-    """phi(x) with E phi(x).phi(y) = k(x, y), and phi(x).phi(x) = 1 always: (..., D) and (F, D) to (..., 2F)."""
+    """Return phi(x), with E phi(x).phi(y) = k(x, y) and phi(x).phi(x) = 1: (..., D) and (F, D) to (..., 2F)."""
     angles = rows @ frequencies.T
     return torch.cat([angles.cos(), angles.sin()], dim=-1) / math.sqrt(len(frequencies))
 
 
 def hsic_zy(features: Tensor) -> Tensor:
-    """HSIC between embeddings and the identity of their image, up to a factor (Li et al. 2021, section 3, appendix A).
+    """Return the HSIC between embeddings and image identity, up to a factor (Li et al. 2021, section 3, appendix A).
 
-    How much more alike two views of one image are than any two embeddings: the mean of k over pairs of different views
-    of an image, minus its mean over all pairs.
+    It is the mean of k over pairs of different views of an image, minus its mean over all pairs of embeddings.
 
     Args:
         features: (V, N, 2F) Fourier features of the views.
@@ -50,14 +49,14 @@ def hsic_zy(features: Tensor) -> Tensor:
         () whose mean over ranks is the estimate from all images.
     """
     views = len(features)
-    together = features.sum(0).square().sum(1).mean()  # all V^2 pairs of views, of which V are one view twice: k = 1
+    together = features.sum(0).square().sum(1).mean()  # V^2 pairs of views; V pair a view with itself: k = 1
     return (together - views) / (views * (views - 1)) - global_mean(features.mean(0)).square().sum()
 
 
 def root_hsic_zz(features: Tensor, others: Tensor) -> Tensor:
-    """Root of HSIC(Z, Z) = tr(K H K H) / (V M)^2, the kernelised variance of the embeddings, over all ranks.
+    """Return the root of HSIC(Z, Z) = tr(K H K H) / (V M)^2, the kernelised variance of the embeddings, over all ranks.
 
-    The two factors K have random features of their own, which makes the square an unbiased estimate of the one with
+    The two factors K come from independent random features. So the square is an unbiased estimate of the value with
     exact kernels.
 
     Args:
@@ -72,7 +71,7 @@ def root_hsic_zz(features: Tensor, others: Tensor) -> Tensor:
 
 @full_precision
 def ssl_hsic(views: Tensor, frequencies: Sequence[Tensor], gamma: float) -> Tensor:
-    """-HSIC(Z, Y) + gamma sqrt(HSIC(Z, Z)) (Li et al. 2021, section 3), Z the unit embeddings and Y the image's number.
+    """Return -HSIC(Z, Y) + gamma sqrt(HSIC(Z, Z)); Z: unit embeddings, Y: image identity (Li et al. 2021, section 3).
 
     Args:
         views: (V, N, D) embeddings of N images, V >= 2 of each.

@@ -1,6 +1,7 @@
 """Penalties on the relations within a batch, added to a contrastive loss. N images, D embedding, M = N x ranks.
 
-They need every similarity, not only the log-sum-exp: a chunk of anchors at a time, computed again in the backward pass.
+They need every similarity, not only the log-sum-exp. To save memory, they handle a chunk of anchors at a time and
+compute the similarities again in the backward pass.
 """
 
 from collections.abc import Callable
@@ -15,7 +16,7 @@ from icl_msr.losses.contrastive import full_precision, unit
 
 
 def _summed(term: Callable[..., Tensor], width: int, *anchors: Tensor) -> Tensor:
-    """The sum of `term(*anchors)` over chunks of the anchors, each compared with `width` others."""
+    """Return the sum of `term(*anchors)` over chunks of the anchors, each compared with `width` others."""
     parts = zip(*(torch.split(a, max(1, contrastive.CHUNK // width)) for a in anchors), strict=True)
     sums = [checkpoint(term, *part, use_reentrant=False, preserve_rng_state=False) for part in parts]
     return torch.stack(sums).sum()
@@ -23,11 +24,11 @@ def _summed(term: Callable[..., Tensor], width: int, *anchors: Tensor) -> Tensor
 
 @full_precision
 def polarization(first: Tensor, second: Tensor, delta_plus: float, delta_minus: float) -> Tensor:
-    """Distance polarization of LMCL (Chen et al. 2021): pairs are to be near or far and nothing in between.
+    """Return the distance polarization of LMCL: pairs should be near or far, not in between (Chen et al. 2021).
 
-    || min((D - delta+) (D - delta-), 0) ||_1, element by element, over the pairwise distances D of a batch: a hump over
-    (delta+, delta-), from whose top every pair is pushed to its nearer end. Ours: D = (1 - cos) / 2, which lies in
-    [0, 1], and the mean over pairs in place of the sum, so that its weight means the same for any batch.
+    It is || min((D - delta+) (D - delta-), 0) ||_1, element by element, over the pairwise distances D of a batch.
+    Distances between delta+ and delta- are pushed to the nearer end. Ours: D = (1 - cos) / 2 lies in [0, 1], and the
+    mean over pairs replaces the sum, so that the weight means the same for any batch size.
 
     Args:
         first, second: (N, D) embeddings of the two views.
@@ -39,7 +40,7 @@ def polarization(first: Tensor, second: Tensor, delta_plus: float, delta_minus: 
     views = torch.cat([unit(first), unit(second)])
     everyone = gather(views)
 
-    def hump(part: Tensor) -> Tensor:  # a view's distance to itself, 0, adds nothing
+    def hump(part: Tensor) -> Tensor:  # the distance of a view to itself is 0 and adds nothing
         distances = (1 - part @ everyone.T) / 2
         return (delta_plus - distances).mul(distances - delta_minus).clamp(min=0).sum()
 
@@ -48,15 +49,15 @@ def polarization(first: Tensor, second: Tensor, delta_plus: float, delta_minus: 
 
 @full_precision
 def invariance(first: Tensor, second: Tensor, first_keys: Tensor, second_keys: Tensor, temperature: float) -> Tensor:
-    """Invariance penalty of ReLIC (Mitrovic et al. 2021): an image is recognised alike from either view.
+    """Return the invariance penalty of ReLIC: both views should identify an image alike (Mitrovic et al. 2021).
 
-    p(j | i) is the softmax over the batch of z_i.k_j / tau, with anchors of the first view and keys of the second,
-    and q that with both exchanged.
+    p(j | i) is the softmax over the batch of z_i.k_j / tau, with anchors of the first view and keys of the second. q is
+    the same with the views exchanged.
 
     Args:
         first, second: (N, D) anchors of the two views.
-        first_keys, second_keys: (N, D) their targets; an anchor meets all M of the other view.
-        temperature: tau.
+        first_keys, second_keys: (N, D) their targets. An anchor is compared with all M keys of the other view.
+        temperature: tau > 0.
 
     Returns:
         () mean over images and over both orders of KL(p, q) and KL(q, p).

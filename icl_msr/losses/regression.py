@@ -1,4 +1,4 @@
-"""Losses that pull a prediction towards a target and need no negatives, and the repulsion that gives them some."""
+"""Losses that pull a prediction towards a target without negatives, and the repulsion of non-semantic negatives."""
 
 import torch
 from torch import Tensor
@@ -9,7 +9,7 @@ from icl_msr.losses.contrastive import full_precision, unit
 
 @full_precision
 def squared_distance(predictions: Tensor, targets: Tensor) -> Tensor:
-    """Squared distance of unit vectors, 2 - 2 cos (BYOL; Grill et al. 2020, eq. 2).
+    """Return the squared distance of unit vectors, 2 - 2 cos (BYOL; Grill et al. 2020, eq. 2).
 
     Args:
         predictions, targets: (N, D).
@@ -22,16 +22,16 @@ def squared_distance(predictions: Tensor, targets: Tensor) -> Tensor:
 
 @full_precision
 def repulsion(embeddings: Tensor, negatives: NonSemantic | None) -> Tensor:
-    """What a loss without negatives subtracts: alpha_r |e - e_t|^2 of unit vectors, over an image's negatives.
+    """Return alpha_r |e - e_t|^2 of unit vectors, the term that a loss without negatives subtracts.
 
-    Ge et al. 2021 name the idea for BYOL; the formula is ours.
+    Ge et al. 2021 propose the idea for BYOL; the formula is ours.
 
     Args:
         embeddings: (N, D).
-        negatives: (N, m, D) embeddings e_t of each image's non-semantic negatives, and alpha_r as `repulsion`.
+        negatives: (N, m, D) embeddings e_t of each image's non-semantic negatives, with alpha_r as `repulsion`.
 
     Returns:
-        () mean over images; 0 without negatives.
+        () mean over images and their negatives; 0 without negatives.
     """
     if negatives is None:
         return embeddings.new_zeros(())

@@ -13,40 +13,40 @@ from icl_msr.losses.regression import squared_distance
 
 
 def partition(images: int, size: int, iterations: int, step: int) -> list[Tensor]:
-    """Random sub-batches (Ermolov et al. 2021, section 3): in each iteration, every image is in one of them.
+    """Return random sub-batches; each iteration puts every image into one of them (Ermolov et al. 2021, section 3).
 
-    Where `size` does not divide the batch, the sub-batches are a little larger (ours; the official code stops).
+    If `size` does not divide the batch, the sub-batches are a little larger (ours; the official code stops).
 
     Args:
         images: M, at least `size`.
-        size: of a sub-batch.
-        iterations: independent partitions.
-        step: counted in optimiser steps.
+        size: images of a sub-batch.
+        iterations: number of independent partitions.
+        step: index of the optimiser step.
 
     Returns:
         int64 indices of each sub-batch, on the CPU.
     """
-    # Ranks must agree, so the order is drawn from the step alone: the seed of a micro-batch's noise differs between
-    # ranks, and the run's would add nothing, because it has shuffled the images already.
+    # Ranks must agree, so the order depends on the step only. The noise seed of a micro-batch differs between ranks.
+    # The run's seed is not needed, because it has already shuffled the images.
     orders = [permutation(iteration, step, images) for iteration in range(iterations)]
     return [part for order in orders for part in order.tensor_split(images // size)]
 
 
 def whiten(rows: Tensor, shrinkage: float) -> Tensor:
-    """Rows with mean 0 and covariance I: W (v - mean), where W is the inverse of the covariance's Cholesky factor.
+    """Return W (v - mean), rows with mean 0 and covariance I. W is the inverse of the covariance's Cholesky factor.
 
     Args:
         rows: (..., n, D), n > D.
-        shrinkage: eps; what is inverted is (1 - eps) covariance + eps I.
+        shrinkage: eps; the matrix that is inverted is (1 - eps) covariance + eps I.
 
     Returns:
-        (..., n, D), in the dtype of the rows, computed in fp64: a covariance has the square of the rows' condition.
-        Not a number where it has no factor, such as that of rows that are not finite.
+        (..., n, D), in the dtype of the rows. It is computed in fp64, because a covariance has the square of the rows'
+        condition number. It is NaN if the covariance has no Cholesky factor, for example if rows are not finite.
     """
     centred = rows.double() - rows.double().mean(-2, keepdim=True)
     covariance = centred.mT @ centred / (rows.shape[-2] - 1)
     identity = torch.eye(rows.shape[-1], dtype=covariance.dtype, device=rows.device)
-    # Torch's `cholesky` makes the host wait for the device, to ask whether there is a factor.
+    # `torch.linalg.cholesky` makes the host wait for the device, to check that a factor exists.
     factor, failed = torch.linalg.cholesky_ex((1 - shrinkage) * covariance + shrinkage * identity)
     factor = factor.masked_fill((failed != 0)[..., None, None], torch.nan)
     whitened: Tensor = torch.linalg.solve_triangular(factor, centred.mT, upper=False).mT
@@ -55,13 +55,13 @@ def whiten(rows: Tensor, shrinkage: float) -> Tensor:
 
 @full_precision
 def wmse(first: Tensor, second: Tensor, parts: Sequence[Tensor], shrinkage: float) -> Tensor:
-    """Squared distance of the two views' whitened, normalised embeddings (Ermolov et al. 2021, section 3).
+    """Return the squared distance of the two views' whitened, normalised embeddings (Ermolov et al. 2021, section 3).
 
-    Each view is whitened alone, one sub-batch after the other, over the images of all ranks.
+    Each view is whitened separately, one sub-batch after the other, over the images of all ranks.
 
     Args:
         first, second: (N, D) embeddings of the two views.
-        parts: of the M gathered images, as `partition` gives them.
+        parts: indices of the M gathered images, as returned by `partition`.
         shrinkage: see `whiten`.
 
     Returns:

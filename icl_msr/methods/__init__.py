@@ -1,4 +1,4 @@
-"""One file per contrastive method."""
+"""Contrastive methods, one file each."""
 
 from icl_msr.methods.barlow_twins import BarlowTwins
 from icl_msr.methods.base import Method, Output, Pair, Step, Targets

@@ -13,7 +13,7 @@ from icl_msr.models.heads import mlp
 
 
 class BarlowTwins(Method):
-    """Each dimension of the embedding agrees between two views and is uncorrelated with the others.
+    """Makes each dimension of the embedding agree between two views and be uncorrelated with the others.
 
     Non-semantic negatives go through the encoder without gradient and are repelled from the projection (ours).
     """
@@ -31,7 +31,7 @@ class BarlowTwins(Method):
         self.off_diagonal, self.scale = off_diagonal, scale
 
     def loss(self, embeddings: Sequence[Tensor], targets: Targets, step: Step) -> Tensor:
-        """Return how far the cross-correlation is from the identity (eq. 1), over the images of all ranks."""
+        """Return the distance of the cross-correlation from the identity (eq. 1), over the images of all ranks."""
         first, second = embeddings
         repelled = (repulsion(first, targets.negatives) + repulsion(second, targets.negatives)) / 2
         return self.scale * barlow_twins(first, second, self.off_diagonal) - repelled

@@ -13,10 +13,10 @@ from icl_msr.models.momentum import Momentum, MomentumEncoder, Statistics
 
 
 class BYOL(Method):
-    """A predictor on one view meets the momentum projection of the other; there are no negatives.
+    """Predicts the momentum projection of one view from the other view, without negatives.
 
-    The momentum encoder follows ever more slowly (section 3.2). Non-semantic negatives are repelled from the prediction
-    (Ge et al. 2021; formula ours).
+    The momentum encoder follows more and more slowly (section 3.2). Non-semantic negatives are repelled from the
+    prediction (Ge et al. 2021; the formula is ours).
     """
 
     def __init__(

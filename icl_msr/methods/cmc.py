@@ -16,13 +16,13 @@ from icl_msr.models.momentum import Queue
 
 
 class CMC(Method):
-    """The lightness L of an image finds its colours ab among those of other images, and the other way round.
+    """Contrasts the lightness L of an image with its colours ab, in both directions.
 
-    Each is seen by an encoder of half width, and both are always those of one augmented image. The paper augments an
-    image once; of two augmentations the losses are averaged (ours). Its memory bank has an entry for each image, the
-    positive's as well, and picks negatives at random; ours are two queues of earlier embeddings, the positive is fresh
-    and gradients reach it too. Non-semantic negatives meet an anchor as its positive does, in the other colour space,
-    by way of the trained encoders without gradient (ours).
+    Each has an encoder of half width, and both see the same augmented image. The paper augments an image once; we
+    average the losses of two augmentations (ours). The paper's memory bank has an entry for each image, including the
+    positive, and draws negatives at random. Ours are two queues of earlier embeddings; the positive is fresh and
+    receives gradients too. Non-semantic negatives are compared with an anchor in the other colour space, as the
+    positive is. They go through the trained encoders without gradient (ours).
     """
 
     takes = (1, 2)
@@ -47,21 +47,21 @@ class CMC(Method):
 
     @property
     def channels(self) -> int:
-        """Those of one colour space: strata weigh the channels of both encoders alike."""
+        """Channels of one colour space. Strata weight the channels of both encoders alike."""
         return self.backbone.channels // 2
 
     def embed(self, images: Tensor) -> Tensor:
-        """Return embeddings (N, 2 D): in L, then in ab."""
+        """Return embeddings (N, 2 D), first of L, then of ab."""
         return torch.cat(self.project([self.backbone(images)]), dim=1)
 
     def project(self, features: Sequence[Tensor]) -> list[Tensor]:
-        """Return embeddings (N, D) of L, one a view, then those of ab."""
+        """Return embeddings (N, D) of L, one per view, then those of ab."""
         lightness, colours = torch.cat(list(features)).chunk(2, dim=1)
         views = len(features)
         return [*self.projector_l(lightness).chunk(views), *self.projector_ab(colours).chunk(views)]
 
     def loss(self, embeddings: Sequence[Tensor], targets: Targets, step: Step) -> Tensor:
-        """Return the mean of InfoNCE both ways (section 3.2, where the two are summed)."""
+        """Return the mean of InfoNCE in both directions (section 3.2; the paper sums the two)."""
         in_l = in_ab = targets.negatives
         if targets.negatives is not None:
             in_l, in_ab = (replace(targets.negatives, rows=rows) for rows in targets.negatives.rows.chunk(2, dim=2))
@@ -72,7 +72,7 @@ class CMC(Method):
         return torch.stack(losses).mean()
 
     def pairs(self, features: Sequence[Tensor], embeddings: Sequence[Tensor], targets: Targets) -> list[Pair]:
-        """Return L against ab and ab against L, for each view."""
+        """Return the pairs of L against ab and of ab against L, for each view."""
         pairs = []
         for both, (light, colour) in zip(features, by_view(embeddings), strict=True):
             of_l, of_ab = both.chunk(2, dim=1)
@@ -81,20 +81,20 @@ class CMC(Method):
         return pairs
 
     def non_semantic(self, targets: Targets, pairs: Sequence[Pair]) -> list[Tensor]:
-        """Return what anchors meet: those of L meet negatives in ab, and those of ab in L."""
+        """Return negatives in the other colour space: in ab for anchors of L, and in L for anchors of ab."""
         if targets.negatives is None:
             return []
         in_l, in_ab = targets.negatives.rows.chunk(2, dim=2)
         return [in_ab, in_l] * (len(pairs) // 2)
 
     def observe(self, targets: Targets, embeddings: Sequence[Tensor]) -> None:
-        """Take the batch into both queues."""
+        """Add the batch to both queues."""
         for light, colour in by_view(embeddings):
             self.queue_l.push(light)
             self.queue_ab.push(colour)
 
 
 def by_view(embeddings: Sequence[Tensor]) -> list[tuple[Tensor, Tensor]]:
-    """Return (L, ab) of each view, from what `project` gave."""
+    """Return (L, ab) of each view, from the result of `project`."""
     views = len(embeddings) // 2
     return list(zip(embeddings[:views], embeddings[views:], strict=True))

@@ -12,9 +12,10 @@ from icl_msr.models.heads import mlp
 
 
 class DCL(Method):
-    """SimCLR without the positive in the denominator, which couples both and slows learning in small batches.
+    """SimCLR without the positive in the denominator.
 
-    A number for `sigma` makes it DCLW. Non-semantic negatives go through the online encoder without gradient (ours).
+    With the positive there, the gradients of positive and negatives are coupled, which slows learning in small batches.
+    A number for `sigma` selects DCLW. Non-semantic negatives go through the online encoder without gradient (ours).
     """
 
     def __init__(

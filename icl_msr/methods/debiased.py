@@ -13,10 +13,10 @@ from icl_msr.models.heads import mlp
 
 
 class Debiased(Method):
-    """SimCLR that expects a share tau+ of its negatives to be of the anchor's class and takes them out of the sum.
+    """SimCLR that corrects for negatives of the anchor's class, whose expected share is tau+.
 
-    This, not the decoupled `dcl`, is the "DCL" of the ImageNet-100 table of ICL-MSR. Non-semantic negatives go through
-    the online encoder without gradient (ours).
+    The "DCL" in the ImageNet-100 table of ICL-MSR is this method and not the decoupled `dcl`. Non-semantic negatives go
+    through the online encoder without gradient (ours).
     """
 
     def __init__(

@@ -17,7 +17,7 @@ from icl_msr.models.momentum import Momentum, MomentumEncoder, Statistics
 
 
 class Head(nn.Module):
-    """Three layers down to the bottleneck (N, D); the last, weight-normalised layer is its `prototypes` (K, D)."""
+    """Three layers to bottleneck embeddings (N, D). The last, weight-normalised layer is its `prototypes` (K, D)."""
 
     def __init__(self, channels: int, hidden_dim: int, embedding_dim: int, prototypes: int, batch_norm: bool):
         super().__init__()
@@ -31,11 +31,11 @@ class Head(nn.Module):
 
 
 class DINO(Method):
-    """A student sees all views and predicts what its momentum teacher assigns the other global view to.
+    """Trains a student on all views to predict a momentum teacher's assignment of the other global view.
 
-    The teacher follows ever more slowly (section 3.1). The regularizer compares the bottleneck embeddings of the two
-    global views, and non-semantic negatives, through the teacher, are repelled there (both ours): their cosines are of
-    D dimensions, whatever the number of prototypes.
+    The teacher follows more and more slowly (section 3.1). The regularizer compares the bottleneck embeddings of the
+    two global views. Non-semantic negatives go through the teacher and are repelled from these embeddings (both ours).
+    So the cosines have D dimensions, for any number of prototypes.
     """
 
     takes = (2, 12)
@@ -78,21 +78,21 @@ class DINO(Method):
 
     @property
     def teacher_prototypes(self) -> Tensor:
-        """(K, D)."""
+        """Prototypes (K, D) of the teacher."""
         return self.momentum_encoder.projector.get_parameter("prototypes")
 
     def teacher_temperature(self, step: Step) -> float:
-        """Return what rises on a line, then stays (section 3.1)."""
+        """Return the teacher's temperature, which rises linearly and then stays constant (section 3.1)."""
         low, high = self.teacher_temperatures
         return high if step.epoch >= self.warmup_epochs else low + (high - low) * step.epoch / self.warmup_epochs
 
     @torch.no_grad()
     def observe(self, targets: Targets, embeddings: Sequence[Tensor]) -> None:
-        """Let the centre follow the teacher's mean scores on all ranks (eq. 4): the scores of its mean embedding."""
+        """Update the centre with the teacher's mean scores on all ranks (eq. 4), computed from its mean embedding."""
         (mean,) = average([unit(torch.cat(targets.embeddings)).mean(0)])
         scores = unit(self.teacher_prototypes) @ mean
         self.centre = torch.lerp(scores.to(self.centre.dtype), self.centre, self.centre_momentum)
 
     def frozen(self, step: Step) -> Iterable[nn.Parameter]:
-        """Return the last layer, for the first epochs."""
+        """Return the last layer in the first epochs."""
         return [self.projector.prototypes] if step.epoch < self.freeze_epochs else []

@@ -17,11 +17,11 @@ Distance = Annotated[float, Field(ge=0, le=1)]
 
 
 class LMCL(Method):
-    """SimCLR with a margin between near and far that no pair of the batch should lie in, so that likes stay together.
+    """SimCLR with a margin between near and far pairs. No pair of the batch should have a distance inside the margin.
 
-    Reconstructed: the authors published no code. Ours are the normalised distance, the mean over pairs and the values
-    of the thresholds and of the weight. Non-semantic negatives go through the online encoder without gradient and
-    enter NT-Xent alone (ours).
+    This is a reconstruction: the authors published no code. Ours are the normalised distance, the mean over pairs, and
+    the values of the thresholds and of the weight. Non-semantic negatives go through the online encoder without
+    gradient and enter only NT-Xent (ours).
     """
 
     def __init__(

@@ -13,10 +13,10 @@ from icl_msr.models.momentum import Momentum, MomentumEncoder, Queue, Statistics
 
 
 class MoCo(Method):
-    """A query, of the first view, finds its key, of the second, among a queue of earlier keys.
+    """Contrasts a query of the first view with its key, of the second view, and a queue of earlier keys.
 
-    Keys are encoded by a momentum encoder. Non-semantic negatives go through it too (Ge et al. 2021) and never enter
-    the queue.
+    A momentum encoder encodes the keys. Non-semantic negatives go through it too (Ge et al. 2021) and never enter the
+    queue.
     """
 
     online_views, target_views = slice(1), slice(1, 2)

@@ -13,7 +13,7 @@ from icl_msr.models.momentum import Momentum, MomentumEncoder, Statistics
 
 
 class MoCoV3(Method):
-    """The prediction of one view finds the momentum projection of the other among those of the batch; no queue.
+    """Contrasts the prediction of one view with the momentum projections of the batch's other views, without a queue.
 
     Non-semantic negatives go through the momentum encoder (ours, after Ge et al. 2021).
     """
@@ -36,7 +36,7 @@ class MoCoV3(Method):
         self.freeze_patches = freeze_patches
 
     def project(self, features: Sequence[Tensor]) -> list[Tensor]:
-        """Return queries q of both views, each the prediction from a projection."""
+        """Return queries q of both views: predictions from projections."""
         return in_one_batch(lambda h: self.predictor(self.projector(h)), features)
 
     def loss(self, embeddings: Sequence[Tensor], targets: Targets, step: Step) -> Tensor:
@@ -48,7 +48,7 @@ class MoCoV3(Method):
         )
 
     def frozen(self, step: Step) -> Iterable[nn.Parameter]:
-        """Return a transformer's patch projection: it stays random, which makes training stable (section 4.2)."""
+        """Return a transformer's patch projection. It stays random, which makes training stable (section 4.2)."""
         if not self.freeze_patches:
             return ()
         return [p for name, p in self.backbone.named_parameters() if "patch_embed" in name]

@@ -14,7 +14,7 @@ from icl_msr.models.momentum import Queue
 
 
 class NNCLR(Method):
-    """The nearest neighbour of one view, from a support set of earlier projections, meets the prediction of the other.
+    """Contrasts the prediction of one view with the other view's nearest neighbour among earlier projections.
 
     Non-semantic negatives go through the online encoder and projector without gradient and repel the prediction (ours).
     """
@@ -34,7 +34,7 @@ class NNCLR(Method):
         self.temperature: float = temperature
 
     def project(self, features: Sequence[Tensor]) -> list[Tensor]:
-        """Return predictions p1, p2, then the projections z1, z2 that they come from."""
+        """Return predictions p1, p2, then the projections z1, z2 that they are computed from."""
         projections = self.projector(torch.cat(list(features)))
         return [*self.predictor(projections).chunk(2), *projections.chunk(2)]
 
@@ -48,12 +48,13 @@ class NNCLR(Method):
         ) / 2
 
     def pairs(self, features: Sequence[Tensor], embeddings: Sequence[Tensor], targets: Targets) -> list[Pair]:
-        """Return each view's prediction against the other's projection.
+        """Return the pairs of each view's prediction and the other's projection.
 
-        Ours: the loss has that projection's neighbour in its place, through which no gradient reaches the strata.
+        This is ours: the loss uses the nearest neighbour of that projection, but no gradient would reach the strata
+        through it.
         """
         return crosswise(embeddings[:2], embeddings[2:], features, self.projector)
 
     def observe(self, targets: Targets, embeddings: Sequence[Tensor]) -> None:
-        """Take the first view's projections into the support set (algorithm 1)."""
+        """Add the first view's projections to the support set (algorithm 1)."""
         self.support.push(embeddings[2])

@@ -10,7 +10,7 @@ from icl_msr.models.backbones import Backbone
 
 
 class RandomEncoder(Method):
-    """Nothing is trained. The running statistics of BatchNorm alone follow the images, as in every other method."""
+    """Trains nothing. Only the running statistics of BatchNorm follow the images, as in every other method."""
 
     takes = (1, 12)
     refuses: Mapping[str, str] = {
@@ -23,12 +23,12 @@ class RandomEncoder(Method):
     def __init__(self, backbone: Backbone):
         super().__init__(backbone.requires_grad_(False))
         self.nothing = nn.Parameter(torch.zeros(()))
-        """What the optimiser has to move."""
+        """A parameter for the optimiser, which needs at least one."""
 
     def loss(self, embeddings: Sequence[Tensor], targets: Targets, step: Step) -> Tensor:
-        """Return zero, and so is its gradient."""
+        """Return zero, with a gradient of zero."""
         return 0 * self.nothing
 
     def pairs(self, features: Sequence[Tensor], embeddings: Sequence[Tensor], targets: Targets) -> list[Pair]:
-        """Return none: nothing is compared."""
+        """Return an empty list, because nothing is compared."""
         return []

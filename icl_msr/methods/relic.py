@@ -14,11 +14,11 @@ from icl_msr.models.momentum import Momentum, MomentumEncoder, Statistics
 
 
 class ReLIC(Method):
-    """Each view finds the target of the other in the batch, and the two distributions over the batch agree.
+    """Contrasts each view with the target of the other, and makes both distributions over the batch agree.
 
-    The projector is the paper's critic g. Ours: the target network has its own, which follows like the rest (as in
-    BYOL); both directions are averaged; non-semantic negatives go through the target network and enter the
-    discrimination alone.
+    The projector is the paper's critic g. Ours: the target network has its own projector, which follows the trained one
+    (as in BYOL). Both directions are averaged. Non-semantic negatives go through the target network and enter only the
+    discrimination.
     """
 
     def __init__(

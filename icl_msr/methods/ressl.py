@@ -14,10 +14,10 @@ from icl_msr.models.momentum import Momentum, MomentumEncoder, Queue, Statistics
 
 
 class ReSSL(Method):
-    """A student, shown the strong view, relates an image to earlier ones as its momentum teacher does from the weak.
+    """Trains a student to relate an image's strong view to earlier images as a teacher relates its weak view.
 
-    One direction, as in the paper: the first view is the student's, the second the teacher's. Non-semantic negatives go
-    through the teacher and are repelled from the student's embedding (ours).
+    There is one direction, as in the paper: the student sees the first view, the teacher the second. Non-semantic
+    negatives go through the teacher and are repelled from the student's embedding (ours).
     """
 
     online_views, target_views = slice(1), slice(1, 2)
@@ -42,7 +42,7 @@ class ReSSL(Method):
         self.teacher_temperature = teacher_temperature
 
     def loss(self, embeddings: Sequence[Tensor], targets: Targets, step: Step) -> Tensor:
-        """Return the cross entropy of both relations to the queue (section 3.2)."""
+        """Return the cross entropy of the two relations to the queue (section 3.2)."""
         (student,), (teacher,) = embeddings, targets.embeddings
         attraction = relation(student, teacher, self.queue.keys, self.temperature, self.teacher_temperature)
         return attraction - repulsion(student, targets.negatives)

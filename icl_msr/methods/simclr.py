@@ -12,7 +12,7 @@ from icl_msr.models.heads import mlp
 
 
 class SimCLR(Method):
-    """Two views of an image attract each other; all other views in the batch repel.
+    """Attracts the two views of an image and repels all other views in the batch.
 
     Non-semantic negatives go through the online encoder without gradient (ours: SimCLR has no key encoder).
     """

@@ -14,7 +14,7 @@ from icl_msr.models.heads import mlp
 
 
 class SimSiam(Method):
-    """A predictor on one view meets the other view's projection, which counts as a constant: no momentum encoder.
+    """Predicts one view's projection, a constant, from the other view. There is no momentum encoder.
 
     Non-semantic negatives go through the encoder without gradient and are repelled from the prediction (ours).
     """
@@ -31,26 +31,26 @@ class SimSiam(Method):
         return [*self.predictor(projections).chunk(2), *projections.chunk(2)]
 
     def loss(self, embeddings: Sequence[Tensor], targets: Targets, step: Step) -> Tensor:
-        """Return the mean of both directions of 2 - 2 cos(p, z), which is 2 + 2 L of the paper (eq. 4; D = -cos)."""
+        """Return the mean of both directions of 2 - 2 cos(p, z). This is 2 + 2 L of the paper (eq. 4; D = -cos)."""
         first, second, key_first, key_second = embeddings
         attraction = squared_distance(first, key_second.detach()) + squared_distance(second, key_first.detach())
         return (attraction - repulsion(first, targets.negatives) - repulsion(second, targets.negatives)) / 2
 
     def pairs(self, features: Sequence[Tensor], embeddings: Sequence[Tensor], targets: Targets) -> list[Pair]:
-        """Return each view's prediction against the other's projection. The key's whole side has no gradient."""
+        """Return the pairs of each view's prediction and the other's projection. The keys have no gradient."""
         keys, key_features = ([side.detach() for side in sides] for sides in (embeddings[2:], features))
         return crosswise(embeddings[:2], keys, key_features, StopGradient(self.projector))
 
 
 class StopGradient(nn.Module):
-    """A head whose parameters count as constants, while the gradient passes to its input."""
+    """A head with constant parameters. The gradient passes to its input."""
 
     def __init__(self, head: nn.Module):
         super().__init__()
         self.head = head
 
     def forward(self, features: Tensor) -> Tensor:
-        """Return embeddings: (., c) to (., D)."""
+        """Return embeddings (., D) of features (., c)."""
         constants = {name: parameter.detach() for name, parameter in self.head.named_parameters()}
         embeddings: Tensor = functional_call(self.head, constants, features)
         return embeddings

@@ -16,11 +16,11 @@ from icl_msr.models.momentum import Momentum, MomentumEncoder, Statistics
 
 
 class SSLHSIC(Method):
-    """Embeddings depend on which image they come from, and on as little else as the weight of their variance allows.
+    """Makes embeddings depend on the identity of their image and, by a penalty on their variance, on little else.
 
     An image has four embeddings: the predictions and the momentum projections of its two views (as in the official
-    code; the networks are those of BYOL). The kernel's scale is a key (the official code adapts it while it trains).
-    Non-semantic negatives are repelled from the prediction (ours).
+    code; the networks are those of BYOL). The kernel's scale is set by a key (the official code adapts it during
+    training). Non-semantic negatives are repelled from the prediction (ours).
     """
 
     def __init__(
@@ -47,7 +47,7 @@ class SSLHSIC(Method):
     def loss(self, embeddings: Sequence[Tensor], targets: Targets, step: Step) -> Tensor:
         """Return -HSIC(Z, Y) + gamma sqrt(HSIC(Z, Z)) over the images of all ranks (section 3)."""
         first, second = embeddings
-        # New features of the kernel at every step, the same on all ranks: so they come from the step's index.
+        # Every step draws new kernel features from its index, so that they are the same on all ranks.
         draws = imq_frequencies(2 * self.frequencies, first.shape[1], self.kernel_scale, step.index).chunk(2)
         dependence = ssl_hsic(torch.stack([first, second, *targets.embeddings]), draws, self.gamma)
         return dependence - (repulsion(first, targets.negatives) + repulsion(second, targets.negatives)) / 2

@@ -15,7 +15,7 @@ from icl_msr.models.backbones import Backbone
 
 
 class Supervised(Method):
-    """Cross-entropy of a linear classifier on every view; images without a label teach nothing."""
+    """Trains a linear classifier with cross-entropy on every view. Images without a label are ignored."""
 
     takes = (1, 12)
     refuses: Mapping[str, str] = {
@@ -43,26 +43,26 @@ class Supervised(Method):
         return in_one_batch(self.classifier, features)
 
     def loss(self, embeddings: Sequence[Tensor], targets: Targets, step: Step) -> Tensor:
-        """Return cross-entropy, averaged over views."""
+        """Return the cross-entropy, averaged over views."""
         assert targets.labels is not None
         return labelled_cross_entropy(torch.cat(list(embeddings)), targets.labels.repeat(len(embeddings)))
 
     def pairs(self, features: Sequence[Tensor], embeddings: Sequence[Tensor], targets: Targets) -> list[Pair]:
-        """Return none: no image is compared with another."""
+        """Return an empty list, because no image is compared with another."""
         return []
 
 
 @full_precision
 def labelled_cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
-    """Return cross-entropy, averaged over the labelled rows of all ranks; 0 where there are none.
+    """Return the cross-entropy, averaged over the labelled rows of all ranks; 0 if there are none.
 
     Args:
         logits: (N, classes).
         labels: (N,) int64; -1: unlabelled.
 
     Returns:
-        () this rank's sum over W times as much as its share of the labelled rows, so that the mean of the ranks' losses
-        is the loss of one process.
+        () W times this rank's sum, divided by the labelled rows of all ranks. So the mean over ranks is the loss of one
+        process.
     """
     precise = logits.float() if logits.dtype.itemsize < 4 else logits
     total = F.cross_entropy(precise, labels, ignore_index=-1, reduction="sum")

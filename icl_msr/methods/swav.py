@@ -18,7 +18,7 @@ from icl_msr.models.momentum import Queue
 
 
 class SwAV(Method):
-    """The prototypes that a global view is assigned to are predicted from all other views, local crops included.
+    """Predicts the prototypes that a global view is assigned to from all other views, including local crops.
 
     The regularizer compares the projections of the two global views. Non-semantic negatives go through the online
     encoder without gradient and are repelled from these projections (both ours).
@@ -59,15 +59,15 @@ class SwAV(Method):
         return attraction - (repulsion(first, targets.negatives) + repulsion(second, targets.negatives)) / 2
 
     def observe(self, targets: Targets, embeddings: Sequence[Tensor]) -> None:
-        """Take the projections of each global view into its queue, which fills long before it is used."""
+        """Add the projections of each global view to its queue. The queue is full long before it is used."""
         self.first_queue.push(embeddings[0])
         self.second_queue.push(embeddings[1])
 
     def frozen(self, step: Step) -> Iterable[nn.Parameter]:
-        """Return the prototypes, for the first epochs: the projections first spread over random ones."""
+        """Return the prototypes in the first epochs, so that the projections first spread over random prototypes."""
         return [self.prototypes] if step.epoch < self.freeze_epochs else []
 
     @torch.no_grad()
     def advance(self, step: Step) -> None:
-        """Return prototypes to the sphere: the loss sees their direction alone, and longer ones would turn slower."""
+        """Normalise the prototypes. The loss sees only their direction, and longer prototypes would turn slower."""
         self.prototypes.copy_(unit(self.prototypes))

@@ -13,7 +13,7 @@ from icl_msr.models.heads import mlp
 
 
 class VICReg(Method):
-    """Two views attract each other; a hinge on the variance and the covariances keep the embedding from collapse.
+    """Attracts two views. A hinge on the variance and a penalty on the covariances keep the embedding from collapse.
 
     The projector is the paper's expander. Non-semantic negatives go through the encoder without gradient and are
     repelled from the projection (ours).
@@ -33,7 +33,7 @@ class VICReg(Method):
         self.weights = (invariance, variance, covariance)
 
     def loss(self, embeddings: Sequence[Tensor], targets: Targets, step: Step) -> Tensor:
-        """Return invariance, variance and covariance (eq. 6), over the images of all ranks."""
+        """Return the variance, invariance and covariance loss (eq. 6), over the images of all ranks."""
         first, second = embeddings
         repelled = (repulsion(first, targets.negatives) + repulsion(second, targets.negatives)) / 2
         return vicreg(first, second, *self.weights) - repelled

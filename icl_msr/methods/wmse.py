@@ -17,10 +17,10 @@ from icl_msr.models.heads import mlp
 
 
 class WMSE(Method):
-    """Two views attract each other after each view's batch has been whitened, which scatters it over the sphere.
+    """Attracts two views after whitening the batch of each view, which scatters it over the sphere.
 
-    MSR and the repulsion of non-semantic negatives, which go through the encoder without gradient, see the projection
-    before the whitening (ours): whitened, an embedding is no function of its image alone.
+    MSR uses the projection before the whitening (ours), because a whitened embedding depends on other images too.
+    Non-semantic negatives go through the encoder without gradient and are repelled from the same projection (ours).
     """
 
     def __init__(
@@ -50,7 +50,7 @@ class WMSE(Method):
             )
 
     def loss(self, embeddings: Sequence[Tensor], targets: Targets, step: Step) -> Tensor:
-        """Return the squared error of embeddings that are whitened in sub-batches of the images of all ranks."""
+        """Return the squared error of whitened embeddings. Sub-batches are taken from the images of all ranks."""
         first, second = embeddings
         images = len(first) * world_size()
         self.require_batch(images)

@@ -1,1 +1,1 @@
-"""Backbones, heads, BatchNorm over ranks, foreign weights, exported encoders."""
+"""Backbones, heads, BatchNorm over all ranks, encoders of other libraries and exported encoders."""

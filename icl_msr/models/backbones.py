@@ -1,20 +1,18 @@
-"""Backbones with a stem that fits the image."""
+"""Backbones with a stem that fits the image size."""
 
 import difflib
 import inspect
 import json
 import math
+from collections import OrderedDict
 from collections.abc import Callable, Collection, Mapping
-from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from pydantic import ConfigDict, validate_call
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from icl_msr.core.errors import UserError
-from icl_msr.core.folder import RunFolder
+from icl_msr.models.weights import read_weights
 
 
 class Origin(NamedTuple):
@@ -24,15 +22,15 @@ class Origin(NamedTuple):
     """`timm` or `torchvision`."""
     name: str
     options: Mapping[str, Any]
-    """What the library is told beside the name."""
+    """Further arguments for the library, beside the name."""
     seed: int
-    """Of random weights."""
+    """Seed of random weights."""
 
 
 class Backbone(nn.Module):
-    """A network that turns images (N, 3, H, W) into pooled features (N, c).
+    """A network from images (N, 3, H, W) to pooled features (N, c).
 
-    `net` is a plain torchvision or timm model without its classifier, so its state dict is what other programs load.
+    `net` is a plain torchvision or timm model without its classifier, so other programs can load its state dict.
     """
 
     def __init__(self, net: nn.Module, channels: int, load: str = "", recipe: Mapping[str, Any] | None = None):
@@ -40,28 +38,28 @@ class Backbone(nn.Module):
         self.net = net
         self.channels = channels
         self.load = load
-        """Python that builds `net` without this package; written beside every exported encoder."""
+        """Python code that builds `net` without this package. It is written beside every exported encoder."""
         self.recipe = recipe
-        """The same as plain data, for `checkpoint.load_encoder`: a function under `builder`, and its arguments. None
-        where another package built `net`."""
+        """The same as plain data, for `exported.load_encoder`: the name of a function under `builder`, and its
+        arguments. None if another package built `net`."""
         self.pretrained: str | None = None
-        """Where its weights came from; None: they are random."""
+        """Source of its weights; None: they are random."""
         self.origin: Origin | None = None
-        """Which model of another library it is, if any."""
+        """The model of another library that it is, if any."""
 
     def parts(self) -> dict[str, "Backbone"]:
-        """Encoders inside, of use by themselves, that are exported beside the whole one."""
+        """Return encoders inside this one that are useful by themselves. They are exported beside the whole one."""
         return {}
 
     def forward(self, images: Tensor) -> Tensor:
-        """Pooled features: (N, 3, H, W) to (N, c)."""
+        """Return pooled features (N, c) of images (N, 3, H, W)."""
         features: Tensor = self.net(images)
         return features
 
     def last_stage(self) -> list[nn.Parameter]:
-        """Parameters of the last block of layers: layer4 of a ResNet, the last block of a transformer.
+        """Return the parameters of the last block of layers: layer4 of a ResNet, the last block of a transformer.
 
-        Containers that hold nearly all parameters are opened; layers after the block, such as a norm, belong to it.
+        Containers that hold nearly all parameters are opened. Layers after the block, such as a norm, belong to it.
         """
         inside: nn.Module = self.net
         after: list[nn.Parameter] = []
@@ -77,7 +75,10 @@ class Backbone(nn.Module):
             inside = list(inside.children())[heavy[-1]]
 
     def maps(self, images: Tensor) -> Tensor:
-        """The last feature map: (N, 3, H, W) to (N, c, h, w); a transformer's patch tokens laid out as a grid."""
+        """Return the last feature map (N, c, h, w) of images (N, 3, H, W).
+
+        The patch tokens of a transformer are laid out as a grid.
+        """
         if not hasattr(self.net, "forward_features"):
             for layer in self.net.children():
                 if isinstance(layer, nn.AdaptiveAvgPool2d | nn.Flatten):
@@ -93,55 +94,73 @@ class Backbone(nn.Module):
         return tokens.mT.reshape(len(tokens), -1, side, side)
 
 
-_TINY = """
-from collections import OrderedDict
-from torch import nn
-from torchvision.models.resnet import BasicBlock
+def tiny_network() -> nn.Module:
+    """Return a ResNet of three blocks: (N, 3, H, W) to (N, 128)."""
+    from torchvision.models.resnet import BasicBlock  # here, because torchvision takes as long as torch
 
-def shortcut(width, wider):
-    return nn.Sequential(nn.Conv2d(width, wider, 1, 2, bias=False), nn.BatchNorm2d(wider))
+    def shortcut(width: int, wider: int) -> nn.Module:
+        return nn.Sequential(nn.Conv2d(width, wider, 1, 2, bias=False), nn.BatchNorm2d(wider))
 
-net = nn.Sequential(OrderedDict(
-    conv1=nn.Conv2d(3, 32, 3, 2, 1, bias=False), bn1=nn.BatchNorm2d(32), relu=nn.ReLU(inplace=True),
-    layer1=BasicBlock(32, 32), layer2=BasicBlock(32, 64, 2, shortcut(32, 64)),
-    layer3=BasicBlock(64, 128, 2, shortcut(64, 128)), avgpool=nn.AdaptiveAvgPool2d(1), flatten=nn.Flatten()))
-"""
+    return nn.Sequential(
+        OrderedDict(
+            conv1=nn.Conv2d(3, 32, 3, 2, 1, bias=False),
+            bn1=nn.BatchNorm2d(32),
+            relu=nn.ReLU(inplace=True),
+            layer1=BasicBlock(32, 32),
+            layer2=BasicBlock(32, 64, 2, shortcut(32, 64)),
+            layer3=BasicBlock(64, 128, 2, shortcut(64, 128)),
+            avgpool=nn.AdaptiveAvgPool2d(1),
+            flatten=nn.Flatten(),
+        )
+    )
 
 
 def tiny(image_size: int, *, weights: str | None) -> Backbone:
-    """A small ResNet for studies on a CPU: 12 M multiply-adds at 32 px, c = 128, a 4 x 4 last map."""
+    """Build a small ResNet for studies on a CPU: 12 M multiply-adds at 32 px, c = 128, a 4 x 4 last map."""
     recipe = {"builder": "tiny", "image_size": image_size}
-    return with_weights(_build(_TINY, 128, recipe), weights)
+    return with_weights(Backbone(tiny_network(), 128, _TINY, recipe), weights)
+
+
+_TINY = f"""from collections import OrderedDict
+
+from torch import nn
+
+{inspect.getsource(tiny_network)}
+net = tiny_network()"""
 
 
 def resnet(image_size: int, *, name: str, stem: Literal["auto", "small", "standard"], weights: str | None) -> Backbone:
-    """A torchvision ResNet by name, with the small-image stem where it fits.
+    """Build a torchvision ResNet by name. Small images get a small stem.
 
-    The small stem is a 3 x 3 convolution of stride 1; up to 48 px the max-pool goes too, at 64 and 96 px it stays
-    (ICL-MSR, section 6.2). `auto` takes it up to 96 px.
+    The small stem is a 3 x 3 convolution of stride 1. Up to 48 px the max-pool is removed too; at 64 and 96 px it stays
+    (ICL-MSR, section 6.2). `auto` selects the small stem up to 96 px.
 
     Raises:
         UserError: torchvision has no ResNet of that name, or the weights do not fit.
     """
-    import torchvision  # here, because it takes as long as torch, and many a module needs no more than `Backbone`
+    import torchvision  # imported here, because it takes as long as torch, and many modules need only `Backbone`
 
     known = [n for n in torchvision.models.list_models() if n.startswith(("resnet", "resnext", "wide_resnet"))]
     if name not in known:
         raise UserError(f"backbone.name={name} is no torchvision ResNet; choose one of {', '.join(sorted(known))}.")
-    load = f"import torchvision\nfrom torch import nn\n\nnet = torchvision.models.{name}()\nnet.fc = nn.Identity()\n"
+    load = f"import torchvision\nfrom torch import nn\n\nnet = torchvision.models.{name}()\nnet.fc = nn.Identity()"
+    net = getattr(torchvision.models, name)()
+    net.fc = nn.Identity()
     if stem == "auto":
         stem = "small" if image_size <= 96 else "standard"
     if stem == "small":
-        load += "net.conv1 = nn.Conv2d(3, 64, 3, 1, 1, bias=False)\n"
+        load += "\nnet.conv1 = nn.Conv2d(3, 64, 3, 1, 1, bias=False)"
+        net.conv1 = nn.Conv2d(3, 64, 3, 1, 1, bias=False)
         if image_size <= 48:
-            load += "net.maxpool = nn.Identity()\n"
+            load += "\nnet.maxpool = nn.Identity()"
+            net.maxpool = nn.Identity()
     channels = 512 if name in ("resnet18", "resnet34") else 2048
     recipe = {"builder": "resnet", "image_size": image_size, "name": name, "stem": stem}
-    return with_weights(_build(load, channels, recipe), weights, torchvision_name=name)
+    return with_weights(Backbone(net, channels, load, recipe), weights, torchvision_name=name)
 
 
 def timm_model(image_size: int, *, name: str, options: dict[str, Any], weights: str | None) -> Backbone:
-    """Any timm model by name; `options` go to `timm.create_model`. Transformers are told the image size.
+    """Build a timm model by name. `options` go to `timm.create_model`; transformers also get the image size.
 
     Raises:
         UserError: timm is missing or has no such model, or the model refuses the image size or an option.
@@ -161,23 +180,27 @@ def timm_model(image_size: int, *, name: str, options: dict[str, Any], weights: 
     if "img_size" in inspect.signature(timm.create_model(name).__class__.__init__).parameters:
         options.setdefault("img_size", image_size)
     arguments = "".join(f", {key}={value!r}" for key, value in options.items())
-    load = f"import timm\n\nnet = timm.create_model({name!r}, num_classes=0{arguments})\n"
+    load = f"import timm\n\nnet = timm.create_model({name!r}, num_classes=0{arguments})"
     recipe = {"builder": "timm_model", "image_size": image_size, "name": name, "options": options}
     try:
-        backbone = _build(load, 0, recipe)
+        net = timm.create_model(name, num_classes=0, **options)
     except Exception as error:
         raise UserError(f"timm cannot build {name} with {options}: {error}.") from error
-    backbone.channels = int(backbone.net.num_features)  # type: ignore[arg-type]
-    return with_weights(backbone, weights, timm_name=name)
+    channels = int(net.num_features)  # type: ignore[arg-type]
+    return with_weights(Backbone(net, channels, load, recipe), weights, timm_name=name)
+
+
+_NO_OPTIONS = ("cache_dir", "num_classes", "features_only", "out_indices", "feature_cls", "exportable", "scriptable")
+"""Keywords of `timm.create_model` that are not keywords of a model, or that prevent pooled features."""
 
 
 def _require_plain(options: Mapping[str, Any]) -> None:
-    """Options become Python source and JSON, and may come from an encoder.json of unknown origin."""
+    """Check that options are plain data. They become Python source, and an encoder.json may be of unknown origin."""
     for key, value in options.items():
-        if not key.isidentifier() or key == "cache_dir" or key.startswith(("pretrained", "checkpoint")):
+        if not key.isidentifier() or key in _NO_OPTIONS or key.startswith(("pretrained", "checkpoint")):
             raise UserError(
-                f"backbone.options.{key} is not possible; options are keywords of the model, and weights come by "
-                "backbone.weights."
+                f"backbone.options.{key} is not possible; options are keywords of the model, which gives pooled "
+                "features, and weights come by backbone.weights."
             )
         try:
             plain = json.loads(json.dumps(value, allow_nan=False)) == value
@@ -189,21 +212,14 @@ def _require_plain(options: Mapping[str, Any]) -> None:
             )
 
 
-def _build(load: str, channels: int, recipe: Mapping[str, Any]) -> Backbone:
-    """Runs the very Python that is exported, so that what others will type is what was trained."""
-    scope: dict[str, Any] = {}
-    exec(load, scope)
-    return Backbone(scope["net"], channels, load.strip(), recipe)
-
-
 def from_recipe(
     recipe: Mapping[str, Any], weights: str | None, builders: Mapping[str, Callable[..., Backbone]]
 ) -> Backbone:
-    """Builds what a recipe says, with the functions that it may name and the types that they ask for.
+    """Build the network of a recipe with the given functions. Their annotations are checked.
 
     Raises:
-        AttributeError, KeyError, TypeError, ValidationError: it says something else.
-        UserError: no such network, or the weights do not fit.
+        AttributeError, KeyError, TypeError, ValidationError: the recipe is not valid.
+        UserError: there is no such network, or the weights do not fit.
     """
     keys = {key: value for key, value in recipe.items() if key != "builder"}
     build = validate_call(config=ConfigDict(strict=True))(builders[recipe["builder"]])
@@ -217,12 +233,18 @@ def with_weights(
     timm_name: str | None = None,
     beside: Collection[str] = (),
 ) -> Backbone:
-    """The backbone with weights from a file, a run folder or, by the network's name there, torchvision or timm.
+    """Load weights into a backbone and return it.
 
-    `beside` names what a file may hold that the backbone has not: a classifier.
+    Args:
+        backbone: the network that is loaded.
+        weights: a .safetensors file, a run folder, `torchvision` or `timm`. None: the weights stay random.
+        torchvision_name: the network's name in torchvision, if it has one.
+        timm_name: the network's name in timm, if it has one.
+        beside: names of tensors that a file may hold in addition, such as those of a classifier. A file's layers of
+            which the network has none, by the first part of their names, are left out too.
 
     Raises:
-        UserError: there are none, or they do not fit.
+        UserError: there are no such weights, or they do not fit.
     """
     if weights is None:
         return backbone
@@ -238,8 +260,9 @@ def with_weights(
 
         state = _download(lambda: timm.create_model(timm_name, pretrained=True, num_classes=0), weights)
     else:
-        state = read_weights(weights)
-    state = {name: tensor for name, tensor in state.items() if name not in beside}
+        state = read_weights(weights, backbone.net)
+    layers = {name.partition(".")[0] for name in backbone.net.state_dict()}  # others are left out, such as a projector
+    state = {n: tensor for n, tensor in state.items() if n not in beside and n.partition(".")[0] in layers}
     missing = backbone.net.state_dict().keys() ^ state.keys()
     shapes = [n for n, t in backbone.net.state_dict().items() if n in state and state[n].shape != t.shape]
     if missing or shapes:
@@ -250,26 +273,6 @@ def with_weights(
     backbone.net.load_state_dict(state)
     backbone.pretrained = weights
     return backbone
-
-
-def read_weights(weights: str) -> dict[str, Tensor]:
-    """The tensors of a .safetensors file, or of a run folder's encoder.
-
-    Raises:
-        UserError: there are none, or the run folder is of another format.
-    """
-    if RunFolder(Path(weights)).begun:
-        RunFolder(Path(weights)).require_format()
-    path = Path(weights) / "encoder.safetensors" if Path(weights).is_dir() else Path(weights)
-    if not path.is_file():
-        raise UserError(
-            f"backbone.weights={weights} is neither a .safetensors file nor a run folder that holds "
-            "encoder.safetensors; give the path of one, or null to start from random weights."
-        )
-    try:
-        return load_file(path)
-    except SafetensorError as error:
-        raise UserError(f"{path} cannot be read as safetensors ({error}); export the encoder again.") from None
 
 
 def _download(build: Callable[[], nn.Module], source: str) -> dict[str, Tensor]:

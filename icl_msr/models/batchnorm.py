@@ -1,8 +1,9 @@
 """BatchNorm over the batch of all ranks.
 
-Torch's SyncBatchNorm refuses CPU tensors and has neither a forward mode nor a second derivative, and the tangent of
-torch's BatchNorm has a wrong gradient (torch 2.15: its batch statistics count as constants); the bi-level step needs
-all of them. This one is made of differentiable operations and one `gather` a layer.
+The bi-level step needs a forward mode, second derivatives, and a correct gradient of the tangent, on CPUs too. Torch's
+SyncBatchNorm refuses CPU tensors and has neither a forward mode nor a second derivative. The tangent of torch's
+BatchNorm has a wrong gradient (torch 2.15: its batch statistics count as constants). This BatchNorm consists of
+differentiable operations and one `gather` per layer.
 """
 
 from collections.abc import Iterator
@@ -20,10 +21,10 @@ Kind = TypeVar("Kind", bound=nn.Module)
 
 
 class GlobalBatchNorm(_BatchNorm):
-    """Drop-in for BatchNorm1d, 2d and 3d: (N, C) or (N, C, ...) on each rank, N may differ between ranks.
+    """A drop-in replacement of BatchNorm1d, 2d and 3d for inputs (N, C) or (N, C, ...). N may differ between ranks.
 
-    In training mode all ranks must call it together; in evaluation mode nothing is exchanged. Statistics are in fp32 at
-    least; the output has the input's dtype.
+    In training mode all ranks must call it together. In evaluation mode nothing is exchanged. Statistics are at least
+    in fp32; the output has the input's dtype.
     """
 
     def _check_input_dim(self, input: Tensor) -> None:
@@ -31,7 +32,7 @@ class GlobalBatchNorm(_BatchNorm):
             raise ValueError(f"expected (N, C) or (N, C, ...), got {tuple(input.shape)}")
 
     def forward(self, input: Tensor) -> Tensor:
-        """Normalise with the mean and the biased variance of the global batch."""
+        """Normalise the input (N, C, ...) with the mean and the biased variance of the global batch."""
         if not self.training:
             return super().forward(input)
         self._check_input_dim(input)
@@ -42,11 +43,11 @@ class GlobalBatchNorm(_BatchNorm):
         if count * world_size() == 1:
             raise ValueError("BatchNorm needs more than one value per channel in training")
 
-        # Sums, not means, over the batch: a mean's backward pass writes out a gradient as large as the batch.
+        # Sums instead of means: the backward pass of a mean writes out a gradient as large as the batch.
         mean = batch.sum(rows) / count  # (C,)
         centred = batch - mean.view(shape)
         variance = (centred * centred).sum(rows) / count
-        # Means and variances of the ranks pool without cancellation, unlike sums of squares.
+        # Means and variances of ranks can be pooled without cancellation, unlike sums of squares.
         ranks = gather(torch.stack([torch.full_like(mean, count), mean, variance])[None])  # (W, 3, C)
         counts, means, variances = ranks.unbind(1)
         total = counts.detach().sum(0)
@@ -63,7 +64,7 @@ class GlobalBatchNorm(_BatchNorm):
 
     @torch.no_grad()
     def _track(self, mean: Tensor, variance: Tensor) -> None:
-        """Let running statistics follow, with the unbiased variance, as torch's do."""
+        """Update the running statistics with the mean and the unbiased variance, as torch does."""
         if self.running_mean is None or self.running_var is None or self.num_batches_tracked is None:
             return
         self.num_batches_tracked.add_(1)
@@ -73,10 +74,10 @@ class GlobalBatchNorm(_BatchNorm):
 
 
 def global_batch_norm(module: Kind) -> Kind:
-    """Turn every BatchNorm inside `module` into a `GlobalBatchNorm`, in place: same parameters, buffers and names.
+    """Turn every BatchNorm inside `module` into a `GlobalBatchNorm`, in place. Parameters, buffers and names stay.
 
     Raises:
-        UserError: a layer is a BatchNorm of a kind of its own, whose extra work would be lost.
+        UserError: a layer is a custom subclass of BatchNorm, whose extra work would be lost.
     """
     for name, layer in module.named_modules():
         if type(layer) in (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm):
@@ -91,7 +92,7 @@ def global_batch_norm(module: Kind) -> Kind:
 
 @contextmanager
 def frozen_statistics(module: nn.Module) -> Iterator[None]:
-    """Let BatchNorm layers inside `module` normalise as they do, and leave their running statistics alone."""
+    """Keep the running statistics of BatchNorm layers inside `module` unchanged. The layers normalise as usual."""
     layers = [m for m in module.modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
     for layer in layers:
         layer.track_running_stats = False

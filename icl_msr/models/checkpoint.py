@@ -1,4 +1,4 @@
-"""Read the checkpoint of a run, without executing anything in it."""
+"""Reads the checkpoint of a run without executing anything in it."""
 
 import pickle
 import zipfile
@@ -11,16 +11,18 @@ from icl_msr.core.errors import UserError
 
 
 def read_checkpoint(path: Path) -> dict[str, Any]:
-    """A run's checkpoint, on the CPU. Nothing in the file is executed.
+    """Return a run's checkpoint, on the CPU. Nothing in the file is executed.
 
     Raises:
-        UserError: there is none, it is damaged, it would execute code, or another program wrote it.
+        UserError: there is no such file, it is damaged, it would execute code, or another program wrote it.
     """
     if not path.is_file():
         raise UserError(f"There is no checkpoint {path}; give a run that has come to the end of its first epoch.")
     try:
         with zipfile.ZipFile(path) as archive:
-            damaged = archive.testzip() is not None  # torch writes checksums and never looks at them
+            # torch compresses nothing, writes checksums and never checks them.
+            packed = any(part.compress_type != zipfile.ZIP_STORED for part in archive.infolist())
+            damaged = packed or archive.testzip() is not None
     except Exception:
         damaged = True
     if damaged:

@@ -1,4 +1,4 @@
-"""Exported encoders: weights and a recipe, of use without this package."""
+"""Exported encoders: weights and a recipe, usable without this package."""
 
 import json
 from collections.abc import Callable, Mapping
@@ -20,15 +20,22 @@ BUILDERS: dict[str, Callable[..., Backbone]] = {
     "lab_encoder": lab_encoder,
     "half_encoder": half_encoder,
 }
-"""The only functions that the recipe in an encoder.json can name."""
+"""The only functions that a recipe in an encoder.json may name."""
 
 
 def export_encoder(backbone: Backbone, folder: Path, facts: Mapping[str, Any]) -> Path:
-    """Writes `encoder.safetensors` and `encoder.json` into a folder, and `encoder-<part>` likewise; returns the first.
+    """Write `encoder.safetensors` and `encoder.json` into a folder, and `encoder-<part>` of each part.
 
-    The weights fit the plain torchvision or timm model that the Python under `load` builds; `recipe` says the same to
-    `load_encoder`. `facts` (data set, mean, standard deviation, image size, method, ...) are plain data that stand
-    beside it.
+    The weights fit the plain torchvision or timm model that the Python code under `load` builds. `recipe` says the same
+    to `load_encoder`.
+
+    Args:
+        backbone: the encoder.
+        folder: an existing folder.
+        facts: further plain data for `encoder.json` (data set, mean, standard deviation, image size, method, ...).
+
+    Returns:
+        The path of `encoder.safetensors`.
     """
     encoders = by_file(backbone)
     for name, encoder in encoders.items():
@@ -41,19 +48,19 @@ def export_encoder(backbone: Backbone, folder: Path, facts: Mapping[str, Any]) -
 
 
 def by_file(backbone: Backbone) -> dict[str, Backbone]:
-    """What is exported of a backbone, by the name of the file with the weights: itself, then its parts, if any."""
+    """Return the exported encoders by the name of their weights file: the whole one first, then its parts."""
     parts = {f"encoder-{name}.safetensors": part for name, part in backbone.parts().items()}
     return {"encoder.safetensors": backbone, **parts}
 
 
 def weights(backbone: Backbone) -> bytes:
-    """The plain network's state dict as safetensors."""
-    # safetensors keeps no strides: weights in channels_last are laid out again.
+    """Return the plain network's state dict as safetensors."""
+    # safetensors keeps no strides, so weights in channels_last are made contiguous.
     return save({name: tensor.cpu().contiguous() for name, tensor in backbone.net.state_dict().items()})
 
 
 def python_to_load(backbone: Backbone, file: str) -> str:
-    """What a person types to have the network with the weights in `file`; nothing here executes it."""
+    """Return the Python code that loads the weights in `file` into the plain network. Nothing here executes it."""
     return (
         f"{backbone.load}\n\nfrom safetensors.torch import load_file\n\n"
         f"net.load_state_dict(load_file({json.dumps(file)}))\nnet.eval()"
@@ -61,7 +68,7 @@ def python_to_load(backbone: Backbone, file: str) -> str:
 
 
 def load_encoder(path: Path) -> tuple[Backbone, dict[str, Any]]:
-    """An exported encoder and its encoder.json, from their folder or either file. Nothing in them is executed.
+    """Return an exported encoder and its encoder.json, from their folder or either file, without executing anything.
 
     Raises:
         UserError: a file is missing or damaged, or the two do not fit.

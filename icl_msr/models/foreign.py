@@ -1,4 +1,4 @@
-"""Encoders that other programs made: by name from timm or torchvision, with their weights or with random ones."""
+"""Encoders of timm or torchvision by name, with their own weights or with random ones."""
 
 import difflib
 import re
@@ -11,14 +11,15 @@ from torch import nn
 
 from icl_msr.core.errors import UserError
 from icl_msr.core.imagenet import IMAGENET_CLASSES, IMAGENET_MEAN, IMAGENET_STD
-from icl_msr.models.backbones import Backbone, Origin, from_recipe, read_weights, resnet, timm_model, with_weights
+from icl_msr.models.backbones import Backbone, Origin, from_recipe, resnet, timm_model, with_weights
 from icl_msr.models.exported import BUILDERS
+from icl_msr.models.weights import read_weights
 
 LIBRARIES = ("timm", "torchvision")
 
 
 def require_known(library: str, name: str) -> None:
-    """Looks the name up, before anything is built.
+    """Check that a library has a model of this name, before anything is built.
 
     Raises:
         UserError: the library has no such model, or is not installed.
@@ -32,7 +33,7 @@ def require_known(library: str, name: str) -> None:
             ) from None
         known = [] if timm.is_model(name) else timm.list_models()
     else:
-        # Those for images: not for video, nor for boxes or masks, which lie in modules of their own.
+        # Only models for images. Those for video, boxes or masks are in other modules.
         known = torchvision.models.list_models(torchvision.models)
         known = [] if name in known else known
     if known:
@@ -42,13 +43,18 @@ def require_known(library: str, name: str) -> None:
 
 
 def foreign_encoder(library: str, name: str, image_size: int, weights: str | None, seed: int) -> Backbone:
-    """A model without its classifier, for images of `image_size` pixels.
+    """Build a model of another library without its classifier, for images of `image_size` pixels.
 
-    `weights` are the library's own, by its name, those in a .safetensors file, with the classifier or without, or, with
-    None, random ones that depend on `seed` alone.
+    Args:
+        library: `timm` or `torchvision`.
+        name: the model's name there.
+        image_size: side of the images in pixels.
+        weights: the library's name for its own weights, or a .safetensors file, with or without the classifier. None:
+            random weights.
+        seed: seed of random weights, which depend on nothing else.
 
     Raises:
-        UserError: there is no such model, or the weights cannot be had or do not fit.
+        UserError: there is no such model, or the weights are not available or do not fit.
     """
     require_known(library, name)
     own = weights in (None, library)
@@ -68,10 +74,10 @@ def foreign_encoder(library: str, name: str, image_size: int, weights: str | Non
 
 
 def with_classifier(encoder: nn.Module) -> Backbone:
-    """A model of another library whole: images to scores (N, 1000) of ImageNet's classes.
+    """Build a whole model of another library: images to scores (N, 1000) of ImageNet's classes.
 
-    All weights but the classifier's are those of `encoder`, which is left as it was. Those of a classifier that is
-    random depend on the seed alone.
+    All weights except the classifier's are those of `encoder`, which is not changed. A random classifier depends only
+    on the seed.
 
     Raises:
         UserError: the encoder is no such model, or its classifier has other classes or no weights.
@@ -94,16 +100,17 @@ def with_classifier(encoder: nn.Module) -> Backbone:
         )
     names, state = net.state_dict().keys(), encoder.net.state_dict()
     if weights not in (None, origin.library):
-        lacking = sorted(names - state.keys() - read_weights(weights).keys())
+        read = read_weights(weights, encoder.net)
+        lacking = sorted(names - state.keys() - read.keys())
         if lacking:
             raise UserError(f"{weights} has no classifier ({lacking[0]} is missing); leave out evaluation.head=true.")
-        state = {**read_weights(weights), **state}
+        state = {**read, **state}
     net.load_state_dict({name: state[name] for name in names & state.keys()}, strict=False)
     return Backbone(net, classes, f"{encoder.load}\n# and the classifier")
 
 
 def _whole(origin: Origin, pretrained: bool = False) -> nn.Module:
-    """The model as its library makes it."""
+    """Return the model as its library builds it."""
     net: nn.Module
     if origin.library == "timm":
         import timm
@@ -116,9 +123,9 @@ def _whole(origin: Origin, pretrained: bool = False) -> nn.Module:
 
 
 def _torchvision(name: str, image_size: int, options: Mapping[str, Any], weights: str | None) -> Backbone:
-    """The last linear layer is the classifier, and is taken off."""
+    """Build a torchvision model without its last linear layer, the classifier."""
     if re.match(r"(wide_)?resne(x)?t\d", name):
-        # As torchvision has it, whatever the size of the image.
+        # The stem is torchvision's own at any image size.
         return resnet(image_size, name=name, stem="standard", weights=weights)
     size = "".join(f", {key}={value}" for key, value in options.items())
     net = torchvision.models.get_model(name, **options)
@@ -153,7 +160,7 @@ def _torchvision(name: str, image_size: int, options: Mapping[str, Any], weights
 
 
 def statistics_of(library: str, name: str) -> tuple[Sequence[float], Sequence[float]]:
-    """Mean and standard deviation of the channels, of values in [0, 1], that a model was made for."""
+    """Return the mean and standard deviation of the channels, of values in [0, 1], that a model was trained with."""
     if library == "timm":
         import timm
 
@@ -164,7 +171,7 @@ def statistics_of(library: str, name: str) -> tuple[Sequence[float], Sequence[fl
 
 
 def image_size_of(library: str, name: str) -> int | None:
-    """Pixels of the images that the library's own weights are meant for, where it says so."""
+    """Return the side in pixels of the images that the library's own weights are meant for; None if it is not known."""
     if library == "timm":
         import timm
 
@@ -175,7 +182,7 @@ def image_size_of(library: str, name: str) -> int | None:
 
 
 def untrained_copy(backbone: Backbone, seed: int) -> Backbone | None:
-    """The same network with random weights that depend on `seed` alone; None where its recipe is not known."""
+    """Return the same network with random weights that depend only on `seed`; None if its recipe is not known."""
     if backbone.recipe is None:
         return None
     with torch.random.fork_rng(devices=[]):

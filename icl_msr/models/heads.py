@@ -10,10 +10,16 @@ from icl_msr.models.batchnorm import GlobalBatchNorm
 def mlp(
     *widths: int, norm: bool = True, norm_last: bool = False, activation: type[nn.Module] = nn.ReLU
 ) -> nn.Sequential:
-    """A head of linear layers widths[0] -> ... -> widths[-1], with BatchNorm and an activation between them.
+    """Build a head of linear layers widths[0] -> ... -> widths[-1], with BatchNorm and an activation between them.
 
-    `norm` puts BatchNorm before every activation (the linear layer then has no bias); `norm_last` ends with one. It is
-    the one whose forward mode can be differentiated: torch's silently takes the batch statistics for constants.
+    The BatchNorm is `GlobalBatchNorm`. Its forward mode can be differentiated. In torch's own, the batch statistics
+    silently count as constants.
+
+    Args:
+        widths: width of the input, of the hidden layers and of the output.
+        norm: put BatchNorm before every activation. The linear layer then has no bias.
+        norm_last: end with BatchNorm.
+        activation: the class of the activations.
     """
     layers: list[nn.Module] = []
     for depth, (width, wider) in enumerate(itertools.pairwise(widths), start=2):

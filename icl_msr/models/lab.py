@@ -1,4 +1,4 @@
-"""Two encoders of half width, one for the lightness of an image and one for its colours (CMC; Tian et al. 2020)."""
+"""Two encoders of half width: one for the lightness of an image, one for its colours (CMC; Tian et al. 2020)."""
 
 import copy
 import inspect
@@ -13,10 +13,10 @@ from icl_msr.models.backbones import Backbone, from_recipe, resnet, tiny, with_w
 
 
 def to_lab(images: Tensor) -> Tensor:
-    """CIE 1976 L*a*b* under the white point D65, scaled.
+    """Convert images to CIE 1976 L*a*b* under the white point D65, scaled.
 
     Args:
-        images: (N, 3, H, W) sRGB in [0, 1] (IEC 61966-2-1); what lies outside is clamped.
+        images: (N, 3, H, W) sRGB in [0, 1] (IEC 61966-2-1). Values outside are clamped.
 
     Returns:
         (N, 3, H, W): L / 50 - 1, within [-1, 1]; a / 100 and b / 100, zero for grays and within [-1.1, 1.1].
@@ -25,7 +25,7 @@ def to_lab(images: Tensor) -> Tensor:
     linear = torch.where(images > 0.04045, ((images + 0.055) / 1.055) ** 2.4, images / 12.92)
     red, green, blue = linear.unbind(1)
     to_xyz = ((0.4124, 0.3576, 0.1805), (0.2126, 0.7152, 0.0722), (0.0193, 0.1192, 0.9505))
-    # A row's sum is that of white, which XYZ is taken relative to.
+    # XYZ is relative to white, whose value is the sum of a row.
     xyz = torch.stack([(r * red + g * green + b * blue) / (r + g + b) for r, g, b in to_xyz], dim=1)
     edge = 6 / 29
     x, y, z = torch.where(xyz > edge**3, xyz ** (1 / 3), xyz / (3 * edge**2) + 4 / 29).unbind(1)
@@ -33,7 +33,7 @@ def to_lab(images: Tensor) -> Tensor:
 
 
 def half(network: nn.Module, inputs: int) -> nn.Module:
-    """A convolutional network with half the channels everywhere, afresh, and a stem for `inputs` instead of 3."""
+    """Return a convolutional network with half the channels everywhere, new weights, and `inputs` input channels."""
     network = copy.deepcopy(network)
     for name, layer in list(network.named_modules()):
         if isinstance(layer, nn.Conv2d):
@@ -48,7 +48,10 @@ def half(network: nn.Module, inputs: int) -> nn.Module:
 
 
 class LabNetwork(nn.Module):
-    """Images (N, 3, H, W), normalised with `mean` and `std`, to features (N, c): those of L, then those of ab."""
+    """A network from normalised images (N, 3, H, W) to features (N, c), first those of L, then those of ab.
+
+    `mean` and `std` are those that the images were normalised with.
+    """
 
     def __init__(self, network: nn.Module, mean: Sequence[float], std: Sequence[float]):
         super().__init__()
@@ -57,7 +60,7 @@ class LabNetwork(nn.Module):
         self.mean, self.std = list(mean), list(std)
 
     def split(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """What `l` and `ab` take of normalised images: (N, 1, H, W) and (N, 2, H, W)."""
+        """Return the inputs of `l` and `ab`, (N, 1, H, W) and (N, 2, H, W), of normalised images (N, 3, H, W)."""
         exact = images.float() if images.dtype.itemsize < 4 else images
         channels = zip(exact.unbind(1), self.mean, self.std, strict=True)
         rgb = torch.stack([channel * std + mean for channel, mean, std in channels], dim=1)
@@ -65,7 +68,7 @@ class LabNetwork(nn.Module):
         return lab[:, :1], lab[:, 1:]
 
     def forward(self, images: Tensor) -> Tensor:
-        """(N, 3, H, W) to (N, c)."""
+        """Return features (N, c) of normalised images (N, 3, H, W)."""
         lightness, colours = self.split(images)
         return torch.cat([self.l(lightness), self.ab(colours)], dim=1)
 
@@ -77,13 +80,13 @@ import torch
 from torch import Tensor, nn
 """
 SOURCE = "\n\n".join([IMPORTS, *(inspect.getsource(part) for part in (to_lab, half, LabNetwork))])
-"""Python that stands beside exported encoders: all of the above, which therefore needs PyTorch alone."""
+"""Python code that is written beside exported encoders: all of the above. So it may use only PyTorch."""
 
 
 class LabBackbone(Backbone):
-    """Two copies of a backbone's network, each with half its channels, in place of the one; c stays what it was.
+    """A backbone of two copies of a network, each with half its channels. c stays the same.
 
-    To all others it is a backbone like any: normalised images in, (N, c) features out, those of L before those of ab.
+    It is used as any other backbone: normalised images in, features (N, c) out, first those of L, then those of ab.
 
     Raises:
         UserError: the network cannot be halved, or has weights that would be lost.
@@ -95,13 +98,13 @@ class LabBackbone(Backbone):
         layers = {type(m) for m in whole.net.modules() if list(m.parameters(recurse=False))}
         if hasattr(whole.net, "forward_features") or not layers <= {nn.Conv2d, nn.BatchNorm2d}:
             raise UserError(
-                "CMC halves the channels of a network and knows how for plain convolutional ones; choose backbone=tiny "
-                "or one of torchvision's ResNets, such as backbone=resnet18."
+                "CMC halves the channels of a network, which works only for plain convolutional ones; choose "
+                "backbone=tiny or one of torchvision's ResNets, such as backbone=resnet18."
             )
         if whole.pretrained is not None:
             raise UserError(
-                f"CMC's two encoders of half width begin afresh, and backbone.weights={whole.pretrained} are those of "
-                "a whole one; drop backbone.weights."
+                f"CMC's two encoders of half width start from random weights, and backbone.weights={whole.pretrained} "
+                "fit only a whole network; drop backbone.weights."
             )
         mean, std = [float(m) for m in mean], [float(s) for s in std]
         load = f"{whole.load}\n\n{SOURCE}\n\nnet = LabNetwork(net, mean={mean}, std={std})"
@@ -111,12 +114,12 @@ class LabBackbone(Backbone):
         self.whole = (whole.load, whole.recipe)
 
     def maps(self, images: Tensor) -> Tensor:
-        """The last feature maps of both: (N, 3, H, W) to (N, c, h, w)."""
+        """Return the last feature maps of both encoders, (N, c, h, w), of images (N, 3, H, W)."""
         parts = zip(self.parts().values(), self.net.split(images), strict=True)
         return torch.cat([part.maps(channels) for part, channels in parts], dim=1)
 
     def parts(self) -> dict[str, Backbone]:
-        """The encoder of L and that of ab, of `to_lab`'s channels."""
+        """Return the encoder of L and the encoder of ab, which take channels of `to_lab`."""
         load, recipe = self.whole
         parts: dict[str, Backbone] = {}
         for name, net, inputs, channels in (("l", self.net.l, 1, ":1"), ("ab", self.net.ab, 2, "1:")):
@@ -128,12 +131,12 @@ class LabBackbone(Backbone):
 
 
 def lab_encoder(*, whole: dict[str, Any], mean: list[float], std: list[float], weights: str | None) -> Backbone:
-    """A `LabBackbone` from the recipe of the network that it halves."""
+    """Build a `LabBackbone` from the recipe of the network that it halves."""
     return with_weights(LabBackbone(_plain(whole), mean, std), weights)
 
 
 def half_encoder(*, whole: dict[str, Any], inputs: Literal[1, 2], weights: str | None) -> Backbone:
-    """One of its parts."""
+    """Build one part of a `LabBackbone`: the encoder of L (`inputs` 1) or of ab (`inputs` 2)."""
     parts = LabBackbone(_plain(whole), (0, 0, 0), (1, 1, 1)).parts()
     return with_weights(parts["l" if inputs == 1 else "ab"], weights)
 

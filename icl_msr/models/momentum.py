@@ -1,4 +1,4 @@
-"""What momentum methods share: the slowly following copy of an encoder, and the queue of its keys."""
+"""Parts of momentum methods: a copy of an encoder that follows it slowly, and a queue of its keys."""
 
 import copy
 import itertools
@@ -14,22 +14,22 @@ from icl_msr.losses.contrastive import unit
 from icl_msr.models.backbones import Backbone
 
 Momentum = Annotated[float, Field(ge=0, le=1)]
-"""Share m of the old value in an exponential moving average."""
+"""Weight m of the old value in an exponential moving average."""
 Statistics = Literal["own", "online"]
-"""Whose running statistics a momentum encoder has."""
+"""Source of a momentum encoder's running statistics: its own batches, or the online encoder."""
 
 
 class MomentumEncoder(nn.Module):
     """A copy of backbone and projector that follows them and is never trained.
 
-    It stays in training mode, so that it normalises with batch statistics as its source does. Its running statistics,
-    which matter where it is evaluated, are its `own`, or those of the `online` encoder.
+    It stays in training mode, so that it normalises with batch statistics as its source does. Its running statistics
+    matter only when it is evaluated.
 
     Args:
-        backbone, projector: what is copied.
+        backbone, projector: the networks that are copied.
         momentum: m of each step.
-        statistics: see above.
-        rising: m grows to 1 on a cosine over all of training (BYOL, section 3.2).
+        statistics: `own` keeps running statistics of its own batches; `online` copies those of the online encoder.
+        rising: True lets m grow to 1 on a cosine over the whole training (BYOL, section 3.2).
     """
 
     def __init__(
@@ -53,11 +53,11 @@ class MomentumEncoder(nn.Module):
 
     @torch.no_grad()
     def follow(self, backbone: nn.Module, projector: nn.Module, progress: float) -> None:
-        """Move: theta_k <- m theta_k + (1 - m) theta_q, over all parameters at once.
+        """Update all parameters: theta_k <- m theta_k + (1 - m) theta_q.
 
         Args:
-            backbone, projector: those that are trained.
-            progress: how much of training is over, from 0 to 1.
+            backbone, projector: the trained networks.
+            progress: finished share of training, from 0 to 1.
         """
         momentum = rising_momentum(self.momentum, progress) if self.rising else self.momentum
         mine: list[Tensor] = list(self.parameters())
@@ -70,12 +70,12 @@ class MomentumEncoder(nn.Module):
 
 
 def rising_momentum(base: float, progress: float) -> float:
-    """Return what lies on a cosine from `base` to 1 (BYOL, section 3.2)."""
+    """Return the momentum on a cosine from `base` at progress 0 to 1 at progress 1 (BYOL, section 3.2)."""
     return 1 - (1 - base) * (math.cos(math.pi * progress) + 1) / 2
 
 
 class Queue(nn.Module):
-    """The last K keys of all ranks: a ring that wraps, lies in the checkpoint and starts as random unit vectors."""
+    """A ring buffer of the last K keys of all ranks. It is saved in checkpoints and starts with random unit vectors."""
 
     keys: Tensor
     position: Tensor

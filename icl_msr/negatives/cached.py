@@ -1,4 +1,4 @@
-"""Negatives from a folder of textures that were made before, by `python -m icl_msr.textures` or by another program."""
+"""Negatives from a folder of textures that `python -m icl_msr.textures` or another program wrote."""
 
 import os
 from collections import Counter
@@ -13,10 +13,10 @@ from icl_msr.data.files import FileSplit
 
 
 class CachedNegatives:
-    """One texture an image, which is cropped, flipped and coloured as the query is.
+    """One texture per image, cropped, flipped and coloured as the query is.
 
-    The folder has the training images' own classes and names: `<folder>/train/<class>/<stem>.png`, or without `train`,
-    as the textures of Ge et al. 2021 have beside ImageNet.
+    The folder has the classes and names of the training images: `<folder>/train/<class>/<stem>.png`. `train` may be
+    left out, as in the ImageNet textures of Ge et al. 2021.
     """
 
     def __init__(
@@ -29,15 +29,15 @@ class CachedNegatives:
         repulsion: NonNegativeFloat,
     ) -> None:
         self.folder = Path(folder).expanduser()
-        # What the losses read; see `icl_msr.core.views.NonSemantic`.
+        # The losses read these; see `icl_msr.core.views.NonSemantic`.
         self.alpha, self.alpha_mode, self.alpha_schedule = alpha, alpha_mode, alpha_schedule
         self.repulsion = repulsion
 
     def open(self, dataset: Dataset) -> Split:
-        """The texture of each training image, in their order; in memory where the images are.
+        """Return the textures of the training images, in the same order. They are in memory if the images are.
 
         Raises:
-            UserError: there is no such folder, or it lacks some of them.
+            UserError: the folder does not exist, or lacks some textures.
         """
         if not self.folder.is_dir():
             raise UserError(
@@ -59,7 +59,7 @@ class CachedNegatives:
 
 
 def texture_names(dataset: Dataset) -> list[str]:
-    """`<class>/<stem>.png` for each training image; its number takes the place of a stem where there are no files.
+    """Return `<class>/<stem>.png` of each training image. An image without a file has its number in place of the stem.
 
     Raises:
         UserError: two images have the same name.
@@ -77,7 +77,7 @@ def texture_names(dataset: Dataset) -> list[str]:
 
 
 def _below(file: Path, folder: str) -> str:
-    """The path from the class folder on, with folders in it that it may have."""
+    """Return the path from the class folder on, including folders inside it."""
     path = file.with_suffix(".png")
     above = next((parent for parent in path.parents if parent.name == folder), path.parent)
     return f"{folder}/{path.relative_to(above).as_posix()}"

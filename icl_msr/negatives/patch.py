@@ -10,20 +10,22 @@ from icl_msr.core.views import AlphaMode, AlphaSchedule
 
 
 class PatchNegatives:
-    """Tiles a canvas with d x d patches of the image, each from a place of its own, and cuts it to the image's size.
+    """Tiles a canvas with d x d patches of the image, each from a random place, and cuts it to the image's size.
 
-    Every negative of every image has its own d, uniform over the integers from `smallest` to `largest`, which are
-    given for images of side `reference` and scale with the actual one. In the paper patches are neither flipped nor
-    rotated and may overlap.
+    Every negative of every image has its own d, uniform over the integers from `smallest` to `largest`. These are given
+    for images of side `reference` and scale with the actual side. In the paper, patches are neither flipped nor rotated
+    and may overlap.
 
-    Variants (ours): with `shuffle` the patches are those of a grid on the image, each used once, in random order
-    (where d does not divide the side, the last ones of the grid reach back, and the canvas cuts what it has in the
-    place of the last ones); with `flips` half of the patches are mirrored, left and right; with `rotations` each is
-    turned by 0, 90, 180 or 270 degrees.
+    Variants (ours):
+
+    * `shuffle`: the patches are those of a grid on the image, each used once, in random order. If d does not divide the
+      side, the last patches of the grid are moved inwards to fit, and the canvas cuts the patches at its own border.
+    * `flips`: half of the patches are mirrored left to right.
+    * `rotations`: each patch is rotated by 0, 90, 180 or 270 degrees.
     """
 
     copies_rows_from = 64
-    """Side in pixels from which a CPU copies rows of patches; smaller images, and other devices, pick single pixels."""
+    """Smallest side in pixels at which a CPU copies rows of patches. Smaller images and GPUs gather single pixels."""
 
     def __init__(
         self,
@@ -50,17 +52,17 @@ class PatchNegatives:
         self.largest = largest
         self.reference = reference
         self.shuffle, self.flips, self.rotations = shuffle, flips, rotations
-        # What the losses read; see `icl_msr.core.views.NonSemantic`.
+        # The losses read these; see `icl_msr.core.views.NonSemantic`.
         self.alpha, self.alpha_mode, self.alpha_schedule = alpha, alpha_mode, alpha_schedule
         self.repulsion = repulsion
 
     def sizes(self, side: int) -> tuple[int, int]:
-        """Smallest and largest d, in pixels, for images whose shorter side is `side`."""
+        """Return the smallest and the largest d, in pixels, for images whose shorter side is `side`."""
         low, high = (round(d * side / self.reference) for d in (self.smallest, self.largest))
         return min(max(low, 1), side - 1), min(max(high, 1), side - 1)
 
     def __call__(self, query: Tensor, keys: Tensor) -> Tensor:
-        """m negatives (N, m, C, H, W) of each image.
+        """Return m negatives of each image, (N, m, C, H, W).
 
         Args:
             query: (N, C, H, W) of any dtype, usually the first view, augmented and normalised; H and W at least 2.
@@ -71,8 +73,8 @@ class PatchNegatives:
         low, high = self.sizes(min(height, width))
         down, across = height // low + 1, width // low + 1
         cells = down * across
-        # One number for d and one for each cell of the finest grid: its high half places the patch vertically, its
-        # low half horizontally; a second one, if it is needed, turns it.
+        # One number gives d. Each cell of the finest grid has one more: its high half places the patch vertically, its
+        # low half horizontally. A second number per cell, if needed, rotates and mirrors the patch.
         numbers = integers(keys, m * (1 + cells)).view(n * m, -1)
         d = low + (numbers[:, :1] * (high - low + 1) >> 32)
         if self.shuffle:
@@ -96,16 +98,16 @@ class PatchNegatives:
         return pixels.gather(3, source.view(n, m, 1, -1).expand(-1, -1, c, -1)).view(n, m, c, height, width)
 
     def _turned(self, numbers: Tensor, row: Tensor, column: Tensor, d: Tensor, width: int) -> Tensor:
-        """Where in its patch each pixel comes from, as an offset in the image: (B, H, W).
+        """Return the source of each pixel in its patch, as an offset in the image: (B, H, W).
 
-        The two highest bits of a patch's number say how many quarter turns it takes, the next one whether it is
-        mirrored before.
+        The two highest bits of a patch's number are its quarter turns. The next bit says whether it is mirrored before
+        that.
 
         Args:
-            numbers: (B, H, W), that of each pixel's patch.
-            row: (B, H), of a pixel in its patch.
-            column: (B, W), likewise.
-            d: (B, 1).
+            numbers: (B, H, W), number of each pixel's patch.
+            row: (B, H), row of a pixel in its patch.
+            column: (B, W), column of a pixel in its patch.
+            d: (B, 1), side of the patches.
             width: of the image.
         """
         quarters = (numbers >> 30) * self.rotations
@@ -119,12 +121,12 @@ class PatchNegatives:
 
 
 def _row_by_row(query: Tensor, corner: Tensor, sizes: list[int]) -> Tensor:
-    """Images from patches as they are; a row of a patch is one piece of memory.
+    """Build images from unchanged patches, by copying whole rows of patches.
 
     Args:
         query: (N, C, H, W).
-        corner: int64 (N m, down, across), where in its image the patch of each cell begins, row after row.
-        sizes: d of each of the N m negatives; those of one size are made together.
+        corner: int64 (N m, down, across), offset in the image at which the patch of each cell begins.
+        sizes: d of each of the N m negatives. Those of one size are built together.
     """
     n, c, height, width = query.shape
     m = len(sizes) // n
@@ -143,19 +145,19 @@ def _row_by_row(query: Tensor, corner: Tensor, sizes: list[int]) -> Tensor:
 
 
 def _shuffled(numbers: Tensor, d: Tensor, height: int, width: int, across: int) -> tuple[Tensor, Tensor]:
-    """The top left corner of the patch in each cell, (B, cells), when each patch of the grid is used once.
+    """Return the top left corner of the patch in each cell, (B, cells), if each patch of the grid is used once.
 
     Args:
-        numbers: (B, cells) for the cells of the finest grid, which has `across` columns.
+        numbers: (B, cells) random numbers for the cells of the finest grid.
         d: (B, 1).
         height, width: of the images.
-        across: see above.
+        across: columns of the finest grid.
     """
     cell = torch.arange(numbers.shape[1], device=numbers.device)
     row, column = cell // across, cell % across
     down_d, across_d = -(-height // d), -(-width // d)
     unused = (row >= down_d) | (column >= across_d)
-    # The patches by their numbers; those of the grid come first, and the k-th of them goes to its k-th cell.
+    # Sort the patches by their numbers. Those of the grid come first, and the k-th of them goes to its k-th cell.
     order = torch.where(unused, 2**32, numbers).argsort(dim=1, stable=True)
     patch = order.gather(1, torch.where(unused, 0, row * across_d + column))
     return torch.minimum(patch // across * d, height - d), torch.minimum(patch % across * d, width - d)

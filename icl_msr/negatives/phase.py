@@ -11,12 +11,12 @@ from icl_msr.core.views import AlphaMode, AlphaSchedule
 
 
 class PhaseNegatives:
-    """Gives every frequency of an image a random phase: its second-order statistics stay, and no place or shape does.
+    """Gives every frequency of an image a random phase. Second-order statistics stay; places and shapes are lost.
 
-    The three channels of a frequency are turned by the same angle, so that the correlations of the colours stay, at
-    every distance. A spectrum is that of an image repeated without end, and the jump at its border would show as
-    stripes; so the phases are those of the image's periodic component (Moisan 2011), and each channel is brought back
-    to the mean and the standard deviation of the image.
+    The three channels of a frequency are rotated by the same angle, so that the correlations of the colours are kept at
+    every distance. A spectrum belongs to an image that is repeated without end, and the jump at its border would show
+    as stripes. So the spectrum is that of the image's periodic component (Moisan 2011). Each channel is then scaled
+    back to the mean and the standard deviation of the image.
     """
 
     def __init__(
@@ -29,12 +29,12 @@ class PhaseNegatives:
         repulsion: NonNegativeFloat,
     ) -> None:
         self.count = count
-        # What the losses read; see `icl_msr.core.views.NonSemantic`.
+        # The losses read these; see `icl_msr.core.views.NonSemantic`.
         self.alpha, self.alpha_mode, self.alpha_schedule = alpha, alpha_mode, alpha_schedule
         self.repulsion = repulsion
 
     def __call__(self, query: Tensor, keys: Tensor) -> Tensor:
-        """m negatives (N, m, C, H, W) of each image.
+        """Return m negatives of each image, (N, m, C, H, W).
 
         Args:
             query: floating point (N, C, H, W), usually the first view, augmented and normalised.
@@ -53,10 +53,11 @@ class PhaseNegatives:
 
 
 def periodic_spectrum(images: Tensor) -> Tensor:
-    """`rfft2`, complex (N, C, H, W // 2 + 1), of the periodic component of images float (N, C, H, W).
+    """Return `rfft2`, complex (N, C, H, W // 2 + 1), of the periodic component of images, float (N, C, H, W).
 
-    It is the image minus the smooth component whose Laplacian is the jump across the border (Moisan 2011, eq. 11, 12).
-    The jump lies in the first and last rows and columns alone, so one-dimensional transforms give its spectrum.
+    The periodic component is the image minus a smooth component, whose Laplacian is the jump across the border (Moisan
+    2011, eq. 11, 12). The jump is zero outside the first and last rows and columns, so one-dimensional transforms give
+    its spectrum.
     """
     height, width = images.shape[-2:]
     q = 2 * math.pi * torch.fft.fftfreq(height, device=images.device)[:, None]
@@ -71,14 +72,14 @@ def periodic_spectrum(images: Tensor) -> Tensor:
 
 
 def _power(images: Tensor) -> Tensor:
-    """Mean of the squares over each channel: (..., H, W) to (..., 1, 1)."""
+    """Return the mean square of each channel: (..., H, W) to (..., 1, 1)."""
     return images.square().mean((-2, -1), keepdim=True)
 
 
 def _random_phases(numbers: Tensor, width: int) -> Tensor:
-    """exp(i phi) for the spectrum of a real image: (..., H, W // 2 + 1), from as many uniform numbers in [0, 1).
+    """Return exp(i phi) for the spectrum of a real image from uniform numbers in [0, 1), both (..., H, W // 2 + 1).
 
-    Two columns hold both a frequency and its negative, whose phase is the opposite one; and the mean is not turned.
+    Two columns hold both a frequency and its negative, whose phase is the opposite. The mean is not rotated.
     """
     phase = 2 * math.pi * numbers
     for column in {0, width // 2} if width % 2 == 0 else {0}:

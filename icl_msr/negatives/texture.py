@@ -1,6 +1,6 @@
 """Texture negatives: a texture synthesised from two pieces of an image (Ge et al. 2021, section 3), by image quilting.
 
-Efros and Freeman. Image Quilting for Texture Synthesis and Transfer. SIGGRAPH 2001.
+Source of the algorithm: Efros and Freeman. Image Quilting for Texture Synthesis and Transfer. SIGGRAPH 2001.
 """
 
 from collections.abc import Iterator
@@ -16,18 +16,19 @@ from icl_msr.core.randomness import integers
 from icl_msr.core.views import AlphaMode, AlphaSchedule
 
 _PIXELS = 2**20
-"""Pixels that a CPU works on at a time, so that its candidates stay near its cache."""
+"""Number of pixels that a CPU works on at a time, so that the candidates fit into its cache."""
 
 
 class TextureNegatives:
-    """Sews blocks of two examples together: the centre of the image and a piece of it from a uniform position.
+    """Sews together blocks of two examples: the centre of the image and a piece of it from a uniform position.
 
-    Blocks are laid from left to right and from the top down, each over the edges of its neighbours. Out of
-    `candidates` random blocks of both examples it is a random one of those whose difference from the edges, a sum of
-    squares, is at most 1 + `tolerance` times the smallest; and it is cut out along the path of least difference.
+    Blocks are laid from left to right and from top to bottom, each over the edges of its neighbours. The error of a
+    block is the sum of squared differences from these edges. Each block is drawn from `candidates` random blocks of
+    both examples, among those whose error is at most 1 + `tolerance` times the smallest. It is cut out along the path
+    of least difference.
 
     The paper's textures come from another program, offline, and from the raw image; see `icl_msr.textures` for that.
-    Sizes are given for images of side `reference` and scale with the actual one.
+    Sizes are given for images of side `reference` and scale with the actual side.
     """
 
     def __init__(
@@ -54,19 +55,19 @@ class TextureNegatives:
         self.count = count
         self.example, self.block, self.overlap, self.reference = example, block, overlap, reference
         self.candidates, self.tolerance = candidates, tolerance
-        # What the losses read; see `icl_msr.core.views.NonSemantic`.
+        # The losses read these; see `icl_msr.core.views.NonSemantic`.
         self.alpha, self.alpha_mode, self.alpha_schedule = alpha, alpha_mode, alpha_schedule
         self.repulsion = repulsion
 
     def sizes(self, side: int) -> tuple[int, int, int]:
-        """Sides of example, block and overlap, in pixels, for images whose shorter side is `side`."""
+        """Return the sides of example, block and overlap, in pixels, for images whose shorter side is `side`."""
         example, block, overlap = (round(s * side / self.reference) for s in (self.example, self.block, self.overlap))
         example = min(max(example, 2), side)
         block = min(max(block, 4), example)
         return example, block, min(max(overlap, 2), block // 2)
 
     def __call__(self, query: Tensor, keys: Tensor) -> Tensor:
-        """m negatives (N, m, C, H, W) of each image.
+        """Return m negatives of each image, (N, m, C, H, W).
 
         Args:
             query: (N, C, H, W) of any dtype, usually the first view, augmented and normalised; H and W at least 2.
@@ -77,10 +78,10 @@ class TextureNegatives:
         return self.quilt(examples, keys, height, width)
 
     def examples(self, images: Tensor, keys: Tensor, side: int) -> Tensor:
-        """The centre and m pieces from uniform positions: (N, 1 + m, C, side, side).
+        """Return the centre of each image and m pieces from uniform positions, (N, 1 + m, C, side, side).
 
         Args:
-            images: (N, C, H, W), neither H nor W less than `side`.
+            images: (N, C, H, W), with H and W at least `side`.
             keys: int64 (N,).
             side: in pixels.
         """
@@ -99,10 +100,10 @@ class TextureNegatives:
 
     @torch.no_grad()
     def quilt(self, examples: Tensor, keys: Tensor, height: int, width: int) -> Tensor:
-        """Textures (N, m, C, height, width) from examples (N, 1 + m, C, p, p); each is made of the first and its own.
+        """Return textures (N, m, C, height, width) from examples. Each is made of the first example and its own.
 
         Args:
-            examples: see `examples`.
+            examples: (N, 1 + m, C, p, p), from `examples`.
             keys: int64 (N,).
             height, width: of the textures, in pixels.
         """
@@ -127,11 +128,11 @@ class TextureNegatives:
 
 @dataclass
 class _Plan:
-    """Where the blocks lie, and in which order: wave by wave.
+    """The places of the blocks and the order in which they are laid, in waves.
 
     A block needs its left neighbour and the three above it. So the blocks (row, column) with column + 2 row = t can be
-    laid at the same time, after those of smaller t, with the same result as one after the other. In memory the blocks
-    of a wave are evenly spaced, so that they are a strided view of the canvas, to read and to write.
+    laid at the same time, after those of smaller t. The result is the same as for one after the other. In memory the
+    blocks of a wave are evenly spaced, so that one strided view of the canvas reads and writes them.
     """
 
     height: int
@@ -145,21 +146,21 @@ class _Plan:
         self.down, self.across = (max(1, -(-(s - self.overlap) // self.step)) for s in (self.height, self.width))
 
     def __len__(self) -> int:
-        """Waves."""
+        """Return the number of waves."""
         return self.across + 2 * (self.down - 1)
 
     def canvas(self) -> tuple[int, int]:
-        """Height and width that the blocks cover."""
+        """Height and width that the blocks cover, in pixels."""
         return self.overlap + self.step * self.down, self.overlap + self.step * self.across
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        """The blocks (row, column) of each wave, from the top right to the bottom left."""
+        """Yield the blocks (row, column) of each wave, from the top right to the bottom left."""
         for t in range(len(self)):
             rows = range(max(0, -(-(t - self.across + 1) // 2)), min(self.down - 1, t // 2) + 1)
             yield [(row, t - 2 * row) for row in rows]
 
     def blocks(self, canvas: Tensor, wave: list[tuple[int, int]]) -> Tensor:
-        """The blocks of a wave as a view (B, n, block, block, channels) of a contiguous canvas (B, h, w, channels)."""
+        """Return a wave's blocks (B, n, block, block, channels), a view of a contiguous canvas (B, h, w, channels)."""
         (row, column), (_, width, channels) = wave[0], canvas.shape[1:]
         line = width * channels
         strides = (canvas.stride(0), self.step * (line - 2 * channels), line, channels, 1)
@@ -168,27 +169,27 @@ class _Plan:
 
 
 def _sew(plan: _Plan, examples: Tensor, choices: Tensor, places: Tensor, tolerance: float) -> Tensor:
-    """Canvases (B, h, w, C), at least as large as the plan asks.
+    """Return canvases (B, h, w, C) that are at least as large as the plan asks.
 
     Args:
-        plan: where the blocks lie.
+        plan: places and order of the blocks.
         examples: float (B, 2, C, p, p).
         choices: int64 (B, blocks), a number below 2^32 for each block, in rows.
-        places: int64 (B, waves, K), where the candidates of a wave come from: an example, a row and a column in one.
+        places: int64 (B, waves, K), the places of a wave's candidates. One number holds example, row and column.
         tolerance: see `TextureNegatives`.
     """
     o, source = plan.overlap, _Source(examples, plan, places.shape[2])
     canvas = examples.new_zeros(len(examples), *plan.canvas(), plan.channels)
     for wave, candidates in zip(plan, places.unbind(1), strict=True):
         there = plan.blocks(canvas, wave)
-        upper, left = (edge.clone() for edge in _edges(there, o))  # zero where nothing lies yet
-        # The first row of blocks has nothing above it, the first column nothing beside it.
+        upper, left = (edge.clone() for edge in _edges(there, o))  # zero where no block was laid yet
+        # The first row of blocks has no blocks above it, and the first column none beside it.
         k = torch.arange(len(wave), device=canvas.device)
         above, beside = wave[0][0] + k > 0, wave[0][1] - 2 * k > 0
         error = source.errors(upper, left, above, beside, candidates)
         number = torch.stack([choices[:, r * plan.across + s] for r, s in wave], 1)
         new = source.blocks(candidates.gather(1, _choose(error, number, tolerance)))
-        # Two paths of least difference, along the upper and the left edge, cut the blocks out.
+        # Each block is cut out along two paths of least difference, in its upper and its left edge.
         apart = [(edge - before).square().sum(4) for edge, before in zip(_edges(new, o), (upper, left), strict=True)]
         path = _least_path(torch.stack(apart, 2).mT) * torch.stack([above, beside], 1)[:, :, None]  # (B, n, 2, b)
         keep = torch.arange(o, device=path.device)[:, None] < path[..., None, :]  # (B, n, 2, o, b)
@@ -199,45 +200,45 @@ def _sew(plan: _Plan, examples: Tensor, choices: Tensor, places: Tensor, toleran
 
 
 def _edges(blocks: Tensor, overlap: int) -> tuple[Tensor, Tensor]:
-    """The upper edges of blocks (B, n, b, b, C) and their left ones, these turned: views (B, n, overlap, b, C)."""
+    """Return the upper edges of blocks (B, n, b, b, C) and their transposed left edges: views (B, n, overlap, b, C)."""
     return blocks[:, :, :overlap], blocks[:, :, :, :overlap].transpose(2, 3)
 
 
 class _Source:
-    """The blocks of the two examples of B pictures, each known by its place: an example, a row and a column in one."""
+    """The blocks of the two examples of B pictures. A place is one number that holds example, row and column."""
 
     def __init__(self, examples: Tensor, plan: _Plan, candidates: int) -> None:
         b, o = self.b, self.o = plan.block, plan.overlap
         count, _, self.c, self.side, _ = examples.shape
         free = self.side - b + 1
-        # Channels last, and once more turned, so that a row of a block is one piece of memory, and a column.
+        # Channels are last. A transposed copy makes the columns of a block contiguous in memory, as its rows are.
         self.lines = [examples.permute(0, 1, *order).reshape(-1) for order in ((3, 4, 2), (4, 3, 2))]
         of_image = torch.arange(count, device=examples.device)[:, None] * 2 * self.side**2
-        # The first pixel of each place, (B, 2 free^2), in these lines.
+        # The index of the first pixel of each place, (B, 2 free^2).
         pixel = torch.arange(2 * self.side**2, device=examples.device).view(2, self.side, self.side)
         corners = pixel[:, :free, :free]
         self.corners = [of_image + of.reshape(-1) for of in (corners, corners.mT)]
         energy = examples.square().sum(2)
         parts = (_sums(energy, o, b), _sums(energy, o, o), _sums(energy[:, :, o:], b - o, o))
-        # Above, the corner in it, and beside: (B, 3, places).
+        # Squares of the upper edge, of the corner in it, and of the left edge below: (B, 3, places).
         self.squares = torch.stack([part[:, :, :free, :free].flatten(1) for part in parts], 1)
-        # Where most places are candidates, all are compared, and nothing has to be copied for each wave.
+        # If most places are candidates, all are compared, and nothing is copied for each wave.
         every = torch.arange(2 * free**2, device=examples.device).expand(count, -1)
         self.all_edges = None
         if len(every[0]) <= 2 * candidates:
             self.all_edges = torch.cat(self.edges(every), 2).mT.contiguous()
 
     def edges(self, places: Tensor) -> list[Tensor]:
-        """Pixels of the upper edges of these blocks, and of the left ones below the upper: two of (B, K, pixels)."""
+        """Return the pixels of the blocks' upper edges, and of their left edges below: two of (B, K, pixels)."""
         b, o = self.b, self.o
         return [self._cut(0, places, o, 0, b).flatten(2), self._cut(1, places, o, o, b - o).flatten(2)]
 
     def blocks(self, places: Tensor) -> Tensor:
-        """The blocks (B, n, b, b, C) at these places (B, n)."""
+        """Return the blocks (B, n, b, b, C) at these places (B, n)."""
         return self._cut(0, places, self.b, 0, self.b)
 
     def _cut(self, turned: int, places: Tensor, rows: int, first: int, columns: int) -> Tensor:
-        """The first rows of blocks, or of turned blocks, from their `first` column on: (B, K, rows, columns, C)."""
+        """Return the first rows of (transposed) blocks, from column `first` on: (B, K, rows, columns, C)."""
         corner = self.corners[turned].gather(1, places) + first
         row = torch.arange(rows, device=places.device) * self.side
         index = (corner[..., None] + row) * self.c
@@ -245,11 +246,11 @@ class _Source:
         return pieces.view(*index.shape, columns, self.c)
 
     def errors(self, upper: Tensor, left: Tensor, above: Tensor, beside: Tensor, places: Tensor) -> Tensor:
-        """How much blocks (B, K) differ from what lies where n of them are to go: sums of squares (B, n, K).
+        """Return the sums of squared differences (B, n, K) between K candidates and the canvas at n places.
 
         Args:
             upper, left: (B, n, o, b, C), the edges of the n places on the canvas.
-            above, beside: bool (n,), whether something lies there.
+            above, beside: bool (n,), True if a block lies there.
             places: int64 (B, K), the candidates.
         """
         known = [upper.flatten(2), left[:, :, :, self.o :].flatten(2)]
@@ -257,7 +258,7 @@ class _Source:
             edges, squares = [edge.mT for edge in self.edges(places)], _take(self.squares, places)
         else:
             known, edges, squares = [torch.cat(known, 2)], [self.all_edges], self.squares
-        # The squares of the differences are expanded, so that most of the work is a product of matrices.
+        # The squares are expanded, so that most of the work is a matrix product.
         error = torch.stack([above, beside & ~above, beside], 1).float() @ squares
         for pixels, edge in zip(known, edges, strict=True):
             error += pixels.square().sum(2, keepdim=True)
@@ -266,28 +267,29 @@ class _Source:
 
 
 def _take(values: Tensor, places: Tensor) -> Tensor:
-    """Of values (B, n, P), those at the places (B, K): (B, n, K)."""
+    """Return the values (B, n, K) at the places (B, K), from values (B, n, P)."""
     return values.gather(2, places[:, None].expand(-1, values.shape[1], -1))
 
 
 def _sums(energy: Tensor, height: int, width: int) -> Tensor:
-    """Sums over every window of that size: (..., h, w) to (..., h - height + 1, w - width + 1)."""
+    """Return sums over every window of that size: (..., h, w) to (..., h - height + 1, w - width + 1)."""
     return energy.unfold(-2, height, 1).sum(-1).unfold(-1, width, 1).sum(-1)
 
 
 def _choose(error: Tensor, number: Tensor, tolerance: float) -> Tensor:
-    """A candidate (B, n) for each block, any of the good ones; error (B, n, K), number int64 (B, n) below 2^32."""
-    error = error.clamp(min=0)  # of rounding
+    """Return a good candidate (B, n) for each block, at random; error (B, n, K), number int64 (B, n) below 2^32."""
+    error = error.clamp(min=0)  # rounding can make it negative
     good = (error <= (1 + tolerance) * error.amin(2, keepdim=True)).cumsum(2, dtype=torch.int32)
-    # The first candidate that has as many good ones up to it.
+    # The first candidate up to which there are as many good ones.
     wanted = (number * good[..., -1] >> 32).int() + 1
     return torch.searchsorted(good, wanted[..., None])[..., 0]
 
 
 def _least_path(error: Tensor) -> Tensor:
-    """The path from the first row to the last with the least sum: its column in each row, int64 (..., rows).
+    """Return the path from the first row to the last with the least sum: its column in each row, int64 (..., rows).
 
-    From row to row a path moves by at most one column. Error is (..., rows, columns); of equals, the leftmost is taken.
+    From row to row a path moves by at most one column. Error is (..., rows, columns). Of equal paths the leftmost is
+    taken.
     """
     *batch, rows, columns = error.shape
     gain = -error.reshape(-1, rows, columns)

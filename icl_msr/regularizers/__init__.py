@@ -1,4 +1,4 @@
-"""Regularizers that any contrastive method can be trained with."""
+"""Regularizers for any contrastive method."""
 
 from icl_msr.regularizers.base import Pass, Regularizer
 from icl_msr.regularizers.bilevel import ordinary_gradient

@@ -1,13 +1,14 @@
 """The bi-level step of any method: d/dphi L_ct(theta - alpha d/dtheta L_to(theta, phi)).
 
-phi enters L_to through a penalty on the method's pairs alone, weighted by lambda, and L_ct does not depend on it. So
-with v = grad L_ct(theta') this is the pure mixed second derivative
+phi enters L_to only through a penalty on the method's pairs, weighted by lambda. L_ct does not depend on phi. So with
+v = grad L_ct(theta') the gradient is the pure mixed second derivative
 
     -alpha lambda d/dphi [ D_theta penalty(theta, phi) [v] ]
 
-of a derivative along one direction. `outer_gradient` finds v, and `along_*` the derivative along it, as a function of
-phi that is differentiated once more by the caller. phi acts after the backbone, whose features Z and their change
-D Z[v] are constants to it: only the heads are differentiated backwards, and no pass through the backbone keeps a graph.
+of a derivative along one direction. `outer_gradient` computes v. `along_*` computes the derivative along v as a
+function of phi, and the caller differentiates it once more. phi acts after the backbone, so the features Z and their
+change D Z[v] are constants to it. Only the heads are differentiated backwards, and no pass through the backbone keeps a
+graph.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -31,12 +32,12 @@ Penalty = Callable[[list[Pair]], Tensor]
 
 
 def trainable(module: nn.Module) -> Gradients:
-    """theta: the parameters that the ordinary optimiser trains, by name."""
+    """Return theta: the parameters that the ordinary optimiser trains, by name."""
     return {name: p for name, p in module.named_parameters() if p.requires_grad}
 
 
 def scoped(method: Method, scope: Scope) -> Gradients:
-    """The part of theta that the virtual step moves: all of it, or the heads with or without the last stage."""
+    """Return the part of theta that the virtual step moves: all of it, or the heads with or without the last stage."""
     theta = trainable(method)
     if scope == "all":
         return theta
@@ -47,26 +48,32 @@ def scoped(method: Method, scope: Scope) -> Gradients:
 
 
 def norm(tensors: Any) -> Tensor:
-    """Euclidean norm () of many tensors taken as one vector, float64 on their device: nobody waits for it."""
+    """Return the Euclidean norm () of many tensors taken as one vector.
+
+    It is float64 on their device, so that the host does not wait.
+    """
     length: Tensor = torch.linalg.vector_norm(torch.stack(torch._foreach_norm([t.detach() for t in tensors])))
     return length.double()
 
 
 def gradients(loss: Tensor, theta: Mapping[str, Tensor]) -> Gradients:
-    """Gradient of the mean of all ranks' losses by name, zero where it does not depend on a parameter."""
+    """Return the gradient of the mean of all ranks' losses, by name. It is zero for parameters without influence."""
     values = average(torch.autograd.grad(loss, list(theta.values()), materialize_grads=True))
     return dict(zip(theta, values, strict=True))
 
 
 def ordinary_gradient(method: Method) -> Gradients:
-    """What an ordinary backward pass has left in .grad, by name, zero where it left nothing: `inner` of `meta_step`."""
+    """Return the gradient in `.grad` after an ordinary backward pass, by name: `inner` of `meta_step`.
+
+    It is zero for parameters without a gradient.
+    """
     return {name: torch.zeros_like(p) if p.grad is None else p.grad for name, p in trainable(method).items()}
 
 
 def replay(
     method: Method, views: Views, targets: Targets, step: Step, theta: Mapping[str, Tensor] | None = None
 ) -> Output:
-    """The ordinary forward pass again, same random masks, at theta or at the method's own parameters."""
+    """Repeat the ordinary forward pass with the same random masks, at theta or at the method's own parameters."""
     torch.manual_seed(step.noise)
     if theta is None:
         output: Output = method(views, targets, step)
@@ -76,7 +83,7 @@ def replay(
 
 
 def encode(method: Method, views: Views, step: Step, theta: Mapping[str, Tensor]) -> list[Tensor]:
-    """Features Z per view (N, c) at theta, same random masks."""
+    """Return features Z (N, c) of each view at theta, with the same random masks."""
     torch.manual_seed(step.noise)
     features: list[Tensor] = _call(method, theta, lambda m: m.encode(views))
     return features
@@ -91,10 +98,13 @@ def outer_gradient(
     features: Features | None = None,
     precision: torch.dtype | None = None,
 ) -> Gradients:
-    """v = grad L_ct at theta', by the parameters in `virtual`; theta holds the others.
+    """Return v = grad L_ct at theta' with respect to the parameters in `virtual`, by name.
 
-    `features` are those at theta', where they are known because the virtual step leaves the backbone alone;
-    `precision` is that of the ordinary step's autocast, if it has one: v is an ordinary gradient too.
+    Args:
+        method, views, targets, step: inputs of the ordinary step.
+        virtual: the parameters theta' that the virtual step moved, by name. The others stay at theta.
+        features: features at theta', if they are known because the virtual step does not move the backbone.
+        precision: dtype of the ordinary step's autocast, if it has one. v is computed in it as an ordinary gradient is.
     """
     virtual = {name: p.detach().requires_grad_() for name, p in virtual.items()}
     theta = _constants(method) | virtual
@@ -108,7 +118,7 @@ def outer_gradient(
 
 
 def forward_tangent(method: Method, views: Views, step: Step, v: Gradients) -> tuple[Features, Features]:
-    """Z and D Z[v], exactly: one pass through the backbone in forward mode."""
+    """Return Z and D Z[v], exact, by one pass through the backbone in forward mode."""
     moving, constant = _split(method, v)
     features, moved = jvp(
         lambda theta: encode(method, views, step, constant | theta), (moving,), ({name: v[name] for name in moving},)
@@ -120,10 +130,13 @@ def forward_tangent(method: Method, views: Views, step: Step, v: Gradients) -> t
 def difference_tangent(
     method: Method, views: Views, step: Step, v: Gradients, h: float, features: Features | None = None
 ) -> tuple[Features, Features]:
-    """Z and (Z(theta + eps v) - Z) / eps with eps = h |theta| / |v|: one ordinary pass more where Z is known."""
+    """Return Z and (Z(theta + eps v) - Z) / eps, with eps = h |theta| / |v|.
+
+    It costs one ordinary forward pass if Z is known, else two.
+    """
     moving, constant = _split(method, v)
     eps = h * norm(moving.values()) / norm(v[name] for name in moving).clamp(min=1e-30)
-    # TF32's rounding would be as large as the difference.
+    # The rounding error of TF32 would be as large as the difference.
     with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
         if features is None:
             features = encode(method, views, step, constant | moving)
@@ -134,9 +147,10 @@ def difference_tangent(
 def along_heads(
     method: Method, targets: Targets, penalty: Penalty, v: Gradients, features: Features, moved: Features | None
 ) -> Tensor:
-    """D_theta penalty [v], given Z and D Z[v] (None: the backbone stands still): forward mode through the heads.
+    """Return D_theta penalty [v], given Z and D Z[v], by forward mode through the heads.
 
-    The loss is never asked for, so it may have a backward pass of its own.
+    `moved` None means that the backbone does not move. The method's loss is not differentiated here, so it may have a
+    custom backward pass.
     """
     theta = _constants(method)
     heads = {name: theta[name] for name in v if not name.startswith("backbone.")}
@@ -155,11 +169,11 @@ def along_heads(
 def along_double_backward(
     method: Method, views: Views, targets: Targets, step: Step, penalty: Penalty, v: Gradients
 ) -> Tensor:
-    """The same as <v, d/dtheta penalty>, differentiated twice through everything: the slow oracle.
+    """Return <v, d/dtheta penalty>, differentiated twice through everything. It is slow and serves as the reference.
 
-    With W ranks, `mixed` is d(sum of all ranks' penalties) / d(this rank's theta) and v is the same everywhere, so the
+    With W ranks, `mixed` is d(sum of all ranks' penalties) / d(this rank's theta), and v is the same everywhere. So the
     ranks' <v, mixed> sum to W <v, d/dtheta (mean penalty)>. Each rank differentiates that sum by its copy of phi, and
-    the average over the copies is exact; `mixed` itself must not be averaged before.
+    the average over the copies is exact. `mixed` itself must not be averaged before that.
     """
     theta = {name: p for name, p in trainable(method).items() if name in v}
     value = penalty(replay(method, views, targets, step).pairs)
@@ -171,10 +185,11 @@ def along_double_backward(
 
 @contextmanager
 def meta_pass(method: Method, device: torch.device) -> Iterator[None]:
-    """Passes that leave no trace: statistics and random state stay, precision is full, derivatives of any order exist.
+    """Run passes that have no side effects, in full precision and with derivatives of any order.
 
-    A fresh autocast context is needed too: within an old one, a weight that was changed in place keeps its cached copy.
-    Compiled modules run eagerly, since their graphs have neither a forward mode nor a second derivative.
+    BatchNorm statistics and the random state are restored. A fresh autocast context is needed too: within an old one, a
+    weight that was changed in place keeps its cached copy. Compiled modules run eagerly, since their graphs have
+    neither a forward mode nor a second derivative.
     """
     devices = [device] if device.type == "cuda" else []
     with (
@@ -193,14 +208,14 @@ def _constants(method: Method) -> Gradients:
 
 
 def _split(method: Method, v: Gradients) -> tuple[Gradients, Gradients]:
-    """theta as (what of the backbone moves along v, the rest)."""
+    """Return theta as two parts: the backbone's parameters that move along v, and the rest."""
     theta = _constants(method)
     moving = {name: theta.pop(name) for name in v if name.startswith("backbone.")}
     return moving, theta
 
 
 class _At(nn.Module):
-    """Calls a function of a method; inside `functional_call`, at other parameters."""
+    """Calls a function of a method. `functional_call` lets it run at other parameters."""
 
     def __init__(self, method: Method):
         super().__init__()

@@ -1,18 +1,18 @@
 """The meta semantic regularizer of ICL-MSR (Qiang et al., ICML 2022, arXiv 2206.14702).
 
 The two views of an image share its background, so a contrastive loss rewards background features. The regularizer
-adjusts for that (backdoor adjustment): f_msr proposes soft channel subsets, strata a_1 .. a_n, from the un-augmented
-image, and the average over the strata of the probability that the reweighted positive is found becomes a second loss
+corrects for that by backdoor adjustment. f_msr predicts soft channel subsets, strata a_1 .. a_n, from the un-augmented
+image. The second loss is the average over the strata of the probability that the reweighted positive is found:
 
     L_msr = - mean log (1/n) sum_t  e_t / (e_t + neg),    e_t = exp(sim(h(Z), h(sqrt(c) a_t * Z')) / tau)   (eq. 3-6)
 
-Encoder and heads (theta) are trained on L_to = L_ct + lambda L_msr; f_msr (phi) so that the encoder *after* such a step
-has a lower L_ct, and so that its strata differ (eq. 7, 8 and Algorithm 1):
+Encoder and heads (theta) are trained on L_to = L_ct + lambda L_msr. f_msr (phi) is trained so that the encoder *after*
+such a step has a lower L_ct, and so that its strata differ (eq. 7, 8 and Algorithm 1):
 
     phi <- phi - beta d/dphi [ L_ct(theta - alpha d/dtheta L_to(theta, phi)) + gamma L_uni(phi) ]
 
 L_ct does not depend on phi, so with v = grad L_ct(theta') the first term is the pure mixed second derivative
--alpha lambda d/dphi <v, d/dtheta L_msr(theta, phi)>; `bilevel` computes it, `mode` says how.
+-alpha lambda d/dphi <v, d/dtheta L_msr(theta, phi)>. `bilevel` computes it in the way that `mode` selects.
 """
 
 import math
@@ -60,10 +60,15 @@ from icl_msr.regularizers.strata import StrataNetwork, diversity, random_partiti
 class MetaSemanticRegularizer(Regularizer):
     """f_msr, its loss for the encoder and its own bi-level step.
 
-    The paper's symbols name the keys: `lam` and `gamma` weight L_msr and L_uni, `n` strata, `u` sharpens L_uni.
-    `weights` says where the strata come from: `meta` is the method; `uniform_only` trains phi on gamma L_uni alone;
-    `joint` on L_to + gamma L_uni, first order; `random_net` freezes f_msr; `random` is a fixed partition of the
-    channels; `ones` is one uniform stratum, which makes L_msr a second InfoNCE.
+    The keys have the names of the paper's symbols: `lam` and `gamma` weight L_msr and L_uni, `n` is the number of
+    strata, and `u` sharpens L_uni. `weights` selects the strata:
+
+    * `meta`: f_msr, trained by the bi-level step; this is the method.
+    * `uniform_only`: f_msr, trained only on gamma L_uni.
+    * `joint`: f_msr, trained on L_to + gamma L_uni, first order.
+    * `random_net`: f_msr, frozen.
+    * `random`: a fixed partition of the channels.
+    * `ones`: one uniform stratum, which makes L_msr a second InfoNCE.
     """
 
     def __init__(
@@ -118,14 +123,16 @@ class MetaSemanticRegularizer(Regularizer):
 
     @property
     def phi(self) -> dict[str, Tensor]:
-        """What is trained of f_msr, by name."""
+        """Trained parameters of f_msr, by name."""
         return {} if self.network is None else trainable(self.network)
 
     @classmethod
     def with_defaults(
         cls, channels: int, method_temperature: float | None, *, seed: int, **keys: Any
     ) -> "MetaSemanticRegularizer":
-        """For a training loop of your own: the values of `conf/regularizer/msr.yaml`, but for `keys`.
+        """Build the regularizer with the values of `conf/regularizer/msr.yaml`, changed by `keys`.
+
+        It is meant for a training loop of your own.
 
         Raises:
             UserError: a key does not exist, or has a value that is not allowed.
@@ -139,7 +146,7 @@ class MetaSemanticRegularizer(Regularizer):
     # ------------------------------------------------------------------------------------------ the loss for theta
 
     def strata(self, images: Tensor) -> Tensor:
-        """Return A(X): un-augmented, normalised images (N, 3, H, W) to (N, S, c), rows of unit length."""
+        """Return the strata A(X) (N, S, c), rows of unit length, of un-augmented, normalised images (N, 3, H, W)."""
         if self.network is None:
             fixed: Tensor = self.get_buffer("fixed")
             return fixed.expand(len(images), -1, -1)
@@ -147,7 +154,7 @@ class MetaSemanticRegularizer(Regularizer):
         return strata
 
     def forward(self, views: Views, output: Output, step: Step) -> Tensor:
-        """Return lambda L_msr for the encoder: f_msr is held fixed."""
+        """Return lambda L_msr () for the encoder, with f_msr held fixed."""
         with torch.no_grad():
             strata = self.strata(views.images)
         penalty = self.penalty(output.pairs, strata)
@@ -156,11 +163,11 @@ class MetaSemanticRegularizer(Regularizer):
         return self.lam * penalty
 
     def penalty(self, pairs: Sequence[Pair], strata: Tensor) -> Tensor:
-        """Return L_msr (eq. 3-6), averaged over anchors and directions.
+        """Return L_msr () (eq. 3-6), averaged over anchors and directions.
 
         Only the positive is reweighted. Global average pooling commutes with channel weights, so the pooled features
-        are reweighted and no feature map is ever copied. Strata enter as sqrt(c) a_t (ours): a uniform a_t is then
-        the identity.
+        are reweighted and no feature map is copied. Strata enter as sqrt(c) a_t (ours), so that a uniform a_t is the
+        identity.
         """
         losses = [
             -(torch.logsumexp(log_p, dim=1) - math.log(log_p.shape[1])).mean() for log_p in self._log_p(pairs, strata)
@@ -169,7 +176,7 @@ class MetaSemanticRegularizer(Regularizer):
 
     @torch.no_grad()
     def diagnostics(self, images: Tensor, pairs: Sequence[Pair]) -> dict[str, Tensor]:
-        """Return numbers for the log: `loss_t`, L_msr with stratum t alone, and `diversity` of the strata."""
+        """Return numbers () for the log: `loss_t`, L_msr with only stratum t, and `diversity` of the strata."""
         strata = self.strata(images)
         alone = -torch.stack([log_p.mean(0) for log_p in self._log_p(pairs, strata)]).mean(0)  # (S,)
         return {**diversity(strata), **{f"loss_{t}": loss for t, loss in enumerate(alone, start=1)}}
@@ -194,10 +201,10 @@ class MetaSemanticRegularizer(Regularizer):
         return log_p
 
     def _log_negatives(self, pair: Pair, pairs: Sequence[Pair], anchor: Tensor) -> Tensor:
-        """Return log neg(i, j), (N,): over the method's bank, else over the other images' keys on all ranks."""
+        """Return log neg(i, j), (N,), over the method's bank or over the other images' keys on all ranks."""
         if pair.bank is not None and self.negatives == "method":
             return torch.logsumexp(anchor @ unit(pair.bank).T / self.temperature, dim=1)
-        # "printed": keys of the other view only, as in eq. 4; "all": of both views, 2N - 2, as the paper's prose says.
+        # "printed": keys of the other view only, as in eq. 4. "all": of both views, 2N - 2, as in the paper's text.
         keys = [pair.key] if self.denominators == "printed" else [other.key for other in pairs]
         everyone = torch.cat([gather(unit(key)) for key in keys])
         logits = anchor @ everyone.T / self.temperature
@@ -208,7 +215,7 @@ class MetaSemanticRegularizer(Regularizer):
     # ------------------------------------------------------------------------------------------ the step of phi
 
     def due(self, step: Step) -> bool:
-        """Return whether phi moves at this optimiser step."""
+        """Return True if phi is updated at this optimiser step."""
         return self.optimizer is not None and self.schedule == "every" and step.index % self.every == 0
 
     @override
@@ -227,7 +234,7 @@ class MetaSemanticRegularizer(Regularizer):
         features = batch.output.features if batch.output is not None and batch.precision is None else None
         # A gradient in fp16 would need a scale of its own.
         precision = batch.precision if batch.precision is torch.bfloat16 else None
-        step = replace(batch.step, logs=False)  # passes that are repeated log nothing
+        step = replace(batch.step, logs=False)  # repeated passes log nothing
         arguments = (batch.method, batch.views, batch.targets, step, inner, batch.learning_rate)
         return _named(self.meta_step(*arguments, features, precision))
 
@@ -242,18 +249,21 @@ class MetaSemanticRegularizer(Regularizer):
         features: Features | None = None,
         precision: torch.dtype | None = None,
     ) -> dict[str, Tensor]:
-        """Move phi by one step on a batch; nothing of the method moves.
+        """Update phi by one step on a batch, without any change to the method.
 
         Args:
-            method, views, targets, step: what the ordinary step was computed from.
-            inner: gradient of L_to by parameter name, as the ordinary step has it, averaged over ranks; None: computed
-                here.
-            learning_rate: theta's current one, for `alpha=lr`.
-            features: the ordinary step's, if they are of full precision; saves `mode=difference` a forward pass.
-            precision: of the ordinary step's autocast, if it has one; v is computed in it, all else in full precision.
+            method, views, targets, step: inputs of the ordinary step.
+            inner: gradient of L_to by parameter name, averaged over ranks, as in the ordinary step. None: it is
+                computed here.
+            learning_rate: theta's current learning rate, for `alpha=lr`.
+            features: features of the ordinary step, if they have full precision. They save `mode=difference` a forward
+                pass.
+            precision: dtype of the ordinary step's autocast, if it has one. v is computed in it, all else in full
+                precision.
 
         Returns:
-            Norms of both parts of phi's gradient, and alpha, for the log: () on the device, so that nobody waits.
+            Numbers () for the log: the norms of both parts of phi's gradient, L_uni, and alpha. They stay on the
+            device, so that the host does not wait.
 
         Raises:
             UserError: the method's precision, or a layer of its heads, makes the meta gradient wrong.
@@ -267,7 +277,7 @@ class MetaSemanticRegularizer(Regularizer):
         with meta_pass(method, views.images.device):
             seen = self.network.look(views.images)
             strata = self.network.assign(seen)
-            # One partition of the channels for all images is an optimum of L_uni: a trunk that follows it goes blind.
+            # One partition of the channels for all images minimises L_uni: a trunk trained on it ignores the image.
             apart = strata if self.uniformity_trains == "all" else self.network.assign(seen.detach())
             spread = self.gamma * uniformity(apart, self.u)
             gradient = average(torch.autograd.grad(spread, phi, retain_graph=True, materialize_grads=True))
@@ -292,14 +302,14 @@ class MetaSemanticRegularizer(Regularizer):
         return log
 
     def step_size(self, method: Method, inner: Mapping[str, Tensor], learning_rate: float) -> Tensor:
-        """Return alpha of the virtual step: `lr`, or r |theta| / |g|, which means the same under any optimiser."""
+        """Return alpha () of the virtual step: the learning rate, or r |theta| / |g|, the same under any optimiser."""
         theta = scoped(method, self.scope)
         if self.alpha == "lr":
             return next(iter(theta.values())).new_full((), learning_rate, dtype=torch.float64)
         return self.relative_step * norm(theta.values()) / norm(inner[name] for name in theta).clamp(min=1e-12)
 
     def inner_gradient(self, method: Method, views: Views, targets: Targets, step: Step) -> Gradients:
-        """Return the gradient of L_to = L_ct + lambda L_msr, zero for what the method holds still at this step."""
+        """Return the gradient of L_to = L_ct + lambda L_msr, by name. It is zero for parameters frozen at this step."""
         theta = trainable(method)
         output = replay(method, views, targets, step)
         inner = gradients(output.loss + self(views, output, step), theta)
@@ -317,7 +327,7 @@ class MetaSemanticRegularizer(Regularizer):
         features: Features | None = None,
         precision: torch.dtype | None = None,
     ) -> list[Tensor]:
-        """Return d/dphi L_ct(theta - alpha d/dtheta L_to(theta, phi)), a tensor for each of phi; see `bilevel`."""
+        """Return d/dphi L_ct(theta - alpha d/dtheta L_to(theta, phi)), a tensor for each of phi. See `bilevel`."""
         assert self.network is not None
         theta = scoped(method, self.scope)
         penalty = partial(self.penalty, strata=self.strata(views.images))
@@ -346,7 +356,7 @@ class MetaSemanticRegularizer(Regularizer):
         signal = torch.autograd.grad(self.lam * along, list(self.phi.values()))
         return [-alpha * s for s in average(signal)]
 
-    # ----------------------------------------------------------- phi's Adam travels in the state dict
+    # ----------------------------------------------------------- the state dict contains phi's Adam
 
     @override
     def get_extra_state(self) -> dict[str, Any]:
@@ -359,15 +369,15 @@ class MetaSemanticRegularizer(Regularizer):
 
 
 def _named(numbers: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Give numbers the names that they have in the log."""
+    """Return the numbers under the names that they have in the log."""
     return {f"msr/{name}": number for name, number in numbers.items()}
 
 
 def require_exact(method: Method) -> None:
-    """Check that heads can be differentiated through their forward mode.
+    """Check that the heads can be differentiated through their forward mode.
 
     Raises:
-        UserError: the method is of half precision, or torch's BatchNorm, whose tangent has a wrong gradient, is in one.
+        UserError: the method has half precision, or a head has torch's BatchNorm, whose tangent has a wrong gradient.
     """
     for name, layer in method.named_modules():
         if isinstance(layer, _BatchNorm) and not isinstance(layer, GlobalBatchNorm) and "backbone." not in name:

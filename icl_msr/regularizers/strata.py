@@ -1,4 +1,4 @@
-"""Strata: soft subsets of feature channels, one set of n weight vectors a_t of unit length for each image.
+"""Strata: soft subsets of feature channels. Each image has n weight vectors a_t of unit length.
 
 N images, S strata (the paper's n), c channels.
 """
@@ -15,11 +15,12 @@ from icl_msr.core.randomness import permutation
 
 
 class StrataNetwork(nn.Module):
-    """f_msr: un-augmented images to strata.
+    """f_msr, a network from un-augmented images to strata.
 
-    "A convolutional network" is all the paper says. Ours: a trunk of four strided convolutions with GroupNorm, a pool
-    and a LayerNorm, so that A(X) depends on its own image alone; a linear layer, a sigmoid, and unit length over the
-    channels. `head_scale` enlarges the linear layer's first weights: the larger, the more A differs between images.
+    The paper says only "a convolutional network". Ours is a trunk of four strided convolutions with GroupNorm, a pool
+    and a LayerNorm, followed by a linear layer, a sigmoid and normalisation to unit length over the channels. GroupNorm
+    and LayerNorm make A(X) depend on its own image only. `head_scale` multiplies the linear layer's initial weights:
+    the larger it is, the more A differs between images.
     """
 
     def __init__(self, channels: int, strata: int, width: int, image_size: int, head_scale: float = 1.0):
@@ -36,11 +37,11 @@ class StrataNetwork(nn.Module):
             self.head.weight.mul_(head_scale)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Normalised images (N, 3, H, W) to A (N, S, c), non-negative and of unit length."""
+        """Return A (N, S, c), non-negative and of unit length, of normalised images (N, 3, H, W)."""
         return self.assign(self.look(images))
 
     def look(self, images: Tensor) -> Tensor:
-        """What the trunk sees: normalised images (N, 3, H, W) to (N, 4 width)."""
+        """Return the trunk's features (N, 4 width) of normalised images (N, 3, H, W)."""
         if images.shape[-1] > self.image_size:
             size = (self.image_size, self.image_size)
             images = F.interpolate(images, size=size, mode="bilinear", antialias=True)
@@ -48,43 +49,44 @@ class StrataNetwork(nn.Module):
         return seen
 
     def assign(self, seen: Tensor) -> Tensor:
-        """A (N, S, c) from what the trunk sees, (N, 4 width)."""
+        """Return A (N, S, c) from the trunk's features (N, 4 width)."""
         logits = self.head(seen).reshape(len(seen), self.strata, -1)
         return F.normalize(torch.sigmoid(logits.float() if logits.dtype.itemsize < 4 else logits), dim=-1)
 
 
 def random_partition(channels: int, strata: int, seed: int) -> Tensor:
-    """Disjoint channel subsets of (almost) equal size, fixed by the seed: (S, c), rows of unit length.
+    """Return disjoint channel subsets of (almost) equal size, fixed by the seed: (S, c), rows of unit length.
 
-    It is an optimum of the uniformity loss, which makes it the control "learned against arbitrary".
+    They are an optimum of the uniformity loss. So they are the control for "learned strata against arbitrary ones".
     """
     owner = permutation(seed, 0, channels) % strata
     return F.normalize(F.one_hot(owner, strata).T.double(), dim=1).float()
 
 
 def uniformity(strata: Tensor, u: float) -> Tensor:
-    """L_uni of ICL-MSR (eq. 9): log sum_{s,t} exp(2 u a_s.a_t - 2 u), s = t included, averaged over images.
+    """Return L_uni () of ICL-MSR (eq. 9): log sum_{s,t} exp(2 u a_s.a_t - 2 u), s = t included, averaged over images.
 
     Args:
-        strata: (N, S, c), rows of unit length, for which it is the logarithm of a Gaussian potential.
-        u: sharpness of the potential; the paper's is 2.
+        strata: (N, S, c), rows of unit length. For these L_uni is the logarithm of a Gaussian potential.
+        u: sharpness of the potential; 2 in the paper.
     """
     gram = strata @ strata.mT  # (N, S, S)
     return torch.logsumexp((2 * u * gram - 2 * u).flatten(1), dim=1).mean()
 
 
 def uniform(channels: int) -> Tensor:
-    """One stratum that weights all channels alike: (1, c), unit length."""
+    """Return one stratum (1, c) of unit length that weights all channels equally."""
     return torch.full((1, channels), 1 / math.sqrt(channels))
 
 
 @torch.no_grad()
 def diversity(strata: Tensor) -> dict[str, Tensor]:
-    """How far the strata (N, S, c) of a batch are from being all alike; all values () in [0, 1].
+    """Return how much the strata (N, S, c) of a batch differ, as three numbers () in [0, 1].
 
-    `entropy` of a_t^2 over the channels, divided by log c: 1 is uniform, 0 one channel. `overlap`: mean cosine of two
-    strata of an image, left out where there is one stratum alone. `variation` between the images of all ranks, 1 minus
-    the squared length of the mean a_t: 0 where every image has the same.
+    * `entropy` of a_t^2 over the channels, divided by log c: 1 is uniform, 0 is a single channel.
+    * `overlap`: mean cosine of two strata of an image; left out if there is only one stratum.
+    * `variation`: 1 minus the squared length of the mean a_t over the images of all ranks; 0 if every image has the
+      same strata.
     """
     count, channels = strata.shape[1:]
     shares = strata.square()

@@ -1,4 +1,4 @@
-"""Reports: one run -> a page; many runs -> one table with mean, standard deviation and plots.
+"""Reports: a page for one run, and tables with means, standard deviations and plots for many runs.
 
 python -m icl_msr.report PATH...
 """
@@ -16,13 +16,13 @@ __all__ = ["Summary", "has_page", "print_summary", "send", "summarise", "tables"
 
 
 def has_page(run: Path) -> bool:
-    """Whether the whole `report.html` of a run lies in its folder."""
+    """Return whether the folder of a run holds a complete `report.html`."""
     file = run / "report.html"
     return file.is_file() and file.read_bytes().rstrip().endswith(b"</html>")
 
 
 def write_report(run: Path) -> Path:
-    """Write the self-contained `report.html` of a finished run into its folder; returns the file's path.
+    """Write the self-contained `report.html` of a finished run into its folder, and return its path.
 
     Raises:
         UserError: the folder has no readable `results.json`.

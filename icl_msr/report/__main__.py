@@ -1,16 +1,17 @@
-"""`python -m icl_msr.report PATH...`."""
+"""The command `python -m icl_msr.report PATH...`."""
 
 import argparse
 import sys
 from pathlib import Path
 
 from icl_msr.core.errors import UserError
+from icl_msr.core.trust import leave_working_directory
 from icl_msr.report import print_summary, send, summarise, tables, words, write_report, write_summary
 from icl_msr.report.runs import Run, is_run
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Parse the command line, report; returns the exit code."""
+    """Parse the command line, write the reports, and return the exit code."""
     parser = argparse.ArgumentParser(
         prog="python -m icl_msr.report",
         description="One run folder: write its report.html. A sweep folder or several folders: one table over all "
@@ -32,6 +33,7 @@ def main(arguments: list[str] | None = None) -> int:
         "--wandb", metavar="PROJECT", help="send the tables of several runs to this project of Weights & Biases as well"
     )
     options = parser.parse_args(arguments)
+    leave_working_directory(())
     try:
         _report(options.paths, options.out, options.against, options.wandb)
     except UserError as error:
@@ -57,7 +59,7 @@ def _report(paths: list[Path], out: Path | None, against: str | None, project: s
     else:
         summary = summarise(paths, against)
         print_summary(summary, console)
-        # Beside the runs, so that a summary never overwrites a run's own page.
+        # The summary goes beside the runs, so that it never overwrites a run's own page.
         folder = out or (paths[0].parent if is_run(paths[0]) else paths[0])
         written = write_summary(summary, folder)
         if project:

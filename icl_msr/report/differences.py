@@ -1,4 +1,4 @@
-"""Which differences between configurations are real: paired seed by seed, or image by image where there is one seed."""
+"""Paired differences between configurations, by seed, or by image if there is only one seed."""
 
 import math
 import statistics
@@ -18,20 +18,20 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Difference:
-    """A mean of paired differences in points, with its 95 % interval."""
+    """A mean of paired differences, in percentage points, with its 95 % interval."""
 
     mean: float
     low: float
     high: float
     over: Literal["seeds", "images"]
     n: int
-    """Pairs."""
+    """Number of pairs."""
     detectable: float
-    """The smallest true difference that a design of this size and spread finds in four cases of five."""
+    """The smallest true difference that would be found with 80 % power, given this number of pairs and this spread."""
 
     @property
     def real(self) -> bool:
-        """Whether the interval leaves zero out."""
+        """True if the interval excludes zero."""
         return self.low > 0 or self.high < 0
 
     def __str__(self) -> str:
@@ -40,7 +40,7 @@ class Difference:
 
 @dataclass(frozen=True)
 class Compared:
-    """One configuration minus another."""
+    """A configuration compared with another one."""
 
     configuration: Configuration
     against: Configuration
@@ -48,7 +48,7 @@ class Compared:
 
 
 def paired(values: Sequence[float]) -> Difference | None:
-    """Average differences in points, one for each seed, by Student's t; None of fewer than two."""
+    """Return the mean of differences in points, one per seed, with Student's t interval; None for fewer than two."""
     from scipy.special import stdtrit
 
     n = len(values)
@@ -62,13 +62,13 @@ def paired(values: Sequence[float]) -> Difference | None:
 def compare(
     rows: Sequence[Configuration], metrics: Sequence[Measurement], against: str | None = None
 ) -> list[Compared]:
-    """Every configuration of one data set minus its baseline, in those of the `metrics` that both have.
+    """Compare every configuration of one data set with its baseline, in those of the `metrics` that both have.
 
-    The baseline of a row is the one with the same labels but `none` wherever a label may be none; of rows without such
-    labels, the first. `against` names one for all: a row whose label has this in it.
+    The baseline of a row has the same labels, but `none` for every label that can be `none`. If no label can be `none`,
+    the baseline is the first row. `against` chooses one baseline for all rows: the row whose label contains it.
 
     Raises:
-        UserError: no row, or more than one, has it.
+        UserError: no label contains `against`, or several do.
     """
     fixed = None if against is None else _named(rows, against)
     found = []
@@ -84,13 +84,13 @@ def compare(
 
 
 def chance(compared: Sequence[Compared]) -> str:
-    """How the differences were taken, how many of the intervals leave zero out, and how many would anyway."""
+    """Return the note on the pairing, on the intervals that exclude zero, and on the number expected by chance."""
     every = [difference for row in compared for difference in row.differences.values()]
     images = any(difference.over == "images" for difference in every)
     pairs = "image by image (one seed, so not over trainings)" if images else "seed by seed (Student's t)"
     return (
         f"Differences in points, paired {pairs}, with 95 % intervals. {sum(d.real for d in every)} of {len(every)} "
-        f"leave zero out; about {len(every) / 20:.1f} would if nothing differed."
+        f"exclude zero; about {len(every) / 20:.1f} would if nothing differed."
     )
 
 
@@ -122,7 +122,7 @@ def _difference(row: Configuration, base: Configuration, metric: Measurement) ->
 
 
 def over_images(run: Run, other: Run, metric: Measurement) -> Difference | None:
-    """Compare accuracies of two runs on the same images; None where their predictions are not there to be compared."""
+    """Compare accuracies of two runs on the same images; return None if their predictions cannot be compared."""
     import numpy as np
 
     hits = [_hits(part.path, metric) for part in (run, other)]
@@ -131,7 +131,7 @@ def over_images(run: Run, other: Run, metric: Measurement) -> Difference | None:
     n = _images(run, metric)
     if n < 2 or n != _images(other, metric):
         return None
-    # A split may show each image several times, one showing after the other: images are what is drawn, not showings.
+    # A split may hold several versions of each image, one after the other. The interval is over images, not versions.
     apart = 100 * (hits[0][1].astype(float) - hits[1][1]).reshape(-1, n).mean(0)
     mean, error = float(apart.mean()), float(apart.std(ddof=1)) / math.sqrt(n)
     reach, power = (statistics.NormalDist().inv_cdf(p) for p in (0.975, 0.8))
@@ -139,13 +139,13 @@ def over_images(run: Run, other: Run, metric: Measurement) -> Difference | None:
 
 
 def _images(run: Run, metric: Measurement) -> int:
-    """How many a split shows, as the accuracy says; 0 where that is not known."""
+    """Return the number of images behind an accuracy; 0 if it is not known."""
     found = (record.n for record in run.outcome.records.where(metric.kind) if record.identity == metric)
     return next(found, None) or 0
 
 
 def _hits(folder: Path, metric: Measurement) -> "tuple[np.ndarray, np.ndarray] | None":
-    """(labels, whether the prediction is right) of a run's test images."""
+    """Return the labels of a run's test images, and whether each prediction is right; None if they are missing."""
     import numpy as np
 
     file = folder / "predictions.npz"

@@ -1,4 +1,4 @@
-"""Summaries on the terminal, in files and in W&B."""
+"""Output of summaries to the terminal, to files and to W&B."""
 
 import json
 import os
@@ -34,7 +34,7 @@ def print_summary(summary: Summary, console: "Console") -> None:
 
 
 def write_summary(summary: Summary, folder: Path) -> list[Path]:
-    """Write `summary.csv`, `.md`, `.json`, `report.html` and `summary.tex` into the folder; returns their paths."""
+    """Write `summary.csv`, `.md`, `.json`, `report.html` and `summary.tex` into the folder, and return their paths."""
     contents = {
         "summary.csv": flat_summary(summary).csv(),
         "summary.md": as_markdown(summary),
@@ -48,7 +48,7 @@ def write_summary(summary: Summary, folder: Path) -> list[Path]:
 
 
 def send(summary: Summary, folder: Path, project: str) -> None:
-    """Send the summary as tables of a run of its own to W&B; offline where nobody is logged in, or W&B is not there."""
+    """Send the summary to W&B as tables of a new run; offline if nobody is logged in, or W&B cannot be reached."""
     home = folder / "wandb"
     home.mkdir(exist_ok=True)
     os.environ |= {"WANDB_DATA_DIR": str(home), "WANDB_CACHE_DIR": str(home / "cache")}
@@ -80,7 +80,7 @@ def send(summary: Summary, folder: Path, project: str) -> None:
 
 
 def as_json(summary: Summary) -> str:
-    """Everything, with the single values in the order of the seeds."""
+    """Return the whole summary as JSON, with single values in the order of the seeds."""
     content = {
         "configurations": [
             {
@@ -125,7 +125,7 @@ def _plain(found: Statistic) -> dict[str, Any]:
 
 
 def as_markdown(summary: Summary) -> str:
-    """The tables of the terminal."""
+    """Return the tables of `print_summary` as Markdown."""
     parts = [table.markdown() for table in _tables(summary)]
     if summary.failed:
         parts.append("### Missing\n\n" + "\n".join(f"* `{failed.path}`: {failed.reason}" for failed in summary.failed))
@@ -133,7 +133,7 @@ def as_markdown(summary: Summary) -> str:
 
 
 def as_latex(summary: Summary) -> str:
-    """The same tables for a paper: booktabs, one environment each."""
+    """Return the tables of `print_summary` as LaTeX, each in one environment that needs booktabs."""
     tables = [table.latex(f"{table.title}: {table.note}") for table in _tables(summary)]
     return "\n\n".join([r"% \usepackage{booktabs}", *tables]) + "\n"
 

@@ -1,4 +1,4 @@
-"""The two self-contained pages: of one run, and of many."""
+"""The two self-contained HTML pages, for one run and for many."""
 
 import base64
 import itertools
@@ -20,12 +20,12 @@ from icl_msr.report.summary_tables import dataset_tables, everything_table, runs
 from icl_msr.report.tables import charts, tables
 
 SAID: dict[str, Callable[[Any], list[str]]] = {"strata": words.strata}
-"""Sentences about the records of a kind."""
+"""Functions that write sentences about the records of a kind."""
 
 
 @dataclass(frozen=True)
 class Section:
-    """What a page says of one kind of record."""
+    """The section of a page about one kind of record."""
 
     table: Table
     said: str
@@ -33,7 +33,7 @@ class Section:
 
 
 def run_page(run: Run) -> str:
-    """Write the HTML of one run."""
+    """Return the HTML page of one run."""
     outcome = run.outcome
     sections = [_section(table, outcome) for table in tables(outcome)]
     return (
@@ -64,7 +64,7 @@ def _section(table: Table, outcome: Outcome) -> Section:
 
 
 def summary_page(summary: Summary, folder: Path) -> str:
-    """Write the HTML of many runs; the runs' own pages are linked relative to `folder`, where the page will lie."""
+    """Return the HTML page of many runs. Links to the runs' pages are relative to `folder`, where the page will lie."""
     datasets = {
         dataset: {
             "tables": dataset_tables(summary, dataset),
@@ -101,7 +101,7 @@ def _environment() -> Environment:
 
 
 def _tiles(outcome: Outcome) -> list[tuple[str, str, str]]:
-    """(number, what, beside the untrained encoder): the three numbers of the answer."""
+    """Return the main numbers of the answer as (number, description, number of the untrained encoder)."""
     records = outcome.records
     classifier = words.main_classifier(records)
     if classifier is None:
@@ -171,7 +171,7 @@ def _curve_plots(curves: dict[str, Curve]) -> list[Plot]:
             chosen("negatives/"),
             False,
             "Mean cosine to its own, to its positive, to the bank or the other images, and to the hundredth of these "
-            "that is most like it (hardest). Where its own lie above the hardest, they are what it is told from.",
+            "that is most similar (hardest). If its own lie above these, they are the harder ones.",
             False,
         ),
         ("Embedding standard deviation", chosen("embedding_std"), False, "Near zero is collapse.", True),
@@ -185,7 +185,7 @@ def _curve_plots(curves: dict[str, Curve]) -> list[Plot]:
 
 
 def _settings_cards(run: Run) -> list[tuple[str, str, list[tuple[str, Any]]]]:
-    """(group, choice, keys): the config as cards, and what follows from it."""
+    """Return cards (group, choice, keys) for the config, and for the values derived from it."""
     cards, loose = [], []
     for group, content in run.config.items():
         if isinstance(content, dict):
@@ -211,7 +211,7 @@ def _facts(run: Run) -> list[tuple[str, str]]:
 
 
 def _comparison(record: Measurement, rows: list[Configuration]) -> Plot:
-    """Means over seeds with one standard deviation, the seeds as ticks."""
+    """Draw means over seeds with one standard deviation, and single seeds as ticks."""
     cells = [_mean_dot(row.metrics.get(record)) for row in rows]
     name, how = heading(record)
     points = record.kind == GAP.kind or record.encoder == GAIN
@@ -228,7 +228,7 @@ def _comparison(record: Measurement, rows: list[Configuration]) -> Plot:
 
 
 def _races(rows: list[Configuration]) -> list[Plot]:
-    """How the online kNN of each configuration rose, averaged over seeds."""
+    """Draw the online kNN accuracy of each configuration during training, averaged over seeds."""
     curves = {row.label or row.runs[0].outcome.name: _mean_curve(row, "online/knn") for row in rows}
     found = {name: curve for name, curve in curves.items() if curve is not None and len(curve.steps) > 1}
     note = "On a held-out part of train; means over seeds, best last value first."
@@ -236,7 +236,7 @@ def _races(rows: list[Configuration]) -> list[Plot]:
 
 
 def _mean_curve(configuration: Configuration, name: str) -> Curve | None:
-    """In per cent, over the steps that all seeds have."""
+    """Return the mean of a curve over seeds, in per cent, at the steps that all seeds have."""
     seeds = [run.curves[name] for run in configuration.runs if name in run.curves]
     if not seeds:
         return None

@@ -1,4 +1,4 @@
-"""Plots as SVG, each for a light and a dark page."""
+"""SVG plots, each in a light and a dark version."""
 
 import base64
 import io
@@ -14,10 +14,10 @@ from icl_msr.report.runs import Curve
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-# Drawn in the light page's colours; the dark page's are exchanged one for one in the SVG.
+# Plots are drawn in the colours of the light page. For the dark page, each colour is replaced in the SVG.
 CARD, INK, MUTED, RULE = "#ffffff", "#1d2125", "#6b7177", "#e3e4e1"
 SERIES = ("#0072b2", "#d55e00", "#009e73", "#b5589a", "#a87900", "#555b61")
-"""Told apart by colour-blind readers (after Okabe and Ito, 2008)."""
+"""Colours that colour-blind readers can distinguish (after Okabe and Ito, 2008)."""
 DARK = {CARD: "#1b1e22", INK: "#e6e8ea", MUTED: "#9aa1a8", RULE: "#353a40"} | dict(
     zip(SERIES, ("#5ab4f0", "#ff8c42", "#35c79a", "#e28fc4", "#e6b93c", "#b4bac0"), strict=True)
 )
@@ -52,7 +52,7 @@ STYLE: Any = {
 
 @dataclass(frozen=True)
 class Plot:
-    """One plot as two data URIs, with the words for those who do not see it."""
+    """A plot as two data URIs, with a title that also serves as alternative text."""
 
     light: str
     dark: str
@@ -62,7 +62,7 @@ class Plot:
 
 @dataclass(frozen=True)
 class Dot:
-    """One point of a dot plot: a value with an interval, and single observations around it."""
+    """A point of a dot plot: a value with an interval, and the single observations."""
 
     value: float
     low: float | None = None
@@ -72,7 +72,7 @@ class Dot:
 
 @dataclass(frozen=True)
 class Series:
-    """Dots of one colour (none is grey) and marker, one a row; a row without a dot stays empty."""
+    """Dots of one colour and marker, one for each row. `colour` None is grey, and a dot None leaves the row empty."""
 
     name: str
     dots: Sequence[Dot | None]
@@ -84,7 +84,7 @@ class Series:
 def dots(
     title: str, rows: Sequence[str], series: Sequence[Series], unit: str, reference: float | None = None, note: str = ""
 ) -> Plot:
-    """Horizontal dot plot: one row a label, the first at the top; `reference` is a dashed vertical line."""
+    """Draw a horizontal dot plot, with the first row at the top. `reference` is a dashed vertical line."""
     labels = ["\n".join(textwrap.wrap(plain(row), 26)) for row in rows]
 
     def draw(axes: "Axes") -> None:
@@ -121,7 +121,7 @@ def dots(
 def lines(
     title: str, curves: dict[str, Curve], log: bool = False, note: str = "", zero: bool = False, axis: str = "step"
 ) -> Plot:
-    """Curves over the optimiser's steps, or over another `axis`."""
+    """Draw curves over the optimiser's steps, or over another `axis`."""
 
     def draw(axes: "Axes") -> None:
         for i, (name, curve) in enumerate(curves.items()):
@@ -141,7 +141,7 @@ def lines(
 
 
 def race(title: str, curves: dict[str, Curve], unit: str, note: str = "") -> Plot:
-    """Curves of many competitors over the optimiser's steps, named in the order of their last values."""
+    """Draw many curves over the optimiser's steps, with a legend in the order of their last values."""
     order = sorted(curves, key=lambda name: -curves[name].values[-1])
 
     def draw(axes: "Axes") -> None:
@@ -157,12 +157,12 @@ def race(title: str, curves: dict[str, Curve], unit: str, note: str = "") -> Plo
 
 
 def _short(name: str) -> str:
-    """`msr/meta_grad_norm` -> `meta`: the title says the rest."""
+    """Return the short name of a curve, such as `meta` for `msr/meta_grad_norm`. The plot's title says the rest."""
     return name.rsplit("/")[-1].removesuffix("_grad_norm").removeprefix("similarity_")
 
 
 def _thin(curve: Curve, points: int = 400) -> tuple[list[float], list[float]]:
-    """Means of runs of neighbours, so that a long training does not make a page of megabytes."""
+    """Return means of neighbouring points, so that a long training does not make a huge page."""
     size = -(-len(curve.steps) // points)
     starts = range(0, len(curve.steps), size or 1)
     chunks = [(curve.steps[i : i + size], curve.values[i : i + size]) for i in starts]
@@ -174,7 +174,7 @@ def _legend(axes: "Axes", columns: int) -> None:
 
 
 def _plot(draw: "Callable[[Axes], None]", title: str, note: str, width: float, height: float) -> Plot:
-    """`width` and `height` in inches: text is 9 pt where the plot is shown at that width."""
+    """Return a plot of `width` x `height` inches. Text is 9 pt if the page shows the plot at that width."""
     from matplotlib import rc_context
     from matplotlib.figure import Figure
 

@@ -1,4 +1,4 @@
-"""Run folders, read from disk: no model is loaded and nothing is computed."""
+"""Run folders read from disk, without loading a model."""
 
 import csv
 import json
@@ -10,23 +10,27 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
+
 from icl_msr.core.errors import UserError
 from icl_msr.core.folder import RunFolder
 from icl_msr.core.records import TRAINED, UNTRAINED, Measurement, Outcome
+from icl_msr.core.saved import read
 
 GAIN = "gain"
-"""In place of an encoder: the trained one minus the untrained one."""
+"""A name in place of an encoder, for the trained one minus the untrained one."""
 
 
 class Curve(NamedTuple):
-    """One logged quantity where it was logged."""
+    """The values of a logged quantity, and the steps at which it was logged."""
 
     steps: list[float]
     values: list[float]
 
 
 class Picture(NamedTuple):
-    """One image of `figures/`."""
+    """An image in `figures/`, with its caption."""
 
     file: Path
     caption: str
@@ -34,7 +38,7 @@ class Picture(NamedTuple):
 
 @dataclass(frozen=True)
 class Run:
-    """One finished run folder; the rest of its files is read when asked for."""
+    """A finished run folder. Files other than `results.json` are read on demand."""
 
     path: Path
     outcome: Outcome
@@ -44,40 +48,40 @@ class Run:
         """Read `results.json` of a run folder.
 
         Raises:
-            UserError: the file is missing, or is not a run's, or the folder is of another format.
+            UserError: the file is missing or damaged, or the folder has another format.
         """
         folder = RunFolder(path)
+        folder.require_inside()
         if folder.done and folder.environment.exists():
             folder.require_format()
         return cls(path, Outcome.load(path))
 
     @cached_property
     def config(self) -> dict[str, Any]:
-        """The composed config, interpolations left as written."""
-        from omegaconf import OmegaConf
-
-        file = self.path / "config.yaml"
-        content = OmegaConf.to_container(OmegaConf.load(file)) if file.exists() else {}
-        return {str(key): value for key, value in content.items()} if isinstance(content, dict) else {}
+        """The composed config, with interpolations as they were written."""
+        try:
+            return read(self.path / "config.yaml")
+        except (OSError, ValueError, RecursionError, YAMLError, OmegaConfBaseException):  # a page can do without
+            return {}
 
     @cached_property
     def environment(self) -> dict[str, Any]:
-        """Command, commit, versions, hardware."""
+        """Command, commit, versions and hardware."""
         return _json(self.path / "environment.json")
 
     @cached_property
     def encoder(self) -> dict[str, Any]:
-        """How the exported encoder is loaded."""
+        """The content of `encoder.json`, with the code that loads the encoder."""
         return _json(self.path / "encoder.json")
 
     @cached_property
     def curves(self) -> dict[str, Curve]:
-        """The run's `metrics.csv`."""
+        """The curves in `metrics.csv`, by name."""
         return read_curves(self.path / "metrics.csv")
 
     @cached_property
     def numbers(self) -> dict[Measurement, float]:
-        """The findings by the record without its number, as people read them, and what training added to each."""
+        """The findings for display, by `Measurement.identity`, and the gain of the trained encoder for each."""
         found = {record.identity: record.shown for record in self.outcome.records.findings()}
         known = {record: value for record, value in found.items() if value is not None and math.isfinite(value)}
         untrained = {replace(record, encoder=TRAINED): known[record] for record in known if record.encoder == UNTRAINED}
@@ -90,7 +94,7 @@ class Run:
 
     @cached_property
     def pictures(self) -> list[Picture]:
-        """The PNGs that lie in `figures/` itself, those with a caption first and in the captions' order."""
+        """The PNG files directly in `figures/`. Those with a caption come first, in the order of the captions."""
         folder = self.path / "figures"
         captions = _json(folder / "captions.json")
         there = {file.name: file for file in sorted(folder.glob("*.png")) if file.is_file() and not file.is_symlink()}
@@ -100,7 +104,7 @@ class Run:
 
 
 def read_curves(file: Path) -> dict[str, Curve]:
-    """Read the columns of a `metrics.csv` without their empty cells, by step; none where there is no file."""
+    """Read the columns of a `metrics.csv` without empty cells; return no curves if the file does not exist."""
     curves: dict[str, Curve] = {}
     if file.exists():
         with file.open(newline="") as rows:
@@ -123,15 +127,15 @@ class Failed(NamedTuple):
 
 
 def is_run(path: Path) -> bool:
-    """Whether the folder is that of a run, finished or not."""
+    """Return whether a folder is a run folder, finished or not."""
     return (path / "results.json").exists() or (path / "config.yaml").exists()
 
 
 def find_runs(paths: Iterable[Path]) -> tuple[list[Run], list[Failed]]:
-    """Find all runs in the folders given, at any depth, each once.
+    """Find all runs in the given folders, at any depth, each once; return finished and failed ones.
 
     Raises:
-        UserError: a path does not exist, or no run is inside any.
+        UserError: a path does not exist, or the folders hold no run.
     """
     folders: dict[Path, None] = {}
     for path in paths:
@@ -156,7 +160,7 @@ def find_runs(paths: Iterable[Path]) -> tuple[list[Run], list[Failed]]:
 
 
 def _run_folders(path: Path) -> Iterator[Path]:
-    """Run folders are not searched further: what lies in them (loggers' copies of the config) is no run."""
+    """Yield the run folders under a path. They are not searched further, because loggers copy the config into them."""
     for folder, inner, _ in os.walk(path):
         inner[:] = sorted(name for name in inner if not name.startswith("."))
         if is_run(Path(folder)):
@@ -165,7 +169,7 @@ def _run_folders(path: Path) -> Iterator[Path]:
 
 
 def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested mapping -> dotted keys."""
+    """Return a nested mapping as a flat one with dotted keys."""
     flat: dict[str, Any] = {}
     for key, value in tree.items():
         if isinstance(value, dict) and value:
@@ -178,6 +182,6 @@ def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 def _json(file: Path) -> dict[str, Any]:
     try:
         content = json.loads(file.read_bytes())
-    except (OSError, ValueError):  # a page can do without
+    except (OSError, ValueError, RecursionError):  # a page can do without
         return {}
     return content if isinstance(content, dict) else {}

@@ -1,4 +1,4 @@
-"""Many runs -> one row per configuration, mean and standard deviation over seeds."""
+"""Summaries of many runs: a row per configuration, with means and standard deviations over seeds."""
 
 import statistics
 from collections.abc import Iterable
@@ -12,14 +12,14 @@ from icl_msr.report.runs import GAIN, Failed, Run, find_runs, flatten
 from icl_msr.report.words import LOSSES, main_classifiers
 
 CONDITIONS = [("full", "full"), ("full", "fg"), ("fg", "fg"), ("fg", "full")]
-"""(pre-trained on, tested on), in the paper's order."""
+"""Pairs (pre-trained on, tested on), in the order of the paper."""
 SAME_CONFIGURATION = ("seed", "logger")
-"""Top-level config entries that two runs of one configuration may differ in."""
+"""Top-level config entries that may differ between runs of one configuration."""
 
 
 @dataclass(frozen=True)
 class Statistic:
-    """One number per seed."""
+    """A number measured for several seeds."""
 
     values: tuple[float, ...]
 
@@ -35,7 +35,7 @@ class Statistic:
 
     @property
     def std(self) -> float | None:
-        """Sample standard deviation over seeds (n - 1 in the denominator); none for one seed."""
+        """Sample standard deviation over seeds (n - 1 in the denominator); None for one seed."""
         return statistics.stdev(self.values) if self.n > 1 else None
 
     def __str__(self) -> str:
@@ -44,13 +44,13 @@ class Statistic:
 
 @dataclass(frozen=True)
 class Configuration:
-    """Runs that differ in nothing but their seed."""
+    """Runs that differ only in their seed."""
 
     runs: list[Run]
     labels: dict[str, str]
-    """What tells this configuration from the others on the same data set."""
+    """Settings that distinguish this configuration from the others on the same data set."""
     metrics: dict[Measurement, Statistic]
-    """By the record without its number; a gain is a record whose encoder is `GAIN`."""
+    """Statistics by `Measurement.identity`. A gain is a record whose encoder is `GAIN`."""
 
     @property
     def dataset(self) -> str:
@@ -65,46 +65,46 @@ class Configuration:
 
 @dataclass(frozen=True)
 class TwoByTwo:
-    """Pre-training condition x test condition of one configuration (ICL-MSR, motivating experiment), in %."""
+    """Accuracies in % by pre-training condition and test condition (ICL-MSR, motivating experiment)."""
 
     dataset: str
     labels: dict[str, str]
     classifier: Classifier
     cells: dict[tuple[str, str], Statistic]
-    """(pre-trained on, tested on) -> accuracy; each either `full` or `fg`."""
+    """Accuracy by (pre-trained on, tested on), each either `full` or `fg`."""
 
 
 @dataclass(frozen=True)
 class Summary:
-    """Everything a summary says."""
+    """The content of a summary of many runs."""
 
     configurations: list[Configuration]
     two_by_two: list[TwoByTwo]
     failed: list[Failed]
     superseded: list[Path]
-    """Runs left out, because a newer one has the same configuration and seed."""
+    """Runs that are left out because a newer run has the same configuration and seed."""
     against: str | None = None
-    """What every configuration is compared with; see `differences.compare`."""
+    """The baseline of all configurations; see `differences.compare`."""
 
     def by_dataset(self) -> dict[str, list[Configuration]]:
-        """Configurations of each data set: accuracies on different data are never put in one table."""
+        """Return the configurations by data set. Accuracies on different data never share a table."""
         tables: dict[str, list[Configuration]] = {}
         for configuration in self.configurations:
             tables.setdefault(configuration.dataset, []).append(configuration)
         return tables
 
     def joined(self, dataset: str) -> list[TwoByTwo]:
-        """The 2 x 2 tables of one data set."""
+        """Return the 2 x 2 tables of one data set."""
         return [table for table in self.two_by_two if table.dataset == dataset]
 
 
 def summarise(paths: Iterable[Path], against: str | None = None) -> Summary:
-    """Read all runs in the folders given, at any depth, and join the seeds of each configuration.
+    """Read all runs in the given folders, at any depth, and group the seeds of each configuration.
 
-    `against` names what all are compared with; see `differences.compare`.
+    `against` names the baseline of all configurations; see `differences.compare`.
 
     Raises:
-        UserError: a path does not exist, or no run is inside any.
+        UserError: a path does not exist, or the folders hold no run.
     """
     runs, failed = find_runs(list(paths))
     groups: dict[tuple[Any, ...], dict[int, Run]] = {}
@@ -125,7 +125,7 @@ def summarise(paths: Iterable[Path], against: str | None = None) -> Summary:
 
 
 def heading(record: Measurement) -> tuple[str, str]:
-    """Name a column of a table of many runs: (what, how)."""
+    """Return the heading of a column as (what was measured, how)."""
     usual = record.kind in (ACCURACY.kind, GAP.kind)
     what = GAP.labels.get(record.splits, record.splits.replace(" - ", " − "))
     if not usual:
@@ -136,16 +136,16 @@ def heading(record: Measurement) -> tuple[str, str]:
 
 
 def accuracy(split: str, classifier: Classifier | None, fitted_on: str, encoder: str = TRAINED) -> Measurement:
-    """An accuracy without its number, to look one up."""
+    """Return an accuracy record without its number, to look one up."""
     known = partial(Measurement, kind=ACCURACY.kind, value=None, split=split, classifier=classifier)
     return known(fitted_on=fitted_on, encoder=encoder)
 
 
 def headline(configurations: list[Configuration]) -> list[Measurement]:
-    """The few numbers a reader looks for first, of those measured on this data set.
+    """Return the few numbers that a reader looks for first, among those measured on this data set.
 
-    Accuracy as usually reported, what a probe that cannot use the background reads of the object, what training added,
-    and how much is lost with the background.
+    They are the accuracy as usually reported, the accuracy of a probe that cannot use the background, the gain from
+    training, and the loss without the background.
     """
     every = dict.fromkeys(record for c in configurations for record in c.metrics)
     measured = {record: record for record in every if record.kind in (ACCURACY.kind, GAP.kind)}
@@ -177,15 +177,16 @@ def headline(configurations: list[Configuration]) -> list[Measurement]:
         alike = [r for r in measured if r.classifier and r.classifier.family in ("linear", "finetune", "head")]
         main = {linear, knn, *(record.classifier for record in alike if record.classifier != linear)}
         wanted = [record for record in measured if record.encoder != UNTRAINED and record.classifier in main]
-        if "corrupted" in splits:  # the columns of Ge et al. 2021, which leave no room for others
+        if "corrupted" in splits:  # only the columns of Ge et al. 2021: there is no room for others
             wanted = [record for record in wanted if record.encoder == TRAINED and record.kind == ACCURACY.kind]
     return [measured[record] for record in dict.fromkeys(wanted) if record in measured]
 
 
 def best(record: Measurement, configurations: list[Configuration]) -> Configuration | None:
-    """The configuration with the best mean: highest accuracy or gap nearest to zero; none among fewer than two.
+    """Return the configuration with the best mean: the highest accuracy, or the gap nearest to zero.
 
-    And none where more is not better or worse: what is told from a background or a texture, and gains of gaps.
+    Return None for fewer than two configurations, and for numbers whose larger values are neither better nor worse:
+    accuracies on backgrounds or textures, and gains of gaps.
     """
     candidates = [c for c in configurations if record in c.metrics]
     less = record.better == "less"
@@ -195,10 +196,10 @@ def best(record: Measurement, configurations: list[Configuration]) -> Configurat
 
 
 def comparison(rows: list[Configuration]) -> str:
-    """Which configuration of one data set relies least on the background; empty where that was not measured."""
+    """Return a sentence on which configuration relies least on the background; empty if that was not measured."""
     gaps = {(record.split, record.minus): record for record in headline(rows)}
     gap = next((gaps[splits] for splits in LOSSES if splits in gaps), None)
-    # Pre-training on the foreground alone is another question.
+    # Pre-training on the foreground only answers another question.
     measured = [row for row in rows if gap in row.metrics and row.runs[0].outcome.train_on != "fg"]
     if gap is None or len(measured) < 2:
         return ""
@@ -214,7 +215,7 @@ def _dataset(run: Run) -> str:
 
 
 def _settings(run: Run) -> tuple[dict[str, str], dict[str, str]]:
-    """(choice of every config group, every dotted key of the config), without what one configuration may vary."""
+    """Return the choice of every config group and all dotted keys, without those in `SAME_CONFIGURATION`."""
     choices = {
         group: str(choice).lower() if choice is None else choice
         for group, choice in run.outcome.choices.items()
@@ -230,9 +231,10 @@ def _identity(run: Run) -> tuple[Any, ...]:
 
 
 def _differing(runs: list[Run]) -> list[str]:
-    """Config groups whose choice differs, then dotted keys that differ between runs of one and the same choice.
+    """Return config groups whose choice differs, then dotted keys that differ between runs with the same choice.
 
-    Keys that no command line names follow from the choices, and stay out where the rest tells the runs apart.
+    Keys that no command line names follow from the choices. They are left out if the other columns already distinguish
+    the runs.
     """
     settings = [_settings(run) for run in runs]
     groups = dict.fromkeys(group for choices, _ in settings for group in choices)
@@ -256,7 +258,7 @@ def _labels(run: Run, columns: list[str]) -> dict[str, str]:
 
 
 def _order(label: str) -> tuple[int, float, str]:
-    """`none` first, so that a baseline stands above what is compared with it; numbers by size."""
+    """Return a sorting key: `none` first, so that a baseline stands above the others, then numbers by size."""
     try:
         return 1, float(label), ""
     except ValueError:
@@ -272,7 +274,7 @@ def _statistics(runs: list[Run]) -> dict[Measurement, Statistic]:
 
 
 def _join_conditions(configurations: list[Configuration]) -> list[TwoByTwo]:
-    """Pair each configuration pre-trained on `full` images with the one that differs in `train_on: fg` only."""
+    """Pair each configuration pre-trained on `full` images with the one that differs only in `train_on: fg`."""
     condition = "dataset.train_on"
     pairs: dict[tuple[Any, ...], dict[str, Configuration]] = {}
     for configuration in configurations:

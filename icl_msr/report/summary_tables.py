@@ -1,4 +1,4 @@
-"""The tables of many runs."""
+"""Tables of many runs."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
@@ -13,14 +13,14 @@ from icl_msr.report.runs import GAIN
 from icl_msr.report.summary import CONDITIONS, Configuration, Statistic, Summary, TwoByTwo, best, heading, headline
 
 READING = (
-    "% or points, mean ± standard deviation over n seeds; classifiers fitted on train, or on the balanced split where "
-    "said; gain: trained minus untrained. The best mean of a column is bold; differences within the standard "
-    "deviations are none."
+    "% or points, mean ± standard deviation over n seeds; classifiers are fitted on train, or on the balanced split "
+    "where it is named. gain: trained minus untrained. The best mean of a column is bold; differences within the "
+    "standard deviations mean nothing."
 )
 
 
 def dataset_tables(summary: Summary, dataset: str) -> list[Table]:
-    """Make the tables of one data set: the headline, what differs, and the 2 x 2 where it can be joined."""
+    """Make the tables of one data set: the headline, the differences, and the 2 x 2 table if its runs exist."""
     rows = summary.by_dataset()[dataset]
     found = [headline_table(dataset, rows)]
     if compared := compare(rows, headline(rows), summary.against):
@@ -31,7 +31,7 @@ def dataset_tables(summary: Summary, dataset: str) -> list[Table]:
 
 
 def headline_table(dataset: str, rows: Sequence[Configuration]) -> Table:
-    """Make the table of the numbers that a reader looks for first, one line a configuration."""
+    """Make the table of the numbers that a reader looks for first, with a line per configuration."""
     records = headline(list(rows))
     winners = {record: best(record, list(rows)) for record in records}
     lines = []
@@ -44,7 +44,7 @@ def headline_table(dataset: str, rows: Sequence[Configuration]) -> Table:
 
 
 def difference_table(compared: Sequence[Compared]) -> Table:
-    """Make the table of paired differences; those whose interval leaves zero out are bold."""
+    """Make the table of paired differences. Those whose interval excludes zero are bold."""
     records = list(dict.fromkeys(record for row in compared for record in row.differences))
     lines = []
     for row in compared:
@@ -62,7 +62,7 @@ def difference_table(compared: Sequence[Compared]) -> Table:
 
 
 def two_by_two_table(tables: Sequence[TwoByTwo]) -> Table:
-    """Make the table of pre-training conditions x test conditions."""
+    """Make the table of accuracies by pre-training condition and test condition."""
     lines = [
         Line(
             [
@@ -79,7 +79,7 @@ def two_by_two_table(tables: Sequence[TwoByTwo]) -> Table:
 
 
 def everything_table(rows: Sequence[Configuration]) -> Table:
-    """Make the table of all that was measured, one line a number, one column a configuration."""
+    """Make the table of everything measured, with a line per number and a column per configuration."""
     lines = []
     for record in everything(rows):
         what, how = heading(record)
@@ -90,7 +90,7 @@ def everything_table(rows: Sequence[Configuration]) -> Table:
 
 
 def runs_table(summary: Summary, links: Mapping[Path, str]) -> Table:
-    """Make the table of the runs; `links` leads to their pages."""
+    """Make the table of the runs. `links` maps their folders to their pages."""
     lines = []
     for configuration in summary.configurations:
         for run in configuration.runs:
@@ -111,12 +111,12 @@ def runs_table(summary: Summary, links: Mapping[Path, str]) -> Table:
 
 
 def everything(rows: Sequence[Configuration]) -> list[Measurement]:
-    """All that was measured on one data set."""
+    """Return everything that was measured on one data set."""
     return list(dict.fromkeys(record for row in rows for record in row.metrics))
 
 
 def flat_summary(summary: Summary) -> Table:
-    """Make the table for programs: one line a configuration, mean and std of every number in columns of their own."""
+    """Make the table for programs, with a line per configuration, and columns for the mean and std of every number."""
     labels = dict.fromkeys(label for configuration in summary.configurations for label in configuration.labels)
     rows = []
     for configuration in summary.configurations:
@@ -130,7 +130,7 @@ def flat_summary(summary: Summary) -> Table:
 
 
 def flat_differences(summary: Summary) -> Table:
-    """Make the table for programs: one line a paired difference."""
+    """Make the table for programs, with a line per paired difference."""
     rows = [
         {"dataset": dataset, "configuration": row.configuration.label, "minus": row.against.label}
         | {"metric": told(record)}
@@ -144,7 +144,7 @@ def flat_differences(summary: Summary) -> Table:
 
 
 def told(record: Measurement) -> str:
-    """The name of a number as a user types it, and the encoder where it is not the trained one."""
+    """Return the name of a number as a user types it, with the encoder if it is not the trained one."""
     return record.name if record.encoder == "trained" else f"{record.name} ({record.encoder})"
 
 

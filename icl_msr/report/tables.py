@@ -1,4 +1,4 @@
-"""Records as tables and plots, by their layout: whatever was measured, known here or not."""
+"""Tables and plots of records, made from their layouts. No kind of record has to be known here."""
 
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -10,15 +10,15 @@ from icl_msr.report.plots import Dot, Plot, Series
 from icl_msr.report.runs import Curve
 
 SHOWN = 20
-"""Classes in a table, the best and the worst where there are more."""
+"""Largest number of classes in a table; if there are more, the best and the worst are shown."""
 NARROW = 5
-"""Columns of numbers with which a terminal still has room for intervals."""
+"""Largest number of columns for which a terminal has room for intervals."""
 SERIES = 4
-"""Series in a plot; where there are more, the main classifiers are drawn."""
+"""Largest number of series in a plot; if there are more, only the main classifiers are drawn."""
 
 
 def tables(outcome: Outcome) -> list[Table]:
-    """Make a table of every kind of record that has a layout, and those of the classes."""
+    """Make a table of every kind of record that has a layout, and the tables of the classes."""
     records = outcome.records
     first = sorted(records.layouts, key=lambda kind: kind not in (ACCURACY.kind, GAP.kind))
     found = [lay_out(records.layouts[kind], records.where(kind), outcome.chance) for kind in first]
@@ -26,7 +26,7 @@ def tables(outcome: Outcome) -> list[Table]:
 
 
 def lay_out(layout: Layout, records: Sequence[Measurement], chance: float | None = None) -> Table:
-    """Make the table of records of one kind; the coldest colour of cells is that of `chance`."""
+    """Make the table of records of one kind. The scale of cell colours begins at `chance`."""
     lines: dict[tuple[Any, ...], dict[tuple[Any, ...], Measurement]] = {}
     for record in records:
         cells = lines.setdefault(_told(record, layout.rows), {})
@@ -66,7 +66,7 @@ def _told(record: Measurement, by: Sequence[str]) -> tuple[Any, ...]:
 
 
 def _ordered(keys: dict[tuple[Any, ...], Measurement], by: Sequence[str]) -> list[tuple[Any, ...]]:
-    """Keys by each of their parts in turn, as they came; the linear probe and the trained encoder stand first."""
+    """Sort keys by each of their parts, in order of appearance, with the linear probe and the trained encoder first."""
     ranks: list[dict[Any, int]] = []
     for place, field in enumerate(by):
         seen: dict[Any, bool] = {}
@@ -105,7 +105,7 @@ def _number(record: Measurement | None, heat: float | None, *, margin: bool) -> 
 
 
 def charts(layout: Layout, records: Sequence[Measurement], chance: float | None = None) -> list[Plot]:
-    """Draw the plots that the layout asks for, one a panel; `chance` is a dashed line among accuracies."""
+    """Draw the plots of a layout, one for each panel. In plots of accuracies, `chance` is a dashed line."""
     chart = layout.chart
     if chart is None:
         return []
@@ -168,7 +168,8 @@ def _dot(record: Measurement | None) -> Dot | None:
 def class_tables(by_class: Sequence[ByClass], classes: Sequence[str]) -> list[Table]:
     """Make tables of the accuracy by class and of the largest confusions on the first test split.
 
-    Of the trained encoder and the linear probe, or the first classifier where there is none, fitted on train.
+    The tables show the trained encoder, with the linear probe fitted on train, or with the first classifier if there is
+    no linear probe.
     """
     rows = [row for row in by_class if (row.encoder, row.fitted_on, row.classes) == (TRAINED, "train", None)]
     if not rows:

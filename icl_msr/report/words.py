@@ -1,4 +1,4 @@
-"""Numbers said in words."""
+"""Sentences about results, and numbers as text."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from statistics import median
@@ -8,11 +8,11 @@ from icl_msr.core.records import ACCURACY, GAP, MEANINGS, TRAINED, UNTRAINED, Cl
 from icl_msr.report.runs import Curve
 
 LOSSES = (("mixed_same", "mixed_rand"), ("original", "mixed_rand"), ("full", "fg"), ("original", "only_fg"))
-"""Gaps that measure the reliance on the background, the most telling first."""
+"""Gaps that measure the reliance on the background, the most informative first."""
 
 
 def number(record: Measurement, value: float | None) -> str:
-    """Write a value as people read it, in the unit of its record."""
+    """Return a value as text, in the unit of its record."""
     shown = record.scaled(value)
     if shown is None:
         return "–"
@@ -27,56 +27,56 @@ def _digits(value: float) -> str:
 
 
 def percent(fraction: float | None) -> str:
-    """0.412 -> 41.2 %."""
+    """Return a fraction in per cent: 0.412 becomes `41.2 %`."""
     return "–" if fraction is None else f"{100 * fraction:.1f} %"
 
 
 def points(value: float) -> str:
-    """Signed, with a true minus."""
+    """Return a number of points with its sign, with a true minus."""
     return f"{value:+.1f}".replace("-", "−")
 
 
 def interval(record: Measurement) -> str:
-    """`9.8 to 14.7`; empty where unknown."""
+    """Return the interval of a record, such as `9.8 to 14.7`; empty if it has none."""
     low, high = record.scaled(record.low), record.scaled(record.high)
     return "" if low is None or high is None else f"{low:.1f} to {high:.1f}".replace("-", "−")
 
 
 def duration(seconds: float) -> str:
-    """3671 -> 1 h 1 min."""
+    """Return a duration as text: 3671 seconds become `1 h 1 min`."""
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s" if minutes else f"{rest} s"
 
 
 def main_classifiers(records: Iterable[Measurement]) -> tuple[Classifier | None, Classifier | None]:
-    """The linear probe, or else what was fine-tuned, and the first kNN preset, where measured."""
+    """Return the linear probe, or else the fine-tuned classifier, and the first kNN preset; None for missing ones."""
     found = list(dict.fromkeys(record.classifier for record in records if record.classifier is not None))
     fitted = (one for family in ("linear", "finetune") for one in found if one.family == family)
     return next(fitted, None), next((one for one in found if one.family == "knn"), None)
 
 
 def main_classifier(records: Records) -> Classifier | None:
-    """The classifier the answer is about: the linear probe, else what was fine-tuned, else kNN."""
+    """Return the classifier of the answer: the linear probe, else the fine-tuned classifier, else kNN."""
     linear, knn = main_classifiers(records.where(ACCURACY.kind))
     return linear or knn
 
 
 def telling_gap(records: Records, classifier: Classifier, encoder: str = TRAINED) -> Measurement | None:
-    """The most telling gap of the classifier fitted on train, where any was measured."""
+    """Return the most informative gap of the classifier fitted on train; None if no gap was measured."""
     known = {"classifier": str(classifier), "fitted_on": "train", "encoder": encoder}
     gaps = (records.find(GAP.kind, split=split, minus=minus, **known) for split, minus in LOSSES)
     return next((gap for gap in gaps if gap is not None), None)
 
 
 def answer(outcome: Outcome) -> list[str]:
-    """How much the encoder relies on the object and how much on the background: sentences, the main one first."""
+    """Return sentences on how far the encoder relies on the object and on the background, the main one first."""
     records = outcome.records
     classifier = main_classifier(records)
     if classifier is None and records.where("health"):
         return [
-            "This run had no labels of two or more classes, so nothing can be said about object and background; what "
-            "needs no label is below."
+            "This run had no labels of two or more classes, so nothing can be said about object and background. The "
+            "measures below need no labels."
         ]
     if classifier is None:
         return ["This run was not evaluated, so nothing can be said about object and background."]
@@ -122,7 +122,7 @@ def _significance(gap: Measurement) -> str:
 
 
 def _elsewhere(records: Records, classifier: Classifier, who: str) -> list[str]:
-    """Accuracy on the first test split, and what is lost on others."""
+    """Return sentences on the accuracy on the first test split, and on the loss on other splits."""
     known = {"classifier": str(classifier), "fitted_on": "train", "encoder": TRAINED}
     scores = records.where(ACCURACY.kind, **known)
     if not scores:
@@ -135,7 +135,7 @@ def _elsewhere(records: Records, classifier: Classifier, who: str) -> list[str]:
 
 
 def _alone(outcome: Outcome, classifier: Classifier) -> list[str]:
-    """What object and background are each good for alone."""
+    """Return a sentence on the accuracy from the object only and from the background only."""
     known = {"classifier": str(classifier), "fitted_on": "train", "encoder": TRAINED}
     fg, bg = (outcome.records.find(ACCURACY.kind, split=split, **known) for split in ("only_fg", "only_bg"))
     if fg is None or bg is None:
@@ -148,14 +148,14 @@ def _alone(outcome: Outcome, classifier: Classifier) -> list[str]:
 
 
 def _decodable(records: Records, classifier: Classifier) -> list[str]:
-    """Whether the object can be read from the features by a probe to which the background is of no use."""
+    """Return a sentence on a probe that cannot use the background: how often it reads the object from the features."""
     known = {"split": "mixed_rand", "classifier": str(classifier), "fitted_on": "balanced"}
     trained, untrained = (records.find(ACCURACY.kind, encoder=encoder, **known) for encoder in (TRAINED, UNTRAINED))
     if trained is None:
         return []
     bounds = interval(trained)
     return [
-        "The object itself is in the features to this degree: a probe fitted where the background says nothing about "
+        "The object itself is in the features to this degree: a probe fitted on backgrounds that say nothing about "
         f"the class is right on {percent(trained.value)} of the images with a random background"
         + (f" (95 % interval {bounds})" if bounds else "")
         + (f", against {percent(untrained.value)} for the untrained encoder." if untrained else ".")
@@ -163,7 +163,7 @@ def _decodable(records: Records, classifier: Classifier) -> list[str]:
 
 
 def _shape(records: Records) -> list[str]:
-    """What decides where shape and texture contradict each other, and what can be read of both."""
+    """Return sentences on decisions between shape and texture, and on what probes read of both."""
     biased = next(
         (r for r in records.where("shape", metric="shape_bias", encoder=TRAINED) if r.value is not None), None
     )
@@ -187,11 +187,11 @@ def _shape(records: Records) -> list[str]:
 
 
 CLEARLY = 0.1
-"""Of the object's area: how far the whole interval must be from a map that does not see the object."""
+"""Fraction of the object's area by which a whole interval must differ from a map that does not see the object."""
 
 
 def strata(records: Records) -> list[str]:
-    """Whether a stratum looks at the background only, and whether strata differ: sentences; none where not measured."""
+    """Return sentences on whether a stratum sees only the background and whether strata differ, if measured."""
     area, apart = records.find("strata_area"), records.find("strata_apart", metric="difference")
     if area is None or area.value is None:
         return []
@@ -226,11 +226,11 @@ def _these(records: Sequence[Measurement]) -> str:
 
 
 FAINT = 0.01
-"""Of the uniformity gradient: below this, f_msr learns from uniformity alone."""
+"""Fraction of the uniformity gradient below which f_msr learns from uniformity alone."""
 
 
 def faint_meta_signal(curves: Mapping[str, Curve], regularizer: Mapping[str, Any]) -> str:
-    """What is wrong with a run in which the meta gradient was too small to matter, and what to type; else empty.
+    """Return a warning, with advice, if the meta gradient was too small to matter; else an empty string.
 
     Args:
         curves: the run's log.
@@ -259,7 +259,7 @@ def faint_meta_signal(curves: Mapping[str, Curve], regularizer: Mapping[str, Any
 
 
 def readable(value: Any) -> str:
-    """A setting or a measurement as a person writes it."""
+    """Return a setting or a measurement as readable text."""
     if value is None:
         return "none"
     if isinstance(value, bool):

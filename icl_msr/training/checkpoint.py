@@ -12,18 +12,18 @@ from icl_msr.models.checkpoint import read_checkpoint
 
 
 class AtomicCheckpoint(TorchCheckpointIO):
-    """Checkpoints of which the old or the new one is there at any moment, and which are data alone.
+    """Writes checkpoints atomically: the old or the new one exists at any moment. They hold only data, no code.
 
-    Lightning's own way holds a second copy in memory, writes it into the system's temporary folder without syncing
-    it, and moves it from there: across file systems that is a copy, which a kill leaves half done.
+    Lightning holds a second copy in memory, writes it to the system's temporary folder without syncing it, and then
+    moves it. Across file systems the move is a copy, and a killed process leaves half of it.
     """
 
     @override
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
-        """Writes beside the old file, then takes its place.
+        """Write a new file beside the old one, then replace the old one.
 
         Raises:
-            UserError: the disk is full; the old checkpoint, if any, is still there.
+            UserError: the disk is full. The old checkpoint, if any, is kept.
         """
         path = Path(path)
         with replacing(path, f"continue with resume={path.parent.parent}") as file:

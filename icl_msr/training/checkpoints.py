@@ -1,4 +1,4 @@
-"""The checkpoint that a run continues from, and what a signal does."""
+"""The callback that writes the checkpoint of a run and ends the run on a signal."""
 
 import signal
 import sys
@@ -23,13 +23,13 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
 
 class Checkpoints(Checkpoint):
-    """Keeps one checkpoint, always of the last optimiser step that was reached when it was written.
+    """Keeps one checkpoint, always of the last complete optimiser step.
 
-    It is written every few epochs, every few minutes, at the end, and on a signal (SIGTERM, Ctrl-C, SLURM's SIGUSR1),
-    after which the run ends with the exit code 75. A second signal ends it at once; the same one within a second is the
-    first again, since SLURM signals a rank and also the parent, which passes it on.
+    It is written every few epochs, every few minutes, at the end, and on a signal (SIGTERM, Ctrl-C, SLURM's SIGUSR1).
+    After a signal the run ends with exit code 75. A second signal ends it at once. The same signal within a second does
+    not count as a second one, because SLURM signals a rank and also its parent, and the parent passes the signal on.
 
-    Lightning calls a `Checkpoint` after all other callbacks, so the queues have taken the batch in.
+    Lightning calls a `Checkpoint` after all other callbacks, so the checkpoint has their latest state.
     """
 
     def __init__(self, checkpoint: Path, *, every_n_epochs: PositiveInt, every_n_minutes: PositiveFloat | None):
@@ -43,7 +43,7 @@ class Checkpoints(Checkpoint):
 
     @override
     def state_dict(self) -> dict[str, Any]:
-        # Whether a callback had stopped the run, such as early stopping: it then ends again at once.
+        # A run that a callback such as early stopping has ended must end again at once.
         return {"ended": self._ended}
 
     @override
@@ -52,7 +52,7 @@ class Checkpoints(Checkpoint):
 
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        # Takes the signals over: Lightning's own handler calls a collective wherever the program happens to be.
+        # These handlers replace Lightning's, which calls a collective at any point of the program.
         trainer.should_stop |= self._ended
         self._saved_at = time.monotonic()
         self._handlers = {number: signal.signal(number, self._note) for number in SIGNALS}
@@ -61,8 +61,8 @@ class Checkpoints(Checkpoint):
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        # Between two optimiser steps; after the last batch of an epoch, the epoch's end is waited for. Only Lightning's
-        # loop knows whether gradients are being accumulated.
+        # Writes only between two optimiser steps. The last batch of an epoch is left to the end of the epoch.
+        # Only Lightning's loop knows whether gradients are being accumulated.
         loop = trainer.fit_loop.epoch_loop
         if not (loop.batch_progress.is_last_batch or loop._should_accumulate()):
             minutes = (time.monotonic() - self._saved_at) / 60
@@ -76,12 +76,12 @@ class Checkpoints(Checkpoint):
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        # Only now has Lightning logged what belongs to the last step.
+        # Lightning has logged the numbers of the last step only now.
         self._leave_if_told(trainer)
 
     @override
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        # Signals mean again what they meant before.
+        # The handlers that were there before come back.
         self._give_signals_back()
         self._leave_if_told(trainer)
 
@@ -101,7 +101,7 @@ class Checkpoints(Checkpoint):
         self._handlers = {}
 
     def _save(self, trainer: pl.Trainer, due: bool) -> None:
-        """Write if any rank is due or was told to stop: on all ranks alike. A `fast_dev_run` writes nothing."""
+        """Write a checkpoint if one is due or a signal has come on any rank. A `fast_dev_run` writes nothing."""
         if trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
         decision = torch.tensor([due, self.signal is not None], dtype=torch.int32, device=trainer.strategy.root_device)

@@ -1,4 +1,4 @@
-"""From a data set to batches of `Views` on the training device."""
+"""The DataModule: it turns a data set into batches of `Views` on the training device."""
 
 import itertools
 import shutil
@@ -27,33 +27,33 @@ from icl_msr.data.files import FileSplit
 from icl_msr.negatives.cached import CachedNegatives
 
 SHARED_MEMORY = Path("/dev/shm")
-"""Where Linux keeps the tensors that processes share."""
+"""The folder in which Linux keeps tensors that processes share."""
 
 NEGATIVES = -2
 """The view number of the negatives' keys."""
 
-_DECODED = 16  # photographs in memory at once while a worker cuts its crops
+_DECODED = 16  # photographs that a worker holds in memory at once
 
 
 class Batch(NamedTuple):
-    """What goes from the loader to the device: which images, and their pixels unless these are there already."""
+    """A batch on its way from the loader to the device. It has pixels only if the images are not on the device."""
 
     epoch: int
     positions: Tensor
-    """(N,) int64, in the training split."""
+    """Positions in the training split, (N,) int64."""
     images: Tensor | None = None
-    """(N, 3, S, S) uint8, whole images."""
+    """Whole images, (N, 3, S, S) uint8."""
     crops: list[Tensor] | None = None
-    """V tensors (N, 3, s, s) uint8."""
+    """Crops of the V views, tensors (N, 3, s, s) uint8."""
     textures: Tensor | None = None
-    """(N, 3, s, s) uint8, the first view's crops of the cached textures, if there are."""
+    """Crops of the cached textures as in the first view, (N, 3, s, s) uint8; None without cached textures."""
 
     def as_arrays(self) -> "Batch":
-        """Return the pixels as numpy arrays: these go from a worker through a pipe, tensors through shared memory."""
+        """Return the batch with numpy arrays. Workers send arrays through a pipe, but tensors through shared memory."""
         return self._each(Tensor.numpy)
 
     def as_tensors(self) -> "Batch":
-        """Undo `as_arrays`."""
+        """Return the batch with tensors; the inverse of `as_arrays`."""
         return self._each(torch.as_tensor)
 
     def _each(self, change: Callable[[Any], Any]) -> "Batch":
@@ -65,7 +65,7 @@ class Batch(NamedTuple):
 
 
 class Negatives(Protocol):
-    """A generator of non-semantic negatives; see `NonSemantic` for what it says of them."""
+    """A generator of non-semantic negatives. `NonSemantic` explains its attributes."""
 
     alpha: float
     repulsion: float
@@ -73,14 +73,19 @@ class Negatives(Protocol):
     alpha_schedule: AlphaSchedule
 
     def __call__(self, query: Tensor, keys: Tensor) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
-        """Query (N, C, H, W), keys int64 (N,); returns (N, m, C, H, W), and numbers () for the log if there are any."""
+        """Return m negatives of each image, (N, m, C, H, W), and scalar tensors for the log if there are any.
+
+        Args:
+            query: the first view (N, C, H, W).
+            keys: keys of the random numbers, int64 (N,).
+        """
         ...
 
 
 class EpochBatches:
-    """A rank's part of every batch of an epoch: a function of (seed, epoch) alone.
+    """Yields a rank's part of every batch of an epoch. It depends only on the seed and the epoch.
 
-    All ranks together see the batches that one rank would see; what does not fill a batch is left out.
+    All ranks together see the batches that one rank would see. Images that do not fill a batch are left out.
     """
 
     def __init__(
@@ -98,10 +103,10 @@ class EpochBatches:
         self.length, self.batch_size, self.seed = length, batch_size, seed
         self.rank, self.share = rank, batch_size // world_size
         self.fixed = fixed
-        """Whether every epoch has the order of the first one, as `Trainer(overfit_batches=...)` asks for."""
+        """True if every epoch has the order of the first one, as `Trainer(overfit_batches=...)` asks for."""
         self.epoch = 0
         self.first = 0
-        """The first batch of the epoch that is wanted: a resumed run leaves out those that it has seen."""
+        """The first batch of the epoch to yield. A resumed run skips the batches that it has seen."""
 
     def __len__(self) -> int:
         return self.length // self.batch_size
@@ -114,19 +119,19 @@ class EpochBatches:
 
 
 class DataModule(pl.LightningDataModule):
-    """Batches of `Views` for training; what is evaluated reads the data set's splits itself.
+    """Batches of `Views` for training. Evaluations read the splits of the data set themselves.
 
-    A split in memory moves to the training device once, and a batch is an index. The images of other splits are
-    decoded and cropped by workers. All else happens on the device, in `on_after_batch_transfer`.
+    A split in memory moves to the training device once, and a batch is then an index. Images of other splits are
+    decoded and cropped by workers. Everything else happens on the device, in `on_after_batch_transfer`.
     Use it with `Trainer(use_distributed_sampler=False)`.
 
     Args:
-        dataset: what to train on.
-        augmentation: makes the views.
-        negatives: makes non-semantic negatives of the first view, or reads them, or None.
-        batch_size: images of one step of all devices together, before accumulation.
-        num_workers: processes that decode; a data set in memory needs none.
-        seed: of order, views and negatives.
+        dataset: the data set to train on.
+        augmentation: the augmentation that makes the views.
+        negatives: a generator of non-semantic negatives of the first view, cached textures, or None.
+        batch_size: images of one micro-batch, on all devices together.
+        num_workers: processes that decode images. A data set in memory needs none.
+        seed: seed of the order, the views and the negatives.
         channels_last: memory format of all images that reach the backbone.
     """
 
@@ -161,7 +166,7 @@ class DataModule(pl.LightningDataModule):
 
     @override
     def teardown(self, stage: str) -> None:
-        # Let the workers go. Left to the garbage collector, each of them would be waited for.
+        # Ends the workers now. The garbage collector would wait for each of them.
         if self._training is not None:
             self._training.close()
             self._training = None
@@ -188,7 +193,7 @@ class DataModule(pl.LightningDataModule):
             source,
             batch_size=None,
             sampler=batches,
-            collate_fn=_as_it_is,  # the default makes tensors of arrays, in the worker
+            collate_fn=_as_it_is,  # the default would turn arrays into tensors in the worker
             num_workers=workers,
             persistent_workers=workers > 0,
             pin_memory=trainer.strategy.root_device.type == "cuda",
@@ -196,7 +201,7 @@ class DataModule(pl.LightningDataModule):
         return _TrainLoader(loader, batches, trainer)
 
     def epoch(self, epoch: int, device: torch.device, batches: int | None = None) -> Iterator[Views]:
-        """The batches of an epoch once more, as this rank trained on them; the trainer's position does not move."""
+        """Yield the batches of an epoch again, as this rank trained on them. The trainer's position does not change."""
         loader = self._loader()
         loader.batches.epoch = epoch
         for batch in itertools.islice(loader.loader, batches):
@@ -206,12 +211,12 @@ class DataModule(pl.LightningDataModule):
 
     @override
     def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
-        # A `Batch` on the device to its `Views`; anything else stays as it is.
+        # Batches of other loaders stay as they are.
         return self.views(batch) if isinstance(batch, Batch) else batch
 
     @torch.no_grad()
     def views(self, batch: Batch) -> Views:
-        """The views of a batch, on the device of its index."""
+        """Return the views of a batch, on the device of its index."""
         data, index = self.dataset, batch.positions
         images = self._images("train", data.train, index) if batch.images is None else batch.images
         views = self._augmented(self.augmentation, images if batch.crops is None else batch.crops, batch)
@@ -256,10 +261,10 @@ class DataModule(pl.LightningDataModule):
 
 
 class _TrainLoader:
-    """A DataLoader that begins where the trainer is.
+    """A DataLoader that begins at the trainer's position.
 
-    Lightning makes the iterator of a resumed run before it has restored its progress; a generator asks for the
-    progress when the first batch is fetched. So the trainer's own progress is the only state.
+    Lightning makes the iterator of a resumed run before it has restored its progress. A generator reads the progress
+    later, when the first batch is fetched. So the trainer's progress is the only state.
     """
 
     def __init__(self, loader: DataLoader[Any], batches: EpochBatches, trainer: pl.Trainer) -> None:
@@ -277,15 +282,15 @@ class _TrainLoader:
             yield batch.as_tensors()
 
     def close(self) -> None:
-        """Drop the DataLoader, which ends its workers."""
+        """Delete the DataLoader and so end its workers."""
         del self.loader
 
     def state_dict(self) -> dict[str, Any]:
-        """Nothing, but it tells Lightning that a run may resume in the middle of an epoch."""
+        """Return an empty state. Its presence tells Lightning that a run may resume in the middle of an epoch."""
         return {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """See `state_dict`."""
+        """Ignore the state, which is empty."""
 
 
 def _as_it_is(batch: Any) -> Any:
@@ -293,7 +298,7 @@ def _as_it_is(batch: Any) -> Any:
 
 
 def _too_small_for(needed: int) -> bool:
-    """Is less shared memory free than the batches of the workers take, in bytes? A worker would wait for ever."""
+    """Return whether less than `needed` bytes of shared memory are free, and warn. A worker would wait for ever."""
     if not SHARED_MEMORY.is_dir():
         return False
     free = shutil.disk_usage(SHARED_MEMORY).free
@@ -307,14 +312,14 @@ def _too_small_for(needed: int) -> bool:
 
 
 class _Indices(TorchDataset[Batch]):
-    """Nothing to load: the images are on the device."""
+    """A data set that loads nothing, because the images are on the device."""
 
     def __getitem__(self, batch: Batch) -> Batch:
         return batch
 
 
 class _Crops(TorchDataset[Any]):
-    """Decodes the images of a batch and cuts their views, in a worker; and their textures, as the first view."""
+    """Decodes the images of a batch in a worker and cuts their crops. Textures are cut as the first view."""
 
     def __init__(
         self, split: FileSplit, textures: FileSplit | None, augmentation: Augmentation, seed: int, size: int
@@ -322,15 +327,15 @@ class _Crops(TorchDataset[Any]):
         self.split, self.textures, self.augmentation, self.seed = split, textures, augmentation, seed
         self.sizes = [recipe.size or size for recipe in augmentation.recipes]
         self.piped = False
-        """Do batches go to the trainer through pipes? It takes two copies more than shared memory."""
+        """True if batches go to the trainer through pipes, which takes two more copies than shared memory."""
 
     def bytes_of(self, images: int) -> int:
-        """Return how much memory the pixels of so many images take."""
+        """Return the memory that the pixels of this many images take, in bytes."""
         sides = [self.split.image_size, *self.sizes, *([self.sizes[0]] if self.textures is not None else [])]
         return 3 * images * sum(side**2 for side in sides)
 
     def __getitem__(self, batch: Batch) -> Batch | UserError:
-        """The batch with its pixels; an error goes back as a value, as a worker would wrap it in its traceback."""
+        """Return the batch with its pixels. An error is returned, since a worker would wrap it in a traceback."""
         images: list[Tensor] = []
         crops: list[list[Tensor]] = [[] for _ in self.sizes]
         textures: list[Tensor] = []
@@ -354,7 +359,7 @@ class _Crops(TorchDataset[Any]):
         return done.as_arrays() if self.piped else done
 
     def _cut(self, decoded: list[Tensor], index: Tensor, epoch: int, sizes: Sequence[int]) -> list[list[Tensor]]:
-        """The crops of the first views, of those sizes."""
+        """Return the crops of the first views, one view per size."""
         shape = torch.tensor([image.shape[1:] for image in decoded])
         boxes = self.augmentation.crop_parameters(index, *shape.T, seed=self.seed, epoch=epoch)
         return [

@@ -1,4 +1,4 @@
-"""Where training runs, in which precision and memory format."""
+"""The devices, the precision and the memory format of training."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -11,26 +11,26 @@ from icl_msr.core.errors import UserError
 
 @dataclass(frozen=True)
 class Plan:
-    """The resolved choices, in the words of Lightning's Trainer."""
+    """The resolved choices, as arguments of Lightning's Trainer."""
 
     accelerator: str
     devices: int
-    """On each node."""
+    """Number of devices on each node."""
     nodes: int
     precision: Literal["32-true", "bf16-mixed", "16-mixed"]
     channels_last: bool
     name: str
     why: str
-    """What `auto` decided the precision by; empty where it was asked for."""
+    """The reason for the precision that `auto` chose; empty if the precision was given."""
 
     @property
     def world_size(self) -> int:
-        """Processes that train together, one a device."""
+        """Number of processes that train together, one per device."""
         return self.devices * self.nodes
 
     @property
     def device(self) -> torch.device:
-        """The device of this process, when it trains alone or is the first."""
+        """The device of this process, if it is the only one or the first one."""
         return torch.device("cuda" if self.accelerator == "gpu" else "cpu")
 
     def __str__(self) -> str:
@@ -39,7 +39,7 @@ class Plan:
 
 
 class Hardware:
-    """Devices, precision and memory format; `auto` takes what is fastest where the program runs."""
+    """Settings of devices, precision and memory format. `auto` takes what is fastest on this machine."""
 
     def __init__(
         self,
@@ -54,10 +54,10 @@ class Hardware:
         self.precision, self.channels_last = precision, channels_last
 
     def plan(self) -> Plan:
-        """Looks at the machine.
+        """Return the plan for this machine.
 
         Raises:
-            UserError: a GPU is asked for where there is none, or more than there are.
+            UserError: the config asks for more GPUs than the machine has.
         """
         there = torch.cuda.device_count()
         gpu = there > 0 if self.accelerator == "auto" else self.accelerator == "gpu"
@@ -68,7 +68,7 @@ class Hardware:
         name = torch.cuda.get_device_name() if gpu else f"CPU ({torch.get_num_threads()} threads)"
         precision, why = self.precision, ""
         if precision == "auto":
-            # bf16 convolutions, in channels_last above all, are about three times as fast where the processor has them.
+            # bf16 convolutions are about three times as fast on processors that have them, above all in channels_last.
             fast_bf16 = torch.cuda.is_bf16_supported() if gpu else torch.cpu._is_avx512_bf16_supported()
             precision = "bf16-mixed" if fast_bf16 else "32-true"
             why = f" (auto: {'fast' if fast_bf16 else 'no fast'} bf16 here)"

@@ -1,4 +1,4 @@
-"""Where numbers and pictures go: the CSV file that every run writes, and a dashboard beside it."""
+"""Loggers of numbers and pictures: the CSV file that every run writes, and dashboards."""
 
 import csv
 import io
@@ -26,7 +26,7 @@ from icl_msr.core.storage import atomic_write
 from icl_msr.core.tables import Table
 
 MODES = ("online", "offline", "disabled")
-"""What the variable `WANDB_MODE` may say."""
+"""Allowed values of the variable `WANDB_MODE`."""
 
 PATIENCE = 30.0
 """Seconds to wait for W&B's server before the run is kept offline."""
@@ -34,35 +34,35 @@ PATIENCE = 30.0
 
 @dataclass(frozen=True)
 class About:
-    """What a dashboard should know of a run."""
+    """The facts about a run that a dashboard shows."""
 
     name: str
     group: str | None
-    """The sweep."""
+    """Name of the sweep; None outside a sweep."""
     job_type: str | None
-    """The settings, whatever the seed."""
+    """The settings without the seed."""
     config: dict[str, Any]
-    """As composed."""
+    """The composed config."""
     resumed_at: int | None
     """Optimiser steps done when the run was continued; None for a fresh start."""
 
 
 @runtime_checkable
 class Dashboard(Protocol):
-    """A logger that also takes what a run ends with. Lightning's own loggers take the curves alone."""
+    """A logger that also takes the results of a finished run. Lightning's own loggers take only curves."""
 
     def conclude(self, folder: Path) -> None:
-        """Take the results and the pictures of a finished run."""
+        """Log the results and the pictures of a finished run."""
 
     def close(self, exit_code: int) -> None:
-        """Learn how the run ended."""
+        """End the run with its exit code."""
 
 
 class MetricsFile(Logger):
-    """`metrics.csv`: a row whenever something is logged, on the disk at once.
+    """Writes `metrics.csv`: one row per call of `log_metrics`, on the disk at once.
 
-    A run that is continued keeps the rows of the steps that its checkpoint has seen. Lightning's own file is deleted
-    then, and is rewritten in place when a new column comes.
+    A continued run keeps the rows of the steps before its checkpoint. Lightning's own CSV logger would delete the file
+    then, and rewrites it in place for a new column.
     """
 
     def __init__(self, folder: Path, about: About):
@@ -86,7 +86,7 @@ class MetricsFile(Logger):
     @override
     @rank_zero_only
     def log_hyperparams(self, *_: Any, **__: Any) -> None:
-        # They stand in `config.yaml`.
+        # `config.yaml` has them.
         pass
 
     @override
@@ -103,7 +103,7 @@ class MetricsFile(Logger):
     def _rows(self) -> list[dict[str, str]]:
         if not self.file.exists():
             return []
-        whole, _, _ = self.file.read_text().rpartition("\n")  # a kill may cut the last row
+        whole, _, _ = self.file.read_text().rpartition("\n")  # a killed process may leave half a row
         return list(csv.DictReader(whole.splitlines()))
 
     def _write(self, rows: list[dict[str, str]]) -> None:
@@ -118,19 +118,19 @@ class MetricsFile(Logger):
 
 
 def figures(folder: Path) -> dict[str, tuple[Path, str]]:
-    """The run's pictures: name to file and caption."""
+    """Return the run's pictures: a mapping from name to file and caption."""
     file = folder / "figures" / "captions.json"
     captions = json.loads(file.read_text()) if file.exists() else {}
     return {Path(file).stem: (folder / "figures" / file, caption) for file, caption in captions.items()}
 
 
 class WeightsAndBiases(Logger):
-    """Weights & Biases, in the run's folder; offline without an account. See `conf/logger/wandb.yaml` for the keys.
+    """Weights & Biases, in the run's folder, and offline without an account. `conf/logger/wandb.yaml` has the keys.
 
-    Training goes on when W&B cannot write: one line says so, and nothing more is sent.
+    Training goes on if W&B cannot write. One line says so, and nothing more is sent.
 
     Raises:
-        UserError: the variable `WANDB_MODE` is none of W&B's modes.
+        UserError: the value of the variable `WANDB_MODE` is not allowed.
     """
 
     def __init__(
@@ -179,13 +179,13 @@ class WeightsAndBiases(Logger):
         pass
 
     def conclude(self, folder: Path) -> None:
-        """Summary, pictures, tables and artifacts of a finished run."""
+        """Send the summary, the pictures, the tables and the artifacts of a finished run."""
         if self._listens():
             with self._forgiving():
                 self._conclude(folder)
 
     def close(self, exit_code: int) -> None:
-        """The run ends here, well or not."""
+        """End the W&B run with the exit code."""
         if self.run is not None:
             with self._forgiving():
                 self.run.finish(exit_code=exit_code)
@@ -204,12 +204,12 @@ class WeightsAndBiases(Logger):
             self.lost = True
 
     def _begin(self, mode: str) -> None:
-        """Starts the run, under the id that it had before if it is continued."""
-        # Everything stays in the run's folder, what waits for an upload too.
+        """Start the W&B run. A continued run keeps its id."""
+        # All files stay in the run's folder, including those that wait for an upload.
         home = self.folder / "wandb"
         home.mkdir(exist_ok=True)
         os.environ |= {"WANDB_DATA_DIR": str(home), "WANDB_CACHE_DIR": str(home / "cache")}
-        # W&B's reports of its own errors would wait for a server at the very end.
+        # W&B's own error reports would wait for a server at the end.
         os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
         import wandb
 
@@ -239,17 +239,17 @@ class WeightsAndBiases(Logger):
         wandb.setup(silent)
         if mode != "offline":
             try:
-                if wandb.login(prompt=False, verify=False):  # asks nobody, neither the user nor the server
+                if wandb.login(prompt=False, verify=False):  # asks neither the user nor the server
                     self.run = begin(mode="online", resume="allow")
                 elif mode == "online":
                     raise PermissionError("nobody is logged in; type wandb login")
             except Exception as error:
                 print(
-                    f"W&B cannot be reached ({_reason(error)}); this run is kept offline. WANDB_MODE=offline spares "
+                    f"W&B cannot be reached ({_reason(error)}); this run is kept offline. WANDB_MODE=offline avoids "
                     "the wait.",
                     file=sys.stderr,
                 )
-                wandb.teardown()  # it would call the run's id taken
+                wandb.teardown()  # else it would refuse the run's id as taken
                 wandb.setup(silent)
         if self.run is None:
             self.run = begin(mode="offline")
@@ -282,12 +282,12 @@ class WeightsAndBiases(Logger):
                 run.log_artifact(artifact)
 
     def _keep(self, file: Path) -> Path:
-        """A second name for a file as it is now: a run with more epochs replaces it, perhaps before it is uploaded."""
+        """Link the current file under a second name. A continued run may replace it before it is uploaded."""
         kept = Path(self.run.dir).parent / "artifacts" / file.name
         kept.parent.mkdir(exist_ok=True)
         try:
             kept.hardlink_to(file)
-        except OSError:  # a file system that has no second names
+        except OSError:  # the file system has no hard links
             shutil.copy(file, kept)
         return kept
 
@@ -311,7 +311,7 @@ class TensorBoard(TensorBoardLogger):
 
     @rank_zero_only
     def conclude(self, folder: Path) -> None:
-        """Final numbers and pictures."""
+        """Write the final numbers and the pictures."""
         from matplotlib.image import imread
 
         for name, value in Outcome.load(folder).numbers().items():
@@ -321,5 +321,5 @@ class TensorBoard(TensorBoardLogger):
 
     @rank_zero_only
     def close(self, exit_code: int) -> None:
-        """Flushes."""
+        """Flush the event file."""
         self.finalize("success" if exit_code == 0 else "failed")

@@ -1,4 +1,4 @@
-"""One thin LightningModule: a method, an optional regularizer, an optimiser. Views arrive ready from the DataModule."""
+"""The LightningModule of pre-training: a method, an optional regularizer and an optimiser."""
 
 import math
 from collections.abc import Iterator, Mapping
@@ -25,17 +25,18 @@ from icl_msr.training.optimization import Optimization, follow, steps_per_epoch
 
 
 class Pretraining(pl.LightningModule):
-    """Trains a method, with or without a regularizer, in any Trainer.
+    """Trains a method, with or without a regularizer, in any Trainer. The DataModule yields finished views.
 
-    Automatic optimisation stays, so clipping, accumulation, precision and DDP are Lightning's. The method's optimiser
-    is the only one that ticks `global_step`. A regularizer moves parameters of its own just before it, where the
+    It uses automatic optimisation, so clipping, accumulation, precision and DDP are Lightning's. Only the method's
+    optimiser counts in `global_step`. A regularizer updates its own parameters just before the method's step, when the
     method's gradient is complete, unscaled and not yet clipped.
 
     Args:
-        method, regularizer: what is trained.
+        method: the method that is trained.
+        regularizer: the regularizer of its loss, or None.
         optimization: builds the method's optimiser and its schedule.
-        seed: of all randomness inside the method.
-        batch_size: images of a micro-batch of all devices together.
+        seed: seed of all randomness inside the method.
+        batch_size: images of a micro-batch, on all devices together.
         config: plain data for loggers and checkpoints.
     """
 
@@ -58,7 +59,7 @@ class Pretraining(pl.LightningModule):
         self.latest: Pass | None = None
         """The latest micro-batch."""
         self._unseen = False
-        # A regularizer reduces its own gradients. Nothing public tells DDP to leave parameters alone.
+        # A regularizer reduces its own gradients. DDP has no public way to exclude parameters.
         own = [name for name, _ in self.named_parameters() if name.startswith("regularizer.")]
         DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(self, own)  # type: ignore[no-untyped-call]
 
@@ -72,7 +73,7 @@ class Pretraining(pl.LightningModule):
 
     @override
     def on_train_start(self) -> None:
-        # The learning rate is a function of the step, also where a resumed run has more epochs than before.
+        # The learning rate is a function of the step, also in a resumed run with more epochs.
         schedule: Any = self.lr_schedulers()
         follow(schedule)
 
@@ -114,13 +115,13 @@ class Pretraining(pl.LightningModule):
 
     @override
     def on_train_batch_end(self, *_: Any) -> None:
-        self._observe()  # a micro-batch that no optimiser step has followed
+        self._observe()  # without an optimiser step, the micro-batch is still unseen
 
     def _observe(self) -> None:
         """Let the method take in the latest micro-batch, once.
 
-        It comes after the optimiser's step, since the regularizer compares with what the loss did, and before callbacks
-        see the end of the batch, since some write a checkpoint.
+        It comes after the optimiser's step, because the regularizer needs the state that the loss was computed with.
+        It comes before callbacks see the end of the batch, because some of them write a checkpoint.
         """
         if self._unseen and self.latest is not None and self.latest.output is not None:
             self._unseen = False
@@ -132,10 +133,10 @@ class Pretraining(pl.LightningModule):
             self.log_dict(self.regularizer.after_epoch(self._again()), sync_dist=True)
 
     def _again(self) -> Iterator[Pass]:
-        """Yield the epoch's batches once more; no state of the method moves.
+        """Yield the epoch's batches again. The state of the method does not change.
 
         Raises:
-            UserError: the trainer has another DataModule than ours.
+            UserError: the trainer's DataModule is not this package's `DataModule`.
         """
         data = getattr(self.trainer, "datamodule", None)
         if not isinstance(data, DataModule):
@@ -151,20 +152,20 @@ class Pretraining(pl.LightningModule):
                 targets = self.method.targets(views)
             yield Pass(self.method, views, targets, step, self.learning_rate(), self.autocast())
 
-    # ------------------------------------------------------------------------------------------ where training stands
+    # ------------------------------------------------------------------------------------------ state of training
 
     def step(self, batch_index: int = 0) -> Step:
-        """Return where training stands. The noise of a micro-batch depends on the seed and on its place alone."""
+        """Return the state of training. The noise of a micro-batch depends only on the seed and its position."""
         place = torch.tensor([self.current_epoch << 32 | (batch_index * world_size() + rank())])
         noise = int(keys(self.seed, self.global_step, place, view=-2))
         total, epoch = self.length()
         return Step(self.global_step, total, noise, total / epoch, self.logs())
 
     def length(self) -> tuple[int, int]:
-        """Return the optimiser steps of the whole training and of an epoch.
+        """Return the number of optimiser steps of the whole training and of an epoch.
 
         Raises:
-            UserError: the training has no end.
+            UserError: neither the number of epochs nor the number of steps is limited.
         """
         total = self.trainer.estimated_stepping_batches
         if not 0 <= total < math.inf:
@@ -184,11 +185,11 @@ class Pretraining(pl.LightningModule):
             return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
 
     def logs(self) -> bool:
-        """Return whether the numbers of this step are written. Computing them can cost more than a small step."""
+        """Return whether the numbers of this step are logged. Computing them can take longer than a small step."""
         every: int = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
         return every > 0 and (self.global_step + 1) % every == 0
 
 
 def at(views: Views, step: Step) -> Views:
-    """Return views whose negatives have the alpha of this step."""
+    """Return the views with the alpha of this step in their negatives."""
     return views if views.negatives is None else replace(views, negatives=views.negatives.at(step.progress))

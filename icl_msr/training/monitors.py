@@ -1,4 +1,4 @@
-"""Numbers that are watched in the output of every method: collapse, and how hard the negatives are."""
+"""Numbers logged for every method: the collapse of embeddings and the hardness of negatives."""
 
 from collections.abc import Sequence
 
@@ -10,7 +10,7 @@ from icl_msr.losses.contrastive import CHUNK, own_rows, unit
 from icl_msr.methods.base import Output, Pair
 
 HARDEST = 100
-"""One in so many of the others is among the hardest."""
+"""One in this many of the other images counts as hardest."""
 
 
 @torch.no_grad()
@@ -22,13 +22,13 @@ def collapse(output: Output) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def similarities(pairs: Sequence[Pair], own: Sequence[Tensor]) -> dict[str, Tensor]:
-    """Return mean cosines of an anchor to what it is compared with (Ge et al. 2021): which negatives are the hard ones?
+    """Return mean cosines of anchors to what they are compared with (Ge et al. 2021). They show how hard negatives are.
 
-    Means are over as many of this rank's anchors as have their similarities in a chunk.
+    The means are taken over this rank's anchors, up to the number whose similarities fit into a chunk.
 
     Args:
-        pairs: what is compared.
-        own: non-semantic negatives (N, m, D) of each pair's anchors; none where there are none.
+        pairs: the pairs that the method compares.
+        own: non-semantic negatives (N, m, D) of each pair's anchors; empty without such negatives.
 
     Returns:
         `negatives/similarity_own`: to its own non-semantic negatives; `_positive`: to its key; `_others`: to the bank,

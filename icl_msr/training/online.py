@@ -1,4 +1,4 @@
-"""A probe and a kNN that watch the encoder learn, on a held-out part of the training split."""
+"""A probe and a kNN classifier that measure the encoder during training, on a held-out part of the training split."""
 
 from typing import Any
 
@@ -22,8 +22,8 @@ class OnlineEvaluation(pl.Callback):
     """Logs `online/knn` (preset dino) and `online/probe` every few epochs.
 
     The probe is softmax regression from zero on detached features, trained with Adam on every batch beside the encoder,
-    the same on all ranks; there is none where the labels are those of another data set. The held-out images are
-    pre-trained on without their labels; neither the probe nor the kNN bank ever sees those.
+    and is the same on all ranks. There is no probe if the labels belong to another data set. Pre-training uses the
+    held-out images without their labels. Neither the probe nor the kNN bank ever sees their labels.
     """
 
     def __init__(
@@ -38,7 +38,7 @@ class OnlineEvaluation(pl.Callback):
     ):
         self.dataset, self.every_n_epochs = dataset.evaluated, every_n_epochs
         self.probed = dataset.labelled is None
-        """Is the probe trained? It sees the features of training images, which must have the labels."""
+        """True if the probe is trained. It needs labels of the images that are trained on."""
         dataset = dataset.evaluated
         train = dataset.train
         fit, self.held = hold_out(len(train), min(queries / len(train), 0.5), seed)
@@ -93,12 +93,12 @@ class OnlineEvaluation(pl.Callback):
         if not due or not len(self.held):
             return
         assert isinstance(pl_module, Pretraining)
-        # Measured by the first rank, and known to all: a callback that watches a value must decide alike on all ranks.
+        # The first rank measures and sends the values to all, since a callback must decide alike on all ranks.
         accuracies = self.accuracies(pl_module) if trainer.is_global_zero else {}
         pl_module.log_dict(trainer.strategy.broadcast(accuracies))
 
     def accuracies(self, pl_module: Pretraining) -> dict[str, float]:
-        """Return the accuracies of kNN and probe on the held-out images."""
+        """Return the accuracies of kNN and probe on the held-out images, in [0, 1]."""
         device = pl_module.device
         features = self._features(pl_module, torch.cat([self.bank, self.held]))
         bank, queries = features[: len(self.bank)], features[len(self.bank) :]

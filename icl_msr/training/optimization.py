@@ -1,4 +1,4 @@
-"""Any torch optimiser with any schedule; our schedules are functions of the optimiser step."""
+"""Any torch optimiser with any schedule, and schedules that are functions of the optimiser step."""
 
 import math
 from collections.abc import Callable, Mapping
@@ -10,7 +10,7 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
-if TYPE_CHECKING:  # a mistake in an optimiser is answered without it
+if TYPE_CHECKING:  # the check of an optimiser does not need it
     import pytorch_lightning as pl
 
 
@@ -18,10 +18,10 @@ class Optimization:
     """Builds the optimiser of a module and its learning-rate schedule.
 
     Args:
-        optimizer: called with `params`, such as `partial(torch.optim.Adam, lr=1e-3)`.
-        schedule: called with `optimizer`, `total_steps`, `steps_per_epoch` and `global_batch`, such as
-            `partial(cosine, warmup_steps=100)`; what it returns ticks once an optimiser step.
-        bias_and_norm: arguments of the optimiser that biases and the scales of normalisation layers get instead.
+        optimizer: a function of `params`, such as `partial(torch.optim.Adam, lr=1e-3)`.
+        schedule: a function of `optimizer`, `total_steps`, `steps_per_epoch` and `global_batch`, such as
+            `partial(cosine, warmup_steps=100)`. The scheduler that it returns is stepped once per optimiser step.
+        bias_and_norm: arguments of the optimiser that differ for biases and the scales of normalisation layers.
     """
 
     def __init__(
@@ -35,10 +35,10 @@ class Optimization:
     def build(
         self, module: nn.Module, global_batch: int, total_steps: int, steps_per_epoch: float
     ) -> tuple[Optimizer, LRScheduler]:
-        """Return the optimiser of the module's trainable parameters, and the schedule that ticks with its steps.
+        """Return the optimiser of the module's trainable parameters and its schedule, stepped once per optimiser step.
 
         Args:
-            module: the first parameter group has its weights, the second one its biases and norms.
+            module: the module. Its weights form the first parameter group, its biases and norms the second one.
             global_batch: images of an optimiser step, on all devices together.
             total_steps: optimiser steps of the whole training.
             steps_per_epoch: optimiser steps of an epoch.
@@ -54,23 +54,23 @@ class Optimization:
         return optimizer, self.schedule(optimizer=optimizer, **keys)
 
     def learning_rate(self, step: int, global_batch: int, total_steps: int, steps_per_epoch: float) -> float | None:
-        """Return the learning rate of an optimiser step, from 0; None for a schedule that depends on the past."""
+        """Return the learning rate of an optimiser step (from 0); None for a schedule that depends on the past."""
         _, schedule = self.build(_example(), global_batch, total_steps, steps_per_epoch)
         return rate_at(schedule, step)
 
     def effective_lr(self, global_batch: int) -> float:
-        """Return the learning rate that the schedule starts from: after warm-up, and scaled where it scales."""
+        """Return the learning rate after warm-up, including the schedule's scale for the batch size."""
         optimizer, _ = self.build(_example(), global_batch, 1000, 100)
         return float(optimizer.param_groups[0]["initial_lr"])
 
 
 def _example() -> nn.Module:
-    """Something to learn, of no random numbers."""
+    """Return a small module that draws no random numbers."""
     return nn.ParameterList([torch.zeros(1, 1), torch.zeros(1)])
 
 
 def steps_per_epoch(trainer: "pl.Trainer") -> int:
-    """Return the optimiser steps of an epoch; how many batches there are is known once the loader is made."""
+    """Return the number of optimiser steps of an epoch. It is known only after the loader is made."""
     if trainer.num_training_batches == math.inf:
         trainer.fit_loop.setup_data()
     return math.ceil(trainer.num_training_batches / trainer.accumulate_grad_batches)
@@ -82,7 +82,7 @@ def rate_at(schedule: LRScheduler, step: int) -> float | None:
 
 
 def follow(schedule: LRScheduler) -> None:
-    """Set the learning rates to what the schedule says of its step, as after resuming with another length."""
+    """Set the learning rates to those of the schedule's step, for a run that resumes with another length."""
     if isinstance(schedule, LambdaLR):
         for group, rate, factor in zip(
             schedule.optimizer.param_groups, schedule.base_lrs, schedule.lr_lambdas, strict=True
@@ -102,7 +102,7 @@ def constant(
 ) -> LambdaLR:
     """Return a schedule that stays at the optimiser's learning rate after a linear warm-up.
 
-    The warm-up lasts for `warmup_steps` or `warmup_epochs`, whichever is longer. `scale_lr` of `linear` multiplies the
+    The warm-up lasts for `warmup_steps` or `warmup_epochs`, whichever is longer. `scale_lr="linear"` multiplies the
     learning rate by global batch / 256 (Goyal et al. 2017).
     """
     warmup = max(warmup_steps, round(warmup_epochs * steps_per_epoch))
@@ -119,7 +119,7 @@ def cosine(
     warmup_epochs: NonNegativeFloat,
     scale_lr: Literal["none", "linear"],
 ) -> LambdaLR:
-    """Return a schedule that falls to zero on half a cosine; warm-up and scale as in `constant`."""
+    """Return a schedule that falls to zero on half a cosine. Warm-up and scale are those of `constant`."""
     warmup = max(warmup_steps, round(warmup_epochs * steps_per_epoch))
 
     def factor(step: int) -> float:
@@ -140,10 +140,10 @@ def drops(
     warmup_epochs: NonNegativeFloat,
     scale_lr: Literal["none", "linear"],
 ) -> LambdaLR:
-    """Return a schedule that is multiplied by `drop_factor` some epochs before the end; the rest as in `constant`.
+    """Return a schedule that multiplies the learning rate by `drop_factor` at given epochs before the end.
 
-    A drop that would lie before the beginning of a short run is left out. ICL-MSR (section 6.2) multiplies by 0.2 at 50
-    and at 25 epochs before the end.
+    Warm-up and scale are those of `constant`. A drop that would come before the start of a short run is left out.
+    ICL-MSR (section 6.2) multiplies by 0.2 at 50 and at 25 epochs before the end.
     """
     warmup = max(warmup_steps, round(warmup_epochs * steps_per_epoch))
 

@@ -1,4 +1,4 @@
-"""Speed, and a line an epoch where no progress bar can be drawn."""
+"""Callbacks for the speed of training and for one printed line per epoch."""
 
 import math
 import time
@@ -12,7 +12,7 @@ from icl_msr.training.optimization import steps_per_epoch
 
 
 def ends_now(trainer: pl.Trainer) -> bool:
-    """Return whether no further batch is trained on: a callback has stopped the run, or all its steps are done."""
+    """Return whether training ends after this batch: a callback has stopped the run, or all steps are done."""
     return trainer.should_stop or trainer.global_step == trainer.max_steps
 
 
@@ -22,13 +22,13 @@ def last_epoch(trainer: pl.Trainer) -> bool:
 
 
 class Throughput(pl.Callback):
-    """Logs source images a second, all that training needs included and evaluation left out."""
+    """Logs source images per second. The time includes all of training and excludes evaluation."""
 
     def __init__(self, batch_size: int):
         self.batch_size = batch_size
         self.seconds, self.images = 0.0, 0
         self.earlier = 0.0
-        """Wall seconds that the run took before it was continued."""
+        """Wall time of the run before it was continued, in seconds."""
         self._began = time.perf_counter()
         self._since: float | None = None
 
@@ -44,7 +44,7 @@ class Throughput(pl.Callback):
 
     @property
     def rate(self) -> float:
-        """Images a second over the run so far."""
+        """Images per second over the run so far."""
         return self.images / max(self.seconds, 1e-9)
 
     @override
@@ -55,7 +55,7 @@ class Throughput(pl.Callback):
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        # Counts; the first batch, which warms caches and allocators up, is left out.
+        # The first batch is not counted, because it warms up caches and allocators.
         now = time.perf_counter()
         if self._since is not None and trainer.global_step > 1:
             self.seconds += now - self._since
@@ -66,7 +66,7 @@ class Throughput(pl.Callback):
 
 
 class EpochLines(pl.Callback):
-    """Prints a line an epoch where no progress bar is drawn: loss, online accuracies, speed, time left."""
+    """Prints a line per epoch if there is no progress bar: loss, online accuracies, speed and time left."""
 
     def __init__(self, throughput: Throughput):
         self.throughput = throughput
@@ -86,7 +86,7 @@ class EpochLines(pl.Callback):
         seconds = (time.perf_counter() - self._began) / (done - self._first_epoch) * (total - done)
         shown = {name: float(value) for name, value in trainer.callback_metrics.items()}
         parts = [f"epoch {done:>{len(str(total))}}/{total}"]
-        if "loss" in shown:  # not yet in the first steps of a run
+        if "loss" in shown:  # it is missing until the first step that is logged
             parts.append(f"loss {shown['loss']:.3f}")
         for name in ("online/knn", "online/probe"):
             if name in shown:

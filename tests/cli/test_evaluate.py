@@ -457,7 +457,7 @@ def test_some_of_the_labels_and_fine_tuning(runs: Path, photos: Path, capsys: py
         (["encoder=timm:test_vit", "dataset.train=0"], ["dataset.train=0 is not allowed"]),
         (["encoder=timm:test_vit", "evaluation=corruptions", "evaluation.corruptions=[frost]"], ["frost", "fog"]),
         (["encoder=timm:test_vit", "evaluation=shape"], ["evaluation.stimuli has no value yet"]),
-        (["encoder=timm:test_vit", "evaluation=textures", "evaluation.superclasses=no.csv"], ["no.csv is no file of"]),
+        (["encoder=timm:test_vit", "evaluation=textures", "evaluation.superclasses=no.csv"], ["no.csv is not a file"]),
         (["encoder=timm:test_vit", "evaluation=finetune", "evaluation.fractions=[0]"], ["fractions", "greater than 0"]),
         (["encoder=timm:test_vit", "evaluation=finetune", "evaluation.fractions=[2]"], ["fractions", "at most 1"]),
         (["encoder=timm:test_vit", "evaluation=semi_supervised", "evaluation.files=[a]"], ["1 and 2 entries"]),

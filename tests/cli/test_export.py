@@ -148,16 +148,18 @@ def lost_package(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "words", "parts"),
     [
-        (shutil.rmtree, (), ["is no run: it holds no config.yaml"]),
-        (lambda folder: (folder / "config.yaml").unlink(), (), ["is no run: it holds no config.yaml"]),
+        (shutil.rmtree, (), ["is not a run: it has no config.yaml"]),
+        (lambda folder: (folder / "config.yaml").unlink(), (), ["is not a run: it has no config.yaml"]),
         (lambda folder: shutil.rmtree(folder / "checkpoints"), (), ["There is no checkpoint", "last.ckpt"]),
         (lambda folder: (folder / "checkpoints/last.ckpt").write_bytes(b"PK"), (), ["last.ckpt is damaged"]),
         (lambda folder: (folder / "environment.json").unlink(), (), ["does not say its format"]),
         (no_images, (), ["environment.json does not say what images"]),
         (another_backbone, (), ["cannot be rebuilt", "config.yaml"]),
-        (lost_package, (), ["cannot be rebuilt", "config.yaml", "No module named 'mypkg'"]),
-        (lambda folder: (folder / "config.yaml").write_text("seed: 0"), (), ["cannot be rebuilt", "backbone"]),
-        (lambda folder: (folder / "config.yaml").write_text("a: ["), (), ["cannot be rebuilt"]),
+        (lost_package, (), ["config.yaml is code of the package mypkg; if you trust it, add trust=mypkg."]),
+        (lost_package, ("trust=mypkg",), ["cannot be rebuilt", "config.yaml", "No module named 'mypkg'"]),
+        (lambda folder: None, ("other",), ["other is one word too many"]),
+        (lambda folder: (folder / "config.yaml").write_text("seed: 0"), (), ["cannot be rebuilt", "'method'"]),
+        (lambda folder: (folder / "config.yaml").write_text("a: ["), (), ["config.yaml is damaged"]),
         (lambda folder: (folder / "file").touch(), ("--to", "{run}/file"), ["file cannot be written", "--to FOLDER"]),
     ],
 )
@@ -233,7 +235,8 @@ def test_a_backbone_of_another_package(run: Trained) -> None:
     state = {f"method.backbone.{name}": value for name, value in backbone.state_dict().items()}
     content = {"state_dict": state, "loops": {}, "global_step": 1}
     AtomicCheckpoint().save_checkpoint(content, run.folder / "checkpoints" / "last.ckpt")
-    assert main([str(run.folder)]) == 0
+    assert main([str(run.folder)]) == 2
+    assert main([str(run.folder), f"trust={__name__.partition('.')[0]}"]) == 0
     scope: dict[str, Any] = {}
     about = json.loads((run.folder / "encoder.json").read_text())
     exec(about["load"].replace("encoder.safetensors", f"{run.folder}/encoder.safetensors"), scope)

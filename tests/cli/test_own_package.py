@@ -184,9 +184,12 @@ def test_a_run_of_own_components(python: Callable[..., Any], home: Path) -> None
     assert {a["split"] for a in results["records"]["accuracy"]} == {"original"}
 
     done = python("icl_msr.run", f"resume={run}", "trainer.max_epochs=2")
+    assert done.returncode == 2
+    assert done.stderr.endswith("is code of the package mypkg; if you trust it, add trust=mypkg.\n")
+    done = python("icl_msr.run", f"resume={run}", "trainer.max_epochs=2", "trust=mypkg")
     assert done.returncode == 0, done.stderr
     assert torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)["global_step"] == 8
-    done = python("icl_msr.export", str(run), "--to", str(home / "exported"))
+    done = python("icl_msr.export", str(run), "trust=mypkg", "--to", str(home / "exported"))
     assert done.returncode == 0, done.stderr
     same = [(folder / "encoder.safetensors").read_bytes() for folder in (run, home / "exported")]
     assert same[0] == same[1]

@@ -150,8 +150,8 @@ def test_killed_and_started_again_ends_with_the_same_files(programs: Programs, t
 @pytest.mark.parametrize(
     ("words", "sentence"),
     [
-        (["negatives=patch"], "One texture an image is written, by image quilting; type negatives=texture"),
-        (["negatives.count=2"], "One texture an image is written"),
+        (["negatives=patch"], "One texture per image is made, by image quilting; type negatives=texture"),
+        (["negatives.count=2"], "One texture per image is made"),
         (["negatives.blok=3"], "negatives.blok is not a key; did you mean negatives.block"),
         (["negatives.block=100"], "blocks of 100 pixels with edges of 6 from examples of 96 do not fit"),
     ],

@@ -241,7 +241,7 @@ def test_the_papers_augmentation_is_the_default() -> None:
         ({"classes": ["dog", "persons"]}, "names persons, which is no category of .*; did you mean person"),
         ({"classes": ["dog", "person", "dog"]}, "names dog twice"),
         ({"min_area": 10_000}, "dataset.classes=3 is more than the 0 categories"),
-        ({"min_area": 10_000, "classes": ["dog", "person"]}, "dataset.classes names dog, and no image of .* alone"),
+        ({"min_area": 10_000, "classes": ["dog", "person"]}, "dataset.classes names dog, and no image .* a single one"),
     ],
 )
 def test_wrong_keys_are_refused(

@@ -80,9 +80,9 @@ def test_imagenet_with_a_flat_val(imagenet, form):
 def test_a_ground_truth_that_does_not_fit_is_refused(imagenet):
     (imagenet / "mine.txt").write_text("ILSVRC2012_val_00000001.JPEG 0\n")
     for content, words in (
-        ("ILSVRC2012_val_00000001.JPEG 0\n", "says nothing of .*00000002"),
+        ("ILSVRC2012_val_00000001.JPEG 0\n", "has no class for .*00000002"),
         ("ILSVRC2012_val_00000001.JPEG 7\n", "has the class 7, and the 3 training folders count from 0"),
-        ("ILSVRC2012_val_00000001.JPEG\n", "is no file's name and its class"),
+        ("ILSVRC2012_val_00000001.JPEG\n", "is not the name of a file and its class"),
         ("1\n2\n", r"put .*meta\.mat beside it"),
     ):
         (imagenet / "mine.txt").write_text(content)

@@ -126,7 +126,7 @@ def test_a_published_list_for_more_than_is_there(tmp_path: Path) -> None:
     part = listed_part(dataset, 0.01, file)
     assert part.index.tolist() == [1, 2]
     covers, lacking = "the list covers 66.67% of the labels", "1 of 3 classes have no image in the list"
-    said = f"2 of 4 names are no labelled training images here; {lacking}"
+    said = f"2 of 4 names are not labelled training images here; {lacking}"
     assert listed_part(dataset, 0.6, file).note == said
     assert covers in part.note  # another list than was meant
 
@@ -135,9 +135,9 @@ def test_a_published_list_for_more_than_is_there(tmp_path: Path) -> None:
     ("content", "said"),
     [
         (None, "cannot be read (No such file or directory); evaluation.files names lists of images."),
-        (b"\xff\xfe\xfa", "cannot be read (it is no text); evaluation.files names lists of images."),
-        (b"", "names no labelled training images of few, which has such as 0/0.png; give another list"),
-        (b"1/0.png\n4/0.png", "names 1 labelled training image of few, which has such as 0/0.png"),
+        (b"\xff\xfe\xfa", "cannot be read (it is not text); evaluation.files names lists of images."),
+        (b"", "names no labelled training images of few, which has names like 0/0.png; give another list"),
+        (b"1/0.png\n4/0.png", "names 1 labelled training image of few, which has names like 0/0.png"),
         (b"0.png", "names 0.png, and few has several such training images; write the names with their folders"),
     ],
 )

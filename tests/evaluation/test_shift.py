@@ -112,7 +112,7 @@ def test_shifted_splits_beside_the_corruptions(make: Make, dataset: Dataset, bac
 def test_a_shifted_split_with_a_name_that_is_taken(make: Make, dataset: Dataset) -> None:
     dataset.tests = {**dataset.tests, "corrupted": dataset.tests["original"]}
     dataset.shifted = ("corrupted",)
-    with pytest.raises(UserError, match=r"dataset.shifted.corrupted has a name that is taken"):
+    with pytest.raises(UserError, match=r"dataset.shifted.corrupted has a name that the evaluation uses itself"):
         make(shifted=True).names(dataset)
     assert make().names(dataset)
 
@@ -142,5 +142,5 @@ def test_batch_size_does_not_matter(make: Make, dataset: Dataset, object_encoder
 
 
 def test_a_split_that_is_not_there(make: Make, dataset: Dataset) -> None:
-    with pytest.raises(UserError, match=r"evaluation.split=orignal is no test split; did you mean original?"):
+    with pytest.raises(UserError, match=r"evaluation.split=orignal is not a test split; did you mean original?"):
         make(split="orignal").names(dataset)

@@ -196,17 +196,17 @@ def test_superclasses_from_a_file(make: Make, dataset: Dataset, tmp_path: Path) 
 
 
 def test_mistakes(make: Make, dataset: Dataset, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"evaluation.split=al is no test split; did you mean all"):
+    with pytest.raises(UserError, match=r"evaluation.split=al is not a test split; did you mean all"):
         make(split="al").names(dataset)
     with pytest.raises(UserError, match=r"evaluation.generators.patch.smallest=0 is not allowed"):
         make(generators={"patch": {**node("patch"), "smallest": 0}})
     cached = {**node("cached"), "folder": "textures"}
-    with pytest.raises(UserError, match=r"evaluation.generators.old is no generator .* ~evaluation.generators.old\."):
+    with pytest.raises(UserError, match=r"evaluation.generators.old is not a generator .* ~evaluation.generators.old"):
         make(generators={"old": cached})
     file = tmp_path / "kinds.csv"
     for content, said in (
-        (None, "is no file of superclasses; .* columns class and superclass"),
-        ("a,b\nc,d\n", "is no file of superclasses"),
+        (None, "is not a file of superclasses; .* columns class and superclass"),
+        ("a,b\nc,d\n", "is not a file of superclasses"),
         ("class,superclass\nred bar,red\nred dot,\n", r"no superclass for 3 classes, the first is red dot; add a line"),
     ):
         if content is not None:

@@ -8,6 +8,7 @@ import pickle
 import signal
 import zipfile
 from collections.abc import Callable
+from io import FileIO
 from pathlib import Path
 from typing import Any
 
@@ -106,17 +107,26 @@ def test_the_content_is_on_the_disk_before_it_takes_the_place(tmp_path: Path, mo
         (lambda file: atomic_write(file, "x"), "repeat the command."),
     ],
 )
-def test_a_full_disk(write: Callable[[Path], None], advice: str, file: Path) -> None:
+def test_a_full_disk(write: Callable[[Path], None], advice: str, file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Said by the kernel itself: what is written beside the file goes to /dev/full."""
     temporary = file.parent / ".last.ckpt.tmp"
-    temporary.symlink_to("/dev/full")
+    monkeypatch.setattr(Path, "open", lambda path, mode: FileIO("/dev/full", "w") if path == temporary else None)
     with pytest.raises(
         UserError, match=r"The disk of .*/checkpoints is full; the previous last\.ckpt.* is kept"
     ) as told:
         write(file)
     assert str(told.value).endswith("free space and " + advice.format(run=file.parents[1]))
-    assert not temporary.is_symlink()
+    assert not temporary.exists()
     assert fill(file) == 1
+
+
+def test_a_link_in_the_way_is_not_followed(file: Path, tmp_path: Path) -> None:
+    """The file that is written first has a known name; a link of that name leads nowhere."""
+    (tmp_path / "victim").write_text("precious")
+    (file.parent / ".last.ckpt.tmp").symlink_to(tmp_path / "victim")
+    AtomicCheckpoint().save_checkpoint(checkpoint(2), file)
+    assert (tmp_path / "victim").read_text() == "precious"
+    assert fill(file) == 2
 
 
 @pytest.mark.parametrize(("number", "kind"), [(errno.EDQUOT, UserError), (errno.EIO, OSError)])
@@ -297,6 +307,8 @@ UNKNOWN = "has a recipe that is unknown here"
         ({**TIMM, "options": {"a=__import__('os').mkdir('crater'), b": 1}}, "is not possible"),
         ({**TIMM, "options": {"checkpoint_path": "bomb.pth"}}, r"backbone\.options\.checkpoint_path is not possible"),
         ({**TIMM, "options": {"pretrained": True}}, r"backbone\.options\.pretrained is not possible"),
+        ({**TIMM, "options": {"pretrained_cfg": {"file": "bomb.pth"}}}, "is not possible"),
+        ({**TIMM, "options": {"features_only": True}}, r"backbone\.options\.features_only is not possible"),
         ({**TIMM, "options": {"depth": 1}}, "timm cannot build test_resnet"),
         (RESNET, "belongs to another backbone"),
     ],

@@ -141,7 +141,7 @@ def test_networks_of_other_kinds_are_refused(tmp_path: Path) -> None:
         with pytest.raises(UserError, match=r"choose backbone=tiny or one of torchvision's ResNets"):
             LabBackbone(other, MEAN, STD)
     path = export_encoder(whole(), tmp_path, {})
-    with pytest.raises(UserError, match=r"begin afresh, and backbone\.weights=.*; drop backbone\.weights\."):
+    with pytest.raises(UserError, match=r"random weights, and backbone\.weights=.*; drop backbone\.weights\."):
         LabBackbone(tiny(32, weights=str(path)), MEAN, STD)
 
 

@@ -1,1 +1,1 @@
-"""What tests share: small runs, toys, processes, ranks, run folders and their readers."""
+"""Shared helpers of the tests: small runs, toys, processes, ranks, run folders and their readers."""

@@ -1,4 +1,4 @@
-"""A rank's part of a batch, and how far the ranks' results are from those of one process."""
+"""A rank's part of a batch, and the error of the ranks' results relative to one process."""
 
 import torch
 from torch import Tensor
@@ -7,11 +7,11 @@ from icl_msr.core.distributed import rank, world_size
 from icl_msr.core.views import Views
 
 TOLERANCE = 1e-8
-"""Largest relative error of a gradient over ranks, in float64."""
+"""Largest allowed relative error of a gradient over ranks, in float64."""
 
 
 def error(found: Tensor, expected: Tensor) -> float:
-    """max|g - g_ref| / max|g_ref|."""
+    """Return the relative error max|g - g_ref| / max|g_ref|."""
     assert found.shape == expected.shape
     if not expected.any():
         return float(found.abs().max())
@@ -19,7 +19,7 @@ def error(found: Tensor, expected: Tensor) -> float:
 
 
 def mine(rows: Tensor) -> Tensor:
-    """This rank's part of the global batch; everything with one process."""
+    """Return this rank's part of the global batch; all of it with one process."""
     return rows.chunk(world_size())[rank()]
 
 

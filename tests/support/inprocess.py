@@ -1,4 +1,4 @@
-"""The program in this process: faster than a process of its own, and what it logs and prints can be read."""
+"""Run the program in this process. It is faster than a new process, and tests can read the log and the output."""
 
 import json
 import logging
@@ -23,7 +23,7 @@ TRAINER = ["trainer.max_epochs=2", "trainer.limit_train_batches=3", "trainer.log
 
 
 class Answer(NamedTuple):
-    """How a command ended, and what it printed."""
+    """The exit code and the output of a command."""
 
     code: int
     out: str
@@ -32,7 +32,7 @@ class Answer(NamedTuple):
 
 @contextmanager
 def loggers_put_back() -> Iterator[None]:
-    """Leave the root logger as it was; Hydra gives it handlers of the run's own."""
+    """Restore the root logger at the end. Hydra adds handlers of the run to it."""
     handlers, level = logging.root.handlers[:], logging.root.level
     try:
         yield
@@ -56,7 +56,7 @@ def execute(*words: str, job: Job = run) -> Answer:
 
 @dataclass
 class Finished:
-    """A run that ended as it should: its folder, what it returned and what it printed."""
+    """A run that ended as expected: its folder, its return value and its output."""
 
     folder: Path
     values: list[float]
@@ -69,7 +69,7 @@ class Finished:
 
 
 def finish(folder: Path, *words: str, code: int = 0) -> Finished:
-    """Train for two epochs of three batches below `folder`; `code` is the exit code that the run should have."""
+    """Train for two epochs of three batches below `folder`, and check that the exit code is `code`."""
     values: list[float] = []
 
     def job(settings: Settings, config: DictConfig) -> float:

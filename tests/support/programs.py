@@ -1,4 +1,4 @@
-"""The program as its user starts it: real processes, of which none may outlive its test."""
+"""Run the program as a user does, in real processes. No process may outlive its test."""
 
 import os
 import secrets
@@ -18,12 +18,12 @@ from icl_msr.cli.processes import clean_environment
 Answer = TypeVar("Answer")
 
 LIMIT = 600.0
-"""Seconds that a test waits for anything; the machine may be busy with others."""
+"""Longest wait of a test, in seconds. The machine may be busy."""
 
 
 @dataclass
 class Program:
-    """One command that runs or has run."""
+    """A command that is running or has ended."""
 
     process: "subprocess.Popen[bytes]"
     folder: Path
@@ -37,7 +37,7 @@ class Program:
         return (self.folder / "err").read_text()
 
     def wait(self, seconds: float = LIMIT) -> int:
-        """The exit code."""
+        """Wait for the end and return the exit code."""
         return self.process.wait(seconds)
 
     def send(self, number: signal.Signals) -> None:
@@ -45,13 +45,13 @@ class Program:
 
 
 class Programs:
-    """Starts commands, knows all processes that come of them by a mark in their environment, and clears up."""
+    """Starts commands, finds all of their processes by a mark in the environment, and ends them."""
 
     def __init__(self, folder: Path):
         self.folder, self.mark, self.count = folder, secrets.token_hex(8), 0
 
     def start(self, *words: str, module: str = "icl_msr.run", out: int | None = None, **environment: str) -> Program:
-        """`python -m icl_msr.run <words>`, its output in a file unless it goes elsewhere."""
+        """Start `python -m <module> <words>`. Its output goes to a file, or to the descriptor `out`."""
         self.count += 1
         where = self.folder / f"program-{self.count}"
         where.mkdir(parents=True)
@@ -69,13 +69,13 @@ class Programs:
         return Program(process, where)
 
     def __call__(self, *words: str, **environment: str) -> Program:
-        """Starts a command and waits for its end."""
+        """Start a command and wait for its end."""
         program = self.start(*words, **environment)
         program.wait()
         return program
 
     def alive(self) -> dict[int, dict[str, str]]:
-        """The environment of every process that came of these commands and runs, by number."""
+        """Return the environments of all running processes of these commands, by process number."""
         found: dict[int, dict[str, str]] = {}
         for entry in Path("/proc").iterdir():
             if entry.name.isdigit() and entry.name != str(os.getpid()):
@@ -89,7 +89,7 @@ class Programs:
         return found
 
     def rank(self, number: int) -> int:
-        """The process number of a rank, once it is there."""
+        """Wait for a rank to start, and return its process number."""
 
         def look() -> int | None:
             return next((pid for pid, known in self.alive().items() if known.get("RANK") == str(number)), None)
@@ -97,16 +97,16 @@ class Programs:
         return until(look)
 
     def gone(self, seconds: float = LIMIT) -> float:
-        """Waits until no process is left; the seconds that took."""
+        """Wait until no process is left, and return the time that it took, in seconds."""
         began = time.monotonic()
         until(lambda: not self.alive(), seconds)
         return time.monotonic() - began
 
     def close(self) -> None:
-        """Ends what is left, by number.
+        """End the processes that are left, by their numbers.
 
         Raises:
-            AssertionError: something was.
+            AssertionError: a process was left.
         """
         left = self.alive()
         for pid in left:
@@ -115,7 +115,7 @@ class Programs:
 
 
 def until(look: Callable[[], Answer | None], seconds: float = LIMIT) -> Answer:
-    """The first answer that is true."""
+    """Call `look` until its answer is true, and return this answer."""
     deadline = time.monotonic() + seconds
     while not (answer := look()):
         assert time.monotonic() < deadline, "waited in vain"
@@ -124,13 +124,13 @@ def until(look: Callable[[], Answer | None], seconds: float = LIMIT) -> Answer:
 
 
 def steps(folder: Path) -> int:
-    """Optimiser steps that a run has logged so far."""
+    """Return the number of optimiser steps that a run has logged so far."""
     file = folder / "metrics.csv"
     return len(file.read_text().splitlines()) - 1 if file.exists() else 0
 
 
 def slurm_batch(tasks: int) -> Mapping[str, str]:
-    """What SLURM tells a batch script of several tasks, which is one process all the same."""
+    """Return the variables that SLURM sets for a batch script of several tasks, although the script is one process."""
     numbers = {
         "JOB_ID": 1,
         "NTASKS": tasks,
@@ -148,7 +148,7 @@ def slurm_batch(tasks: int) -> Mapping[str, str]:
 
 
 def same(one: Any, other: Any, where: str = "") -> None:
-    """Equal to the last bit."""
+    """Check that two nested values are equal to the last bit."""
     if isinstance(one, torch.Tensor):
         assert torch.equal(one, other), where
     elif isinstance(one, dict):

@@ -18,7 +18,7 @@ import torch.multiprocessing as mp
 class Ranks:
     """`size` processes; `pool(function, *arguments)` runs a module-level function on all and returns every result.
 
-    A rank that fails, or ranks that wait for each other longer than `timeout` seconds, end the pool with the cause; the
+    The pool ends with the cause if a rank fails, or if ranks wait for each other longer than `timeout` seconds. The
     next call starts it again.
     """
 
@@ -43,7 +43,7 @@ class Ranks:
     def __call__(self, function: Callable[..., Any], *arguments: Any) -> list[Any]:
         if not self.processes:
             self.start()
-        task = pickle.dumps((function, arguments))  # plain pickle copies tensors; torch's would share descriptors
+        task = pickle.dumps((function, arguments))  # plain pickle copies tensors, while torch's would share descriptors
         for connection in self.connections:
             connection.send_bytes(task)
         return self._receive(self.timeout)

@@ -1,4 +1,4 @@
-"""A run so small that a test can afford it, composed and built as the program does."""
+"""A run that is small enough for a test, composed and built as in the program."""
 
 import copy
 from collections.abc import Callable
@@ -22,7 +22,7 @@ MODEL = ["loader.batch_size=8", "method.hidden_dim=16", "method.embedding_dim=8"
 
 
 def composed(*words: str) -> DictConfig:
-    """Return the config that a command line gives; to change at will."""
+    """Return the config of a command line. The caller may change it."""
     return copy.deepcopy(_composed(words))
 
 
@@ -35,13 +35,13 @@ def _composed(words: tuple[str, ...]) -> DictConfig:
 
 @cache
 def dataset() -> Dataset:
-    """64 small images of shapes."""
+    """Return 64 small images of shapes."""
     built: Dataset = build(check(composed(*DATA)).dataset)
     return built
 
 
 def pieces(*words: str, data: Dataset | None = None) -> tuple[Settings, Pretraining, DataModule]:
-    """What the trainer of a run is handed."""
+    """Return the settings, the module and the DataModule of a run."""
     settings = check(composed(*DATA, *MODEL, *words))
     pl.seed_everything(settings.seed, verbose=False)
     data = data or dataset()
@@ -62,7 +62,7 @@ def pieces(*words: str, data: Dataset | None = None) -> tuple[Settings, Pretrain
 def trained(
     *words: str, callbacks: list[pl.Callback] | None = None, data: Dataset | None = None, **keys: Any
 ) -> tuple[Pretraining, pl.Trainer]:
-    """The module after some batches (2 of one epoch, by default), and its trainer."""
+    """Train for some batches, by default two of one epoch, and return the module and its trainer."""
     settings, module, loader = pieces(*words, data=data)
     path = keys.pop("ckpt_path", None)
     trainer = pl.Trainer(
@@ -85,7 +85,7 @@ def trained(
 
 
 class AfterBatch(pl.Callback):
-    """Keeps what a function says of the module after every batch."""
+    """Keeps the values that a function returns for the module after every batch."""
 
     def __init__(self, look: Callable[[Pretraining], Any]) -> None:
         self.look, self.seen = look, list[Any]()

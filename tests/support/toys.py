@@ -1,4 +1,4 @@
-"""Small, smooth, double-precision stand-ins for the real thing."""
+"""Small, smooth, double-precision models for exact tests."""
 
 from functools import cache
 from typing import Any
@@ -18,7 +18,7 @@ from support.tiny import composed
 METHODS = sorted(file.stem for file in (config_dir() / "method").glob("*.yaml"))
 
 FACTS: dict[str, Any] = {"classes": 3, "mean": (0.5, 0.5, 0.5), "std": (0.25, 0.25, 0.25)}
-"""What a method is told of the data."""
+"""The facts about the data that a method receives."""
 
 SMALL: dict[str, Any] = {
     "hidden_dim": 12,
@@ -29,10 +29,10 @@ SMALL: dict[str, Any] = {
     "random_features": 32,
     "prototypes": 10,
 }
-"""Values of keys, whichever method has them."""
+"""Values of keys, for every method that has them."""
 
 SMALLER: dict[str, dict[str, Any]] = {"wmse": {"embedding_dim": 2, "whitening_size": 4}}
-"""Values for one method: few images can whiten few dimensions."""
+"""Values for single methods, since a few images can whiten only a few dimensions."""
 
 REGULARIZER: dict[str, Any] = {
     "weights": "meta",
@@ -61,7 +61,7 @@ REGULARIZER: dict[str, Any] = {
 
 
 class SmoothBackbone(Backbone):
-    """Infinitely differentiable, so that difference quotients converge; with BatchNorm, as real backbones have."""
+    """An infinitely differentiable backbone with BatchNorm. Difference quotients converge on it."""
 
     def __init__(self) -> None:
         stem = (nn.Conv2d(3, 6, 3, 2), nn.BatchNorm2d(6), nn.Softplus())
@@ -81,7 +81,7 @@ def make_views(
 
 
 def smooth(module: nn.Module) -> nn.Module:
-    """ReLUs become softplus, which has all derivatives."""
+    """Replace ReLUs by softplus, which has all derivatives, and return the module."""
     for name, child in module.named_children():
         if isinstance(child, nn.ReLU):
             setattr(module, name, nn.Softplus())
@@ -92,7 +92,7 @@ def smooth(module: nn.Module) -> nn.Module:
 
 @cache
 def method_config(name: str) -> dict[str, Any]:
-    """The method's own YAML, with small sizes."""
+    """Return the method's YAML with small sizes."""
     node: Any = OmegaConf.to_container(composed(f"method={name}").method)
     small = SMALL | SMALLER.get(name, {})
     return {key: small.get(key, value) for key, value in node.items()}
@@ -105,7 +105,7 @@ def make_method(name: str, *, seed: int = 0, dtype: torch.dtype = torch.float64,
 
 
 def skip_refused(method: Method, *groups: str) -> None:
-    """Nothing is tested of a method together with what it refuses."""
+    """Skip the test if the method refuses one of the groups."""
     for group in groups:
         if group in method.refuses:
             pytest.skip(f"{group}: {method.refuses[group]}")

@@ -1,4 +1,4 @@
-"""What W&B's server would be sent, read from the files that wait for an upload."""
+"""Read the files that wait for an upload to W&B's server."""
 
 import json
 import struct
@@ -13,7 +13,7 @@ from wandb.proto.wandb_internal_pb2 import Record
 
 @dataclass
 class Sent:
-    """One .wandb file: all that W&B's server would be sent."""
+    """The content of a .wandb file, as W&B's server would receive it."""
 
     folder: Path
     run: Any = None
@@ -26,7 +26,10 @@ class Sent:
 
 
 def records(file: Path) -> Iterator[Any]:
-    """LevelDB's log format: blocks of 32 KiB, in them pieces of records (CRC, length, kind), each a protobuf."""
+    """Yield the protobufs of a file in LevelDB's log format.
+
+    The file consists of blocks of 32 KiB. They hold pieces of records, each with CRC, length and kind.
+    """
     data = file.read_bytes()
     assert data[:4] == b":W&B"
     at, record = 7, b""
@@ -36,16 +39,16 @@ def records(file: Path) -> Iterator[Any]:
             continue
         _, length, kind = struct.unpack_from("<IHB", data, at)
         if at + 7 + length > len(data):
-            return  # still being written
+            return  # the file is still being written
         record += data[at + 7 : at + 7 + length]
         at += 7 + length
-        if kind in (1, 4):  # a whole record, or the last piece of one
+        if kind in (1, 4):  # a whole record or its last piece
             yield Record.FromString(record)
             record = b""
 
 
 def collect(items: Any, into: dict[str, Any]) -> dict[str, Any]:
-    """W&B's items, whose key is a name or a path, as nested dicts."""
+    """Add W&B's items to nested dicts. The key of an item is a name or a path."""
     for item in items:
         *path, name = list(item.nested_key) or [item.key]
         node = into
@@ -56,7 +59,7 @@ def collect(items: Any, into: dict[str, Any]) -> dict[str, Any]:
 
 
 def read(file: Path) -> Sent:
-    """One .wandb file."""
+    """Return the content of a .wandb file."""
     one = Sent(file.parent)
     for record in records(file):
         match record.WhichOneof("record_type"):
@@ -77,7 +80,7 @@ def read(file: Path) -> Sent:
 
 
 def sent(folder: Path) -> list[Sent]:
-    """What waits for an upload in a run's folder, the oldest first. W&B writes the end a little later than it says."""
+    """Return the uploads that wait in a run's folder, oldest first. W&B writes the end a little after it reports it."""
     deadline = time.monotonic() + 60
     while True:
         files = sorted((folder / "wandb").glob("*run-*/*.wandb"), key=lambda file: file.stat().st_mtime_ns)

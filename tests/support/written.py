@@ -1,4 +1,4 @@
-"""Run folders as a run would leave them, and a reader of the pages made from them."""
+"""Write run folders as a run would, and read the pages made from them."""
 
 import csv
 import json
@@ -21,7 +21,7 @@ LINEAR = Classifier(family="linear")
 
 
 def classifier(name: str) -> Classifier:
-    """`knn-dino` or `linear-10%`."""
+    """Return a classifier from its name, such as `knn-dino` or `linear-10%`."""
     family, *rest = name.split("-")
     fraction = next((float(part[:-1]) / 100 for part in rest if part.endswith("%")), 1.0)
     preset = "".join(part for part in rest if not part.endswith("%"))
@@ -29,20 +29,20 @@ def classifier(name: str) -> Classifier:
 
 
 def accuracy(split: str, value: float, name: str = "linear", fitted_on: str = "train", **more: Any) -> Measurement:
-    """The record of an accuracy."""
+    """Return the record of an accuracy."""
     better: Any = "neither" if split in ("only_bg", "conflict_shape") else "more"
     known = {"classifier": classifier(name), "fitted_on": fitted_on, "better": better, **more}
     return Measurement(kind="accuracy", split=split, value=value, **known)
 
 
 def gap(split: str, minus: str, points: float, name: str = "linear", fitted_on: str = "train", **more: Any) -> Any:
-    """The record of a gap."""
+    """Return the record of a gap."""
     known = {"classifier": classifier(name), "fitted_on": fitted_on, "better": "less", "unit": "points", **more}
     return Measurement(kind="gap", split=split, minus=minus, value=points, **known)
 
 
 def outcome(*records: Measurement, seed: int = 0, **facts: Any) -> Outcome:
-    """What came out of a run that measured this."""
+    """Return the outcome of a run with these measurements."""
     layouts = {layout.kind: layout for layout in (ACCURACY, GAP)}
     return Outcome(seed=seed, records=Records(list(records), layouts=layouts), **facts)
 
@@ -53,7 +53,7 @@ def save(folder: Path, results: Outcome) -> None:
 
 
 def top1(method: str, regularizer: str, seed: int, encoder: str, classifier: str, fitted_on: str, split: str) -> float:
-    """A plausible accuracy, the same at every call."""
+    """Return a plausible accuracy that is the same on every call."""
     base = {"original": 0.84, "mixed_same": 0.80, "mixed_rand": 0.47, "only_fg": 0.42, "only_bg": 0.55}[split]
     if fitted_on == "balanced":
         base = {"original": 0.58, "mixed_same": 0.57, "mixed_rand": 0.52, "only_fg": 0.50, "only_bg": 0.16}[split]
@@ -66,7 +66,7 @@ def top1(method: str, regularizer: str, seed: int, encoder: str, classifier: str
 
 
 def write_run(folder: Path, method: str = "moco", regularizer: str = "msr", seed: int = 0, **config: Any) -> Path:
-    """A whole run on the confounded data set."""
+    """Write the folder of a complete run on the confounded data set."""
     folder.mkdir(parents=True)
     (folder / "figures").mkdir()
     choices = {"method": method, "regularizer": regularizer, "negatives": "none", "backbone": "tiny"}
@@ -154,7 +154,7 @@ def write_run(folder: Path, method: str = "moco", regularizer: str = "msr", seed
 
 
 def write_metrics(file: Path) -> None:
-    """Sparse rows, as Lightning's CSVLogger writes them."""
+    """Write sparse rows, as Lightning's CSVLogger does."""
     names = ["epoch", "step", "loss", "loss/contrastive", "loss/msr", "msr/meta_grad_norm", "msr/uniformity_grad_norm"]
     names += ["msr/uniformity", "lr", "embedding_std", "images_per_second", "online/knn", "online/probe"]
     random = np.random.default_rng(1)
@@ -177,7 +177,7 @@ def write_metrics(file: Path) -> None:
 
 
 def write_box_run(folder: Path, train_on: str, full: float, fg: float, seed: int = 0) -> Path:
-    """A run on a data set with boxes."""
+    """Write the folder of a run on a data set with boxes."""
     folder.mkdir(parents=True)
     config = {"seed": seed, "method": {"temperature": 0.2}, "dataset": {"train_on": train_on}}
     OmegaConf.save(OmegaConf.create(config), folder / "config.yaml")
@@ -188,7 +188,7 @@ def write_box_run(folder: Path, train_on: str, full: float, fg: float, seed: int
 
 
 class Page(HTMLParser):
-    """What a test wants to know of a page."""
+    """The parts of a page that tests look at."""
 
     def __init__(self, file: Path) -> None:
         super().__init__()
