@@ -68,15 +68,9 @@ def main(job: Job, arguments: Sequence[str] | None = None) -> int:
         sys.argv[1:] = typed  # ranks and the jobs of a sweep repeat the command
         codes.append(0)
         try:
-<<<<<<< HEAD
-            if source != config_dir():
-                config = OmegaConf.create(RunFolder(source).with_new_keys(OmegaConf.to_container(config)))
-            return job(check(config, typed), config)
-=======
             if saved is not None:
                 config = saved
-            return job(check(config), config)
->>>>>>> main
+            return job(check(config, typed), config)
         except UserError as mistake:
             # An error that leaves the job would make Hydra print its own message and stop the other jobs of a sweep.
             codes[-1] = refuse(str(mistake))
