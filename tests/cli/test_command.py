@@ -12,6 +12,7 @@ import sys
 import tempfile
 from collections.abc import Callable
 from contextlib import chdir, nullcontext
+from io import FileIO
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -372,10 +373,15 @@ def test_devices_in_a_sweep_need_processes(command: Command) -> None:
 def test_what_was_trained_outlives_a_failure_after_it(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
     """Once the disk is full, once the program is at fault; the same command goes on."""
     words = [*SMALL, "trainer.max_epochs=1", "~callbacks.online", "hydra.run.dir=run"]
-    Path("run").mkdir()
-    Path("run/.results.json.tmp").symlink_to("/dev/full")
-    code, _, err = command(*words)
-    run_folder = Path("run").resolve()
+    run_folder, usual = Path("run").resolve(), Path.open
+
+    def full(path: Path, *arguments: Any, **keys: Any) -> Any:
+        """Say what the kernel says of a full disk, where the results are written."""
+        return FileIO("/dev/full", "w") if path.name == ".results.json.tmp" else usual(path, *arguments, **keys)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "open", full)
+        code, _, err = command(*words)
     kept = "the previous results.json, if any, is kept"
     assert (code, err) == (
         2,

@@ -449,7 +449,7 @@ def test_only_pictures_that_lie_in_figures_are_on_a_page(tmp_path: Path) -> None
     png = (run / "figures/views.png").read_bytes()
     (tmp_path / "secret").write_bytes(b"secret")
     (tmp_path / "other.png").write_bytes(png)
-    (run / "figures/link.png").symlink_to(tmp_path / "other.png")
+    (run / "figures/link.png").symlink_to(run / "figures/views.png")
     (run / "figures/text.png").write_bytes(b"secret")
     (run / "figures/folder.png").mkdir()
     names = [str(tmp_path / "secret"), "../../other.png", "link.png", "text.png", "folder.png", "gone.png", "views.png"]
@@ -459,3 +459,6 @@ def test_only_pictures_that_lie_in_figures_are_on_a_page(tmp_path: Path) -> None
     assert [base64.b64decode(source.split(",")[1]) for source in sources] == [png, png]
     (run / "figures/captions.json").write_text("[")
     assert [picture.file.name for picture in Run.load(run).pictures] == ["strata.png", "views.png"]
+    (run / "figures/out.png").symlink_to(tmp_path / "other.png")
+    with pytest.raises(UserError, match=r"figures/out\.png leads out of the run's folder"):
+        write_report(run)
