@@ -225,7 +225,8 @@ def require_same_data(dataset: Dataset, folder: RunFolder) -> None:
     if before in (None, now):
         return
     then, there = (f"{data['images']} training images of {len(data['classes'])} classes" for data in (before, now))
-    changed = f"with {then}, and there are {there} now" if then != there else f"with other labels of its {there}"
+    what = "images in place" if before["labels"] == now["labels"] and before["classes"] == now["classes"] else "labels"
+    changed = f"with {then}, and there are {there} now" if then != there else f"with other {what} of its {there}"
     raise UserError(
         f"The data of {folder} changed: the run was begun {changed}; put the images back as they were, or begin a new "
         "run with another hydra.run.dir."

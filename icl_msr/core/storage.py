@@ -3,12 +3,16 @@
 import errno
 import os
 import stat
+import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import IO
+from typing import IO, TYPE_CHECKING, Any
 
 from icl_msr.core.errors import UserError
+
+if TYPE_CHECKING:
+    import numpy as np
 
 
 def read_regular(path: Path, largest: int) -> bytes:
@@ -25,6 +29,37 @@ def read_regular(path: Path, largest: int) -> bytes:
         if os.fstat(number).st_size > largest:
             raise UserError(f"{path} is larger than {largest / 1e6:g} MB, as no such file is; restore it from a copy.")
         return file.read(largest)
+
+
+def read_arrays(path: Path) -> "dict[str, np.ndarray[Any, Any]]":
+    """Return the arrays of an .npz file by name. Pickles are not read.
+
+    Raises:
+        UserError: its arrays need more memory than the machine has.
+        Exception: it cannot be read; damaged files raise many kinds.
+    """
+    import numpy as np
+
+    file = np.load(path)
+    if not isinstance(file, np.lib.npyio.NpzFile):
+        raise ValueError("it holds a single array")
+    with file:
+        assert file.zip is not None
+        needed = sum(part.file_size for part in file.zip.infolist())
+        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        if needed > memory:
+            raise UserError(
+                f"The arrays of {path} need {needed / 1e9:.0f} GB of memory, and this machine has {memory / 1e9:.0f} "
+                "GB; divide them, or write the images as files."
+            )
+        return {name: file[name] for name in file.files}
+
+
+def is_stored(archive: zipfile.ZipFile, path: Path) -> bool:
+    """Return whether the parts of a zip archive are not compressed, so that they need no more memory than the file."""
+    parts = archive.infolist()
+    stored = all(part.compress_type == zipfile.ZIP_STORED for part in parts)
+    return stored and sum(part.file_size for part in parts) <= path.stat().st_size
 
 
 def atomic_write(path: Path, content: bytes | str, advice: str = "repeat the command") -> None:

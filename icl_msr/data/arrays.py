@@ -3,15 +3,15 @@
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
-from zipfile import BadZipFile
 
 import numpy as np
 import torch
 from pydantic import Field, PositiveInt
 from torch import Tensor
 
-from icl_msr.core.errors import UserError
-from icl_msr.data.dataset import ArraySplit, Dataset
+from icl_msr.core.errors import UserError, reason
+from icl_msr.core.storage import read_arrays
+from icl_msr.data.dataset import ArraySplit, Dataset, numbered_classes
 from icl_msr.data.sources import TrainOn, fit, fit_all, read_image, resident, stack
 
 Arrays = dict[str, np.ndarray[Any, Any]]
@@ -63,17 +63,19 @@ def arrays(
 def _read(paths: Sequence[str]) -> Arrays:
     found: Arrays = {}
     for path in paths:
+        if not Path(path).is_file():
+            raise UserError(f"There is no file {path}; set dataset.path to an .npz file.")
         try:
-            with np.load(path) as file:
-                new = {key: file[key] for key in file.files}
-        except FileNotFoundError as error:
-            raise UserError(f"There is no file {path}; set dataset.path to an .npz file.") from error
-        except (OSError, ValueError, EOFError, BadZipFile, AttributeError, TypeError) as error:
+            new = read_arrays(Path(path))
+        except UserError:
+            raise
+        except Exception as error:  # a damaged file can raise almost anything
             raise UserError(
-                f"{path} cannot be read as .npz without pickles ({str(error).partition('. ')[0]}); write it with "
+                f"{path} cannot be read as .npz without pickles ({reason(error).partition('. ')[0]}); write it with "
                 "numpy.savez(path, train_images=..., train_labels=..., test_images=..., test_labels=...)."
             ) from error
-        twice = sorted(found.keys() & new.keys() - {"classes"})
+        twice = sorted(found.keys() & new.keys())
+        twice = [key for key in twice if key != "classes" or found[key].tolist() != new[key].tolist()]
         if twice:
             raise UserError(f"{twice[0]} is in {path} and in another file of dataset.path; each key may stand once.")
         found |= new
@@ -157,18 +159,12 @@ def _decompress(found: Arrays, image_size: int | None, where: str) -> np.ndarray
 
 
 def _classes(found: Arrays, splits: dict[str, ArraySplit], where: str) -> list[str]:
-    top = max(int(split.labels.max()) for split in splits.values())
-    count = sum(map(len, splits.values()))
-    if "classes" not in found:
-        labels = torch.cat([split.labels for split in splits.values()])
-        if int(labels[labels >= 0].min() if (labels >= 0).any() else 0) > 0 or top >= count:
-            raise UserError(
-                f"{where} has labels from {int(labels[labels >= 0].min())} to {top} for {count} images; "
-                "they must count from 0: number the classes 0, 1, 2, ..., or add an array `classes` of names."
-            )
-    classes = [str(name) for name in found["classes"]] if "classes" in found else [str(k) for k in range(top + 1)]
-    if top >= len(classes):
-        raise UserError(f"{where} has label {top} and only {len(classes)} classes; labels count from 0.")
     if int(splits["train"].labels.min()) < -1 or int(splits["test"].labels.min()) < 0:
         raise UserError(f"{where} has negative labels; labels count from 0, and only training images may have -1.")
+    labels = torch.cat([split.labels for split in splits.values()])
+    if "classes" not in found:
+        return numbered_classes(labels, len(labels), where)
+    classes = [str(name) for name in found["classes"]]
+    if (top := int(labels.max())) >= len(classes):
+        raise UserError(f"{where} has label {top} and only {len(classes)} classes; labels count from 0.")
     return classes

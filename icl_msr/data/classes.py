@@ -2,8 +2,9 @@
 
 import csv
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from unicodedata import normalize
 
 import torch
@@ -63,8 +64,8 @@ class ImageClasses:
 
     They are read from Tiny-ImageNet's `val_annotations.txt`, ImageNet's `LOC_val_solution.csv`,
     `ILSVRC2012_validation_ground_truth.txt` (with the devkit's `meta.mat` beside it), or a text file. Each line of a
-    text file holds the name of an image and its class. The class is a name or, from 0, a number among all training
-    folders.
+    text file holds the name of an image and its class. The name is the path below the folder, or its last part if this
+    is unique, with or without the suffix. The class is a name or, from 0, a number among all training folders.
 
     Args:
         base: the folder of the data set.
@@ -75,6 +76,8 @@ class ImageClasses:
 
     def __init__(self, base: Path, file: str | None, there: Sequence[str], classes: Sequence[str]) -> None:
         self.base, self.file, self.there, self.classes = base, file, there, classes
+        self.notes: list[str] = []
+        """Sentences about images that are left out."""
 
     def covers(self, listing: Listing, folder: Path) -> bool:
         """Return whether the folder holds images and no class folders."""
@@ -88,21 +91,32 @@ class ImageClasses:
         """Return the files (N), their labels (N,) and their paths below the folder (N).
 
         Raises:
-            UserError: there is no file of classes, or an image is missing in it.
+            UserError: there is no file of classes, an image is missing in it, or a line fits several images.
         """
         files = listing.below(folder)
+        places = [Path(file).relative_to(folder).as_posix() for file in files]
         path = self._path(folder)
-        table = self._table(path, files)
+        table = self._table(path, places)
+        times = Counter(name for place in places for name in set(_names(folder.name, place)))
         chosen, labels = [], []
-        for file in files:
-            name = table.get(Path(file).stem)
-            if name is None:
+        for file, place in zip(files, places, strict=True):
+            known = next((name for name in _names(folder.name, place) if name in table), None)
+            if known is None:
                 raise UserError(f"{path} has no class for {file}; add one, or remove the image.")
+            if known not in (place, f"{folder.name}/{place}") and times[known] > 1:
+                raise UserError(
+                    f"{path} names {known}, and {folder} has several images of that name; write their paths, as in "
+                    f"{place}."
+                )
+            name = table[known]
             if name in self.classes:
                 chosen.append(file)
                 labels.append(self.classes.index(name))
         if not chosen:
             raise UserError(f"{path} names no image of {folder} whose class is one of {', '.join(self.classes[:5])}.")
+        if len(chosen) < len(files):
+            left = len(files) - len(chosen)
+            self.notes.append(f"{left} images of {folder} are of other classes by {path} and are left out.")
         return chosen, torch.tensor(labels), [Path(file).relative_to(folder).as_posix() for file in chosen]
 
     def _path(self, folder: Path) -> Path:
@@ -119,18 +133,24 @@ class ImageClasses:
             )
         return found
 
-    def _table(self, path: Path, files: Sequence[str]) -> Mapping[str, str]:
-        """Return the class of each image, by the stem of its name."""
+    def _table(self, path: Path, places: Sequence[str]) -> Mapping[str, str]:
+        """Return the class of each image, by the name that the file gives it."""
         lines = [line for line in path.read_text(encoding="utf-8-sig", errors="replace").splitlines() if line.strip()]
         if all(line.strip().isdecimal() for line in lines):
-            return self._numbered(path, [int(line) for line in lines], files)
+            return self._numbered(path, [int(line) for line in lines], places)
         rows = list(csv.reader(lines)) if path.suffix == ".csv" else [line.split() for line in lines]
         if path.suffix == ".csv":
             rows = [[row[0], *row[1].split()] for row in rows[1:] if len(row) > 1]
         wrong = next((row for row in rows if len(row) < 2), None)
         if wrong is not None:
             raise UserError(f"A line of {path} is not the name of a file and its class: {' '.join(wrong)}.")
-        return {Path(row[0]).stem: self._name(path, row[1]) for row in rows}
+        table: dict[str, str] = {}
+        for row in rows:
+            name = self._name(path, row[1])
+            image = PurePosixPath(row[0].replace("\\", "/")).as_posix()
+            if table.setdefault(image, name) != name:
+                raise UserError(f"{path} gives {image} the classes {table[image]} and {name}; keep one line.")
+        return table
 
     def _name(self, path: Path, word: str) -> str:
         if word.isdecimal() and word not in self.there:
@@ -142,7 +162,7 @@ class ImageClasses:
             return self.there[int(word)]
         return normalize("NFC", word)
 
-    def _numbered(self, path: Path, numbers: Sequence[int], files: Sequence[str]) -> Mapping[str, str]:
+    def _numbered(self, path: Path, numbers: Sequence[int], places: Sequence[str]) -> Mapping[str, str]:
         """Return the classes in ImageNet's ground truth, which has a number for each image in the order of names."""
         meta = path.with_name("meta.mat")
         if not meta.is_file():
@@ -150,9 +170,16 @@ class ImageClasses:
         from scipy.io import loadmat
 
         synsets = {int(row["ILSVRC2012_ID"]): str(row["WNID"]) for row in loadmat(meta, squeeze_me=True)["synsets"]}
-        if len(numbers) != len(files):
-            raise UserError(f"{path} has {len(numbers)} lines for {len(files)} images; both must be complete.")
+        if len(numbers) != len(places):
+            raise UserError(f"{path} has {len(numbers)} lines for {len(places)} images; both must be complete.")
         unknown = next((number for number in numbers if number not in synsets), None)
         if unknown is not None:
             raise UserError(f"{path} has the class {unknown}, which {meta} does not list.")
-        return {Path(file).stem: synsets[number] for file, number in zip(files, numbers, strict=True)}
+        return {place: synsets[number] for place, number in zip(places, numbers, strict=True)}
+
+
+def _names(folder: str, place: str) -> list[str]:
+    """Return the names by which a file of classes may call an image, the most exact one first."""
+    inside = place.removeprefix("images/")
+    paths = [PurePosixPath(*parts) for parts in ((place,), (inside,), (folder, place), (inside.rpartition("/")[2],))]
+    return [name.as_posix() for path in paths for name in (path, path.with_suffix(""))]

@@ -14,6 +14,7 @@ from icl_msr.core.config import suggestion
 from icl_msr.core.errors import UserError
 from icl_msr.data.dataset import Dataset
 from icl_msr.data.files import FileSplit, of_files
+from icl_msr.data.listing import Listing, named_file
 from icl_msr.data.sources import TrainOn
 
 
@@ -57,6 +58,8 @@ class Target:
     """The name of its category."""
     box: tuple[int, int, int, int]
     """x0, y0, x1, y1 in pixels, x1 and y1 exclusive."""
+    beyond: float
+    """The number of pixels by which the box of the file reaches beyond the image."""
 
 
 def coco(
@@ -93,7 +96,8 @@ def coco(
     The test images are shown in the regions `full`, `fg`, `crop`, `only_fg` and `only_bg` of `imagefolder`.
 
     Raises:
-        UserError: a folder or file is missing or not in the format, or there is no image of a class.
+        UserError: a folder or file is missing or not in the format, there is no image of a class, or a box reaches
+            more than a pixel beyond its image.
     """
     base = Path(root).expanduser()
     if not base.is_dir():
@@ -101,7 +105,7 @@ def coco(
     named = {"train": (train, train_annotations), "test": (test, test_annotations)}
     found = {part: single_targets(base / path, part, min_area) for part, (_, path) in named.items()}
     names = _chosen(classes, *found["train"], base / train_annotations)
-    splits = {}
+    splits, notes = {}, []
     for part, (folder, path) in named.items():
         targets = [target for target in found[part][1] if target.name in names]
         if not targets:
@@ -109,14 +113,20 @@ def coco(
                 f"{base / path} has no image with a single object of the classes, {', '.join(names[:5])}"
                 f"{', ...' if len(names) > 5 else ''}; set dataset.classes or dataset.{part}_annotations otherwise."
             )
-        files = [str(base / folder / target.file) for target in targets]
-        absent = next((file for file in files if not Path(file).is_file()), None)
-        if absent:
+        if out := next((target for target in targets if target.beyond > 1), None):
             raise UserError(
-                f"There is no image {absent}, which {base / path} lists; "
+                f"The box of {out.file} in {base / path} reaches {out.beyond:g} pixels beyond the image; correct it."
+            )
+        if not (base / folder / targets[0].file).is_file():
+            raise UserError(
+                f"There is no image {base / folder / targets[0].file}, which {base / path} lists; "
                 f"set dataset.{part} to the folder that has the images."
             )
+        files = [named_file(base / folder, target.file, base / path) for target in targets]
         labels = torch.tensor([names.index(target.name) for target in targets])
+        left_out = len(Listing(base / folder, follow_links=True).below(base / folder)) - len(files)
+        if left_out:
+            notes.append(f"{left_out} images of {base / folder} do not show one object of a class and are left out.")
         splits[part] = FileSplit(files, labels, image_size, torch.tensor([target.box for target in targets]))
     return of_files(
         base.resolve().name,
@@ -126,6 +136,7 @@ def coco(
         train_on,
         resident_size=resident_size,
         memory_budget_gb=memory_budget_gb,
+        notes=notes,
     )
 
 
@@ -139,6 +150,14 @@ def single_targets(path: Path, part: str, min_area: int) -> tuple[list[str], lis
         UserError: the file is missing or not in the format. The message names the key `<part>_annotations`.
     """
     instances = _read(path, part)
+    for what, keys in (
+        ("two categories with the id", [category.id for category in instances.categories]),
+        ("two images with the id", [image.id for image in instances.images]),
+        ("twice the image", [image.file_name for image in instances.images]),
+    ):
+        key, times = next(iter(Counter(keys).most_common(1)), (None, 0))
+        if times > 1:
+            raise UserError(f"{path} has {what} {key}, so its objects cannot be told apart; correct it.")
     names = {category.id: category.name for category in instances.categories}
     objects = Counter(annotation.image_id for annotation in instances.annotations)
     alone = {a.image_id: a for a in instances.annotations if objects[a.image_id] == 1 and not a.iscrowd}
@@ -153,7 +172,8 @@ def single_targets(path: Path, part: str, min_area: int) -> tuple[list[str], lis
             )
         x0, y0, x1, y1 = box = _whole_pixels(annotation.bbox, image.width, image.height)
         if x0 < x1 and y0 < y1 and annotation.bbox[2] * annotation.bbox[3] >= min_area:
-            targets.append(Target(image.file_name, names[annotation.category_id], box))
+            beyond = _beyond(annotation.bbox, image.width, image.height)
+            targets.append(Target(image.file_name, names[annotation.category_id], box, beyond))
     return list(names.values()), targets
 
 
@@ -176,6 +196,11 @@ def _whole_pixels(bbox: Sequence[float], width: int, height: int) -> tuple[int, 
     x, y, across, down = bbox
     x1, y1 = min(math.ceil(x + across), width), min(math.ceil(y + down), height)
     return max(math.floor(x), 0), max(math.floor(y), 0), x1, y1
+
+
+def _beyond(bbox: Sequence[float], width: int, height: int) -> float:
+    x, y, across, down = bbox
+    return max(0.0, -x, -y, x + across - width, y + down - height)
 
 
 def _chosen(classes: int | list[str], categories: list[str], targets: list[Target], path: Path) -> list[str]:

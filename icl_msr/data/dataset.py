@@ -1,6 +1,8 @@
 """The interface of data sets: splits of labelled images, some with masks of the object."""
 
 import hashlib
+import os
+import zlib
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -74,9 +76,14 @@ class Dataset:
     """The data set that evaluation and the online monitors use instead, if the images of this one have no labels."""
 
     def __post_init__(self) -> None:
-        """Check that every label has a class."""
+        """Check that every label has a class; only training images may have none, -1."""
         for name, split in {"train": self.train, **self.tests}.items():
-            highest = int(split.labels.max()) if len(split) else -1
+            lowest, highest = (int(split.labels.min()), int(split.labels.max())) if len(split) else (0, -1)
+            if self.classes and lowest < (-1 if name == "train" else 0):
+                raise UserError(
+                    f"{self.name} has negative labels in {name}; labels count from 0, and only training images may "
+                    "have -1, which means that they have none."
+                )
             if highest >= max(len(self.classes), 1):
                 raise UserError(
                     f"{self.name} has the label {highest} in {name} and only {len(self.classes)} classes; labels count "
@@ -96,6 +103,8 @@ class Dataset:
                 found.append(
                     f"{len(absent)} of the {len(self.classes)} classes of {self.name} have no {name} image: {shown}."
                 )
+        if self.classes and (without := int((self.train.labels < 0).sum())):
+            found.append(f"{without} of the {len(self.train)} training images of {self.name} have no label.")
         alike = Counter(normalize("NFKC", name).casefold().strip() for name in self.classes)
         for name, times in alike.items():
             if times > 1:
@@ -103,9 +112,19 @@ class Dataset:
         return found
 
     def trained_on(self) -> dict[str, Any]:
-        """Return what must not change for a run to go on: the number of training images, the classes and the labels."""
+        """Return what must not change for a run to go on: the training images, their classes and their labels.
+
+        Images with files are known by the files' names, so that a folder may move, and others by their pixels.
+        """
         labels = hashlib.sha256(self.train.labels.cpu().numpy().tobytes()).hexdigest()
-        return {"images": len(self.train), "classes": list(self.classes), "labels": labels[:16]}
+        about = {"images": len(self.train), "classes": list(self.classes), "labels": labels[:16]}
+        files = getattr(self.train, "files", None)
+        content: Any = b""
+        if files is not None:
+            content = "/".join(map(os.path.basename, files)).encode(errors="surrogateescape")
+        elif isinstance(self.train, ArraySplit):
+            content = self.train.images.cpu().contiguous().numpy()
+        return {**about, "content": f"{zlib.crc32(content):08x}"}
 
     @property
     def evaluated(self) -> "Dataset":
@@ -121,6 +140,22 @@ class Dataset:
     def chance(self) -> float:
         """Accuracy of guessing, in [0, 1]."""
         return 1.0 / max(1, len(self.classes))
+
+
+def numbered_classes(labels: Tensor, images: int, where: str) -> list[str]:
+    """Return the classes 0, 1, 2, ... of labels (N,) that are numbers; -1 means no label.
+
+    Raises:
+        UserError: the labels do not count from 0, or there are more numbers than `images`.
+    """
+    known = labels[labels >= 0]
+    low, high = (int(known.min()), int(known.max())) if len(known) else (0, 0)
+    if low > 0 or high >= images:
+        raise UserError(
+            f"{where} has labels from {low} to {high} for {images} images; they must count from 0: number the classes "
+            "0, 1, 2, ..., or give them names."
+        )
+    return [str(k) for k in range(high + 1)]
 
 
 def normalise(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:

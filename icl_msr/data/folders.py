@@ -1,5 +1,6 @@
 """Folders of images with one folder per class, with boxes or masks of the objects as an option."""
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -27,6 +28,9 @@ SPELLINGS: Mapping[str, tuple[str, ...]] = {
     "test": ("test", "testing", "testset", "test_set", "testing_set"),
 }
 """Names of the folders in published data sets, in lower case."""
+
+
+_LIKE_A_SPLIT = re.compile(r"(^|[^a-z])(train|val|valid|test)(ing|idation|set)?([^a-z]|$)", re.IGNORECASE)
 
 
 def imagefolder(
@@ -93,7 +97,7 @@ def imagefolder(
     base = Path(root).expanduser()
     if not base.is_dir():
         raise UserError(f"There is no folder {base}; set dataset.root to a folder of images.")
-    objects = Objects(base, boxes, masks, boxes_of)
+    objects = Objects(base, boxes, masks, boxes_of, follow_links=follow_links)
     if train_on == "fg" and not objects.known:
         raise UserError(
             f"dataset.train_on=fg needs to know where the object is; set dataset.boxes or dataset.masks for {base}, "
@@ -123,7 +127,9 @@ def imagefolder(
         at = objects.of(spelled, found.files, [names[k] for k in found.labels.tolist()], found.places)
         return FileSplit(found.files, found.labels, image_size, *at, mask_values=mask_values)
 
-    shifted = shifted if corrupted is None else {**shifted, **_corrupted(listing, base / Path(corrupted).expanduser())}
+    published = {} if corrupted is None else _corrupted(listing, base / Path(corrupted).expanduser())
+    if twice := next(iter(shifted.keys() & published.keys()), None):
+        raise UserError(f"dataset.shifted.{twice} is a split of dataset.corrupted too; give it another name.")
     whole = files_of(train_set)
     more: list[str] = []
     if extra is not None:
@@ -133,13 +139,15 @@ def imagefolder(
         labels_of = torch.cat([train_set.labels, torch.full((len(files),), -1)])
         whole = FileSplit([*train_set.files, *files], labels_of, image_size)
     splits = whole, {name: files_of(found) for name, found in test_sets.items()}
-    others = {
-        name: FileSplit(*_shifted_images(listing, name, base / Path(other).expanduser(), names, renamed), image_size)
-        for name, other in shifted.items()
-    }
+    others = {}
+    for name, other in {**shifted, **published}.items():
+        found, said = _shifted_images(listing, name, base / Path(other).expanduser(), names, renamed)
+        others[name] = FileSplit(*found, image_size)
+        more += said if name in shifted else []
     left_out = len(trained) - len(names)
     notes = [
         *layout.notes,
+        *flat.notes,
         *more,
         f"{left_out} class folders of {layout.train} are not in dataset.classes and are left out." if left_out else "",
         listing.sentence,
@@ -227,19 +235,22 @@ def _refuse_splits_as_classes(
     listing: Listing, children: Sequence[Path], spelled: Mapping[str, Path | None], tests: list[str] | None
 ) -> None:
     """Check that the folders of a root look like classes, by their names and by their own folders."""
+    hollow = [path for path in children if not listing.here(path)]
     way_out = "set dataset.train and dataset.tests to folders in it, or dataset.train=. where they are classes"
     wrong = next((path for kind in ("val", "test") if (path := spelled[kind])), None)
     if wrong is not None and tests is None and listing.folders(wrong):
         raise UserError(f"{listing.root} has a folder {wrong.name} and no training folder; {way_out}.")
     inner = [{path.name for path in listing.folders(child)} for child in children]
     shared = set.intersection(*inner) if len(inner) > 1 else set()
-    if len(shared) > 1 and not any(listing.here(child) for child in children):
+    if len(shared) > 1 and len(hollow) == len(children):
         raise UserError(
             f"{listing.root} has the folders {_some([path.name for path in children])}, and each of them has the "
             f"folders {_some(sorted(shared))}, so they look like splits and not like classes; {way_out}."
         )
-    if len(children) == 1 and not listing.here(children[0]) and _spelled(listing.folders(children[0]), "train"):
+    if len(children) == 1 and hollow and _spelled(listing.folders(children[0]), "train"):
         raise UserError(f"{children[0]} holds the training folder; set dataset.root={children[0]}.")
+    if like := next((path for path in hollow if _LIKE_A_SPLIT.search(path.name) and listing.folders(path)), None):
+        raise UserError(f"{like} has folders of its own and the name of a split, not of a class; {way_out}.")
 
 
 def _unread(base: Path, folders: Sequence[Path]) -> list[str]:
@@ -288,6 +299,12 @@ def _class_folders(listing: Listing, folder: Path, masks: Path | None = None) ->
             )
         if path != masks:
             found[name] = path
+    if len(found) == 1 and not listing.here(only := next(iter(found.values()))) and len(listing.folders(only)) > 1:
+        inner = _some([path.name for path in listing.folders(only)])
+        raise UserError(
+            f"{folder} has one folder, {only.name}, and this one has the folders {inner}; set "
+            f"dataset.train={_relative(only, listing.root)}, and dataset.tests alike."
+        )
     if not found:
         raise UserError(
             f"{folder} has no class folders; set dataset.root (or dataset.train) to a folder of them, or read images "
@@ -333,8 +350,8 @@ def _test_images(listing: Listing, folder: Path, classes: Sequence[str], flat: I
 
 def _shifted_images(
     listing: Listing, name: str, folder: Path, classes: Sequence[str], renamed: dict[str, str]
-) -> tuple[list[str], Tensor]:
-    """Return the files in the folders of training classes, and their labels (N,)."""
+) -> tuple[tuple[list[str], Tensor], list[str]]:
+    """Return the files in the folders of training classes with their labels (N,), and remarks for the user."""
     if not folder.is_dir():
         raise UserError(f"There is no folder {folder}; set dataset.shifted.{name} to a folder of class folders.")
     wrong = [target for target in renamed.values() if target not in classes]
@@ -363,7 +380,9 @@ def _shifted_images(
             f"{folder} has no images of a class of the training folder, {_some(classes)}; set dataset.shifted.{name} "
             "to another folder, or name its classes with +dataset.renamed.<its folder>=<class>."
         )
-    return files, torch.tensor(labels)
+    unknown = [path.name for path, target in meant.items() if target not in classes]
+    said = [f"{_some(unknown)} in {folder} are no training classes and are left out."] if unknown else []
+    return (files, torch.tensor(labels)), [*said, *([listing.sentence] if listing.sentence else [])]
 
 
 def _corrupted(listing: Listing, folder: Path) -> dict[str, str]:

@@ -1,5 +1,6 @@
 """Data sets of the `datasets` library: from the hub, from Parquet files, or from a saved folder."""
 
+import os
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
@@ -12,8 +13,10 @@ from torch import Tensor
 from icl_msr.core.config import suggestion
 from icl_msr.core.errors import UserError
 from icl_msr.core.randomness import permutation
-from icl_msr.data.dataset import Dataset
+from icl_msr.core.storage import read_regular
+from icl_msr.data.dataset import Dataset, numbered_classes
 from icl_msr.data.files import FileSplit, of_files
+from icl_msr.data.sources import LARGEST
 
 
 def huggingface(
@@ -88,7 +91,12 @@ class _Column:
         cell = self.table[int(self.rows[index])][self.image]
         if cell is None or (cell["bytes"] is None and cell["path"] is None):
             raise UserError(f"Row {int(self.rows[index])} of {self.name} has no image; take it out.")
-        return cell["bytes"] if cell["bytes"] is not None else Path(cell["path"]).read_bytes()
+        if cell["bytes"] is not None:
+            return bytes(cell["bytes"])
+        path, homes = os.path.realpath(cell["path"]), [self.name, import_module("datasets").config.HF_CACHE_HOME]
+        if not any(path.startswith(os.path.join(os.path.realpath(home), "")) for home in homes):
+            raise UserError(f"{self.name} names the file {cell['path']}, which lies elsewhere; put the images into it.")
+        return read_regular(Path(path), LARGEST)
 
     def identity(self) -> str:
         return f"{self.name} {self.table._fingerprint} {self.rows.tolist()}"
@@ -120,9 +128,9 @@ def _classes(table: Any, label: str) -> list[str]:
     feature = table.features[label]
     if getattr(feature, "names", None):
         return list(feature.names)
-    values = table.unique(label)
+    values = [value for value in table.unique(label) if value is not None]
     if all(isinstance(value, int) for value in values):
-        return [str(k) for k in range(max(values) + 1)]
+        return numbered_classes(torch.tensor(values, dtype=torch.int64), len(table), f"The column {label}")
     if all(isinstance(value, str) for value in values):
         return sorted(values)
     raise UserError(

@@ -5,16 +5,21 @@ from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
+from icl_msr.core.errors import UserError
+
 SUFFIXES = (
     *(".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".apng", ".webp", ".gif", ".avif"),
     *(".bmp", ".tif", ".tiff", ".ppm", ".pgm", ".pbm", ".pnm"),
 )
 """Suffixes of image files, in lower case."""
 
-LITTER = ("@eaDir", "__MACOSX", "#recycle", "$RECYCLE.BIN", "System Volume Information", "lost+found", "__pycache__")
-"""Folders that file managers and archives leave behind."""
+LITTER = (
+    *("@eadir", "@tmp", "@recycle", "@recently-snapshot", "#recycle", "#snapshot", "$recycle.bin", "lost+found"),
+    *("system volume information", "network trash folder", "temporary items", "__macosx", "__pycache__"),
+)
+"""Folders that file managers, disks and archives leave behind, in lower case."""
 
-_UNSEEN = ("Thumbs.db", "ehthumbs.db", "desktop.ini", "Icon\r", ".DS_Store")  # such files are not even counted
+_UNSEEN = ("thumbs.db", "ehthumbs.db", "desktop.ini", "icon\r", ".ds_store")  # such files are not even counted
 
 
 class Listing:
@@ -76,7 +81,7 @@ class Listing:
     def _entries(self, folder: str | Path) -> Iterator["os.DirEntry[str]"]:
         with os.scandir(folder) as entries:
             for entry in entries:
-                if entry.name in _UNSEEN:
+                if entry.name.lower() in _UNSEEN:
                     continue
                 kind = self._passed_over(entry)
                 if kind is None:
@@ -88,7 +93,7 @@ class Listing:
         """Return the reason to skip an entry; None for folders and files that are read."""
         if entry.name.startswith("."):
             return "hidden"
-        if entry.name in LITTER:
+        if entry.name.lower() in LITTER:
             return f"litter ({entry.name})"
         if entry.is_symlink():
             real = os.path.realpath(entry.path)
@@ -104,6 +109,22 @@ class Listing:
             return True
         self._passed[entry.path] = f"{suffix or 'suffixless'} files"
         return False
+
+
+def named_file(folder: Path, name: str, table: Path) -> str:
+    """Return the path of an image in a folder, by the name that a table gives it.
+
+    Raises:
+        UserError: there is no such file, or the name or a link leads out of the folder.
+    """
+    path = os.path.join(folder, name)
+    if os.path.isabs(name) or ".." in Path(name).parts:
+        raise UserError(f"{table} names {name}, which leads out of {folder}; correct it.")
+    if not os.path.isfile(path):
+        raise UserError(f"There is no image {path}, which {table} names; put it there, or take it out of the table.")
+    if os.path.islink(path) and not os.path.realpath(path).startswith(os.path.join(os.path.realpath(folder), "")):
+        raise UserError(f"{path} is a link that leads out of {folder}; put the image in its place.")
+    return path
 
 
 def _suffix(entry: "os.DirEntry[str]") -> str:

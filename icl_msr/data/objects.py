@@ -1,7 +1,8 @@
 """The place of the object in each image of a folder, from a table of boxes or a folder of masks."""
 
 import csv
-from collections import Counter
+import os
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor
 
 from icl_msr.core.errors import UserError
-from icl_msr.data.listing import SUFFIXES
+from icl_msr.data.listing import Listing
 
 BoxesOf = Literal["refuse", "largest", "union"]
 """Treatment of several boxes of one image: an error, the largest of them, or the box around all."""
@@ -27,9 +28,12 @@ class Objects:
         boxes: a table of boxes; see `folders.imagefolder`.
         masks: a folder of masks.
         boxes_of: the treatment of several boxes of one image.
+        follow_links: true also reads links that lead out of the folder of masks.
     """
 
-    def __init__(self, base: Path, boxes: str | None, masks: str | None, boxes_of: BoxesOf) -> None:
+    def __init__(
+        self, base: Path, boxes: str | None, masks: str | None, boxes_of: BoxesOf, *, follow_links: bool = False
+    ) -> None:
         if boxes is not None and masks is not None:
             raise UserError("dataset.boxes and dataset.masks are both set; keep one and set the other to null.")
         self.base, self.boxes, self.boxes_of = base, boxes, boxes_of
@@ -39,6 +43,10 @@ class Objects:
         self.masks = None if masks is None else base / masks
         if self.masks is not None and not self.masks.is_dir():
             raise UserError(f"There is no folder {self.masks}; set dataset.masks to the folder of masks, or to null.")
+        self._listing = None if self.masks is None else Listing(self.masks, follow_links=follow_links)
+        self._by_stem: dict[str, list[str]] = defaultdict(list)
+        for file in [] if self._listing is None else self._listing.below(self._listing.root):
+            self._by_stem[os.path.splitext(file)[0]].append(file)
 
     @property
     def known(self) -> bool:
@@ -113,11 +121,15 @@ class Objects:
 
     def _mask(self, file: str) -> str:
         assert self.masks is not None
+        assert self._listing is not None
         place = self.masks / Path(file).relative_to(self.base)
-        for suffix in (".png", *SUFFIXES):
-            if (mask := place.with_suffix(suffix)).is_file():
-                return str(mask)
-        raise UserError(f"{file} has no mask {place.with_suffix('.png')}; add one.")
+        found = self._by_stem[str(place.with_suffix(""))]
+        if not found:
+            skipped = self._listing.sentence
+            raise UserError(f"{file} has no mask {place.with_suffix('.png')}; add one. {skipped}".rstrip())
+        if len(found) > 1:
+            raise UserError(f"{file} has the masks {' and '.join(found)}; keep one.")
+        return found[0]
 
 
 def _read_boxes(path: Path) -> dict[tuple[str | None, str, str], list[Box]]:

@@ -2,6 +2,7 @@
 
 import os
 import time
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
@@ -21,6 +22,7 @@ from rich.text import Text
 from torch import Tensor
 
 from icl_msr.core.errors import UserError
+from icl_msr.core.storage import read_regular
 from icl_msr.data.crops import boxes_around, crop_to_boxes, moved
 from icl_msr.data.dataset import ArraySplit, Dataset
 
@@ -35,9 +37,12 @@ MASK_VALUES = {"trimap": [1], "voc": list(range(1, 255))}
 """Values of the object in published masks: the pet without the border in Oxford-IIIT Pet's trimaps, and every object
 without the void around it in Pascal VOC."""
 
+LARGEST = 2**30
+"""Largest size of an image file, in bytes."""
+
 _FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF")  # none of them runs another program
 _ORIENTATION = 0x0112  # EXIF tag
-_LOSSY = ("JPEG", "MPO", "WEBP", "AVIF")
+warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)  # twice as many pixels are an error
 
 _CHUNK = 256  # images that a thread decodes before it reports
 _PART = 4096  # images of an array that are handled at once
@@ -57,7 +62,7 @@ def read_image(source: Path | bytes, name: str) -> Tensor:
         UserError: the file is missing, cut short, or no image.
     """
     with _named(name):
-        data = source if isinstance(source, bytes) else source.read_bytes()
+        data = source if isinstance(source, bytes) else read_regular(source, LARGEST)
         image = _open(data)
         pixels = _jpeg(data) if _plain_jpeg(image) else None
         if pixels is None:
@@ -70,14 +75,15 @@ def read_mask(path: Path, name: str, values: MaskValues = None) -> Tensor:
 
     With `values`, the object is where the grey value or the palette index is one of them. Without `values`, it is where
     the value is not zero in the file's own depth. There are two exceptions. If the image has transparent pixels, the
-    object is where it is not transparent. In a lossy format, which rings at edges, the object is above half of the
+    object is where it is not transparent. With lossy compression, which rings at edges, the object is above half of the
     largest value.
 
     Raises:
-        UserError: the file cannot be read, or the mask is empty or covers the whole image.
+        UserError: the file cannot be read, the mask is empty or covers the whole image, or `values` are given for a
+            lossy file, which does not keep them.
     """
     with _named(name):
-        data = path.read_bytes()
+        data = read_regular(path, LARGEST)
         image = _open(data)
         mask = _upright(torch.from_numpy(_object(image, data, values))[None], image)[0].contiguous()
     if mask.all() or not mask.any():
@@ -107,6 +113,13 @@ def _named(name: str) -> Iterator[None]:
     """Turn errors of decoders into a `UserError` that names the file. A damaged file can raise almost anything."""
     try:
         yield
+    except UserError:
+        raise
+    except Image.DecompressionBombError:
+        largest = 2 * (Image.MAX_IMAGE_PIXELS or 0) // 1_000_000
+        raise UserError(
+            f"{name} has more pixels than the {largest} million that are read; scale it down or remove it."
+        ) from None
     except UnidentifiedImageError:
         raise UserError(f"{name} is no image of a known format; replace the file or remove it.") from None
     except Exception as error:
@@ -122,7 +135,8 @@ def _open(source: bytes | Path) -> Image.Image:
 
 def _plain_jpeg(image: Image.Image) -> bool:
     """Return whether the image is an upright JPEG in RGB or grey. torchcodec turns images by rules of its own."""
-    upright = "exif" not in image.info or image.getexif().get(_ORIENTATION) == 1
+    silent = "exif" not in image.info and b"Orientation" not in image.info.get("xmp", b"")
+    upright = silent or image.getexif().get(_ORIENTATION) == 1  # Pillow looks into both
     return image.format in ("JPEG", "MPO") and image.mode in ("L", "RGB") and upright
 
 
@@ -173,7 +187,10 @@ def _eight_bits(values: NDArray[Any], kind: str | None) -> NDArray[np.uint8]:
 
 def _object(image: Image.Image, data: bytes, values: MaskValues) -> NDArray[np.bool_]:
     """Return the mask of the object as stored, bool (H, W); see `read_mask`."""
+    lossy = _is_lossy(image, data)
     if values is not None:
+        if lossy:
+            raise ValueError("its compression changes values, and dataset.mask_values speaks of exact ones")
         index = np.asarray(image)
         if index.ndim != 2:
             raise ValueError("it is in colour, and dataset.mask_values speaks of grey values or a palette")
@@ -183,11 +200,18 @@ def _object(image: Image.Image, data: bytes, values: MaskValues) -> NDArray[np.b
         if opacity.min() < 255:
             return opacity > 0
     if data.startswith(b"\x89PNG") and data[24] == 16 and image.mode in ("RGB", "RGBA"):
-        pixels = _deep_png(data)[:3].amax(0).numpy()  # Pillow keeps only the upper eight bits of a colour
+        colours = 1 if data[25] == 4 else 3  # grey with opacity, or colours
+        pixels = _deep_png(data)[:colours].amax(0).numpy()  # Pillow keeps only the upper eight bits of a colour
     else:
-        pixels = np.asarray(image.convert("RGB") if image.mode in ("P", "PA", "RGBA", "CMYK") else image)
+        pixels = np.asarray(image.convert("RGB") if image.mode in ("P", "PA", "LA", "RGBA", "CMYK") else image)
         pixels = pixels.max(axis=2) if pixels.ndim == 3 else pixels
-    return pixels > (pixels.max() / 2 if image.format in _LOSSY else 0)
+    return pixels > (pixels.max() / 2 if lossy else 0)
+
+
+def _is_lossy(image: Image.Image, data: bytes) -> bool:
+    if image.format == "WEBP":
+        return b"VP8L" not in data  # the chunk of a lossless image
+    return image.format in ("JPEG", "MPO", "AVIF") or image.info.get("compression") in ("jpeg", "webp")
 
 
 def _deep_png(data: bytes) -> Tensor:

@@ -100,7 +100,7 @@ def _cifar(kind: Any, name: str, root: str, download: bool, train_on: TrainOn, c
 
 def _corrupted(folder: Path) -> dict[str, ArraySplit]:
     """Return the test splits of CIFAR-10-C or -100-C. A file holds five severities in order (Hendrycks, 2019)."""
-    files = sorted(path for path in folder.glob("*.npy") if path.name != "labels.npy")
+    files = sorted(path for path in folder.glob("[!.]*.npy") if path.name != "labels.npy" and path.is_file())
     if not files or not (folder / "labels.npy").is_file():
         raise UserError(f"{folder} has no labels.npy and no corruption.npy; set dataset.corrupted to CIFAR-10-C.")
     found: dict[str, ArraySplit] = {}

@@ -16,13 +16,13 @@ from typing import Annotated, Any
 import torch
 from pydantic import Field
 from torch import Tensor, nn
-from torchvision.datasets.folder import IMG_EXTENSIONS
 from typing_extensions import override
 
 from icl_msr.core.errors import UserError
 from icl_msr.core.records import ACCURACY, GAP, TRAINED, Chart, Classifier, Layout, Measurement
 from icl_msr.data.dataset import Dataset, Split
 from icl_msr.data.files import FileSplit
+from icl_msr.data.listing import Listing
 from icl_msr.evaluation.labels import require_labels
 from icl_msr.evaluation.sixteen import SIXTEEN, sixteen
 from icl_msr.evaluation.suite import Evaluation, Fit, Results, Task, accuracy, gap
@@ -77,7 +77,8 @@ def read_stimuli(folder: Path) -> Stimuli:
     """
     if not folder.is_dir():
         raise UserError(f"There is no folder {folder}; set evaluation.stimuli to the folder of cue-conflict images.")
-    files = sorted(path for path in folder.glob("*/*") if path.suffix.lower() in IMG_EXTENSIONS)
+    listing = Listing(folder, follow_links=True)
+    files = [Path(file) for shape in listing.folders(folder) for file in listing.here(shape)]
     found, without = [], 0
     for path in files:
         parts = re.fullmatch(r"([^\d-]+)(\d+)-([^\d-]+)(\d+)", path.stem)

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from icl_msr.core.errors import UserError
+from icl_msr.core.storage import is_stored
 
 
 def read_checkpoint(path: Path) -> dict[str, Any]:
@@ -21,8 +22,7 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     try:
         with zipfile.ZipFile(path) as archive:
             # torch compresses nothing, writes checksums and never checks them.
-            packed = any(part.compress_type != zipfile.ZIP_STORED for part in archive.infolist())
-            damaged = packed or archive.testzip() is not None
+            damaged = not is_stored(archive, path) or archive.testzip() is not None
     except Exception:
         damaged = True
     if damaged:

@@ -14,7 +14,10 @@ from torch import Tensor, nn
 
 from icl_msr.core.errors import UserError
 from icl_msr.core.folder import RunFolder
+from icl_msr.core.storage import is_stored
 
+LARGEST_HEADER = 10_000_000
+"""Largest size of the header of a .safetensors file, in bytes."""
 COPIES = ("encoder_k", "momentum", "student")
 """Parts of names of networks that are not used after training: MoCo keeps `encoder_q`, DINO its teacher."""
 
@@ -59,6 +62,10 @@ def read_weights(weights: str, net: nn.Module) -> dict[str, Tensor]:
 
 
 def _safetensors(path: Path) -> dict[str, Tensor]:
+    with path.open("rb") as file:
+        header = int.from_bytes(file.read(8), "little")
+    if LARGEST_HEADER < header < path.stat().st_size:
+        raise UserError(f"{path} has a header of {header / 1e6:.0f} MB, as no file of weights has; export it again.")
     try:
         return load_file(path)
     except SafetensorError as error:
@@ -68,7 +75,7 @@ def _safetensors(path: Path) -> dict[str, Tensor]:
 def _checkpoint(path: Path) -> Any:
     if zipfile.is_zipfile(path):
         with zipfile.ZipFile(path) as archive:
-            if any(part.compress_type != zipfile.ZIP_STORED for part in archive.infolist()):
+            if not is_stored(archive, path):
                 raise UserError(f"{path} is compressed, as no checkpoint of PyTorch is; give it as it was saved.")
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):  # saved arguments of a program, plain data
@@ -95,15 +102,19 @@ def _conversion(path: Path, place: str, prefix: str) -> str:
     )
 
 
-def _states(content: Any, place: str = "") -> Iterator[tuple[str, dict[str, Tensor]]]:
-    """Yield every mapping from names to tensors in a checkpoint, with its place: `state_dict/`, `teacher/`."""
-    if isinstance(content, Mapping):
+def _states(content: Any) -> Iterator[tuple[str, dict[str, Tensor]]]:
+    """Yield every mapping from names to tensors in a checkpoint, each once, with its place: `state_dict/`."""
+    waiting, seen = [("", content)], set[int]()
+    while waiting:
+        place, content = waiting.pop(0)
+        if not isinstance(content, Mapping) or id(content) in seen:
+            continue
+        seen.add(id(content))
         named = {name: value for name, value in content.items() if isinstance(name, str)}
         tensors = {name: value for name, value in named.items() if isinstance(value, Tensor)}
         if tensors:
             yield place, tensors
-        for name, part in named.items():
-            yield from _states(part, f"{place}{name}/")
+        waiting += [(f"{place}{name}/", part) for name, part in named.items()]
 
 
 def _fitting(state: Mapping[str, Tensor], net: nn.Module) -> Iterator[tuple[str, dict[str, Tensor]]]:

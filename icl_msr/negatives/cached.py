@@ -1,6 +1,6 @@
 """Negatives from a folder of textures that `python -m icl_msr.textures` or another program wrote."""
 
-import os
+import re
 from collections import Counter
 from pathlib import Path
 
@@ -10,6 +10,7 @@ from icl_msr.core.errors import UserError
 from icl_msr.core.views import AlphaMode, AlphaSchedule
 from icl_msr.data.dataset import ArraySplit, Dataset, Split
 from icl_msr.data.files import FileSplit
+from icl_msr.data.listing import Listing
 
 
 class CachedNegatives:
@@ -45,7 +46,7 @@ class CachedNegatives:
                 f"python -m icl_msr.textures --to {self.folder} and the same dataset=..."
             )
         base = self.folder / "train" if (self.folder / "train").is_dir() else self.folder
-        there = {os.path.join(where, name) for where, _, names in os.walk(base) for name in names}
+        there = set(Listing(base, follow_links=True).below(base))
         files = [str(base / name) for name in texture_names(dataset)]
         missing = [file for file in files if file not in there]
         if missing:
@@ -65,7 +66,8 @@ def texture_names(dataset: Dataset) -> list[str]:
         UserError: two images have the same name.
     """
     train = dataset.train
-    classes = [dataset.classes[k].replace("/", "_") if k >= 0 else "unlabelled" for k in train.labels.tolist()]
+    folders = [re.sub(r"^\.+|[/\0]", "_", name) for name in dataset.classes]  # none that leads elsewhere, or is hidden
+    classes = [folders[k] if k >= 0 else "unlabelled" for k in train.labels.tolist()]
     files = train.files if isinstance(train, ArraySplit | FileSplit) else None
     if files is None:
         return [f"{name}/{i:08d}.png" for i, name in enumerate(classes)]

@@ -281,6 +281,32 @@ def test_files_of_another_format_are_refused(tmp_path: Path, content: bytes | di
     assert "\n" not in str(raised.value)
 
 
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"categories": 0, "id": 17}, "has two categories with the id 17"),
+        ({"images": 1, "id": 100}, "has two images with the id 100"),
+        ({"images": 1, "file_name": "000000000000.png"}, r"has twice the image 000000000000\.png"),
+        ({"images": 0, "file_name": "../val2017/000000000001.png"}, r"names \.\./val2017/.*, which leads out of"),
+        ({"images": 2, "file_name": "gone.png"}, r"There is no image .*train2017/gone\.png, which"),
+        ({"annotations": -1, "bbox": [40, 20, 20, 10]}, r"The box of 000000000000\.png .* reaches 12 pixels beyond"),
+    ],
+)
+def test_objects_that_cannot_be_told_apart_are_refused(tmp_path: Path, change: dict[str, Any], words: str) -> None:
+    path = make(tmp_path) / "annotations/instances_train2017.json"
+    content = json.loads(path.read_text())
+    (table, row), (key, value) = change.items()
+    content[table][row][key] = value
+    path.write_text(json.dumps(content))
+    with pytest.raises(UserError, match=words):
+        read(tmp_path)
+
+
+def test_images_that_do_not_show_one_object_are_counted(tmp_path: Path) -> None:
+    notes = read(make(tmp_path)).notes
+    assert notes == (f"5 images of {tmp_path}/train2017 do not show one object of a class and are left out.",)
+
+
 def test_test_images_of_other_classes_alone_are_refused(tmp_path: Path) -> None:
     write(tmp_path, "train", TRAIN)
     write(tmp_path, "val", [[seen(18, *BOX)]])

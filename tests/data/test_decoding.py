@@ -1,5 +1,6 @@
 """One decoder: every kind of image by the rules of the table, the same on every path; masks in their own depth."""
 
+import os
 import struct
 import zlib
 from io import BytesIO
@@ -9,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image, ImageOps
+from PIL.PngImagePlugin import PngInfo
 
 from icl_msr.core.errors import UserError
 from icl_msr.data import sources
@@ -56,6 +58,24 @@ def test_every_format_is_turned_upright(kind, turn):
     assert np.array_equal(shown(data), expected)
     assert expected.shape[:2] == ((30, 20) if turn >= 5 else (20, 30))
     assert read_size(data, "x") == expected.shape[:2]
+
+
+XMP = (
+    b'<x:xmpmeta xmlns:x="adobe:ns:meta/"><rdf:RDF xmlns:rdf="http://www.w3.org/1999/02/22-rdf-syntax-ns#">'
+    b'<rdf:Description rdf:about="" xmlns:tiff="http://ns.adobe.com/tiff/1.0/" tiff:Orientation="6"/>'
+    b"</rdf:RDF></x:xmpmeta>"
+)
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "TIFF"])
+def test_an_orientation_in_xmp_counts_in_every_format(kind):
+    """Lightroom writes it there."""
+    text = PngInfo()
+    text.add_itxt("XML:com.adobe.xmp", XMP.decode())
+    options = {"PNG": {"pnginfo": text}, "TIFF": {"tiffinfo": {700: XMP}}}.get(kind, {"xmp": XMP})
+    data = encoded(Image.fromarray(pixels(20, 30, 3)), kind, **options)
+    assert shown(data).shape == (30, 20, 3)
+    assert read_size(data, "x") == (30, 20)
 
 
 def test_an_orientation_that_means_nothing_turns_nothing():
@@ -207,6 +227,30 @@ def test_damaged_files_end_in_a_sentence(kind):
         assert not words or words.startswith("bad.img ")
 
 
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
+def test_too_many_pixels_or_bytes_end_in_a_sentence(tmp_path):
+    """Few bytes that would become gigabytes."""
+
+    def declared(side):
+        data = bytearray(png16(np.zeros((4, 4, 3), np.uint16), 2))
+        data[16:24] = struct.pack(">II", side, side)
+        data[29:33] = struct.pack(">I", zlib.crc32(data[12:29]))
+        return bytes(data)
+
+    for read in (read_image, read_size):
+        with pytest.raises(UserError, match=r"x has more pixels than the 178 million that are read; scale it down"):
+            read(declared(30_000), "x")
+    assert read_size(declared(12_000), "x") == (12_000, 12_000)
+    with (tmp_path / "m.png").open("wb") as file:
+        file.truncate(2**31)  # takes no room on the disk
+    for read in (read_image, read_mask):
+        with pytest.raises(UserError, match=r"m\.png is larger than 1073\.74 MB"):
+            read(tmp_path / "m.png", "m")
+    os.mkfifo(tmp_path / "pipe.png")
+    with pytest.raises(UserError, match=r"pipe\.png is no regular file"):
+        read_image(tmp_path / "pipe.png", "x")
+
+
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "TIFF"])
 def test_all_paths_give_the_same_bytes(tmp_path, kind):
     """Folder, array, resident and decoded by workers."""
@@ -253,21 +297,37 @@ def mask_of(tmp_path, content, values=None):
         encoded(Image.fromarray(OBJECT.astype(np.float32) / 1000), "TIFF"),
         png16(np.dstack([OBJECT * np.uint16(0), OBJECT.astype(np.uint16), OBJECT * np.uint16(0)]), 2),
         encoded(Image.fromarray(np.dstack([OBJECT * np.uint8(0), OBJECT * np.uint8(9), OBJECT * np.uint8(0)])), "BMP"),
+        encoded(Image.fromarray(np.dstack([OBJECT * np.uint8(1), np.full((20, 30), 255, np.uint8)]), "LA"), "PNG"),
+        png16(np.dstack([OBJECT.astype(np.uint16), np.full((20, 30), 65535, np.uint16)]), 4),
+        encoded(Image.fromarray(np.dstack([OBJECT * np.uint8(1)] * 3)), "WEBP", lossless=True),
         encoded(Image.fromarray(np.dstack([pixels(20, 30, 3), OBJECT * np.uint8(255)])), "PNG"),
         encoded(Image.fromarray(np.dstack([np.zeros((20, 30, 3), np.uint8), OBJECT * np.uint8(255)])), "PNG"),
     ],
-    ids=["8", "1", "16", "16 tif", "32 tif", "float", "16 colour", "colour", "cut out", "cut out black"],
+    ids=[
+        *("8", "1", "16", "16 tif", "32 tif", "float", "16 colour", "colour", "opaque grey", "opaque grey 16", "webp"),
+        *("cut out", "cut out black"),
+    ],
 )
 def test_masks_are_read_in_their_own_depth(tmp_path, content):
     assert np.array_equal(mask_of(tmp_path, content), OBJECT)
 
 
-@pytest.mark.parametrize("kind", ["JPEG", "WEBP"])
+@pytest.mark.parametrize("kind", ["JPEG", "WEBP", "TIFF"])
 def test_masks_of_lossy_formats_are_cut_at_half(tmp_path, kind):
     """An edge that rings has values that are not zero outside the object."""
-    content = encoded(Image.fromarray(OBJECT * np.uint8(255)), kind, quality=50)
+    options = {"compression": "jpeg"} if kind == "TIFF" else {}
+    content = encoded(Image.fromarray(OBJECT * np.uint8(255)), kind, quality=50, **options)
     assert (np.asarray(Image.open(BytesIO(content)).convert("L")) > 0).sum() > OBJECT.sum()
     assert (mask_of(tmp_path, content) != OBJECT).sum() <= 4
+    with pytest.raises(UserError, match=r"its compression changes values, and dataset\.mask_values speaks of exact"):
+        mask_of(tmp_path, content, [255])
+
+
+def test_labels_in_a_lossless_webp_are_all_the_object(tmp_path):
+    numbers = np.where(OBJECT, 1, 0).astype(np.uint8)
+    numbers[5:8, 10:20] = 3
+    content = encoded(Image.fromarray(np.dstack([numbers] * 3)), "WEBP", lossless=True)
+    assert np.array_equal(mask_of(tmp_path, content), OBJECT)
 
 
 def test_trimaps_and_palettes_by_their_values(tmp_path):

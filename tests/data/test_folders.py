@@ -12,6 +12,7 @@ from PIL import Image
 
 from icl_msr.core.errors import UserError
 from icl_msr.data.arrays import arrays
+from icl_msr.data.dataset import ArraySplit, Dataset
 from icl_msr.data.folders import imagefolder
 
 
@@ -75,6 +76,24 @@ def test_unknown_suffixes_and_loose_images_are_counted(tmp_path):
     (note,) = read(tmp_path).notes
     for words in ("2 .heic files", "1 .txt files", "1 suffixless files", "1 images beside the class folders"):
         assert words in note
+
+
+def test_litter_of_other_systems_is_no_class(tmp_path):
+    litter = ("@Recycle", "@tmp", "#snapshot", "Network Trash Folder", "Temporary Items", "system volume information")
+    make(tmp_path, *SPLIT, *(f"train/{name}" for name in litter))
+    (tmp_path / "train/cat/THUMBS.DB").write_bytes(b"x")
+    data = read(tmp_path)
+    assert list(data.classes) == ["cat", "dog"]
+    assert all(f"litter ({name})" in data.notes[0] for name in litter)
+
+
+def test_what_other_folders_skip_is_said_too(tmp_path):
+    make(tmp_path / "data", *SPLIT)
+    other = make(tmp_path / "other", "cat", "dog", "bird")
+    (other / "cat/x.heic").write_bytes(b"x")
+    notes = read(tmp_path / "data", shifted={"sketch": str(other)}).notes
+    assert notes[0] == f"bird in {other} are no training classes and are left out."
+    assert notes[1] == f"Passed over in {other}: 1 .heic files."
 
 
 @pytest.mark.parametrize("what", ["file", "folder", "class"])
@@ -194,6 +213,24 @@ def test_one_test_folder_named_twice_is_refused(tmp_path):
         read(tmp_path, tests=["val", "./val"])
     with pytest.raises(UserError, match="empty list"):
         read(tmp_path, tests=[])
+
+
+def test_folders_that_sound_like_splits_are_no_classes(tmp_path):
+    """As in Kaggle's sets of scenes and of cats and dogs, whose archives repeat the folder's name."""
+    make(tmp_path / "a", *(f"seg_{part}/seg_{part}/{name}" for part in ("train", "test") for name in ("sea", "street")))
+    with pytest.raises(UserError, match=r"seg_test has folders of its own and the name of a split"):
+        read(tmp_path / "a")
+    make(tmp_path / "b", "images_train/cat", "images_val/cat", count=4)
+    with pytest.raises(UserError, match=r"images_\w+ has folders of its own and the name of a split"):
+        read(tmp_path / "b")
+    parts = ("training_set", "test_set")
+    make(tmp_path / "c", *(f"{part}/{part}/{name}" for part in parts for name in ("cat", "dog")))
+    with pytest.raises(UserError, match=r"one folder, training_set, .* dataset\.train=training_set/training_set"):
+        read(tmp_path / "c")
+    data = read(tmp_path / "c", train="training_set/training_set", tests=["test_set/test_set"])
+    assert (list(data.classes), len(data.tests["test_set"])) == (["cat", "dog"], 4)
+    make(tmp_path / "d", "vest", "contest", "trainer", count=4)
+    assert len(read(tmp_path / "d").classes) == 3
 
 
 # ------------------------------------------------------------------------------------------------- names of classes
@@ -330,6 +367,30 @@ def test_two_images_never_share_a_mask(one_class):
         read(one_class, masks="masks")
 
 
+def test_an_image_has_one_mask_inside_the_folder_of_masks(one_class, tmp_path):
+    for part in ("train", "val"):
+        (one_class / "masks" / part / "cat").mkdir(parents=True)
+        Image.fromarray(np.eye(32, dtype=np.uint8)).save(one_class / "masks" / part / "cat/0.png")
+    mask = one_class / "masks/val/cat/0.png"
+    (one_class / "masks/val/cat/._0.png").write_bytes(b"x")
+    assert read(one_class, masks="masks")
+    shutil.copy(mask, mask.with_suffix(".bmp"))
+    with pytest.raises(UserError, match=r"val/cat/0\.png has the masks .*0\.bmp and .*0\.png; keep one"):
+        read(one_class, masks="masks")
+    mask.with_suffix(".bmp").unlink()
+    mask.rename(tmp_path / "elsewhere.png")
+    mask.symlink_to(tmp_path / "elsewhere.png")
+    with pytest.raises(UserError, match=r"has no mask .*1 links that lead out of it"):
+        read(one_class, masks="masks")
+    assert read(one_class, masks="masks", follow_links=True)
+
+
+def test_a_shifted_and_a_corrupted_split_have_their_own_names(tmp_path):
+    make(tmp_path, *SPLIT, "C/fog/3/cat", "fogs/cat")
+    with pytest.raises(UserError, match=r"dataset\.shifted\.fog_3 is a split of dataset\.corrupted too"):
+        read(tmp_path, shifted={"fog_3": str(tmp_path / "fogs")}, corrupted="C")
+
+
 # ------------------------------------------------------------------------------------------------- labels of arrays
 
 
@@ -362,6 +423,25 @@ def test_gaps_in_labels_and_classes_without_images_are_said(tmp_path):
     assert labelled(tmp_path / "x.npz", [0, 1, 2], [2, 1, 0]).remarks() == []
 
 
+def test_images_without_a_label_are_counted_and_never_tested_on(tmp_path):
+    assert labelled(tmp_path / "x.npz", [0, 1, -1], [0, 1]).remarks() == [
+        "1 of the 3 training images of x have no label."
+    ]
+    split = ArraySplit(torch.zeros(2, 3, 8, 8, dtype=torch.uint8), torch.tensor([0, -1]))
+    with pytest.raises(UserError, match="mine has negative labels in test"):
+        Dataset("mine", ("a", "b"), 8, split, {"test": split})
+
+
+def test_two_lists_of_classes_agree(tmp_path):
+    labelled(tmp_path / "x.npz", [0, 1], [0, 1])
+    for name, classes in (("a", ["cat", "dog"]), ("b", ["dog", "cat"]), ("c", ["cat", "dog"])):
+        np.savez(tmp_path / f"{name}.npz", classes=np.array(classes))
+    paths = {name: str(tmp_path / f"{name}.npz") for name in "xabc"}
+    assert arrays(path=[paths["x"], paths["a"], paths["c"]], image_size=None, train_on="full").classes == ["cat", "dog"]
+    with pytest.raises(UserError, match=r"classes is in .*b\.npz and in another file"):
+        arrays(path=[paths["x"], paths["a"], paths["b"]], image_size=None, train_on="full")
+
+
 @pytest.mark.parametrize(("value", "words"), [(0, "is empty"), (1, "covers the whole image")])
 def test_masks_in_arrays_show_an_object(tmp_path, value, words):
     masks = np.zeros((2, 8, 8), bool)
@@ -371,8 +451,6 @@ def test_masks_in_arrays_show_an_object(tmp_path, value, words):
 
 
 def test_a_label_without_a_class_is_refused_in_any_data_set(tmp_path):
-    from icl_msr.data.dataset import ArraySplit, Dataset
-
     split = ArraySplit(torch.zeros(2, 3, 8, 8, dtype=torch.uint8), torch.tensor([0, 2]))
     with pytest.raises(UserError, match="mine has the label 2 in train and only 2 classes"):
         Dataset("mine", ("a", "b"), 8, split, {})

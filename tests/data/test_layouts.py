@@ -1,5 +1,6 @@
 """Data sets as they are published, each on a miniature."""
 
+import os
 from io import BytesIO
 from pathlib import Path
 
@@ -92,6 +93,39 @@ def test_a_ground_truth_that_does_not_fit_is_refused(imagenet):
         opened("dataset=imagefolder", f"dataset.root={imagenet}", "dataset.labels=gone.txt")
 
 
+def test_a_list_of_classes_tells_images_of_one_name_apart(imagenet):
+    def tests(*rows):
+        (imagenet / "val.txt").write_text("\n".join(rows))
+        return opened("dataset=imagefolder", f"dataset.root={imagenet}").tests["test"].labels.tolist()
+
+    for file in (imagenet / "val").iterdir():
+        file.unlink()
+    picture(imagenet / "val/images/a/0.png")
+    picture(imagenet / "val/images/b/0.png")
+    assert tests("a/0.png 0", "b/0.png 2") == tests("images/a/0 0", "val/images/b/0.png 2") == [0, 2]
+    with pytest.raises(UserError, match=r"names 0\.png, and .* has several images of that name; write their paths"):
+        tests("0.png 1")
+    with pytest.raises(UserError, match=r"gives a/0\.png the classes n01440764 and n01443537; keep one line"):
+        tests("a/0.png 0", "a/0.png 1", "b/0.png 2")
+    assert tests("a/0.png 0", "a/0.png 0", "b/0.png 2") == [0, 2]
+    (imagenet / "val/images/b/0.png").rename(imagenet / "val/images/a/0.jpg")
+    assert tests("0.jpg 1", "0.png 2") == [1, 2]
+    with pytest.raises(UserError, match="several images of that name"):
+        tests("a/0 1")
+
+
+def test_test_images_of_other_classes_are_counted(imagenet):
+    ground_truth(imagenet, "kaggle")
+    (imagenet / "LOC_val_solution.csv").write_text(
+        (imagenet / "LOC_val_solution.csv").read_text().replace(WNIDS[1], "n09999999")
+    )
+    data = opened("dataset=imagefolder", f"dataset.root={imagenet}")
+    assert data.tests["test"].labels.tolist() == [2, 0, 0]
+    assert data.notes == (
+        f"1 images of {imagenet}/val are of other classes by {imagenet}/LOC_val_solution.csv and are left out.",
+    )
+
+
 def test_imagenet_100_is_cmcs_list(tmp_path):
     lists = (Path(__file__).parents[2] / "icl_msr/data/lists/imagenet100.txt").read_text().splitlines()
     wnids = [line for line in lists if not line.startswith("#")]
@@ -133,6 +167,28 @@ def test_tiny_imagenet_200_with_its_boxes(tiny_imagenet):
         opened("dataset=tiny_imagenet", f"dataset.root={tiny_imagenet}")
 
 
+def test_tables_of_tiny_imagenet_name_every_image_once(tiny_imagenet):
+    words = "dataset=tiny_imagenet", f"dataset.root={tiny_imagenet}"
+    assert opened(*words).notes == ()
+    picture(tiny_imagenet / f"train/{WNIDS[0]}/images/more.JPEG")
+    assert opened(*words).notes == (f"1 images of {tiny_imagenet} are in no table and are left out.",)
+    table = tiny_imagenet / f"train/{WNIDS[0]}/{WNIDS[0]}_boxes.txt"
+    row, secret = f"{WNIDS[0]}_0.JPEG\t0\t0\t9\t9\n", tiny_imagenet / "secret.JPEG"
+    picture(secret)
+    (table.parent / "images/link.JPEG").symlink_to(secret)
+    for rows, sentence in (
+        (row * 2, f"names {WNIDS[0]}_0.JPEG 2 times; keep one row"),
+        ("gone.JPEG\t0\t0\t9\t9\n", r"There is no image .*images/gone\.JPEG, which .*_boxes\.txt names"),
+        ("../../../secret.JPEG\t0\t0\t9\t9\n", r"names \.\./\.\./\.\./secret\.JPEG, which leads out"),
+        (f"{secret}\t0\t0\t9\t9\n", r"secret\.JPEG, which leads out"),
+        ("link.JPEG\t0\t0\t9\t9\n", r"link\.JPEG is a link that leads out"),
+        ("", "is empty"),
+    ):
+        table.write_text(rows)
+        with pytest.raises(UserError, match=sentence):
+            opened(*words)
+
+
 def test_imagenet_9_has_a_split_for_each_variation(tmp_path):
     variations = ("original", "mixed_same", "mixed_rand", "mixed_next", "only_fg", "no_fg", "only_bg_b", "only_bg_t")
     for name in ("00_dog", "01_bird"):
@@ -162,6 +218,8 @@ def test_cifar_c_has_five_severities_in_a_file(tmp_path):
     assert list(found) == [f"fog_{severity}" for severity in range(1, 6)]
     assert np.array_equal(found["fog_2"].images.permute(0, 2, 3, 1), images[2:4])
     assert found["fog_5"].labels.tolist() == [3, 7]
+    (tmp_path / "._fog.npy").write_bytes(b"x")
+    assert _corrupted(tmp_path).keys() == found.keys()
     np.save(tmp_path / "snow.npy", images[:7])
     with pytest.raises(UserError, match=r"snow\.npy is uint8 \(7, 32, 32, 3\)"):
         _corrupted(tmp_path)
@@ -207,6 +265,20 @@ def test_oxford_pets_with_their_trimaps(pets):
     mask = data.tests["full"].mask(0, torch.zeros(3, 32, 32))
     assert mask.sum() == 144
     assert mask[10:22, 10:22].all()
+
+
+@pytest.mark.parametrize("rows", ["Abyssinian_1 1 1 1\nbeagle_1 1 1 1\n", "beagle_1 1 1 1\nbeagle_2 3 1 1\n"])
+def test_breeds_are_numbered_one_to_one(pets, rows):
+    (pets / "annotations/trainval.txt").write_text(rows)
+    with pytest.raises(UserError, match="do not number the breeds one to one"):
+        opened("dataset=oxford_pets", f"dataset.root={pets}")
+
+
+def test_a_missing_pet_is_named_before_training(pets):
+    (pets / "images/Abyssinian_1.jpg").unlink()
+    os.mkfifo(pets / "images/Abyssinian_1.jpg")
+    with pytest.raises(UserError, match=r"There is no image .*Abyssinian_1\.jpg, which .*trainval\.txt names"):
+        opened("dataset=oxford_pets", f"dataset.root={pets}")
 
 
 def test_an_unlabelled_part_is_trained_on(imagenet):
@@ -263,6 +335,40 @@ def test_tables_of_the_datasets_library(tmp_path, monkeypatch, form):
         opened("dataset=huggingface", *words[:2], "dataset.image=pick", "dataset.label=kind")
     without = opened("dataset=huggingface", *words[:2], "dataset.image=pic", "dataset.label=null")
     assert (without.classified, set(without.train.labels.tolist())) == (False, {-1})
+
+
+@pytest.mark.parametrize(
+    ("labels", "sentence"),
+    [
+        ([1, 2, 3, 1, 2, 3], r"The column kind has labels from 1 to 3 for 6 images; they must count from 0"),
+        ([0, 1990, 0, 0, 0, 0], "has labels from 0 to 1990"),
+        (["cat", None, "dog"] * 2, "has negative labels in test"),
+    ],
+)
+def test_labels_of_a_table_are_checked_as_those_of_arrays(tmp_path, labels, sentence):
+    datasets = pytest.importorskip("datasets", reason="needs the extra hf")
+    encoded = table(datasets, 6)[0].cast_column("pic", datasets.Image(decode=False))
+    one = datasets.Dataset.from_dict({"pic": encoded["pic"], "kind": labels})
+    datasets.DatasetDict({"train": one, "test": one}).save_to_disk(str(tmp_path))
+    with pytest.raises(UserError, match=sentence):
+        opened("dataset=huggingface", f"dataset.name={tmp_path}", "dataset.test=test", "dataset.image=pic",
+               "dataset.label=kind")  # fmt: skip
+
+
+def test_a_table_names_no_file_elsewhere(tmp_path):
+    datasets = pytest.importorskip("datasets", reason="needs the extra hf")
+    picture(tmp_path / "secret.png")
+    picture(tmp_path / "set/own.png")
+    for name in ("secret", "set/own"):
+        rows = [{"bytes": None, "path": str(tmp_path / f"{name}.png")}] * 4
+        column = datasets.Dataset.from_dict({"image": rows}).cast_column("image", datasets.Image())
+        column.to_parquet(str(tmp_path / "set/x.parquet"))
+        words = [f"dataset.name={tmp_path}/set", "dataset.test=null", "dataset.label=null"]
+        if name == "secret":
+            with pytest.raises(UserError, match=r"names the file .*secret\.png, which lies elsewhere"):
+                opened("dataset=huggingface", *words).train.load(torch.tensor([0]))
+        else:
+            assert opened("dataset=huggingface", *words).train.load(torch.tensor([0])).shape == (1, 3, 32, 32)
 
 
 def test_a_table_that_cannot_be_read_is_one_sentence(tmp_path):

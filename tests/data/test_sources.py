@@ -2,6 +2,7 @@
 
 import csv
 import hashlib
+import os
 import pickle
 import zipfile
 from io import BytesIO
@@ -328,6 +329,28 @@ def from_folder(root, **changes):
         "renamed": {},
     }
     return imagefolder(root=str(root), **(keys | changes))
+
+
+def test_arrays_that_need_more_memory_than_there_is(tmp_path):
+    path = tmp_path / "x.npz"
+    with zipfile.ZipFile(path, "w") as archive:  # one file that says of itself that it has 2 ** 50 bytes
+        archive.writestr("train_images.npy", b"x")
+        archive.infolist()[0].file_size = 2**50
+    with pytest.raises(UserError, match=r"The arrays of .*x\.npz need 1125900 GB of memory, and this machine has"):
+        arrays(path=str(path), image_size=None, train_on="full")
+    header = b"{'descr': '|u1', 'fortran_order': False, 'shape': (%d, 8, 8, 3), }"
+    for shape, padding in ((10**15, 0), (3, 70_000)):
+        text = (header % shape).ljust(200 + padding) + b"\n"
+        with zipfile.ZipFile(path, "w") as archive:
+            version, length = (b"\x02\x00", len(text).to_bytes(4, "little"))
+            archive.writestr("train_images.npy", b"\x93NUMPY" + version + length + text + bytes(576))
+        with pytest.raises(UserError, match=r"x\.npz cannot be read as \.npz without pickles") as raised:
+            arrays(path=str(path), image_size=None, train_on="full")
+        assert "\n" not in str(raised.value)
+    path.unlink()
+    os.mkfifo(path)
+    with pytest.raises(UserError, match=r"There is no file .*x\.npz"):
+        arrays(path=str(path), image_size=None, train_on="full")
 
 
 @pytest.mark.parametrize("test", ["val", "test"])

@@ -173,7 +173,7 @@ def test_what_needs_labels_refuses_in_one_sentence(flat, tmp_path, word, sentenc
 # ------------------------------------------------------------------------------------------------- data that changed
 
 
-@pytest.mark.parametrize("change", ["an image less", "a class more", "another class"])
+@pytest.mark.parametrize("change", ["an image less", "a class more", "another class", "another image"])
 def test_a_run_goes_on_with_the_data_that_it_was_begun_with(labelled, tmp_path, change):
     root, folder = Path(labelled["root"]), tmp_path / "run"
     words = [*WORDS, "dataset=imagefolder", f"dataset.root={root}", f"hydra.run.dir={folder}", "evaluation=none"]
@@ -184,6 +184,9 @@ def test_a_run_goes_on_with_the_data_that_it_was_begun_with(labelled, tmp_path, 
     elif change == "a class more":
         picture(root / "train/eel/0.png", 5)
         said = "and there are 13 training images of 3 classes now"
+    elif change == "another image":
+        (root / "train/cat/3.png").rename(root / "train/cat/9.png")
+        said = "with other images in place of its 12 training images of 2 classes"
     else:
         (root / "train/cat/3.png").rename(root / "train/dog/9.png")
         said = "with other labels of its 12 training images of 2 classes"

@@ -2,9 +2,12 @@
 
 import argparse
 import io
+import sys
 import zipfile
 from collections.abc import Callable
 from contextlib import redirect_stdout
+from copy import copy
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -130,3 +133,35 @@ def test_a_checkpoint_that_does_not_say_its_network(source: str, tmp_path: Path)
     torch.save({"state_dict": named("module.encoder_q.")}, file)
     with pytest.raises(UserError, match=rf"name that: encoder=torchvision:resnet50 weights={file}"):
         find(source, str(file), None)
+
+
+def test_a_checkpoint_is_walked_once(tmp_path: Path, request: pytest.FixtureRequest) -> None:
+    """Mappings that hold each other twice would take 2 ** 60 steps, and deep ones end in Python's stack."""
+    twice: dict[str, Any] = named("")
+    for _ in range(60):
+        twice = {"a": twice, "b": twice}
+    deep: dict[str, Any] = named("")
+    for _ in range(5000):
+        deep = {"a": deep}
+    request.addfinalizer(partial(sys.setrecursionlimit, sys.getrecursionlimit()))
+    sys.setrecursionlimit(50_000)  # to write it
+    for number, content in enumerate((twice, deep)):
+        torch.save(content, tmp_path / f"{number}.pth")
+    sys.setrecursionlimit(1000)
+    for number in range(2):
+        assert read_weights(str(tmp_path / f"{number}.pth"), network()).keys() == network().state_dict().keys()
+
+
+def test_headers_and_parts_that_are_too_large(tmp_path: Path) -> None:
+    header = b"{" + b" " * 11_000_000 + b"}"
+    (tmp_path / "x.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + bytes(8))
+    with pytest.raises(UserError, match="has a header of 11 MB, as no file of weights has"):
+        read_weights(str(tmp_path / "x.safetensors"), network())
+    with zipfile.ZipFile(tmp_path / "x.pth", "w") as archive:
+        archive.writestr("x/data/0", bytes(1000))
+        for number in range(1, 9):  # the same bytes under further names
+            part = copy(archive.infolist()[0])
+            part.filename = f"x/data/{number}"
+            archive.filelist.append(part)
+    with pytest.raises(UserError, match="is compressed, as no checkpoint of PyTorch is"):
+        read_weights(str(tmp_path / "x.pth"), network())

@@ -143,6 +143,12 @@ def test_names_that_are_not_unique_are_refused():
         texture_names(twice)
 
 
+def test_names_of_classes_never_lead_elsewhere():
+    images = ArraySplit(torch.zeros(4, 3, 8, 8, dtype=torch.uint8), torch.tensor([0, 1, 2, -1]))
+    names = texture_names(Dataset("d", ("..", "a/../../b", ".hidden"), 8, images, {}))
+    assert [Path(name).parent.as_posix() for name in names] == ["_", "a_.._.._b", "_hidden", "unlabelled"]
+
+
 def test_a_folder_that_lacks_textures_is_refused_at_once(data, tmp_path):
     with pytest.raises(UserError, match=r"There is no folder .*set negatives\.folder"):
         module(data, tmp_path / "cache")
