@@ -47,7 +47,7 @@ def tiny_imagenet(
     for rows in (train, val):
         unknown = next((name for _, name, _ in rows if name not in classes), None)
         if unknown is not None:
-            raise UserError(f"{base}/val/val_annotations.txt names {unknown}, which is no folder of {base}/train.")
+            raise UserError(f"{base}/val/val_annotations.txt names {unknown}, which is not a folder of {base}/train.")
         boxes = [(int(x0), int(y0), int(x1) + 1, int(y1) + 1) for _, _, (x0, y0, x1, y1) in rows]
         labels = torch.tensor([classes.index(name) for _, name, _ in rows])
         splits.append(FileSplit([str(path) for path, _, _ in rows], labels, image_size, torch.tensor(boxes)))

@@ -185,7 +185,7 @@ def test_jpeg_has_pillows_bytes_with_and_without_torchcodec(monkeypatch, mode, o
 
 def test_formats_that_run_programs_are_no_images(tmp_path):
     (tmp_path / "a.png").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\nshowpage\n")
-    with pytest.raises(UserError, match=r"a\.png is no image of a known format"):
+    with pytest.raises(UserError, match=r"a\.png is not an image of a known format"):
         read_image(tmp_path / "a.png", "a.png")
 
 
