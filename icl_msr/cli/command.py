@@ -123,7 +123,7 @@ def _resumed(typed: Sequence[str]) -> tuple[DictConfig | None, Sequence[str]]:
     folder = RunFolder(Path(folders[-1]))
     if not folder.begun:
         raise UserError(
-            f"resume={folder} is no run that can be continued: it holds no config.yaml; give the folder of a run "
+            f"resume={folder} is not a run that can be continued: it holds no config.yaml; give the folder of a run "
             "that has begun to train."
         )
     trust.require(folder.saved_config(), folder.config)
@@ -156,7 +156,7 @@ def _check_flags(typed: Sequence[str]) -> None:
     for word in unknown:
         if word.startswith("-"):
             key = word.lstrip("-").partition("=")[0]
-            raise UserError(f"{word} is no option; a key is written without dashes: {key}=<value>.")
+            raise UserError(f"{word} is not an option; a key is written without dashes: {key}=<value>.")
     if unknown:
         raise UserError(f"{unknown[0]} stands after an option; write options such as --cfg job before all else.")
 

@@ -52,7 +52,9 @@ def read(words: Sequence[str]) -> Order:
         key, equals, value = word.partition("=")
         group = key.lstrip("+~").partition(".")[0]
         if not equals and not word.startswith("~"):
-            raise UserError(f"{word} is no key=value; the encoder is given as run=FOLDER or encoder=timm:NAME.")
+            raise UserError(
+                f"{word} is not of the form key=value; the encoder is given as run=FOLDER or encoder=timm:NAME."
+            )
         if key in own:
             raise UserError(f"{key} is given twice; keep one.")
         if key == "evaluation" and "," in value and value[:1] != "[":

@@ -24,7 +24,7 @@ def read_regular(path: Path, largest: int) -> bytes:
     """
     number = os.open(path, os.O_RDONLY | os.O_NONBLOCK) if stat.S_ISREG(os.stat(path).st_mode) else None
     if number is None:
-        raise UserError(f"{path} is no regular file; restore it from a copy.")
+        raise UserError(f"{path} is not a regular file; restore it from a copy.")
     with open(number, "rb") as file:
         if os.fstat(number).st_size > largest:
             raise UserError(f"{path} is larger than {largest / 1e6:g} MB, as no such file is; restore it from a copy.")

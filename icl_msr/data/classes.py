@@ -55,7 +55,9 @@ def chosen_classes(listed: list[str] | None, there: list[str], folder: Path) -> 
     """
     for name in listed or ():
         if name not in there:
-            raise UserError(f"dataset.classes names {name}, which is no folder of {folder}; {suggestion(name, there)}")
+            raise UserError(
+                f"dataset.classes names {name}, which is not a folder of {folder}; {suggestion(name, there)}"
+            )
     return there if listed is None else listed
 
 

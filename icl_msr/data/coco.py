@@ -186,7 +186,7 @@ def _read(path: Path, part: str) -> _Instances:
         first = errors.errors(include_url=False, include_input=False)[0]
         where = ".".join(map(str, first["loc"]))
         raise UserError(
-            f"{path} is no annotation file in COCO's format ({where}{': ' if where else ''}{first['msg']}); "
+            f"{path} is not an annotation file in COCO's format ({where}{': ' if where else ''}{first['msg']}); "
             f"set dataset.{part}_annotations to one such as instances_{part}2017.json."
         ) from None
 
@@ -217,7 +217,7 @@ def _chosen(classes: int | list[str], categories: list[str], targets: list[Targe
     for number, name in enumerate(classes):
         if name not in categories:
             raise UserError(
-                f"dataset.classes names {name}, which is no category of {path}; {suggestion(name, categories)}"
+                f"dataset.classes names {name}, which is not a category of {path}; {suggestion(name, categories)}"
             )
         if name in classes[:number]:
             raise UserError(f"dataset.classes names {name} twice; name it once.")

@@ -339,7 +339,7 @@ def _test_images(listing: Listing, folder: Path, classes: Sequence[str], flat: I
     unknown = [path for name, path in found.items() if name not in classes]
     if unknown and not partly:
         raise UserError(
-            f"{unknown[0]} is no class of the training folder, which has {_some(classes)}; rename or remove it."
+            f"{unknown[0]} is not a class of the training folder, which has {_some(classes)}; rename or remove it."
         )
     if len(unknown) == len(found):
         raise UserError(f"{folder} has no folder of a class, {_some(classes)}; rename its folders.")
@@ -356,7 +356,7 @@ def _shifted_images(
         raise UserError(f"There is no folder {folder}; set dataset.shifted.{name} to a folder of class folders.")
     wrong = [target for target in renamed.values() if target not in classes]
     if wrong:
-        raise UserError(f"dataset.renamed leads to {wrong[0]}, which is no class; {suggestion(wrong[0], classes)}")
+        raise UserError(f"dataset.renamed leads to {wrong[0]}, which is not a class; {suggestion(wrong[0], classes)}")
     listing = Listing(folder, follow_links=listing.follow_links)
     found = listing.folders(folder)
     if all(path.name.isdecimal() for path in found) and not all(name.isdecimal() for name in classes):

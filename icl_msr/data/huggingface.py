@@ -55,13 +55,13 @@ def huggingface(
     chosen = {}
     for key, part in {"train": train, **({} if test is None else {"test": test})}.items():
         if part not in tables:
-            raise UserError(f"dataset.{key}={part} is no split of {name}; {suggestion(part, tables)}")
+            raise UserError(f"dataset.{key}={part} is not a split of {name}; {suggestion(part, tables)}")
         chosen[key] = tables[part]
     columns = {"image": image, **({} if label is None else {"label": label})}
     for key, column in columns.items():
         if column not in chosen["train"].column_names:
             there = chosen["train"].column_names
-            raise UserError(f"dataset.{key}={column} is no column of {name}; {suggestion(column, there)}")
+            raise UserError(f"dataset.{key}={column} is not a column of {name}; {suggestion(column, there)}")
     classes = [] if label is None else _classes(chosen["train"], label)
     splits = {key: _split(name, key, table, image, label, classes, image_size) for key, table in chosen.items()}
     if test is None:

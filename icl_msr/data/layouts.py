@@ -46,7 +46,7 @@ def tiny_imagenet(
     for listed in (train, val):
         unknown = next((row[1] for _, row in listed if row[1] not in classes), None)
         if unknown is not None:
-            raise UserError(f"{base}/val/val_annotations.txt names {unknown}, which is no folder of {base}/train.")
+            raise UserError(f"{base}/val/val_annotations.txt names {unknown}, which is not a folder of {base}/train.")
         names: dict[Path, list[str]] = {}
         for table, row in listed:
             names.setdefault(table, []).append(row[0])

@@ -154,7 +154,7 @@ def _read_boxes(path: Path) -> dict[tuple[str | None, str, str], list[Box]]:
                 x0, y0, x1, y1 = 0, 0, -1, -1
             if not (0 <= x0 <= x1 and 0 <= y0 <= y1):
                 raise UserError(
-                    f"Line {rows.line_num} of {path} is no box: xmin, ymin, xmax, ymax must be integers with "
+                    f"Line {rows.line_num} of {path} is not a box: xmin, ymin, xmax, ymax must be integers with "
                     "0 <= xmin <= xmax and 0 <= ymin <= ymax."
                 )
             key = (row.get("split"), normalize("NFC", row[name] or ""), (row["file"] or "").replace("\\", "/"))

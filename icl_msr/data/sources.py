@@ -121,7 +121,7 @@ def _named(name: str) -> Iterator[None]:
             f"{name} has more pixels than the {largest} million that are read; scale it down or remove it."
         ) from None
     except UnidentifiedImageError:
-        raise UserError(f"{name} is no image of a known format; replace the file or remove it.") from None
+        raise UserError(f"{name} is not an image of a known format; replace the file or remove it.") from None
     except Exception as error:
         raise UserError(f"{name} cannot be read as an image ({error}); replace the file or remove it.") from error
 

@@ -129,7 +129,7 @@ def _choice(name: str, image_size: int) -> dict[str, Any]:
     try:
         node = compose([f"dataset={name}"]).dataset
     except HydraException:
-        raise UserError(f"dataset.labelled={name} is no choice of dataset; {suggestion(name, known)}") from None
+        raise UserError(f"dataset.labelled={name} is not a choice of dataset; {suggestion(name, known)}") from None
     if missing := sorted(key.removeprefix("dataset.") for key in OmegaConf.missing_keys(node)):
         raise UserError(
             f"dataset.labelled={name} needs the key {missing[0]}; type +dataset@dataset.labelled={name} "

@@ -1,5 +1,6 @@
-"""Splits made from another split: some of its images, or crops of them."""
+"""Splits made from another split: some of its images, or changed ones."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -38,14 +39,16 @@ class Some:
 
 
 @dataclass
-class Crops:
-    """A random crop of each image, a quarter of its area or more, resized to its size; half of them are mirrored."""
+class Changed:
+    """A split whose images are changed as they are loaded."""
 
     split: Split
-    view: int
-    """0 or 1, for two different crops of each image."""
-    seed: int
+    change: Callable[[Tensor, Tensor], Tensor]
+    """A function of uint8 images (n, 3, S, S) and their positions (n,). It returns images with values from 0 to 255."""
+    about: str
+    """A text that is equal only for equal changes."""
     device: torch.device
+    """The device on which images are changed."""
 
     def __post_init__(self) -> None:
         self.labels = self.split.labels
@@ -54,23 +57,29 @@ class Crops:
         return len(self.split)
 
     def load(self, index: Tensor) -> Tensor:
-        """Load uint8 crops (n, 3, S, S) of the images at positions `index` (n,), on `device`."""
+        """Load uint8 images (n, 3, S, S) at positions `index` (n,), on `device`."""
         images = self.split.load(index).to(self.device)
-        views = crop_and_flip([0.25, 1.0], 0.5, views=2)(
-            images,
-            index.to(self.device),
-            seed=self.seed,
-            epoch=_CROPS,
-            size=images.shape[-1],
-            mean=(0.0, 0.0, 0.0),
-            std=(1 / 255, 1 / 255, 1 / 255),
-        )
-        return views[self.view].round().clamp(0, 255).byte()
+        return self.change(images, index.to(self.device)).round().clamp(0, 255).byte()
 
     def identity(self) -> str | None:
         """Return a text that is equal only for equal images; see `cache.Identified`."""
         known = split_identity(self.split)
-        return None if known is None else f"{known} crop {self.view} {self.seed}"
+        return None if known is None else f"{known} {self.about}"
+
+
+def crops(split: Split, view: int, seed: int, device: torch.device) -> Changed:
+    """Return a split of random crops, a quarter of the area or more, resized to the image size; half are mirrored.
+
+    `view` is 0 or 1, for two different crops of each image.
+    """
+    augmentation = crop_and_flip([0.25, 1.0], 0.5, views=2)
+    mean, std = (0.0, 0.0, 0.0), (1 / 255, 1 / 255, 1 / 255)
+
+    def crop(images: Tensor, index: Tensor) -> Tensor:
+        views = augmentation(images, index, seed=seed, epoch=_CROPS, size=images.shape[-1], mean=mean, std=std)
+        return views[view]
+
+    return Changed(split, crop, f"crop {view} {seed}", device)
 
 
 def crop_and_flip(scale: list[float], flip: float, views: int = 1) -> Augmentation:

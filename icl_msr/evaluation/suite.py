@@ -40,7 +40,7 @@ from icl_msr.evaluation.labels import require_labels
 from icl_msr.evaluation.linear import LinearProbe, ProbeName, fit_linear_probe
 from icl_msr.evaluation.metrics import Bootstrap, Interval
 from icl_msr.evaluation.scores import confusion, in_top, most_confused, per_class
-from icl_msr.evaluation.subsets import Crops, Some
+from icl_msr.evaluation.subsets import Some, crops
 
 Fraction = Annotated[float, Field(gt=0, lt=1)]
 
@@ -408,8 +408,8 @@ def health(task: Task, name: str, split: Split, features: Tensor) -> list[Measur
     """Measure the health of the `features` (N, c) of a split, on up to `LOOKED_AT` of them, spread evenly."""
     index = torch.linspace(0, len(features) - 1, min(LOOKED_AT, len(features))).round().long()
     seen = features[index.to(features.device)]
-    crops = [Crops(Some(split, index[:: -(-len(index) // CROPPED)]), view, task.seed, task.device) for view in (0, 1)]
-    first, second = (task.features(crop, f"crops of {name}") for crop in crops)
+    views = [crops(Some(split, index[:: -(-len(index) // CROPPED)]), view, task.seed, task.device) for view in (0, 1)]
+    first, second = (task.features(view, f"crops of {name}") for view in views)
     found = {measure.__name__: measure(seen) for measure in (effective_rank, feature_std, spread)}
     found = {"channels": seen.shape[1], **found, "alignment": alignment(first, second)}
     return [

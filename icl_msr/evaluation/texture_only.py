@@ -20,9 +20,9 @@ from icl_msr.core.errors import UserError
 from icl_msr.core.randomness import keys
 from icl_msr.core.records import CHANCE, GAP, ByClass, Chart, Layout, Measurement
 from icl_msr.data.dataset import Dataset, Split
-from icl_msr.evaluation.cache import split_identity
 from icl_msr.evaluation.labels import require_labels
 from icl_msr.evaluation.metrics import Bootstrap, Interval
+from icl_msr.evaluation.subsets import Changed
 from icl_msr.evaluation.suite import HEALTH, Evaluation, Fit, Results, Task, gap, health, named_split, record
 
 _VIEW = -200
@@ -41,32 +41,17 @@ TEXTURE = Layout(
 )
 
 
-@dataclass
-class NonSemanticVersions:
-    """A split in which each image is replaced by one of its non-semantic negatives."""
+def non_semantic(split: Split, generator: Any, seed: int, device: torch.device) -> Changed:
+    """Return a split in which each image is replaced by one of its non-semantic negatives.
 
-    split: Split
-    generator: Any
-    """A generator of negatives, see `datamodule.Negatives`."""
-    seed: int
-    device: torch.device
+    `generator` makes negatives, see `datamodule.Negatives`.
+    """
 
-    def __post_init__(self) -> None:
-        self.labels = self.split.labels
+    def replace(images: Tensor, index: Tensor) -> Tensor:
+        made: Tensor = generator(images.float(), keys(seed, 0, index, _VIEW))
+        return made[:, 0]
 
-    def __len__(self) -> int:
-        return len(self.split)
-
-    def load(self, index: Tensor) -> Tensor:
-        """Load non-semantic uint8 images (n, 3, S, S) at positions `index` (n,), on `device`."""
-        images = self.split.load(index).to(self.device)
-        made: Tensor = self.generator(images.float(), keys(self.seed, 0, index.to(self.device), _VIEW))
-        return made[:, 0].round().clamp(0, 255).byte()
-
-    def identity(self) -> str | None:
-        """Return a text that is equal only for equal images; see `cache.Identified`."""
-        known = split_identity(self.split)
-        return None if known is None else f"{known} {self.seed} {type(self.generator)} {vars(self.generator)}"
+    return Changed(split, replace, f"{seed} {type(generator)} {vars(generator)}", device)
 
 
 @dataclass(kw_only=True)
@@ -104,7 +89,7 @@ class TextureImages(Evaluation):
         split, superclasses = dataset.tests[name], self._superclasses(dataset)
         shown: dict[str, Split] = {name: split}
         for images, generator in self.built.items():
-            shown[images] = NonSemanticVersions(split, generator, task.seed, task.device)
+            shown[images] = non_semantic(split, generator, task.seed, task.device)
         bank = task.features(dataset.train, "train")
         tests = {images: task.features(part, images) for images, part in shown.items()}
         results.records.add(HEALTH, *health(task, name, split, tests[name]))

@@ -1,4 +1,4 @@
-"""An encoder as it was initialised: the lower reference, which whatever was learnt has to beat."""
+"""The encoder as it was initialised, the lower reference: every learnt encoder must be better."""
 
 from collections.abc import Mapping, Sequence
 

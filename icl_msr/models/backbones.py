@@ -142,7 +142,7 @@ def resnet(image_size: int, *, name: str, stem: Literal["auto", "small", "standa
 
     known = [n for n in torchvision.models.list_models() if n.startswith(("resnet", "resnext", "wide_resnet"))]
     if name not in known:
-        raise UserError(f"backbone.name={name} is no torchvision ResNet; choose one of {', '.join(sorted(known))}.")
+        raise UserError(f"backbone.name={name} is not a torchvision ResNet; choose one of {', '.join(sorted(known))}.")
     load = f"import torchvision\nfrom torch import nn\n\nnet = torchvision.models.{name}()\nnet.fc = nn.Identity()"
     net = getattr(torchvision.models, name)()
     net.fc = nn.Identity()
@@ -174,7 +174,7 @@ def timm_model(image_size: int, *, name: str, options: dict[str, Any], weights: 
     if not timm.is_model(name):
         near = difflib.get_close_matches(name, timm.list_models(), n=3)
         advice = f"did you mean {' or '.join(near)}?" if near else "timm.list_models() lists them all."
-        raise UserError(f"backbone.name={name} is no timm model; {advice}")
+        raise UserError(f"backbone.name={name} is not a timm model; {advice}")
     _require_plain(options)
     options = dict(options)
     if "img_size" in inspect.signature(timm.create_model(name).__class__.__init__).parameters:
@@ -208,7 +208,7 @@ def _require_plain(options: Mapping[str, Any]) -> None:
             plain = False
         if not plain:
             raise UserError(
-                f"backbone.options.{key}={value!r} is no plain data; give text, numbers, lists or mappings."
+                f"backbone.options.{key}={value!r} is not plain data; give text, numbers, lists or mappings."
             )
 
 

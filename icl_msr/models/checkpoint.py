@@ -37,6 +37,6 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     state = content.get("state_dict") if isinstance(content, dict) else None
     ours = isinstance(state, dict) and any(str(name).startswith("method.") for name in state)
     if not (ours and {"loops", "global_step"} <= content.keys()):
-        raise UserError(f"{path} is no checkpoint of icl_msr; give a run's checkpoints/last.ckpt.")
+        raise UserError(f"{path} is not a checkpoint of icl_msr; give a run's checkpoints/last.ckpt.")
     checkpoint: dict[str, Any] = content
     return checkpoint

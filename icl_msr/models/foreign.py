@@ -80,7 +80,7 @@ def with_classifier(encoder: nn.Module) -> Backbone:
     on the seed.
 
     Raises:
-        UserError: the encoder is no such model, or its classifier has other classes or no weights.
+        UserError: the encoder is not such a model, or its classifier has other classes or no weights.
     """
     if not isinstance(encoder, Backbone) or encoder.origin is None:
         raise UserError(

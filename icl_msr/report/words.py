@@ -57,9 +57,12 @@ def main_classifiers(records: Iterable[Measurement]) -> tuple[Classifier | None,
 
 
 def main_classifier(records: Records) -> Classifier | None:
-    """Return the classifier of the answer: the linear probe, else the fine-tuned classifier, else kNN."""
-    linear, knn = main_classifiers(records.where(ACCURACY.kind))
-    return linear or knn
+    """Return the classifier of the answer: the first of linear probe, fine-tuned classifier and kNN that has a gap.
+
+    Without any gap it is the first of them.
+    """
+    found = [one for one in main_classifiers(records.where(ACCURACY.kind)) if one is not None]
+    return next((one for one in found if telling_gap(records, one)), found[0] if found else None)
 
 
 def telling_gap(records: Records, classifier: Classifier, encoder: str = TRAINED) -> Measurement | None:

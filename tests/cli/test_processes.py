@@ -207,7 +207,7 @@ def test_how_ranks_end(end: str, fake: Path, capfd: pytest.CaptureFixture[str]) 
     assert run_ranks(2, [*words, in_folder(fake)], fake) == code
     assert capfd.readouterr().err == sentence.replace("{folder}", str(fake))
     assert dead(fake)
-    # A log with nothing in it is no file.
+    # A log with nothing in it is not a file.
     assert (fake / "rank-1.log").exists() == ("hello" in words[1] or "Error" in words[1] or "disk" in words[1])
 
 

@@ -144,7 +144,7 @@ def test_configs_that_are_more_than_data(text: str, sentence: str, tmp_path: Pat
 def test_what_is_no_file(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe")
     for path in (tmp_path / "pipe", tmp_path, Path("/dev/zero")):
-        with pytest.raises(UserError, match="is no regular file"):
+        with pytest.raises(UserError, match="is not a regular file"):
             saved.read(path)
 
 

@@ -238,7 +238,7 @@ def test_the_papers_augmentation_is_the_default() -> None:
         ({"train_annotations": "gone.json"}, r"There is no file .*gone\.json; set dataset\.train_annotations"),
         ({"test_annotations": "gone.json"}, r"There is no file .*gone\.json; set dataset\.test_annotations"),
         ({"classes": 4}, "dataset.classes=4 is more than the 3 categories"),
-        ({"classes": ["dog", "persons"]}, "names persons, which is no category of .*; did you mean person"),
+        ({"classes": ["dog", "persons"]}, "names persons, which is not a category of .*; did you mean person"),
         ({"classes": ["dog", "person", "dog"]}, "names dog twice"),
         ({"min_area": 10_000}, "dataset.classes=3 is more than the 0 categories"),
         ({"min_area": 10_000, "classes": ["dog", "person"]}, "dataset.classes names dog, and no image .* a single one"),

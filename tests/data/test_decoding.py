@@ -205,7 +205,7 @@ def test_jpeg_has_pillows_bytes_with_and_without_torchcodec(monkeypatch, mode, o
 
 def test_formats_that_run_programs_are_no_images(tmp_path):
     (tmp_path / "a.png").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\nshowpage\n")
-    with pytest.raises(UserError, match=r"a\.png is no image of a known format"):
+    with pytest.raises(UserError, match=r"a\.png is not an image of a known format"):
         read_image(tmp_path / "a.png", "a.png")
 
 
@@ -247,7 +247,7 @@ def test_too_many_pixels_or_bytes_end_in_a_sentence(tmp_path):
         with pytest.raises(UserError, match=r"m\.png is larger than 1073\.74 MB"):
             read(tmp_path / "m.png", "m")
     os.mkfifo(tmp_path / "pipe.png")
-    with pytest.raises(UserError, match=r"pipe\.png is no regular file"):
+    with pytest.raises(UserError, match=r"pipe\.png is not a regular file"):
         read_image(tmp_path / "pipe.png", "x")
 
 

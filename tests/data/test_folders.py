@@ -269,7 +269,7 @@ def test_classes_are_chosen_by_a_list_or_a_file(tmp_path):
         assert data.tests["test"].labels.tolist() == [0, 0, 1, 1]
         assert "1 class folders" in data.notes[0]
     for classes, words in (
-        (["cat", "can"], "names can, which is no folder of .*; did you mean cat"),
+        (["cat", "can"], "names can, which is not a folder of .*; did you mean cat"),
         (["cat", "cat"], "names cat twice"),
         ("gone", "no file gone for dataset.classes; choose one of imagenet100"),
     ):

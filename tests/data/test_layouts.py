@@ -331,7 +331,7 @@ def test_tables_of_the_datasets_library(tmp_path, monkeypatch, form):
         for i in range(8):
             assert torch.equal(data.train.load(torch.tensor([i]))[0], read_image(rows[i]["bytes"], "x"))
     assert data.train.identity() != data.tests["test"].identity()
-    with pytest.raises(UserError, match=r"dataset\.image=pick is no column of .*; did you mean pic"):
+    with pytest.raises(UserError, match=r"dataset\.image=pick is not a column of .*; did you mean pic"):
         opened("dataset=huggingface", *words[:2], "dataset.image=pick", "dataset.label=kind")
     without = opened("dataset=huggingface", *words[:2], "dataset.image=pic", "dataset.label=null")
     assert (without.classified, set(without.train.labels.tolist())) == (False, {-1})

@@ -503,7 +503,7 @@ def test_wrong_folders_are_refused(tmp_path):
     )
     refused("outside", boxes="boxes.csv")
     make_folder(root, {"val/horse": 1})
-    refused("horse is no class")
+    refused("horse is not a class")
     (root / "train/bird").mkdir()
     refused("bird has no images")
     refused("too few", where=make_folder(tmp_path / "y", {"cat": 1}))

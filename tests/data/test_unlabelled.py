@@ -93,7 +93,7 @@ def test_another_data_set_gives_the_labels(flat, labelled):
 
 def test_wrong_labelled_sets_are_refused(flat, labelled):
     for wrong, words in (
-        ("cifar11", "is no choice of dataset; did you mean cifar10"),
+        ("cifar11", "is not a choice of dataset; did you mean cifar10"),
         ("imagefolder", r"needs the key root; type \+dataset@dataset\.labelled=imagefolder dataset\.labelled\.root="),
         (labelled | {"image_size": 8}, "have 8 pixels and those that are trained on 16; set dataset.image_size=8"),
         (labelled | {"rot": 1}, r"dataset\.labelled\.rot is not a key"),

@@ -229,7 +229,7 @@ def test_photographs_are_cut_in_their_own_resolution(make: Make, photos: Dataset
 def test_a_broken_photograph(make: Make, photos: Dataset) -> None:
     assert isinstance(photos.train, FileSplit)
     Path(photos.train.files[2]).write_bytes(b"no image")
-    with pytest.raises(UserError, match="is no image of a known format"):
+    with pytest.raises(UserError, match="is not an image of a known format"):
         make(linear=False)(tiny(16, weights=None), photos, device="cpu", seed=0)
 
 

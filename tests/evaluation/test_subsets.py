@@ -5,7 +5,7 @@ import torch
 
 from icl_msr.data.dataset import Dataset
 from icl_msr.evaluation.cache import split_identity
-from icl_msr.evaluation.subsets import Crops, Some
+from icl_msr.evaluation.subsets import Some, crops
 
 CPU = torch.device("cpu")
 
@@ -20,10 +20,10 @@ def test_some_images_are_those(dataset: Dataset) -> None:
 
 @pytest.mark.parametrize("batch_size", [1, 5])
 def test_crops_do_not_depend_on_the_batch(dataset: Dataset, batch_size: int) -> None:
-    crops = Crops(dataset.tests["original"], 0, 3, CPU)
+    cropped = crops(dataset.tests["original"], 0, 3, CPU)
     index = torch.arange(12)
-    parts = torch.cat([crops.load(part) for part in index.split(batch_size)])
-    assert torch.equal(parts, crops.load(index))
+    parts = torch.cat([cropped.load(part) for part in index.split(batch_size)])
+    assert torch.equal(parts, cropped.load(index))
 
 
 def test_crops_show_parts_of_their_image(dataset: Dataset) -> None:
@@ -32,7 +32,7 @@ def test_crops_show_parts_of_their_image(dataset: Dataset) -> None:
     split = dataset.tests["original"]
     places = Some(split, torch.arange(200))
     places.load = lambda index: torch.stack([across, across.T, across]).expand(len(index), 3, 32, 32)  # type: ignore[method-assign]
-    views = [Crops(places, view, 0, CPU).load(torch.arange(200)).float() for view in (0, 1)]
+    views = [crops(places, view, 0, CPU).load(torch.arange(200)).float() for view in (0, 1)]
     assert views[0].shape == (200, 3, 32, 32)
     assert not (views[0] == views[1]).flatten(1).all(1).any()
     for view in views:
@@ -48,7 +48,7 @@ def test_crops_show_parts_of_their_image(dataset: Dataset) -> None:
 def test_identities_tell_splits_apart(dataset: Dataset) -> None:
     whole = dataset.tests["original"]
     made = [Some(whole, torch.tensor([1])), Some(whole, torch.tensor([2]))]
-    made += [Crops(whole, view, seed, CPU) for view in (0, 1) for seed in (0, 1)]  # type: ignore[misc]
+    made += [crops(whole, view, seed, CPU) for view in (0, 1) for seed in (0, 1)]  # type: ignore[misc]
     identities = {split_identity(split) for split in (whole, *made)}
     assert None not in identities
     assert len(identities) == 7

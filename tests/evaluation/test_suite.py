@@ -17,7 +17,7 @@ from icl_msr.evaluation.background import background_gaps
 from icl_msr.evaluation.features import extract
 from icl_msr.evaluation.health import alignment, effective_rank, feature_std, spread
 from icl_msr.evaluation.metrics import Bootstrap
-from icl_msr.evaluation.subsets import Crops
+from icl_msr.evaluation.subsets import crops
 from icl_msr.evaluation.suite import Evaluation, Results
 from icl_msr.models.backbones import tiny
 
@@ -185,7 +185,7 @@ def test_health_of_every_encoder(evaluation: Evaluation, dataset: Any) -> None:
     features = results.features["trained"]["original"]
     assert {(record.n, record.split) for record in trained.values()} == {(200, "original")}
     assert suite.CROPPED >= 200
-    views = [extract(network, Crops(first, view, 0, torch.device("cpu")), device="cpu", **known) for view in (0, 1)]
+    views = [extract(network, crops(first, view, 0, torch.device("cpu")), device="cpu", **known) for view in (0, 1)]
     assert {metric: record.value for metric, record in trained.items()} == {
         "channels": features.shape[1],
         "effective_rank": effective_rank(features), "feature_std": feature_std(features), "spread": spread(features),

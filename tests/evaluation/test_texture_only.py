@@ -18,7 +18,7 @@ from icl_msr.data.dataset import ArraySplit, Dataset
 from icl_msr.evaluation.cache import FeatureCache, split_identity
 from icl_msr.evaluation.metrics import Bootstrap
 from icl_msr.evaluation.suite import Results
-from icl_msr.evaluation.texture_only import NonSemanticVersions, TextureImages, read_superclasses, told_apart
+from icl_msr.evaluation.texture_only import TextureImages, non_semantic, read_superclasses, told_apart
 from icl_msr.negatives import PatchNegatives, TextureNegatives
 
 CLASSES, SIZE = ["red bar", "red dot", "blue bar", "blue dot"], 32
@@ -138,7 +138,7 @@ def test_images_are_those_of_the_generator(dataset: Dataset) -> None:
     keys_of = {name: value for name, value in node("patch").items() if name != "_target_"}
     patch = PatchNegatives(**keys_of)
     split = dataset.tests["few"]
-    versions = NonSemanticVersions(split, patch, 3, torch.device("cpu"))
+    versions = non_semantic(split, patch, 3, torch.device("cpu"))
     assert len(versions) == 9
     assert torch.equal(versions.labels, split.labels)
     images, index = split.load(torch.arange(9)), torch.arange(9)
@@ -148,7 +148,7 @@ def test_images_are_those_of_the_generator(dataset: Dataset) -> None:
     assert torch.equal(versions.load(torch.tensor([7, 2])), expected[[7, 2]])
     texture = TextureNegatives(**{name: value for name, value in node("texture").items() if name != "_target_"})
     identities = {
-        split_identity(NonSemanticVersions(part, generator, seed, torch.device("cpu")))
+        split_identity(non_semantic(part, generator, seed, torch.device("cpu")))
         for part in dataset.tests.values()
         for generator in (patch, PatchNegatives(**{**keys_of, "largest": 32}), texture)
         for seed in (0, 1)
@@ -160,7 +160,7 @@ def test_a_noise_that_leaves_the_range_is_cut(dataset: Dataset) -> None:
     def louder(query: Tensor, keys: Tensor) -> Tensor:
         return (3 * query - 300.4)[:, None]
 
-    versions = NonSemanticVersions(dataset.tests["few"], louder, 0, torch.device("cpu"))
+    versions = non_semantic(dataset.tests["few"], louder, 0, torch.device("cpu"))
     expected = (3 * dataset.tests["few"].load(torch.arange(9)).double() - 300.4).round().clamp(0, 255)
     assert torch.equal(versions.load(torch.arange(9)).double(), expected)
 

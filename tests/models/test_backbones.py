@@ -135,10 +135,10 @@ def test_options_reach_timm() -> None:
         ({"checkpoint_path": "a.pth"}, r"backbone\.options\.checkpoint_path is not possible; .* backbone\.weights"),
         ({"pretrained": True}, r"backbone\.options\.pretrained is not possible"),
         ({"a=1, b": 1}, "is not possible"),
-        ({"block": nn.Linear}, r"backbone\.options\.block=.* is no plain data"),
-        ({"layers": (1, 2)}, r"\(1, 2\) is no plain data"),
-        ({"depths": {1: 2}}, "is no plain data"),
-        ({"drop_rate": float("inf")}, "inf is no plain data"),
+        ({"block": nn.Linear}, r"backbone\.options\.block=.* is not plain data"),
+        ({"layers": (1, 2)}, r"\(1, 2\) is not plain data"),
+        ({"depths": {1: 2}}, "is not plain data"),
+        ({"drop_rate": float("inf")}, "inf is not plain data"),
     ],
 )
 def test_options_are_plain_data(options: dict[str, Any], sentence: str) -> None:
@@ -221,9 +221,9 @@ def test_published_weights(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_unknown_names() -> None:
-    with pytest.raises(UserError, match=r"resnet19 is no torchvision ResNet; choose one of .*resnet18"):
+    with pytest.raises(UserError, match=r"resnet19 is not a torchvision ResNet; choose one of .*resnet18"):
         make_resnet(name="resnet19")
-    with pytest.raises(UserError, match=r"backbone\.name=resnet1 is no timm model; did you mean resnet18 or"):
+    with pytest.raises(UserError, match=r"backbone\.name=resnet1 is not a timm model; did you mean resnet18 or"):
         make_timm(32, "resnet1")
     with pytest.raises(UserError, match=r"timm cannot build test_vit with .*depthh"):
         make_timm(32, "test_vit", depthh=3)

@@ -91,6 +91,17 @@ def test_what_is_said_of_shape_and_texture() -> None:
     assert "goes by the shape" in " ".join(words.answer(found))
 
 
+def test_the_answer_is_of_the_classifier_whose_gap_was_measured() -> None:
+    found = outcome(
+        accuracy("only_texture", 0.2),
+        accuracy("original", 0.8, "knn"),
+        accuracy("mixed_rand", 0.5, "knn"),
+        gap("original", "mixed_rand", 30.0, "knn"),
+    )
+    assert words.main_classifier(found.records) == gap("original", "mixed_rand", 30.0, "knn").classifier
+    assert "loses 30.0 points" in words.answer(found)[0]
+
+
 def test_a_part_of_the_labels_is_said_and_texture_has_no_winner(tmp_path: Path) -> None:
     said = words.answer(outcome(accuracy("test", 0.5, "linear-10%")))
     assert "A linear probe on the frozen encoder with 10 % of the labels reaches 50.0 % on test." in said
