@@ -256,10 +256,10 @@ def test_wrong_keys_are_refused(
 @pytest.mark.parametrize(
     ("content", "words"),
     [
-        (b"", "no annotation file in COCO's format"),
-        (b"{", "no annotation file in COCO's format .*JSON"),
-        (b"\xff\xfe", "no annotation file in COCO's format"),
-        (b"[1]", "no annotation file in COCO's format"),
+        (b"", "not an annotation file in COCO's format"),
+        (b"{", "not an annotation file in COCO's format .*JSON"),
+        (b"\xff\xfe", "not an annotation file in COCO's format"),
+        (b"[1]", "not an annotation file in COCO's format"),
         ({"images": None}, r"\(images"),
         ({"annotations": [{"image_id": 100, "caption": "a dog"}]}, r"\(annotations\.0\.category_id: Field required"),
         ({"annotations": [{"image_id": 100, "category_id": 1, "bbox": [1, 2, 3]}]}, r"annotations\.0\.bbox"),
