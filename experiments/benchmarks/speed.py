@@ -30,7 +30,7 @@ from icl_msr.core.views import Views
 from icl_msr.methods import Method, Step
 from icl_msr.negatives import PatchNegatives
 from icl_msr.regularizers import MetaSemanticRegularizer, ordinary_gradient
-from icl_msr.training.hardware import Hardware, Plan
+from icl_msr.training.hardware import Plan
 
 MEAN, STD = (0.5, 0.5, 0.5), (0.25, 0.25, 0.25)
 
@@ -133,7 +133,7 @@ def main(words: Sequence[str] | None = None) -> None:
     chosen = ["method=simclr", "regularizer=msr", "negatives=patch", "augment=small", "backbone=tiny"]
     with initialize_config_dir(str(config_dir()), version_base="1.3"):
         settings = check(compose("config", overrides=chosen))
-    plan = Hardware(accelerator="auto", devices=1, nodes=1, precision="auto", channels_last=True).plan()
+    plan: Plan = build(settings.hardware).plan()
     bench = Bench(options.images, options.size, settings, plan)
     table = Table(title=f"batch {bench.images}, {bench.size} px, on {plan}")
     table.add_column("what")

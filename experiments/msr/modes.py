@@ -37,7 +37,7 @@ from icl_msr.regularizers import MetaSemanticRegularizer
 from icl_msr.regularizers.bilevel import meta_pass, norm, replay, trainable
 from icl_msr.regularizers.strata import uniformity
 from icl_msr.training.datamodule import Batch, DataModule
-from icl_msr.training.hardware import Hardware, Plan
+from icl_msr.training.hardware import Plan
 from icl_msr.training.module import Pretraining
 
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -171,7 +171,7 @@ def watched(words: list[str], make: Callable[[int, DataModule], Any]) -> tuple[A
     """Train one run with a callback that observes it twelve times and does not change it."""
     with initialize_config_dir(str(config_dir()), version_base="1.3"):
         settings = check(compose("config", overrides=words))
-    plan = Hardware(**{k: v for k, v in settings.hardware.items() if k != "_target_"}).plan()
+    plan: Plan = build(settings.hardware).plan()
     pieces = assemble(settings, plan)
     watch = make(max(1, int(pieces.derived["total_steps"]) // 12), pieces.data)
     trainer = pl.Trainer(
@@ -254,10 +254,11 @@ Stepper = Callable[[dict[str, Any] | None, int], None]
 
 def stepper(backbone_name: str, batch: int, precision: str, layout: str, size: int = 32) -> tuple[Plan, Stepper]:
     """Build a SimCLR step without and with each mode: forward, backward, phi's step and Adam."""
-    plan = Hardware(accelerator="auto", devices=1, nodes=1, precision=precision, channels_last=layout != "nchw").plan()  # type: ignore[arg-type]
-    words = [f"backbone={backbone_name}", "method=simclr", "regularizer=msr"]
+    words = [f"backbone={backbone_name}", "method=simclr", "regularizer=msr", f"hardware.precision={precision}"]
+    words += [f"hardware.channels_last={layout != 'nchw'}"]
     with initialize_config_dir(str(config_dir()), version_base="1.3"):
         settings = check(compose("config", overrides=words))
+    plan: Plan = build(settings.hardware).plan()
     torch.manual_seed(0)
     backbone = build(settings.backbone, image_size=size)
     method = build(settings.method, backbone=backbone, classes=10, mean=(0.5,) * 3, std=(0.25,) * 3).to(plan.device)

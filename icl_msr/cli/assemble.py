@@ -22,6 +22,7 @@ from icl_msr.core.folder import RunFolder
 from icl_msr.data.dataset import Dataset
 from icl_msr.evaluation.suite import Evaluation
 from icl_msr.methods import Method
+from icl_msr.models.backbones import Backbone
 from icl_msr.models.batchnorm import global_batch_norm
 from icl_msr.models.momentum import Queue
 from icl_msr.regularizers import Regularizer
@@ -82,6 +83,9 @@ def assemble(settings: Settings, plan: Plan) -> Pieces:
     )
     if plan.channels_last:
         module.to(memory_format=torch.channels_last)
+    if plan.compile:
+        for part in filter(lambda part: isinstance(part, Backbone), method.modules()):
+            part.compile(dynamic=False)
     data = DataModule(
         dataset,
         build(settings.augment),

@@ -136,11 +136,9 @@ def difference_tangent(
     """
     moving, constant = _split(method, v)
     eps = h * norm(moving.values()) / norm(v[name] for name in moving).clamp(min=1e-30)
-    # The rounding error of TF32 would be as large as the difference.
-    with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
-        if features is None:
-            features = encode(method, views, step, constant | moving)
-        ahead = encode(method, views, step, constant | {name: p + eps * v[name] for name, p in moving.items()})
+    if features is None:
+        features = encode(method, views, step, constant | moving)
+    ahead = encode(method, views, step, constant | {name: p + eps * v[name] for name, p in moving.items()})
     return features, [(a - z) / eps for a, z in zip(ahead, features, strict=True)]
 
 
@@ -189,7 +187,7 @@ def meta_pass(method: Method, device: torch.device) -> Iterator[None]:
 
     BatchNorm statistics and the random state are restored. A fresh autocast context is needed too: within an old one, a
     weight that was changed in place keeps its cached copy. Compiled modules run eagerly, since their graphs have
-    neither a forward mode nor a second derivative.
+    neither a forward mode nor a second derivative. The rounding error of TF32 would be as large as a difference.
     """
     devices = [device] if device.type == "cuda" else []
     with (
@@ -198,9 +196,21 @@ def meta_pass(method: Method, device: torch.device) -> Iterator[None]:
         torch.autocast(device.type, enabled=False),
         sdpa_kernel(SDPBackend.MATH),
         torch.compiler.set_stance("force_eager"),
+        _without_tf32(),
         torch.enable_grad(),
     ):
         yield
+
+
+@contextmanager
+def _without_tf32() -> Iterator[None]:
+    cudnn, matmul = torch.backends.cudnn, torch.backends.cuda.matmul
+    before = cudnn.allow_tf32, matmul.allow_tf32
+    cudnn.allow_tf32 = matmul.allow_tf32 = False
+    try:
+        yield
+    finally:
+        cudnn.allow_tf32, matmul.allow_tf32 = before
 
 
 def _constants(method: Method) -> Gradients:

@@ -1,4 +1,4 @@
-"""The devices, the precision and the memory format of training."""
+"""The devices, the precision, the memory format and the compilation of training."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -19,6 +19,7 @@ class Plan:
     nodes: int
     precision: Literal["32-true", "bf16-mixed", "16-mixed"]
     channels_last: bool
+    compile: bool
     name: str
     why: str
     """The reason for the precision that `auto` chose; empty if the precision was given."""
@@ -35,11 +36,15 @@ class Plan:
 
     def __str__(self) -> str:
         layout = "channels_last" if self.channels_last else "contiguous"
-        return f"{self.world_size} x {self.name}, {self.precision}{self.why}, {layout}"
+        return f"{self.world_size} x {self.name}, {self.precision}{self.why}, {layout}{', compiled' * self.compile}"
 
 
 class Hardware:
-    """Settings of devices, precision and memory format. `auto` takes what is fastest on this machine."""
+    """Settings of devices, precision, memory format and compilation. `auto` takes what is fastest on this machine.
+
+    `compile` compiles the backbones with `torch.compile`. The first steps take a minute longer, and the names of the
+    weights stay. `tf32` lets a GPU round the factors of fp32 products to TF32. The meta pass never does.
+    """
 
     def __init__(
         self,
@@ -49,12 +54,15 @@ class Hardware:
         nodes: PositiveInt,
         precision: Literal["auto", "32-true", "bf16-mixed", "16-mixed"],
         channels_last: bool,
+        compile: bool,
+        tf32: bool,
     ):
         self.accelerator, self.devices, self.nodes = accelerator, devices, nodes
         self.precision, self.channels_last = precision, channels_last
+        self.compile, self.tf32 = compile, tf32
 
     def plan(self) -> Plan:
-        """Return the plan for this machine.
+        """Return the plan for this machine, and set the use of TF32.
 
         Raises:
             UserError: the config asks for more GPUs than the machine has.
@@ -72,5 +80,14 @@ class Hardware:
             fast_bf16 = torch.cuda.is_bf16_supported() if gpu else torch.cpu._is_avx512_bf16_supported()
             precision = "bf16-mixed" if fast_bf16 else "32-true"
             why = f" (auto: {'fast' if fast_bf16 else 'no fast'} bf16 here)"
-        accelerator = "gpu" if gpu else "cpu"
-        return Plan(accelerator, self.devices, self.nodes, precision, self.channels_last, name, why)
+        torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = self.tf32
+        return Plan(
+            accelerator="gpu" if gpu else "cpu",
+            devices=self.devices,
+            nodes=self.nodes,
+            precision=precision,
+            channels_last=self.channels_last,
+            compile=self.compile,
+            name=name,
+            why=why,
+        )

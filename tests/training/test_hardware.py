@@ -1,14 +1,29 @@
 """What a run takes of the machine it is on."""
 
+import csv
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
+from support.inprocess import execute
+from support.tiny import DATA, MODEL
+from support.toys import make_method
 
 from icl_msr.core.errors import UserError
+from icl_msr.regularizers.bilevel import meta_pass
 from icl_msr.training.hardware import Hardware
 
-KEYS: dict[str, Any] = {"accelerator": "auto", "devices": 1, "nodes": 1, "precision": "auto", "channels_last": True}
+KEYS: dict[str, Any] = {
+    "accelerator": "auto",
+    "devices": 1,
+    "nodes": 1,
+    "precision": "auto",
+    "channels_last": True,
+    "compile": False,
+    "tf32": False,
+}
 
 
 def hardware(**changes: Any) -> Hardware:
@@ -57,3 +72,42 @@ def test_the_processes_that_train_together() -> None:
     assert plan.world_size == 6
     assert str(plan).startswith("6 x CPU")
     assert "32-true, channels_last" in str(plan)
+
+
+def test_tf32_is_as_asked_for_and_off_in_the_meta_pass() -> None:
+    switches = torch.backends.cudnn, torch.backends.cuda.matmul
+    before = [switch.allow_tf32 for switch in switches]
+    try:
+        for asked in (True, False):
+            hardware(tf32=asked).plan()
+            assert [switch.allow_tf32 for switch in switches] == [asked, asked]
+            with meta_pass(make_method("simclr"), torch.device("cpu")):
+                assert not any(switch.allow_tf32 for switch in switches)
+            assert [switch.allow_tf32 for switch in switches] == [asked, asked]
+    finally:
+        for switch, value in zip(switches, before, strict=True):
+            switch.allow_tf32 = value
+
+
+@pytest.mark.slow
+def test_compiled_backbones_learn_the_same_under_the_same_names(tmp_path: Path) -> None:
+    short = [
+        *DATA,
+        *MODEL,
+        "regularizer=msr",
+        "trainer.max_epochs=1",
+        "trainer.limit_train_batches=4",
+        "evaluation=light",
+    ]
+    short += ["trainer.log_every_n_steps=1", "logger=csv", "hardware.precision=32-true", "regularizer.every=2"]
+    losses, names = [], []
+    for compiled in ("false", "true"):
+        folder = tmp_path / compiled
+        done = execute(*short, f"hardware.compile={compiled}", f"hydra.run.dir={folder}")
+        assert done.code == 0, done.err
+        with (folder / "metrics.csv").open() as file:
+            losses.append([float(row["loss"]) for row in csv.DictReader(file) if row["loss"]])
+        names.append(sorted(load_file(folder / "encoder.safetensors")))
+    assert len(losses[0]) == 4
+    assert losses[1] == pytest.approx(losses[0], rel=1e-4)
+    assert names[0] == names[1]
