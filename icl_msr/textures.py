@@ -8,12 +8,14 @@ import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from omegaconf import DictConfig
+from icl_msr.core.signals import stoppable
 
-from icl_msr.cli import command
-from icl_msr.cli.processes import in_folder
-from icl_msr.core.config import Settings
+if TYPE_CHECKING:
+    from omegaconf import DictConfig
+
+    from icl_msr.core.config import Settings
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -30,10 +32,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_intermixed_args(arguments)
     chosen = [word for word in options.words if word.startswith("negatives=")]
     words = [*options.words, *([] if chosen else ["negatives=texture"])]
-    return command.main(textures, [*words, in_folder(options.to.expanduser())])
+    with stoppable():
+        from icl_msr.cli import command  # brings Hydra along
+        from icl_msr.cli.processes import in_folder
+
+        return command.main(textures, [*words, in_folder(options.to.expanduser())])
 
 
-def textures(settings: Settings, config: DictConfig) -> float:
+def textures(settings: "Settings", config: "DictConfig") -> float:
     """Run `icl_msr.cli.quilting.job`, which brings torch along."""
     from icl_msr.cli import quilting
 

@@ -22,7 +22,7 @@ from omegaconf.errors import InterpolationResolutionError, OmegaConfBaseExceptio
 from yaml import MarkedYAMLError, YAMLError
 
 from icl_msr.cli.footprint import Footprint
-from icl_msr.cli.processes import hold_leash, in_folder, outlive_reader, told
+from icl_msr.cli.processes import hold_leash, in_folder, told
 from icl_msr.cli.sweeps import ProcessLauncher, register_resolvers
 from icl_msr.cli.words import ambiguous, for_sweep, overrides, path_in, spelled_out, unreadable
 from icl_msr.core import trust
@@ -30,6 +30,7 @@ from icl_msr.core.compose import compose, hydra_for_itself
 from icl_msr.core.config import Settings, check, config_dir, no_keys, suggestion, unfilled
 from icl_msr.core.errors import UserError
 from icl_msr.core.folder import RunFolder
+from icl_msr.core.signals import outlive_reader
 from icl_msr.core.storage import disk_is_full
 
 Job = Callable[[Settings, DictConfig], float]
@@ -109,8 +110,6 @@ def main(job: Job, arguments: Sequence[str] | None = None) -> int:
         if codes or ProcessLauncher.exit_codes:  # the job has begun, so this is not a mistake of the user
             raise
         return refuse(sentence(mistake, typed))
-    except KeyboardInterrupt:
-        return 130
     if not codes:  # a help text was printed, or the sweep had nothing to do
         Footprint.erase()
     return max([*codes, *ProcessLauncher.exit_codes], default=0)

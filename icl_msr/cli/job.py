@@ -19,13 +19,14 @@ from rich.console import Console
 
 from icl_msr.cli.assemble import Pieces, assemble, build_as, in_words, make_loggers, make_trainer
 from icl_msr.cli.conclude import conclude, describe, evaluate, peak_memory_mb, scene_of
-from icl_msr.cli.processes import in_folder, require_processes, run_ranks, stoppable
+from icl_msr.cli.processes import in_folder, require_processes, run_ranks
 from icl_msr.core.config import Settings
 from icl_msr.core.errors import UserError
 from icl_msr.core.folder import RunFolder
 from icl_msr.core.ranks import is_first, is_rank
 from icl_msr.core.records import Outcome, chosen_metric
 from icl_msr.core.saved import WRITTEN, as_yaml
+from icl_msr.core.signals import stoppable
 from icl_msr.core.storage import atomic_write, disk_is_full
 from icl_msr.data.dataset import Dataset
 from icl_msr.models.checkpoint import read_checkpoint
@@ -55,7 +56,7 @@ def run(settings: Settings, config: DictConfig) -> float:
         del pieces
         code = run_ranks(plan.world_size, [*sys.argv[1:], in_folder(folder.path)], folder.path)
         return folder.metric() if code == 0 else sys.exit(code)
-    with folder.locked() if is_first() else nullcontext(), stoppable(folder):
+    with folder.locked() if is_first() else nullcontext(), stoppable(folder.farewell):
         # Another command may have finished the run meanwhile. A rank must go on, because the others wait for it.
         if (metric := finished(settings, folder, console)) is not None and not is_rank():
             return metric

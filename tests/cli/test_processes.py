@@ -545,7 +545,7 @@ import icl_msr.run as R
 words = sys.argv[1:]
 first = os.fork() == 0
 sys.argv = ["icl_msr.run", *words, "seed=0" if first else "seed=1"]
-code = R.main(R.run)
+code = R.main()
 if not first:
     os.wait()
 print("code", code, flush=True)
