@@ -48,8 +48,7 @@ def describe(settings: Settings, plan: Plan, dataset: Dataset, folder: RunFolder
         **provenance(plan),
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
     }
-    if folder.begun and folder.environment.exists():
-        begun = folder.facts()
+    if folder.begun and (begun := folder.facts()):
         return {**begun, "continued": [*begun.get("continued", []), now]}
     chosen = HydraConfig.get().runtime.choices  # has no groups with several choices, and no typed nodes
     choices = {

@@ -2,7 +2,6 @@
 
 import re
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -111,8 +110,7 @@ def find(source: str, value: str, weights: str | None) -> Subject:
     subject = _exported(backbone, about, run.path.resolve().name, value)
     subject.config, subject.recorded = run.saved_config(), run.saved_config(resolve=False)
     subject.checkpoint = file.name if source == "checkpoint" else None
-    with suppress(OSError, ValueError):
-        subject.name = run.facts().get("name", subject.name)
+    subject.name = run.facts().get("name", subject.name)
     return subject
 
 
@@ -148,7 +146,7 @@ def rebuild(run: RunFolder, encoder: str) -> tuple[Backbone, dict[str, Any]]:
     try:
         facts = run.facts()
         about = {**facts["images"], "choices": facts["choices"], "icl_msr": facts["icl_msr"], "encoder": encoder}
-    except (OSError, ValueError, KeyError):
+    except KeyError:
         raise UserError(f"{run.environment} does not say what images the encoder takes; repeat the run.") from None
     try:
         config, images = run.saved_config(), facts["images"]
