@@ -103,6 +103,8 @@ def carry_out(
 
     for remark in [*pieces.dataset.remarks(), *(pieces.dataset.labelled.remarks() if pieces.dataset.labelled else [])]:
         console.print(remark, style="yellow", markup=False)
+    if pieces.without_maps is not None:
+        console.print(f"The strata are not drawn: {pieces.without_maps}.", style="yellow", markup=False)
     with closing(loggers):
         trainer.loggers = loggers
         trainer.fit(

@@ -53,15 +53,7 @@ class Subject:
             UserError: it cannot take them.
         """
         encoder = self.build(image_size, seed).to(memory_format=torch.channels_last).eval()
-        try:
-            with torch.inference_mode():
-                encoder(torch.zeros(2, 3, image_size, image_size))
-        except Exception as error:
-            size = f"={self.image_size}" if self.image_size else ""
-            reason = str(error).splitlines()[0].rstrip(".")
-            raise UserError(
-                f"{self.name} cannot take images of {image_size} pixels ({reason}); set dataset.image_size{size}."
-            ) from None
+        encoder.require_size(image_size, f"set dataset.image_size{f'={self.image_size}' if self.image_size else ''}")
         return encoder
 
 
@@ -161,12 +153,13 @@ def rebuild(run: RunFolder, encoder: str) -> tuple[Backbone, dict[str, Any]]:
         trust.require(config, run.config, ("backbone", "method"))
         node: Mapping[str, Any] = config["backbone"]
         untrained = {**node, "weights": None} if "weights" in node else node
-        plain = build(untrained, image_size=images["image_size"])
+        plain: Backbone = build(untrained, image_size=images["image_size"])
         # The method may change the encoder. The number of classes does not affect any encoder.
         facts_of_data = {"classes": 2, "mean": images["mean"], "std": images["std"]}
         method: Method = build(config["method"], backbone=plain, **facts_of_data)
         backbone = method.backbone
         backbone.load_state_dict(state)
+        backbone.require_size(int(images["image_size"]), f"restore {run.environment}")
     except UserError:
         raise
     except Exception as error:
