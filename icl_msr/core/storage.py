@@ -1,7 +1,8 @@
-"""Atomic writing: a file is on the disk whole or not at all."""
+"""Files: where they may lie, and how they are read and written. A file is on the disk whole or not at all."""
 
 import errno
 import os
+import re
 import stat
 import zipfile
 from collections.abc import Iterator
@@ -10,9 +11,25 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
 from icl_msr.core.errors import UserError
+from icl_msr.core.memory import require_memory
 
 if TYPE_CHECKING:
     import numpy as np
+
+
+_URL = re.compile(r"[a-z][a-z0-9+.-]+:/", re.IGNORECASE)
+
+
+def require_local(folder: str | Path, key: str) -> None:
+    """Check that what a key names as a folder to write to is a path, not a URL.
+
+    Raises:
+        UserError: it is a URL. Otherwise a local folder of this name would be made.
+    """
+    if _URL.match(str(folder)):
+        raise UserError(
+            f"{key}={folder} is a URL, and files are written to local folders; mount it, or copy them there."
+        )
 
 
 def read_regular(path: Path, largest: int) -> bytes:
@@ -46,12 +63,7 @@ def read_arrays(path: Path) -> "dict[str, np.ndarray[Any, Any]]":
     with file:
         assert file.zip is not None
         needed = sum(part.file_size for part in file.zip.infolist())
-        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-        if needed > memory:
-            raise UserError(
-                f"The arrays of {path} need {needed / 1e9:.0f} GB of memory, and this machine has {memory / 1e9:.0f} "
-                "GB; divide them, or write the images as files."
-            )
+        require_memory(f"The arrays of {path}", needed, "divide them, or write the images as files")
         return {name: file[name] for name in file.files}
 
 
