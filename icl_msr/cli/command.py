@@ -226,7 +226,7 @@ def sentence(error: Exception, typed: Sequence[str]) -> str:
         return unfilled(error)
     if isinstance(error, MarkedYAMLError) and error.problem_mark:
         mark = error.problem_mark
-        return f"{mark.name} is no YAML: {error.problem} in line {mark.line + 1}, column {mark.column + 1}."
+        return f"{mark.name} is not YAML: {error.problem} in line {mark.line + 1}, column {mark.column + 1}."
     if isinstance(error, UnicodeDecodeError):
         return f"A YAML file on the search path is not in UTF-8 ({error.reason}); save it as UTF-8."
     if isinstance(error, OSError) and error.filename:

@@ -381,7 +381,7 @@ def _shifted_images(
             "to another folder, or name its classes with +dataset.renamed.<its folder>=<class>."
         )
     unknown = [path.name for path, target in meant.items() if target not in classes]
-    said = [f"{_some(unknown)} in {folder} are no training classes and are left out."] if unknown else []
+    said = [f"{_some(unknown)} in {folder} are not training classes and are left out."] if unknown else []
     return (files, torch.tensor(labels)), [*said, *([listing.sentence] if listing.sentence else [])]
 
 

@@ -39,7 +39,7 @@ def require_known(library: str, name: str) -> None:
     if known:
         near = difflib.get_close_matches(name, known, n=3)
         advice = f"did you mean {' or '.join(near)}?" if near else f"{library}'s list_models() lists them all."
-        raise UserError(f"encoder={library}:{name} is no {library} model; {advice}")
+        raise UserError(f"encoder={library}:{name} is not a {library} model; {advice}")
 
 
 def foreign_encoder(library: str, name: str, image_size: int, weights: str | None, seed: int) -> Backbone:

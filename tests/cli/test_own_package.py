@@ -136,7 +136,7 @@ MISTAKES = [
     ("backbone=tinny", "backbone=tinny does not exist; did you mean tiny"),
     ("experiment=mypkg/al", "experiment=mypkg/al does not exist; did you mean mypkg/all?"),
     ("method._target_=mypkg.parts.Atraction", "method._target_=mypkg.parts.Atraction cannot be imported"),
-    ("method=broken", "mypkg/conf/method/broken.yaml is no YAML", "in line 3"),
+    ("method=broken", "mypkg/conf/method/broken.yaml is not YAML", "in line 3"),
     ("method=latin", "is not in UTF-8"),
 ]
 

@@ -92,7 +92,7 @@ def test_what_other_folders_skip_is_said_too(tmp_path):
     other = make(tmp_path / "other", "cat", "dog", "bird")
     (other / "cat/x.heic").write_bytes(b"x")
     notes = read(tmp_path / "data", shifted={"sketch": str(other)}).notes
-    assert notes[0] == f"bird in {other} are no training classes and are left out."
+    assert notes[0] == f"bird in {other} are not training classes and are left out."
     assert notes[1] == f"Passed over in {other}: 1 .heic files."
 
 

@@ -16,7 +16,7 @@ from icl_msr.evaluation.labels import Part, balanced_part, listed_part, names, p
 def data(labels: Tensor, files: list[str] | None = None, classes: int = 4) -> Dataset:
     images = torch.zeros(len(labels), 3, 2, 2, dtype=torch.uint8)
     train = ArraySplit(images, labels, files=files)
-    return Dataset("few", [str(k) for k in range(classes)], 2, train, {"test": train})
+    return Dataset("few", [str(k) for k in range(classes)], 2, train, {"test": ArraySplit(images, labels.clamp(min=0))})
 
 
 def per_class(part: Part, labels: Tensor, classes: int = 4) -> list[int]:
@@ -120,7 +120,8 @@ def test_a_published_list_for_more_than_is_there(tmp_path: Path) -> None:
     files = ["/in100/train/n01/n01_5.JPEG", "/in100/train/n01/n01_7.JPEG", "/in100/train/n02/n02_5.JPEG"]
     files.append("/in100/train/n02/n02_9.JPEG")  # without a label
     split = FileSplit(files, torch.tensor([0, 0, 1, -1]), 32)
-    dataset = Dataset("in100", ["n01", "n02", "n03"], 32, split, {"test": split})
+    test = FileSplit(files[:3], torch.tensor([0, 0, 1]), 32)
+    dataset = Dataset("in100", ["n01", "n02", "n03"], 32, split, {"test": test})
     file = tmp_path / "1percent.txt"
     file.write_text("n01_7.JPEG\nn02_5.JPEG\nn77_1.JPEG\nn02_5.JPEG\nn02_9.JPEG\n")
     part = listed_part(dataset, 0.01, file)

@@ -145,6 +145,18 @@ def test_queue_wraps_and_keeps_the_newest() -> None:
     torch.testing.assert_close(queue.keys.sort(0).values, rows[-5:].sort(0).values)
 
 
+def test_a_queue_hides_an_earlier_batch() -> None:
+    queue = Queue(7, 12)
+    for batch in torch.eye(12).split(3):
+        queue.push(batch)
+    whole = queue.keys
+    for batch in range(4):
+        with queue.without(3, newer=3 * (3 - batch)):
+            shown = sorted(queue.keys.argmax(1).tolist())
+        assert shown == [image for image in range(5, 12) if image // 3 != batch]
+        assert queue.keys is whole
+
+
 @pytest.mark.parametrize("name", list(METHODS))
 def test_training_lowers_the_loss(name: str) -> None:
     method, views = make_method(name), make_views(n=12)
