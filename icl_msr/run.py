@@ -3,7 +3,7 @@
 import sys
 from typing import TYPE_CHECKING
 
-from icl_msr.core.signals import stoppable
+from icl_msr.core.terminal import answering
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
@@ -18,12 +18,12 @@ def run(settings: "Settings", config: "DictConfig") -> float:
     return job.run(settings, config)
 
 
+@answering
 def main() -> int:
     """Run the command line, and return the exit code."""
-    with stoppable():
-        from icl_msr.cli import command  # brings Hydra along
+    from icl_msr.cli import command  # brings Hydra along
 
-        return command.main(run)
+    return command.main(run)
 
 
 if __name__ == "__main__":

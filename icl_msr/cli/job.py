@@ -1,6 +1,7 @@
 """The main job: one run in its folder, fresh or continued."""
 
 import math
+import resource
 import shutil
 import sys
 import time
@@ -16,6 +17,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig
 from rich.console import Console
+from rich.text import Text
 
 from icl_msr.cli.assemble import Pieces, assemble, build_as, in_words, make_loggers, make_trainer
 from icl_msr.cli.conclude import conclude, describe, evaluate, peak_memory_mb, scene_of
@@ -27,7 +29,8 @@ from icl_msr.core.ranks import is_first, is_rank
 from icl_msr.core.records import Outcome, chosen_metric
 from icl_msr.core.saved import WRITTEN, as_yaml
 from icl_msr.core.signals import stoppable
-from icl_msr.core.storage import atomic_write, disk_is_full
+from icl_msr.core.storage import FULL, atomic_write
+from icl_msr.core.terminal import plain_console
 from icl_msr.data.dataset import Dataset
 from icl_msr.models.checkpoint import read_checkpoint
 from icl_msr.report import has_page, write_report
@@ -43,7 +46,7 @@ def run(settings: Settings, config: DictConfig) -> float:
     A run that was begun in this folder is continued. A finished run is left as it is.
     """
     folder = RunFolder(Path(HydraConfig.get().runtime.output_dir))
-    console = Console(highlight=False, soft_wrap=True, quiet=not is_first())
+    console = plain_console(quiet=not is_first())
     if (metric := finished(settings, folder, console)) is not None:
         return metric
 
@@ -99,12 +102,12 @@ def carry_out(
         folder.results.unlink(missing_ok=True)  # results from before more epochs were asked for
         folder.write_facts(facts)
         atomic_write(folder.config, as_yaml(config))
-    console.print(f"[bold]{about.name}[/bold] on {plan}\n{in_words(pieces.derived)}\n{folder}")
+    console.print(Text.assemble((about.name, "bold"), f" on {plan}\n{in_words(pieces.derived)}\n{folder}"))
 
     for remark in [*pieces.dataset.remarks(), *(pieces.dataset.labelled.remarks() if pieces.dataset.labelled else [])]:
-        console.print(remark, style="yellow", markup=False)
+        console.print(remark, style="yellow")
     if pieces.without_maps is not None:
-        console.print(f"The strata are not drawn: {pieces.without_maps}.", style="yellow", markup=False)
+        console.print(f"The strata are not drawn: {pieces.without_maps}.", style="yellow")
     with closing(loggers):
         trainer.loggers = loggers
         trainer.fit(
@@ -175,16 +178,21 @@ def require_room(module: Pretraining, folder: Path) -> None:
     try:
         TemporaryFile(dir=folder).close()
     except OSError as error:
-        if not disk_is_full(error):
+        if error.errno not in FULL:
             raise UserError(f"{folder} cannot be written ({error.strerror}); choose another hydra.run.dir.") from None
     state = [t for t in module.state_dict().values() if isinstance(t, torch.Tensor)]
     moments = [p for p in module.parameters() if p.requires_grad] * 2
-    needed = 2 * sum(t.numel() * t.element_size() for t in [*state, *moments])
-    free = shutil.disk_usage(folder).free
-    if free < needed:
+    needed = sum(t.numel() * t.element_size() for t in [*state, *moments])
+    free, largest = shutil.disk_usage(folder).free, resource.getrlimit(resource.RLIMIT_FSIZE)[0]
+    if free < 2 * needed:
         raise UserError(
-            f"The disk of {folder} is full: checkpoints need {needed / 1e6:.0f} MB, and {free / 1e6:.0f} MB are free; "
-            "make room or choose another hydra.run.dir."
+            f"The disk of {folder} is full: checkpoints need {2 * needed / 1e6:.0f} MB, and {free / 1e6:.0f} MB are "
+            "free; make room or choose another hydra.run.dir."
+        )
+    if largest != resource.RLIM_INFINITY and largest < needed:
+        raise UserError(
+            f"A checkpoint needs {needed / 1e6:.1f} MB, and files may have {largest / 1e6:.1f} MB (ulimit -f); raise "
+            "the limit."
         )
 
 

@@ -1,9 +1,13 @@
-"""Files. Small ones are read whole, and a damaged one gives one sentence. Any file is written whole or not at all."""
+"""Files: where they may lie, and how they are read and written.
+
+A damaged small file gives one sentence. Any file is written whole or not at all.
+"""
 
 import csv
 import errno
 import json
 import os
+import re
 import stat
 import zipfile
 from collections.abc import Iterator
@@ -12,11 +16,29 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
 from icl_msr.core.errors import UserError, reason
+from icl_msr.core.memory import require_memory
 
 if TYPE_CHECKING:
     import numpy as np
 
 
+_URL = re.compile(r"[a-z][a-z0-9+.-]+:/", re.IGNORECASE)
+
+
+def require_local(folder: str | Path, key: str) -> None:
+    """Check that what a key names as a folder to write to is a path, not a URL.
+
+    Raises:
+        UserError: it is a URL. Otherwise a local folder of this name would be made.
+    """
+    if _URL.match(str(folder)):
+        raise UserError(
+            f"{key}={folder} is a URL, and files are written to local folders; mount it, or copy them there."
+        )
+
+
+FULL = (errno.ENOSPC, errno.EDQUOT)
+"""Errors that say that a disk is full."""
 SMALL = 50_000_000
 """Largest size of a file that holds facts, in bytes."""
 TABLE = 2_000_000_000
@@ -109,12 +131,7 @@ def read_arrays(path: Path) -> "dict[str, np.ndarray[Any, Any]]":
     with file:
         assert file.zip is not None
         needed = sum(part.file_size for part in file.zip.infolist())
-        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-        if needed > memory:
-            raise UserError(
-                f"The arrays of {path} need {needed / 1e9:.0f} GB of memory, and this machine has {memory / 1e9:.0f} "
-                "GB; divide them, or write the images as files."
-            )
+        require_memory(f"The arrays of {path}", needed, "divide them, or write the images as files")
         return {name: file[name] for name in file.files}
 
 
@@ -129,7 +146,8 @@ def atomic_write(path: Path, content: bytes | str, advice: str = "repeat the com
     """Write a file whole or not at all, even if the process is killed. Only one process may write it at a time.
 
     Raises:
-        UserError: the disk is full. The old file, if any, is kept. `advice` says what to do once there is space.
+        UserError: the folder cannot be written, for example because the disk is full. The old file, if any, is kept.
+            `advice` says what to do once it can be written.
     """
     with replacing(path, advice) as file:
         file.write(content.encode() if isinstance(content, str) else content)
@@ -148,10 +166,12 @@ def replacing(path: Path, advice: str) -> Iterator[IO[bytes]]:
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except BaseException as error:
-        temporary.unlink(missing_ok=True)
-        if disk_is_full(error):
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        if said := unwritable(error, path.parent):
+            cause, _, remedy = said.partition("; ")
             kept = f"the previous {path.name}, if any, is kept"
-            raise UserError(f"The disk of {path.parent} is full; {kept}: free space and {advice}.") from None
+            raise UserError(f"{cause}; {kept}: {remedy} and {advice}.") from None
         raise
     with suppress(OSError):  # some network file systems cannot sync a folder
         folder = os.open(path.parent, os.O_RDONLY)
@@ -161,13 +181,25 @@ def replacing(path: Path, advice: str) -> Iterator[IO[bytes]]:
             os.close(folder)
 
 
-def disk_is_full(error: BaseException | None) -> bool:
-    """Return whether the disk is full, according to an error or to one that it was raised from.
+def unwritable(error: BaseException | None, folder: Path) -> str | None:
+    """Return why a folder cannot be written and what helps, according to an error or to one that it was raised from.
 
-    torch raises an error of its own when it closes its archive after a failed write.
+    Return None for errors of other kinds. torch raises an error of its own when it closes its archive after a failed
+    write.
     """
     while error is not None:
-        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-            return True
+        if isinstance(error, OSError):
+            if error.errno in FULL:
+                return f"The disk of {folder} is full; free space"
+            if error.errno == errno.EFBIG:
+                return f"A file in {folder} may not become as large as it must (ulimit -f); raise the limit"
+            if error.errno == errno.EROFS:
+                return f"{folder} is read-only now; make it writable"
+            if error.errno in (errno.ENOENT, errno.ESTALE) and not folder.is_dir():
+                return f"{folder} was deleted while it was in use; keep it"
+            if error.errno == errno.EIO:
+                return f"The disk of {folder} fails ({error.strerror}); look after it"
+            if error.errno in (errno.EACCES, errno.EPERM) and str(error.filename).startswith(str(folder)):
+                return f"{folder} may not be written ({error.strerror}); make it writable"
         error = error.__context__
-    return False
+    return None

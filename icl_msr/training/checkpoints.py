@@ -20,10 +20,12 @@ from icl_msr.core.folder import RunFolder
 from icl_msr.core.signals import give_back, take_signals
 from icl_msr.training.progress import last_epoch
 
+
 class Checkpoints(Checkpoint):
     """Keeps one checkpoint, always of the last complete optimiser step.
 
-    It is written every few epochs, every few minutes, at the end, and on a signal (SIGTERM, Ctrl-C, SLURM's SIGUSR1, a closed terminal).
+    It is written every few epochs, every few minutes, at the end, and on a signal (Ctrl-C, SIGTERM, SLURM's SIGUSR1, or
+    SIGHUP of a terminal that is closed).
     After a signal the run ends with exit code 75. A second signal ends it at once. The same signal within a second does
     not count as a second one, because SLURM signals a rank and also its parent, and the parent passes the signal on.
 
