@@ -13,7 +13,7 @@ from omegaconf import DictConfig
 from icl_msr.cli import command
 from icl_msr.cli.processes import in_folder
 from icl_msr.core.config import Settings
-from icl_msr.core.storage import require_local
+from icl_msr.core.storage import expanded, require_local
 from icl_msr.core.terminal import Arguments, answering
 
 
@@ -33,7 +33,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     require_local(options.to, "--to")
     chosen = [word for word in options.words if word.startswith("negatives=")]
     words = [*options.words, *([] if chosen else ["negatives=texture"])]
-    return command.main(textures, [*words, in_folder(options.to.expanduser())])
+    return command.main(textures, [*words, in_folder(expanded(options.to))])
 
 
 def textures(settings: Settings, config: DictConfig) -> float:

@@ -32,6 +32,11 @@ def require_local(folder: str | Path, key: str) -> None:
         )
 
 
+def expanded(path: str | Path) -> Path:
+    """Return a path with `~` as the home folder. A name such as `~nobody`, of no user, stays as it is."""
+    return Path(os.path.expanduser(path))
+
+
 def read_regular(path: Path, largest: int) -> bytes:
     """Return the content of a regular file. A pipe is never waited for, and a device is not opened.
 

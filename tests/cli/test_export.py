@@ -243,10 +243,3 @@ def test_a_backbone_of_another_package(run: Trained) -> None:
     assert torch.equal(scope["net"](images()), backbone(images()))
     with pytest.raises(UserError, match="belongs to another package"):
         load_encoder(run.folder)
-
-
-def test_argparse_answers_the_rest(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as stopped:
-        main(["run", "--encoder", "teacher"])
-    assert stopped.value.code == 2
-    assert "choose from" in capsys.readouterr().err
