@@ -7,7 +7,7 @@ from pathlib import Path
 from icl_msr.core import trust
 from icl_msr.core.errors import UserError
 from icl_msr.core.folder import RunFolder
-from icl_msr.core.storage import require_local
+from icl_msr.core.storage import expanded, require_local
 from icl_msr.core.terminal import Arguments, answering
 
 
@@ -37,7 +37,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--overwrite", action="store_true", help="replace another encoder that lies there")
     options = parser.parse_intermixed_args(arguments)
-    run, to = options.run.expanduser(), options.to and options.to.expanduser()
+    run, to = expanded(options.run), options.to and expanded(options.to)
     folder: Path = to or (run if options.encoder == "online" else run / options.encoder)
     trust.leave_working_directory(options.trust)
     require_local(folder, "--to")

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from icl_msr.core.storage import require_local
+from icl_msr.core.storage import expanded, require_local
 from icl_msr.core.terminal import Arguments, answering
 
 if TYPE_CHECKING:
@@ -37,7 +37,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     from icl_msr.cli import command  # brings Hydra along
     from icl_msr.cli.processes import in_folder
 
-    return command.main(textures, [*words, in_folder(options.to.expanduser())])
+    return command.main(textures, [*words, in_folder(expanded(options.to))])
 
 
 def textures(settings: "Settings", config: "DictConfig") -> float:

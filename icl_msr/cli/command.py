@@ -1,5 +1,6 @@
 """Hydra's command line. A user's mistake gives one sentence and exit code 2."""
 
+import difflib
 import os
 import re
 import sys
@@ -289,6 +290,10 @@ def _no_key(wrong: str, typed: Sequence[str]) -> str:
         return f"{wrong} is not there yet; a plus adds it: +{wrong}=<value>."
     if isinstance(node, DictConfig) and node.get("_target_", "") is None:
         return no_keys(parent, wrong)
+    target = str(node.get("_target_", "")) if isinstance(node, DictConfig) else ""
+    similar = difflib.get_close_matches(wrong.rpartition(".")[2], map(str, node) if node else [])
+    if target and not target.startswith("icl_msr.") and not similar:  # our own YAML files list all keys
+        return f"{wrong} is not a key of the YAML file; if {target} has it, a plus adds it: +{wrong}=<value>."
     keys = _flat(config, "")
     advice = suggestion(wrong, [key for key in keys if key.rpartition(".")[0] == parent] or keys)
     return f"{wrong} is not a key; {advice if len(advice) < 500 else '--cfg job lists all keys.'}"

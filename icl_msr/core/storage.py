@@ -1,7 +1,4 @@
-"""Files: where they may lie, and how they are read and written.
-
-A damaged small file gives one sentence. Any file is written whole or not at all.
-"""
+"""Files. Small ones are read whole, and a damaged one gives one sentence. Any file is written whole or not at all."""
 
 import csv
 import errno
@@ -22,6 +19,12 @@ if TYPE_CHECKING:
     import numpy as np
 
 
+FULL = (errno.ENOSPC, errno.EDQUOT)
+"""Errors that say that a disk is full."""
+SMALL = 50_000_000
+"""Largest size of a file that holds facts, in bytes."""
+TABLE = 2_000_000_000
+"""Largest size of a table of numbers, in bytes."""
 _URL = re.compile(r"[a-z][a-z0-9+.-]+:/", re.IGNORECASE)
 
 
@@ -37,12 +40,9 @@ def require_local(folder: str | Path, key: str) -> None:
         )
 
 
-FULL = (errno.ENOSPC, errno.EDQUOT)
-"""Errors that say that a disk is full."""
-SMALL = 50_000_000
-"""Largest size of a file that holds facts, in bytes."""
-TABLE = 2_000_000_000
-"""Largest size of a table of numbers, in bytes."""
+def expanded(path: str | Path) -> Path:
+    """Return a path with `~` as the home folder. A name such as `~nobody`, of no user, stays as it is."""
+    return Path(os.path.expanduser(path))
 
 
 @contextmanager

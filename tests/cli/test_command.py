@@ -71,6 +71,7 @@ BEFORE_ANYTHING_IS_BUILT = [
     ("hydra.run.foo=3", "hydra.run.foo", "--cfg"),
     ("+method.foo=1", "method.foo", "of MoCo", "temperature"),
     ("+foo=1", "foo", "choose one of augment"),
+    ("optimizer.foreach=true", "optimizer.foreach", "if torch.optim.Adam has it", "+optimizer.foreach=<value>"),
     ("+seed=1", "seed", "leave the plus out"),
     ("++trainer.max_epoch=3", "trainer.max_epoch", "of Trainer; did you mean max_epochs"),
     ("+trainer.max_epoch=3", "trainer.max_epoch", "of Trainer; did you mean max_epochs"),

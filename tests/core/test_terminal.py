@@ -7,6 +7,7 @@ import pytest
 from icl_msr import evaluate, export, textures
 from icl_msr.core import memory
 from icl_msr.core.errors import UserError
+from icl_msr.core.storage import expanded
 from icl_msr.core.terminal import answering, complain, plain_console
 from icl_msr.report import __main__ as report
 
@@ -76,3 +77,8 @@ def test_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     memory.require_memory("This", 2e9, "make it smaller")
     with pytest.raises(UserError, match=r"^This would need 2\.5 GB of memory, .* has 2 GB; make it smaller\.$"):
         memory.require_memory("This", 2.5e9, "make it smaller")
+
+
+def test_a_home_that_nobody_has(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/me")
+    assert [str(expanded(path)) for path in ("~/a", "~nobody-here/a", "a")] == ["/home/me/a", "~nobody-here/a", "a"]
