@@ -8,7 +8,8 @@ import sys
 
 from icl_msr.cli.processes import hold_leash, told
 from icl_msr.core import trust
-from icl_msr.core.errors import UserError
+from icl_msr.core.errors import SharedMistake, UserError
+from icl_msr.core.ranks import adopt, is_first
 
 USAGE = """python -m icl_msr.evaluate SOURCE [dataset=...] [evaluation=...] [seed=N] [to=FOLDER]
 
@@ -39,6 +40,7 @@ def main(arguments: list[str] | None = None) -> int:
     hold_leash()
     words: list[str] = parser.parse_args(arguments).words
     try:
+        adopt()
         # They bring torch along: seconds that a help text need not wait for.
         from icl_msr.cli.evaluating import carry_out
         from icl_msr.cli.order import read
@@ -46,7 +48,8 @@ def main(arguments: list[str] | None = None) -> int:
         trust.leave_working_directory(words)
         return carry_out(read(trust.given(words)), words)
     except UserError as error:
-        print(error, file=sys.stderr)
+        if is_first() or not isinstance(error, SharedMistake):
+            print(error, file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return 130

@@ -28,8 +28,9 @@ from icl_msr.cli.words import ambiguous, for_sweep, overrides, path_in, spelled_
 from icl_msr.core import trust
 from icl_msr.core.compose import compose, hydra_for_itself
 from icl_msr.core.config import Settings, check, config_dir, no_keys, suggestion, unfilled
-from icl_msr.core.errors import UserError
+from icl_msr.core.errors import SharedMistake, UserError
 from icl_msr.core.folder import RunFolder
+from icl_msr.core.ranks import adopt, is_first
 from icl_msr.core.storage import disk_is_full
 
 Job = Callable[[Settings, DictConfig], float]
@@ -56,8 +57,9 @@ def main(job: Job, arguments: Sequence[str] | None = None) -> int:
     codes: list[int] = []
     said: set[str] = set()
 
-    def refuse(message: str) -> int:
-        if message not in said:  # another job of the sweep may have said it
+    def refuse(message: str, shared: bool = True) -> int:
+        # Another job of the sweep or another rank may have said it.
+        if message not in said and (is_first() or not shared):
             print(message, file=sys.stderr)
         said.add(message)
         Footprint.erase()
@@ -73,12 +75,12 @@ def main(job: Job, arguments: Sequence[str] | None = None) -> int:
             return job(check(config, typed), config)
         except UserError as mistake:
             # An error that leaves the job would make Hydra print its own message and stop the other jobs of a sweep.
-            codes[-1] = refuse(str(mistake))
+            codes[-1] = refuse(str(mistake), isinstance(mistake, SharedMistake))
             return float("nan")
         except Exception as fault:
             folder = RunFolder(Path(HydraConfig.get().runtime.output_dir))
             if disk_is_full(fault):
-                codes[-1] = refuse(f"The disk of {folder} is full; free space and {folder.advice}.")
+                codes[-1] = refuse(f"The disk of {folder} is full; free space and {folder.advice}.", shared=False)
                 return float("nan")
             if folder.checkpoint.exists():
                 fault.add_note(f"What was trained is kept; {folder.advice}.")
@@ -87,6 +89,7 @@ def main(job: Job, arguments: Sequence[str] | None = None) -> int:
             raise
 
     try:
+        adopt()
         trust.leave_working_directory(typed)
         asked = trust.given(typed)
         _check_flags(asked)
