@@ -21,7 +21,7 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import InterpolationResolutionError, OmegaConfBaseException
 from yaml import MarkedYAMLError, YAMLError
 
-from icl_msr.cli.footprint import Footprint
+from icl_msr.cli.footprint import Footprint, require_common_folder
 from icl_msr.cli.processes import hold_leash, in_folder, outlive_reader, told
 from icl_msr.cli.sweeps import ProcessLauncher, register_resolvers
 from icl_msr.cli.words import ambiguous, for_sweep, overrides, path_in, spelled_out, unreadable
@@ -95,7 +95,11 @@ def main(job: Job, arguments: Sequence[str] | None = None) -> int:
         _check_flags(asked)
         _check_search_path(asked)
         saved, words = _resumed(asked)
-        words = for_sweep(words) if _MULTIRUN & set(typed) else spelled_out(words)
+        if _MULTIRUN & set(typed):
+            words = for_sweep(words)
+        else:
+            require_common_folder(words)
+            words = spelled_out(words)
         sys.argv[1:] = words
         hydra.main(version_base="1.3", config_path=str(config_dir()), config_name="config")(answered)()
     except UserError as mistake:

@@ -6,14 +6,10 @@ from typing import Any
 import pytest
 import torch
 from support.programs import same
-from support.slurm import Batch, Cluster
-from support.tiny import DATA, MODEL
+from support.slurm import WORDS, Batch, Cluster
 
 pytestmark = pytest.mark.slow
 
-CPU = ["hardware.accelerator=cpu", "hardware.precision=32-true"]
-SHORT = ["regularizer=none", "evaluation=none", "trainer.max_epochs=1", "logger=csv", "~callbacks.online"]
-WORDS = " ".join([*DATA, *MODEL, *CPU, *SHORT, "method=simclr"])
 TWO = f"{WORDS} hardware.devices=2"
 APART = f"{WORDS} hardware.nodes=2"
 TORCHRUN = "python -m torch.distributed.run --standalone --nproc-per-node 2 -m icl_msr.run"

@@ -12,11 +12,17 @@ from pathlib import Path
 
 from icl_msr.cli.processes import clean_environment
 from support.programs import LIMIT, until
+from support.tiny import DATA, MODEL
 
 NODES = ("n1", "n2")
 FINAL = {"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "PREEMPTED"}
 
 RUN = f"RUN='{sys.executable} -m icl_msr.run'"
+
+CPU = ["hardware.accelerator=cpu", "hardware.precision=32-true"]
+SHORT = ["regularizer=none", "evaluation=none", "trainer.max_epochs=1", "logger=csv", "~callbacks.online"]
+WORDS = " ".join([*DATA, *MODEL, *CPU, *SHORT, "method=simclr", "trainer.log_every_n_steps=1"])
+"""The words of a run that takes seconds."""
 
 CONFIG = """
 ClusterName=tests
