@@ -65,6 +65,14 @@ def main(job: Job, arguments: Sequence[str] | None = None) -> int:
         Footprint.erase()
         return 2
 
+    def checked(config: DictConfig) -> Settings:
+        try:
+            return check(config, typed)
+        except UserError as mistake:
+            if saved is None:
+                raise
+            raise UserError(f"{HydraConfig.get().runtime.output_dir}/config.yaml: {mistake}") from None
+
     @wraps(job)  # Hydra names the job after its module
     def answered(config: DictConfig) -> float:
         sys.argv[1:] = typed  # ranks and the jobs of a sweep repeat the command
@@ -72,7 +80,7 @@ def main(job: Job, arguments: Sequence[str] | None = None) -> int:
         try:
             if saved is not None:
                 config = saved
-            return job(check(config, typed), config)
+            return job(checked(config), config)
         except UserError as mistake:
             # An error that leaves the job would make Hydra print its own message and stop the other jobs of a sweep.
             codes[-1] = refuse(str(mistake), isinstance(mistake, SharedMistake))

@@ -21,6 +21,7 @@ from icl_msr.core.errors import UserError
 from icl_msr.core.folder import RunFolder
 from icl_msr.core.ranks import is_first, is_rank
 from icl_msr.core.records import TRAINED, Outcome
+from icl_msr.core.saved import as_yaml
 from icl_msr.core.storage import atomic_write
 from icl_msr.data.dataset import Dataset
 from icl_msr.evaluation.cache import FeatureCache, encoder_identity
@@ -164,7 +165,7 @@ def write(
     }
     folder.write_facts(about)
     results.save(folder.path)
-    atomic_write(folder.config, OmegaConf.to_yaml(OmegaConf.create(_config(order, trained))))
+    atomic_write(folder.config, as_yaml(OmegaConf.create(_config(order, trained))))
     outcome = Outcome(
         name=about["name"],
         choices=choices,

@@ -22,7 +22,7 @@ from icl_msr.core.config import Settings, build
 from icl_msr.core.errors import UserError
 from icl_msr.core.folder import RunFolder
 from icl_msr.core.randomness import keys
-from icl_msr.core.storage import atomic_write
+from icl_msr.core.storage import atomic_write, read_json
 from icl_msr.data.dataset import Dataset
 from icl_msr.data.files import FileSplit
 from icl_msr.data.sources import cores, progress_bar
@@ -64,9 +64,9 @@ def claim(folder: Path, recipe: dict[str, Any]) -> None:
         UserError: the folder holds textures made by another recipe.
     """
     note = folder / "textures.json"
-    before: Any = recipe
-    with suppress(OSError, ValueError):
-        before = json.loads(note.read_text())
+    before = recipe
+    with suppress(FileNotFoundError):
+        before = read_json(note, "remove the folder, or write into another one, --to FOLDER")
     for name, value in recipe.items():
         if before.get(name) != value:
             raise UserError(

@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from pathlib import Path
@@ -26,11 +27,11 @@ from icl_msr.cli.words import in_short, spelled_out
 from icl_msr.core import trust
 from icl_msr.core.compose import known_to_hydra
 from icl_msr.core.config import check
-from icl_msr.core.errors import PREEMPTED, UserError
+from icl_msr.core.errors import PREEMPTED, UserError, reason
 from icl_msr.core.folder import RunFolder
 from icl_msr.core.ranks import outside_world_size
 from icl_msr.core.saved import as_yaml
-from icl_msr.core.storage import atomic_write
+from icl_msr.core.storage import atomic_write, read_json
 
 _OURS = ("hydra.sweep.", "hydra.launcher.", "hydra.sweeper.", "hydra.mode", "hydra/launcher", "hydra/sweeper")
 """Overrides that concern the sweep and not its jobs."""
@@ -46,8 +47,8 @@ class Job:
     overrides: list[str]
     folder: RunFolder
     title: str
-    done: bool
-    """Return whether this run is finished. Anything else in its folder is checked by the run itself."""
+    metric: float | None
+    """Metric of this run if it is finished, else None. Anything else in its folder is checked by the run itself."""
 
 
 class ProcessLauncher:
@@ -81,7 +82,7 @@ class ProcessLauncher:
         """Run the jobs and return their metrics to the sweeper. After a signal, wait for the running jobs and stop."""
         total = initial_job_idx + len(job_overrides)
         jobs = [self._job(initial_job_idx + i, list(words), total) for i, words in enumerate(job_overrides)]
-        self.due += sum(not job.done for job in jobs)
+        self.due += sum(job.metric is None for job in jobs)
         for job in jobs:
             job.folder.path.mkdir(parents=True, exist_ok=True)  # jobs that are never begun count too
         with passed_on(self.running) as self.signals, ThreadPoolExecutor(self.jobs) as pool:
@@ -96,8 +97,11 @@ class ProcessLauncher:
         HydraConfig.instance().set_config(config)  # resolves ${hydra:...} in the folder's name
         folder = RunFolder(Path(str(config.hydra.sweep.dir)) / str(config.hydra.sweep.subdir))
         task = OmegaConf.masked_copy(config, [str(key) for key in config if key != "hydra"])
-        done = folder.begun and folder.done and folder.config.read_text() == as_yaml(task)
-        return Job(overrides, folder, " ".join([f"[{number + 1}/{total}]", *_varying(overrides)]), done)
+        metric = None
+        with suppress(OSError, UserError):  # the job itself says what is damaged
+            if folder.done and folder.config.read_bytes() == as_yaml(task).encode():
+                metric = folder.metric()
+        return Job(overrides, folder, " ".join([f"[{number + 1}/{total}]", *_varying(overrides)]), metric)
 
     def _stopped(self) -> bool:
         return bool(self.signals) or PREEMPTED in self.exit_codes
@@ -105,8 +109,8 @@ class ProcessLauncher:
     def _run(self, job: Job) -> JobReturn:
         answer = JobReturn(overrides=job.overrides, status=JobStatus.COMPLETED)
         answer.return_value = float("nan")
-        if job.done:
-            answer.return_value = job.folder.metric()
+        if job.metric is not None:
+            answer.return_value = job.metric
             print(f"{job.title}: done before, {job.folder}", flush=True)
         elif not self._stopped():
             answer.return_value = self._execute(job)
@@ -200,14 +204,24 @@ class SweepRecord(Callback):
 
     def _write(self, finished: bool) -> None:
         content = {"command": sys.argv[1:], "finished": finished}
-        atomic_write(self.folder / "sweep.json", json.dumps(content, indent=2) + "\n")
+        file = self.folder / "sweep.json"
+        try:
+            atomic_write(file, json.dumps(content, indent=2) + "\n")
+        except OSError as error:
+            _refuse(f"{file} cannot be written ({reason(error)}); choose another hydra.sweep.dir.")
+        except UserError as error:
+            _refuse(str(error))
 
 
 def sweep_folder(root: str) -> str:
     """Return the folder of this command's sweep if it was begun, is unfinished and is not running; else a new one."""
     for record in sorted(Path(root).glob("*/sweep.json"), reverse=True):
-        content = json.loads(record.read_text())
-        if content["command"] == sys.argv[1:] and not content["finished"]:
+        try:
+            content = read_json(record, "restore it from a copy to continue this sweep, or remove it")
+        except UserError as damage:
+            print(damage, file=sys.stderr)
+            continue
+        if content.get("command") == sys.argv[1:] and not content.get("finished"):
             folder = os.open(record.parent, os.O_RDONLY)
             try:
                 if _locks(folder):

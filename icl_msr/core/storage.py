@@ -1,6 +1,8 @@
-"""Atomic writing: a file is on the disk whole or not at all."""
+"""Files. Small ones are read whole, and a damaged one gives one sentence. Any file is written whole or not at all."""
 
+import csv
 import errno
+import json
 import os
 import stat
 import zipfile
@@ -9,10 +11,71 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
-from icl_msr.core.errors import UserError
+from icl_msr.core.errors import UserError, reason
 
 if TYPE_CHECKING:
     import numpy as np
+
+
+SMALL = 50_000_000
+"""Largest size of a file that holds facts, in bytes."""
+TABLE = 2_000_000_000
+"""Largest size of a table of numbers, in bytes."""
+
+
+@contextmanager
+def readable(path: Path, advice: str) -> Iterator[None]:
+    """Read a file inside the context. Any error about its content becomes one sentence.
+
+    Raises:
+        UserError: the file is damaged. `advice` says what to do.
+        FileNotFoundError: it is not there.
+    """
+    try:
+        yield
+    except (UserError, FileNotFoundError, MemoryError):
+        raise
+    except Exception as error:  # parsers raise many kinds
+        said = reason(error) if isinstance(error, OSError | ValueError) else getattr(error, "problem", None)
+        raise UserError(f"{path} is damaged ({said or 'it has another content'}); {advice}.") from None
+
+
+def read_json(path: Path, advice: str) -> dict[str, Any]:
+    """Return the mapping in a JSON file.
+
+    Raises:
+        UserError: the file is damaged or holds something else; see `readable`.
+        FileNotFoundError: it is not there.
+    """
+    with readable(path, advice):
+        content = json.loads(read_regular(path, SMALL).decode("utf-8-sig"))
+        if not isinstance(content, dict):
+            raise ValueError("it does not hold a mapping")
+        return content
+
+
+def read_table(path: Path, advice: str) -> list[dict[str, str]]:
+    """Return the rows of a CSV file of numbers by column, without empty cells.
+
+    The last row is left out if it has no line break, because a killed process may leave half a row.
+
+    Raises:
+        UserError: the file is damaged or holds something else; see `readable`.
+        FileNotFoundError: it is not there.
+    """
+    with readable(path, advice):
+        whole, _, _ = read_regular(path, TABLE).decode("utf-8-sig").rpartition("\n")
+        lines = csv.DictReader(whole.splitlines())
+        if "step" not in (lines.fieldnames or ()):
+            raise ValueError("it has no column step")
+        rows = []
+        for number, line in enumerate(lines, start=2):
+            if None in line:
+                raise ValueError(f"line {number} has too many cells")
+            rows.append({name: cell for name, cell in line.items() if cell})
+            for cell in rows[-1].values():
+                float(cell)
+        return rows
 
 
 def read_regular(path: Path, largest: int) -> bytes:

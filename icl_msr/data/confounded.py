@@ -32,6 +32,7 @@ import json
 import math
 import os
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Literal, NamedTuple
 
@@ -44,6 +45,7 @@ from torch import Tensor
 
 from icl_msr.core.errors import UserError
 from icl_msr.core.randomness import integers, keys, permutation, uniforms
+from icl_msr.core.storage import read_arrays
 from icl_msr.data.crops import boxes_around, crop_to_boxes, square_boxes
 from icl_msr.data.dataset import ArraySplit, Dataset
 
@@ -409,9 +411,8 @@ def _cached(folder: str | None, recipe: object, generate: Callable[[], dict[str,
         return generate()
     digest = hashlib.sha256(json.dumps(recipe).encode()).hexdigest()
     path = Path(folder) / f"confounded-{digest[:16]}.npz"
-    if path.exists():
-        with np.load(path) as file:
-            return {name: torch.from_numpy(file[name]) for name in file.files}
+    with suppress(Exception):  # a missing or damaged file is made again
+        return {name: torch.from_numpy(array) for name, array in read_arrays(path).items()}
     arrays = generate()
     unfinished = path.with_suffix(f".{os.getpid()}.npz")
     try:

@@ -3,6 +3,8 @@
 import copy
 import itertools
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Annotated, Literal
 
 import torch
@@ -94,3 +96,14 @@ class Queue(nn.Module):
         # Not in place: autograd may still hold the keys of this step's loss.
         self.keys = self.keys.index_copy(0, slots, everyone.to(self.keys.dtype))
         self.position = (self.position + len(everyone)) % len(self.keys)
+
+    @contextmanager
+    def without(self, rows: int, newer: int) -> Iterator[None]:
+        """Hide the keys of an earlier batch: `rows` keys, after which `newer` keys were pushed."""
+        whole = self.keys
+        age = (self.position - 1 - torch.arange(len(whole), device=whole.device)) % len(whole)
+        self.keys = whole[(age < newer) | (age >= newer + rows)]
+        try:
+            yield
+        finally:
+            self.keys = whole
