@@ -24,7 +24,7 @@ from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import InterpolationResolutionError
-from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, ValidationError, create_model
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, ValidationError, create_model
 from pydantic.fields import FieldInfo
 
 from icl_msr.core.errors import UserError
@@ -74,6 +74,7 @@ class Loader(BaseModel):
 
     batch_size: Annotated[int, Field(ge=2)]
     num_workers: NonNegativeInt
+    block: PositiveInt | None = None
 
 
 class Settings(BaseModel):
