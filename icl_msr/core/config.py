@@ -36,6 +36,9 @@ _STRICT = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, protected
 PLURAL = ("callbacks", "logger", "evaluation")
 """Groups in which a run may choose several options. Each is a mapping from names to nodes."""
 
+UNSEEN = ("loader.num_workers", "dataset.cache_gb")
+"""Keys that no result depends on, so that they may change when a run is continued."""
+
 GIVEN: dict[str, tuple[str, ...]] = {
     "method": ("backbone", "classes", "mean", "std"),
     "regularizer": ("channels", "method_temperature"),

@@ -293,8 +293,10 @@ def _ours(
     if manifest.balanced is not None:
         balanced: Split = splits[manifest.balanced]
         data.balanced = splits[manifest.balanced].in_memory() if isinstance(data.train, ArraySplit) else balanced
-    if manifest.colours is not None:
+    if manifest.colours is not None:  # it was written from arrays, whose images have no files
         data.mean, data.std = manifest.colours
+        if isinstance(data.train, ArraySplit):
+            data.train.files = None
     data.superclasses = manifest.superclasses
     return data
 
