@@ -12,12 +12,11 @@ from hydra import compose, initialize_config_dir
 
 from icl_msr.core.config import config_dir
 
-PAPERS = {
-    "msr": {"simclr", "byol", "cmc", "swav", "debiased", "lmcl", "ressl"},  # ICL-MSR's tables
-    "patch": {"moco"},  # Ge et al.
-    "texture": {"moco"},
-}
-"""Pairs that the papers report. The combinations with other methods are ours."""
+PAPER = {"msr": {"simclr"}, "patch": {"moco"}, "texture": {"moco"}}
+"""Pairs that a paper gives the formula of: ICL-MSR and Ge et al."""
+
+REPORTED = {"msr": {"byol", "cmc", "swav", "debiased", "lmcl", "ressl"}}
+"""Pairs that a paper only reports numbers of. Their formula is ours, and so are all other combinations."""
 
 COLUMNS = [("regularizer", "msr"), ("negatives", "patch"), ("negatives", "texture")]
 """`cached` counts as `texture`. `phase` is ours in every method."""
@@ -42,7 +41,13 @@ def table() -> str:
             kind = getattr(importlib.import_module(module), name)
             title = str(importlib.import_module(kind.__module__).__doc__).strip().replace("\n", " ").rstrip(".")
             cells = [
-                "refused" if group in kind.refuses else "paper" if method in PAPERS.get(column, ()) else "ours"
+                "refused"
+                if group in kind.refuses
+                else "paper"
+                if method in PAPER.get(column, ())
+                else "reported"
+                if method in REPORTED.get(column, ())
+                else "ours"
                 for group, column in COLUMNS
             ]
             lines.append(" | ".join([f"| `{method}`", title, *cells]) + " |")

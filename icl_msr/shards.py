@@ -14,6 +14,7 @@ from omegaconf import DictConfig
 from icl_msr.cli import command
 from icl_msr.cli.processes import in_folder
 from icl_msr.core.config import Settings
+from icl_msr.core.storage import expanded
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -40,7 +41,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         chosen = sharding.Options(options.to, options.images, options.short_side, options.quality)
         return sharding.job(settings, chosen)
 
-    folder = Path(options.to).expanduser()
+    folder = expanded(options.to)
     if "://" in options.to:  # shards are made here before they go to the store
         folder = Path(".cache/icl-msr/uploads") / hashlib.sha256(options.to.encode()).hexdigest()[:16]
     return command.main(shards, [*options.words, in_folder(folder)])

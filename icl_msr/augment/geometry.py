@@ -5,9 +5,12 @@ All four act on rows and columns separately. So each is a pair of small matrices
 
 from collections.abc import Sequence
 from math import log
+from typing import Literal
 
 import torch
 from torch import Tensor
+
+Interpolation = Literal["bilinear", "bicubic"]
 
 TRIES = 10
 """Number of candidate boxes of a random resized crop before it falls back to the centre, as in torchvision."""
@@ -54,10 +57,18 @@ def random_boxes(
     return torch.cat([corner, box], 1)
 
 
-def resampling(start: Tensor, length: Tensor, source: int, size: int, flip: Tensor | None = None) -> Tensor:
+def resampling(
+    start: Tensor,
+    length: Tensor,
+    source: int,
+    size: int,
+    flip: Tensor | None = None,
+    interpolation: Interpolation = "bilinear",
+) -> Tensor:
     """Return matrices float32 (N, size, source) that resize the pixels start .. start + length - 1 of a line to `size`.
 
-    The filter is the triangle of torchvision's and Pillow's antialiased bilinear resize, normalised inside the box.
+    The filter is that of torchvision's and Pillow's antialiased resize, normalised inside the box: a triangle for
+    `bilinear`, Keys' cubic with a = -1/2 for `bicubic`.
 
     Args:
         start: int64 (N,).
@@ -65,6 +76,7 @@ def resampling(start: Tensor, length: Tensor, source: int, size: int, flip: Tens
         source: pixels of the line.
         size: pixels of the result.
         flip: bool (N,), True if the result is mirrored.
+        interpolation: the filter.
     """
     pixel = torch.arange(size, device=start.device)
     if flip is not None:
@@ -74,7 +86,12 @@ def resampling(start: Tensor, length: Tensor, source: int, size: int, flip: Tens
     position = torch.arange(source, device=start.device) + 0.5
     inside = (position > start[:, None]) & (position < (start + length)[:, None])
     distance = (position - centre[..., None]).abs_().div_(step.clamp(min=1)[..., None])
-    weights = (1 - distance).clamp_(min=0).mul_(inside[:, None])
+    if interpolation == "bicubic":
+        near, far = distance.clamp(max=1), distance.clamp_(1, 2)  # their parts of the filter add up
+        weights = (1.5 * near - 2.5) * near.square() + 1 + ((2.5 - 0.5 * far) * far - 4) * far + 2
+    else:
+        weights = (1 - distance).clamp_(min=0)
+    weights = weights.mul_(inside[:, None])
     return weights.div_(weights.sum(-1, keepdim=True))
 
 

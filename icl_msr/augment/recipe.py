@@ -59,6 +59,8 @@ class Recipe:
     """Smallest and largest share of the area that a crop shows."""
     ratio: Interval
     """Smallest and largest width / height of a crop."""
+    interpolation: geometry.Interpolation
+    """Filter that resizes a crop, with antialiasing."""
     flip: Probability
     """Probability of a horizontal flip."""
     jitter: Strengths
@@ -94,9 +96,11 @@ class Recipe:
             view = torch.where(flip[:, None, None, None], images.flip(-1), images).float().div_(255)
         else:
             top, left, height, width = boxes.unbind(1)
-            rows = geometry.resampling(top, height, images.shape[2], size)
-            columns = geometry.resampling(left, width, images.shape[3], size, flip)
+            rows = geometry.resampling(top, height, images.shape[2], size, None, self.interpolation)
+            columns = geometry.resampling(left, width, images.shape[3], size, flip, self.interpolation)
             view = geometry.separable(images, rows.div_(255), columns)
+            if self.interpolation == "bicubic":  # it overshoots at edges
+                view = view.clamp_(0, 1)
         if self.jitter_probability > 0:
             jittered = numbers[:, _JITTER] < self.jitter_probability
             view = colour.jitter(view, self._factors(numbers[:, _FACTORS], jittered), numbers[:, _ORDER].argsort(1))

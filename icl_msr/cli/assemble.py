@@ -17,15 +17,15 @@ from pytorch_lightning.loggers import Logger
 from pytorch_lightning.strategies import DDPStrategy, Strategy
 
 from icl_msr.core.config import Settings, build, suggestion
-from icl_msr.core.errors import UserError
+from icl_msr.core.errors import UserError, reason
 from icl_msr.core.folder import RunFolder
 from icl_msr.data.dataset import Dataset
 from icl_msr.evaluation.suite import Evaluation
 from icl_msr.methods import Method
-from icl_msr.models.backbones import Backbone
+from icl_msr.models.backbones import Backbone, evaluating
 from icl_msr.models.batchnorm import global_batch_norm
 from icl_msr.models.momentum import Queue
-from icl_msr.regularizers import Regularizer
+from icl_msr.regularizers import MetaSemanticRegularizer, Regularizer
 from icl_msr.training.checkpoint import AtomicCheckpoint
 from icl_msr.training.datamodule import DataModule
 from icl_msr.training.hardware import Plan
@@ -52,6 +52,8 @@ class Pieces:
     evaluations: list[Evaluation]
     throughput: Throughput
     derived: dict[str, float]
+    without_maps: str | None = None
+    """Why the maps of the strata are not drawn, if they cannot be."""
 
 
 def assemble(settings: Settings, plan: Plan) -> Pieces:
@@ -61,11 +63,15 @@ def assemble(settings: Settings, plan: Plan) -> Pieces:
         UserError: a part cannot be built, or the parts do not fit together.
     """
     pl.seed_everything(settings.seed, verbose=False)
+    for logger in settings.logger.values():  # they are built when the run begins
+        require_kind(Logger, logger)
     dataset = build_as(Dataset, settings.dataset)
-    backbone = build(settings.backbone, image_size=dataset.image_size)
+    backbone = build_as(Backbone, settings.backbone, image_size=dataset.image_size)
+    augmentation = build(settings.augment)
     facts = {"classes": len(dataset.classes), "mean": dataset.mean, "std": dataset.std}
     method = build_as(Method, settings.method, backbone=backbone, **facts)  # type: ignore[type-abstract]
     require_meaning(settings, method, plan.world_size)
+    require_sizes(method.backbone, dataset.image_size, augmentation)
     untrained = copy.deepcopy(method.backbone)
     regularizer: Regularizer | None = build(
         settings.regularizer, channels=method.channels, method_temperature=method.temperature
@@ -88,7 +94,7 @@ def assemble(settings: Settings, plan: Plan) -> Pieces:
             part.compile(dynamic=False)
     data = DataModule(
         dataset,
-        build(settings.augment),
+        augmentation,
         build(settings.negatives),
         seed=settings.seed,
         channels_last=plan.channels_last,
@@ -106,7 +112,31 @@ def assemble(settings: Settings, plan: Plan) -> Pieces:
         raise UserError(f"metric={settings.metric} will not be measured; {suggestion(settings.metric, known)}")
     derived = derive(settings, optimization, len(dataset.train), plan.world_size)
     throughput = Throughput(settings.loader.batch_size)
-    return Pieces(dataset, untrained, module, data, evaluations, throughput, derived)
+    drawn = isinstance(regularizer, MetaSemanticRegularizer)
+    unmapped = why_without_maps(untrained, dataset.image_size) if drawn else None
+    return Pieces(dataset, untrained, module, data, evaluations, throughput, derived, unmapped)
+
+
+def require_sizes(backbone: Backbone, image_size: int, augmentation: Any) -> None:
+    """Check that the backbone takes the images that it will be measured on, and views of each size.
+
+    Raises:
+        UserError: it cannot take them.
+    """
+    backbone.require_size(image_size, "set another dataset.image_size, or choose another backbone")
+    views = {recipe.size for recipe in getattr(augmentation, "recipes", [])} - {None, image_size}
+    for size in sorted(views):
+        backbone.require_size(size, "change the size in augment.size or augment.views, or choose another backbone")
+
+
+def why_without_maps(backbone: Backbone, image_size: int) -> str | None:
+    """Return why a backbone has no feature maps that can be drawn; None if it has them."""
+    try:
+        with torch.no_grad(), evaluating(backbone):
+            backbone.maps(torch.zeros(2, 3, image_size, image_size))
+    except Exception as error:
+        return reason(error)
+    return None
 
 
 def make_optimization(settings: Settings) -> Optimization:
@@ -136,9 +166,9 @@ def require_meaning(settings: Settings, method: Method, ranks: int) -> None:
     Raises:
         UserError: a group, the number of views or the batch size does not fit the method.
     """
-    for group, reason in method.refuses.items():
+    for group, why in method.refuses.items():
         if getattr(settings, group)["_target_"] is not None:
-            raise UserError(f"{group}: {reason}")
+            raise UserError(f"{group}: {why}")
     views = len(settings.augment.get("views", [None] * method.takes[0]))
     fewest, most = method.takes
     if not fewest <= views <= most:
@@ -161,10 +191,22 @@ def build_as(kind: type[Built], node: Mapping[str, Any], **given: Any) -> Built:
     Raises:
         UserError: the node cannot be built, or gives another type.
     """
+    require_kind(kind, node)
     built = build(node, **given)
     if not isinstance(built, kind):
         raise UserError(f"{node['_target_']} gives {type(built).__name__}, and a {kind.__name__} is needed.")
     return built
+
+
+def require_kind(kind: type, node: Mapping[str, Any]) -> None:
+    """Check that the class which a node names is a `kind`, before it is called. What a function gives is not known yet.
+
+    Raises:
+        UserError: it is a class of another kind.
+    """
+    target = resolve_name(node["_target_"])
+    if isinstance(target, type) and not issubclass(target, kind):
+        raise UserError(f"{node['_target_']} is not a {kind.__name__}, and a {kind.__name__} is needed.")
 
 
 def derive(settings: Settings, optimization: Optimization, images: int, world_size: int) -> dict[str, float]:

@@ -28,7 +28,6 @@ from icl_msr.evaluation.metrics import Bootstrap
 from icl_msr.evaluation.pictures import Scene, draw
 from icl_msr.evaluation.strata_maps import look_at_strata
 from icl_msr.evaluation.suite import Evaluation, Results
-from icl_msr.models.backbones import Backbone
 from icl_msr.models.exported import export_encoder
 from icl_msr.regularizers import MetaSemanticRegularizer
 from icl_msr.report import tables, write_report
@@ -49,8 +48,7 @@ def describe(settings: Settings, plan: Plan, dataset: Dataset, folder: RunFolder
         **provenance(plan),
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
     }
-    if folder.begun and folder.environment.exists():
-        begun = folder.facts()
+    if folder.begun and (begun := folder.facts()):
         return {**begun, "continued": [*begun.get("continued", []), now]}
     chosen = HydraConfig.get().runtime.choices  # has no groups with several choices, and no typed nodes
     choices = {
@@ -75,7 +73,6 @@ def _named(node: Mapping[str, Any]) -> str:
 def evaluate(settings: Settings, plan: Plan, pieces: Pieces, folder: RunFolder, choices: Mapping[str, str]) -> Results:
     """Export the encoder of a run and evaluate it. Write the arrays that are too long for `results.json`."""
     backbone, dataset = pieces.module.method.backbone, pieces.dataset
-    assert isinstance(backbone, Backbone)
     export_encoder(backbone, folder.path, {**image_facts(dataset), "choices": choices, "icl_msr": __version__})
     results = Results()
     for evaluation in pieces.evaluations:
@@ -87,7 +84,7 @@ def evaluate(settings: Settings, plan: Plan, pieces: Pieces, folder: RunFolder, 
         results.save(folder.path)
     regularizer = pieces.module.regularizer
     usual = next((one for one in pieces.evaluations if isinstance(one, Evaluation)), None)  # it sets the bootstrap
-    if isinstance(regularizer, MetaSemanticRegularizer) and usual is not None:
+    if isinstance(regularizer, MetaSemanticRegularizer) and usual is not None and pieces.without_maps is None:
         strata = look_at_strata(
             pieces.module.to(plan.device).method.backbone,
             regularizer.strata,
@@ -107,7 +104,7 @@ def scene_of(pieces: Pieces, plan: Plan, results: Results) -> Scene:
         dataset=replace(pieces.dataset.evaluated, mean=pieces.dataset.mean, std=pieces.dataset.std),
         features=results.features.get(TRAINED, {}),
         batch=lambda: next(pieces.data.epoch(0, module.device)),
-        backbone=module.method.backbone if isinstance(module.method.backbone, Backbone) else None,
+        backbone=module.method.backbone if pieces.without_maps is None else None,
         strata=module.regularizer.strata if isinstance(module.regularizer, MetaSemanticRegularizer) else None,
     )
 

@@ -16,6 +16,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig
 from rich.console import Console
+from rich.text import Text
 
 from icl_msr.cli.assemble import Pieces, assemble, build_as, in_words, make_loggers, make_trainer
 from icl_msr.cli.conclude import conclude, describe, evaluate, peak_memory_mb, scene_of
@@ -27,6 +28,7 @@ from icl_msr.core.ranks import is_first, is_rank
 from icl_msr.core.records import Outcome, chosen_metric
 from icl_msr.core.saved import WRITTEN, as_yaml
 from icl_msr.core.storage import atomic_write, disk_is_full
+from icl_msr.core.terminal import plain_console
 from icl_msr.data.dataset import Dataset
 from icl_msr.models.checkpoint import read_checkpoint
 from icl_msr.report import has_page, write_report
@@ -42,9 +44,9 @@ def run(settings: Settings, config: DictConfig) -> float:
     A run that was begun in this folder is continued. A finished run is left as it is.
     """
     folder = RunFolder(Path(HydraConfig.get().runtime.output_dir))
-    console = Console(highlight=False, soft_wrap=True, quiet=not is_first())
-    if finished(settings, folder, console):
-        return folder.metric()
+    console = plain_console(quiet=not is_first())
+    if (metric := finished(settings, folder, console)) is not None:
+        return metric
 
     plan = build_as(Hardware, settings.hardware).plan()
     supervise = plan.world_size > 1 and not is_rank()
@@ -57,24 +59,25 @@ def run(settings: Settings, config: DictConfig) -> float:
         return folder.metric() if code == 0 else sys.exit(code)
     with folder.locked() if is_first() else nullcontext(), stoppable(folder):
         # Another command may have finished the run meanwhile. A rank must go on, because the others wait for it.
-        if finished(settings, folder, console) and not is_rank():
-            return folder.metric()
+        if (metric := finished(settings, folder, console)) is not None and not is_rank():
+            return metric
         return carry_out(settings, config, plan, pieces, folder, console)
 
 
-def finished(settings: Settings, folder: RunFolder, console: Console) -> bool:
-    """Return whether the same run lies finished in the folder and needs no more epochs. If so, print it.
+def finished(settings: Settings, folder: RunFolder, console: Console) -> float | None:
+    """Return the metric of the run if it lies finished in the folder and needs no more epochs, and print it; else None.
 
     Raises:
-        UserError: another run lies there.
+        UserError: another run lies there, or `results.json` is damaged.
     """
     extended = folder.begun and more_epochs(settings, folder)
     if not folder.done or extended:
-        return False
+        return None
+    metric = folder.metric()
     console.print(f"{folder} is finished and stays as it is; continue it with a larger trainer.max_epochs.")
     if is_first() and not has_page(folder.path):  # the page may have failed or be cut short
         console.print(f"report   {write_report(folder.path)}")
-    return True
+    return metric
 
 
 def carry_out(
@@ -97,10 +100,12 @@ def carry_out(
         folder.results.unlink(missing_ok=True)  # results from before more epochs were asked for
         folder.write_facts(facts)
         atomic_write(folder.config, as_yaml(config))
-    console.print(f"[bold]{about.name}[/bold] on {plan}\n{in_words(pieces.derived)}\n{folder}")
+    console.print(Text.assemble((about.name, "bold"), f" on {plan}\n{in_words(pieces.derived)}\n{folder}"))
 
     for remark in [*pieces.dataset.remarks(), *(pieces.dataset.labelled.remarks() if pieces.dataset.labelled else [])]:
-        console.print(remark, style="yellow", markup=False)
+        console.print(remark, style="yellow")
+    if pieces.without_maps is not None:
+        console.print(f"The strata are not drawn: {pieces.without_maps}.", style="yellow")
     with closing(loggers):
         trainer.loggers = loggers
         trainer.fit(
@@ -126,7 +131,7 @@ def carry_out(
             images_per_second=pieces.throughput.rate,
             peak_memory_mb=peak_memory_mb(plan),
             wall_time_s=pieces.throughput.earlier + time.perf_counter() - began,
-            final={name: curve.values[-1] for name, curve in read_curves(folder.path / "metrics.csv").items()},
+            final={name: curve.values[-1] for name, curve in read_curves(folder.path).items()},
             records=results.records,
         )
         name, value = chosen_metric(settings.metric, outcome)
@@ -147,13 +152,19 @@ def more_epochs(settings: Settings, folder: RunFolder) -> bool:
     for key in dict.fromkeys([*now, *saved]):
         if key.removeprefix("dataset.") in WRITTEN or key in UNSEEN:  # the images are the same
             continue
-        if saved.get(key) != now.get(key) and (key != epochs or (now[key] or 0) < (saved.get(key) or 0)):
+        if saved.get(key) != now.get(key) and (key != epochs or (now[key] or 0) < _epochs(saved)):
             raise UserError(
                 f"{folder} holds a run with {key}={saved.get(key)}, and {now.get(key)} was asked for; a run is "
                 f"continued as it was begun, only {epochs} may grow: choose another hydra.run.dir, or "
                 f"type resume={folder}."
             )
-    return bool((now[epochs] or 0) > (saved[epochs] or 0))
+    return bool((now[epochs] or 0) > _epochs(saved))
+
+
+def _epochs(config: Mapping[str, Any]) -> float:
+    """Return the number of epochs of a flat config; 0 if it is not limited, infinity if it is not a number."""
+    epochs = config.get("trainer.max_epochs") or 0
+    return epochs if isinstance(epochs, int) else math.inf
 
 
 def require_room(module: Pretraining, folder: Path) -> None:
@@ -220,7 +231,7 @@ def require_same_data(dataset: Dataset, folder: RunFolder) -> None:
     Raises:
         UserError: the number of images, the classes or the labels have changed.
     """
-    before = folder.facts().get("data") if folder.environment.is_file() else None
+    before = folder.facts().get("data")
     now = dataset.trained_on()
     if before in (None, now):
         return

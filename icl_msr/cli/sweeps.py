@@ -8,11 +8,12 @@ import sys
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from pathlib import Path
 from statistics import mean
-from typing import Any, ClassVar, NoReturn
+from typing import Any, ClassVar
 
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.utils import JobReturn, JobStatus
@@ -20,17 +21,17 @@ from hydra.experimental.callback import Callback
 from hydra.types import HydraContext, RunMode, TaskFunction
 from omegaconf import DictConfig, OmegaConf, open_dict
 
-from icl_msr.cli.footprint import Footprint, new_folder
+from icl_msr.cli.footprint import new_folder, refuse
 from icl_msr.cli.processes import Child, clean_environment, in_folder, passed_on
 from icl_msr.cli.words import in_short, spelled_out
 from icl_msr.core import trust
 from icl_msr.core.compose import known_to_hydra
 from icl_msr.core.config import check
-from icl_msr.core.errors import PREEMPTED, UserError
+from icl_msr.core.errors import PREEMPTED, UserError, reason
 from icl_msr.core.folder import RunFolder
 from icl_msr.core.ranks import outside_world_size
 from icl_msr.core.saved import as_yaml
-from icl_msr.core.storage import atomic_write
+from icl_msr.core.storage import atomic_write, read_json
 
 _OURS = ("hydra.sweep.", "hydra.launcher.", "hydra.sweeper.", "hydra.mode", "hydra/launcher", "hydra/sweeper")
 """Overrides that concern the sweep and not its jobs."""
@@ -46,8 +47,8 @@ class Job:
     overrides: list[str]
     folder: RunFolder
     title: str
-    done: bool
-    """Return whether this run is finished. Anything else in its folder is checked by the run itself."""
+    metric: float | None
+    """Metric of this run if it is finished, else None. Anything else in its folder is checked by the run itself."""
 
 
 class ProcessLauncher:
@@ -81,7 +82,7 @@ class ProcessLauncher:
         """Run the jobs and return their metrics to the sweeper. After a signal, wait for the running jobs and stop."""
         total = initial_job_idx + len(job_overrides)
         jobs = [self._job(initial_job_idx + i, list(words), total) for i, words in enumerate(job_overrides)]
-        self.due += sum(not job.done for job in jobs)
+        self.due += sum(job.metric is None for job in jobs)
         for job in jobs:
             job.folder.path.mkdir(parents=True, exist_ok=True)  # jobs that are never begun count too
         with passed_on(self.running) as self.signals, ThreadPoolExecutor(self.jobs) as pool:
@@ -96,8 +97,11 @@ class ProcessLauncher:
         HydraConfig.instance().set_config(config)  # resolves ${hydra:...} in the folder's name
         folder = RunFolder(Path(str(config.hydra.sweep.dir)) / str(config.hydra.sweep.subdir))
         task = OmegaConf.masked_copy(config, [str(key) for key in config if key != "hydra"])
-        done = folder.begun and folder.done and folder.config.read_text() == as_yaml(task)
-        return Job(overrides, folder, " ".join([f"[{number + 1}/{total}]", *_varying(overrides)]), done)
+        metric = None
+        with suppress(OSError, UserError):  # the job itself says what is damaged
+            if folder.done and folder.config.read_bytes() == as_yaml(task).encode():
+                metric = folder.metric()
+        return Job(overrides, folder, " ".join([f"[{number + 1}/{total}]", *_varying(overrides)]), metric)
 
     def _stopped(self) -> bool:
         return bool(self.signals) or PREEMPTED in self.exit_codes
@@ -105,8 +109,8 @@ class ProcessLauncher:
     def _run(self, job: Job) -> JobReturn:
         answer = JobReturn(overrides=job.overrides, status=JobStatus.COMPLETED)
         answer.return_value = float("nan")
-        if job.done:
-            answer.return_value = job.folder.metric()
+        if job.metric is not None:
+            answer.return_value = job.metric
             print(f"{job.title}: done before, {job.folder}", flush=True)
         elif not self._stopped():
             answer.return_value = self._execute(job)
@@ -175,12 +179,12 @@ class SweepRecord(Callback):
     def on_multirun_start(self, config: DictConfig, **_: Any) -> None:
         """Lock the folder until the end of the process, and say which jobs are done."""
         if (outside := outside_world_size() or 1) > 1:
-            _refuse(f"A sweep is started once, and {outside} processes were; add hydra/launcher=process instead.")
+            refuse(f"A sweep is started once, and {outside} processes were; add hydra/launcher=process instead.")
         self.folder = Path(str(config.hydra.sweep.dir))
         self.folder.mkdir(parents=True, exist_ok=True)
         self.lock = os.open(self.folder, os.O_RDONLY)
         if not _locks(self.lock):
-            _refuse(f"{self.folder} is another process's sweep; wait for its end, or choose another hydra.sweep.dir.")
+            refuse(f"{self.folder} is another process's sweep; wait for its end, or choose another hydra.sweep.dir.")
         if (self.folder / "sweep.json").exists():
             print(f"Continuing {self.folder}; jobs done so far: {self._state()[0]}.", flush=True)
         self._write(finished=False)
@@ -188,6 +192,8 @@ class SweepRecord(Callback):
     def on_multirun_end(self, config: DictConfig, **_: Any) -> None:
         """Print how many jobs are done and how to go on."""
         done, all_jobs = self._state()
+        if not all_jobs:
+            refuse("The sweep has no jobs, because a list or a pattern in it gives no values; write them out.")
         self._write(finished=done == all_jobs)
         rest = "" if done == all_jobs else "; the same command finishes the others"
         compare = f" Compare them: python -m icl_msr.report {self.folder}" if done else ""
@@ -200,14 +206,24 @@ class SweepRecord(Callback):
 
     def _write(self, finished: bool) -> None:
         content = {"command": sys.argv[1:], "finished": finished}
-        atomic_write(self.folder / "sweep.json", json.dumps(content, indent=2) + "\n")
+        file = self.folder / "sweep.json"
+        try:
+            atomic_write(file, json.dumps(content, indent=2) + "\n")
+        except OSError as error:
+            refuse(f"{file} cannot be written ({reason(error)}); choose another hydra.sweep.dir.")
+        except UserError as error:
+            refuse(str(error))
 
 
 def sweep_folder(root: str) -> str:
     """Return the folder of this command's sweep if it was begun, is unfinished and is not running; else a new one."""
     for record in sorted(Path(root).glob("*/sweep.json"), reverse=True):
-        content = json.loads(record.read_text())
-        if content["command"] == sys.argv[1:] and not content["finished"]:
+        try:
+            content = read_json(record, "restore it from a copy to continue this sweep, or remove it")
+        except UserError as damage:
+            print(damage, file=sys.stderr)
+            continue
+        if content.get("command") == sys.argv[1:] and not content.get("finished"):
             folder = os.open(record.parent, os.O_RDONLY)
             try:
                 if _locks(folder):
@@ -244,13 +260,6 @@ def _varying(overrides: Sequence[str]) -> list[str]:
     """Return the overrides that a sweep changes from job to job: those that were not typed in this form."""
     typed = {in_short(word) for word in sys.argv[1:]}
     return [word for word in overrides if in_short(word) not in typed]
-
-
-def _refuse(sentence: str) -> NoReturn:
-    """Print the sentence and exit with code 2. In a callback, Hydra would turn an exception into a warning."""
-    print(sentence, file=sys.stderr)
-    Footprint.erase()
-    sys.exit(2)
 
 
 def _clock(seconds: float) -> timedelta:

@@ -6,6 +6,10 @@ PREEMPTED = 75
 
 def reason(error: BaseException) -> str:
     """Return the first line of an error's message, for use inside a sentence."""
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    if isinstance(error, UnicodeDecodeError):
+        return "it is not text in UTF-8"
     said = str(error).strip().splitlines()
     return said[0].rstrip(". ") if said else type(error).__name__
 

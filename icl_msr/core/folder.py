@@ -7,19 +7,18 @@ import os
 import re
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
-from yaml import YAMLError
 
 from icl_msr.core.config import PLURAL, Settings, with_new_keys
 from icl_msr.core.errors import UserError
-from icl_msr.core.saved import read, shown
-from icl_msr.core.storage import atomic_write, read_regular
+from icl_msr.core.records import Outcome, fit
+from icl_msr.core.saved import ADVICE, read, shown
+from icl_msr.core.storage import atomic_write, read_json, read_table, readable
 
 FORMAT = 2
 """The format of a run folder, written to its environment.json. It grows when the files are read in another way."""
@@ -27,8 +26,15 @@ FORMAT = 2
 _NAMES = re.compile(r"[\w-]+([+/][\w-]+)*")
 """Of choices, not of anything that Hydra reads otherwise."""
 
-LARGEST = 10_000_000
-"""Bytes of a file that says facts."""
+_FACTS: dict[str, Any] = {
+    "choices": dict[str, str | None],
+    "continued": list[Any],
+    "images": dict[str, Any],
+    "data": dict[str, Any],
+    "command": str,
+    "name": str,
+}
+"""Types of the facts in environment.json that the program reads again."""
 
 PATIENCE = 10.0
 """Seconds to wait until the processes of a killed run release its folder."""
@@ -42,6 +48,7 @@ class RunFolder:
         self.config = path / "config.yaml"
         self.environment = path / "environment.json"
         self.checkpoint = path / "checkpoints" / "last.ckpt"
+        self.metrics = path / "metrics.csv"
         self.results = path / "results.json"
 
     def __str__(self) -> str:
@@ -76,10 +83,8 @@ class RunFolder:
             UserError: its format is another one, or is not said; or see `require_inside`.
         """
         self.require_inside()
-        facts: Any = {}
-        with suppress(OSError, ValueError, RecursionError):
-            facts = self.facts()
-        found, writer = (facts.get(key) for key in ("format", "icl_msr")) if isinstance(facts, dict) else (None, None)
+        facts = self.facts()
+        found, writer = (facts.get(key) for key in ("format", "icl_msr"))
         if found != FORMAT:
             said = "does not say its format" if found is None else f"has format {found}"
             by = f"icl-msr {writer}, which wrote it" if writer else "the version of icl-msr that wrote it"
@@ -106,26 +111,24 @@ class RunFolder:
         """Return the config of the run. Interpolations are resolved if `resolve` is true, else kept.
 
         Raises:
-            UserError: the folder is of another format, or the file is damaged or more than data (see `core.saved`).
+            UserError: the folder is of another format, or the file is missing, damaged or more than data (see
+                `core.saved`).
         """
         self.require_format()
-        saved: Any = None
-        with suppress(OSError, ValueError, RecursionError, YAMLError, OmegaConfBaseException):
-            written = read(self.config)
-            saved = OmegaConf.to_container(OmegaConf.create(self.with_new_keys(written)), resolve=resolve)
-        if not isinstance(saved, dict) or not saved:
-            raise UserError(f"{self.config} is damaged; restore it from a copy, or begin a new run in another folder.")
+        if not self.begun:
+            raise UserError(f"{self} has no config.yaml; {ADVICE}.")
+        with readable(self.config, ADVICE):
+            whole = self.with_new_keys(read(self.config))
+            saved: Any = OmegaConf.to_container(OmegaConf.create(whole), resolve=resolve)
         return {str(key): value for key, value in saved.items()}
 
     def with_new_keys(self, saved: Any) -> dict[str, Any]:
         """Return a saved config, completed with today's values of all keys that its choices have gained since."""
-        choices: dict[str, str] = {}
-        with suppress(OSError, ValueError, AttributeError, TypeError):
-            choices = dict(self.facts().get("choices", {}))
+        choices: dict[str, str] = self.facts().get("choices", {})
         words = tuple(
             f"{group}=[{choice.replace('+', ',')}]" if group in PLURAL else f"{group}={choice}"
             for group, choice in choices.items()
-            if group in Settings.model_fields and _NAMES.fullmatch(str(choice))
+            if group in Settings.model_fields and choice and _NAMES.fullmatch(choice)
         )
         today = {key: value for key, value in _today(words).items() if key in saved or key not in choices}
         return with_new_keys({str(key): value for key, value in saved.items()}, today)
@@ -135,14 +138,38 @@ class RunFolder:
         self.write(self.environment.name, {"format": FORMAT, **facts})
 
     def facts(self) -> dict[str, Any]:
-        """Return the content of `environment.json`."""
-        facts: dict[str, Any] = json.loads(read_regular(self.environment, LARGEST))
-        return facts
+        """Return the content of `environment.json`; nothing if there is no such file.
+
+        Raises:
+            UserError: it is damaged.
+        """
+        try:
+            with readable(self.environment, ADVICE):
+                facts = read_json(self.environment, ADVICE)
+                return facts | {key: fit(facts[key], kind, key) for key, kind in _FACTS.items() if key in facts}
+        except FileNotFoundError:
+            return {}
 
     def metric(self) -> float:
-        """Return the value that the finished run gave to the sweeper; NaN if it has none."""
-        value = json.loads(self.results.read_text())["metric"]["value"]
+        """Return the value that the finished run gave to the sweeper; NaN if it has none.
+
+        Raises:
+            UserError: `results.json` is damaged.
+        """
+        value = Outcome.load(self.path).metric.get("value")
         return float("nan") if value is None else float(value)
+
+    def logged(self) -> list[dict[str, str]]:
+        """Return the rows of `metrics.csv` by column, without empty cells; nothing if there is no such file.
+
+        Raises:
+            UserError: it is damaged.
+        """
+        advice = "restore it from a copy, or remove it, and the run goes on without its curves"
+        try:
+            return read_table(self.metrics, advice)
+        except FileNotFoundError:
+            return []
 
     def write(self, name: str, content: Mapping[str, Any]) -> None:
         """Write plain data as indented JSON, whole or not at all."""

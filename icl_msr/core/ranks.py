@@ -11,7 +11,7 @@ def outside_world_size() -> int | None:
     if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
         return int(os.environ["WORLD_SIZE"])
     step = os.environ.get("SLURM_STEP_ID", "")
-    if step.isdigit() and int(step) < _SPECIAL_STEPS:
+    if step.isdecimal() and int(step) < _SPECIAL_STEPS:
         tasks = int(os.environ.get("SLURM_STEP_NUM_TASKS") or os.environ.get("SLURM_NTASKS") or 1)
         return tasks if tasks > 1 else None
     return None

@@ -14,6 +14,7 @@ from types import MappingProxyType, UnionType
 from typing import Any, Literal, Self, TypeVar, get_args, get_origin, get_type_hints
 
 from icl_msr.core.errors import UserError
+from icl_msr.core.storage import read_json, readable
 
 Read = TypeVar("Read")
 Unit = Literal["fraction", "points", "count", "number"]
@@ -349,21 +350,17 @@ class Outcome:
         Raises:
             UserError: the file is missing or damaged.
         """
-        file = folder / "results.json"
+        file, advice = folder / "results.json", "restore it from a copy, or remove it and repeat the command of the run"
         try:
-            content = json.loads(file.read_bytes())
-            if not isinstance(content, dict):
-                raise ValueError("it holds no mapping")
-            found = read(cls, {key: value for key, value in content.items() if key != "records"}, "")
-            found.records = Records.from_json(content)
-            return found
+            with readable(file, advice):
+                content = read_json(file, advice)
+                found = read(cls, {key: value for key, value in content.items() if key != "records"}, "")
+                fit(found.metric.get("value"), float | None, "metric.value")
+                found.records = Records.from_json(content)
+                return found
         except FileNotFoundError:
             raise UserError(
                 f"{folder} has no results.json: the run failed or has not ended; give the folder of a finished run."
-            ) from None
-        except (ValueError, OSError, RecursionError) as error:
-            raise UserError(
-                f"{file} cannot be read ({error}); repeat the run or remove it from the folders given."
             ) from None
 
 

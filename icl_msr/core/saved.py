@@ -14,37 +14,44 @@ import yaml
 from omegaconf import DictConfig, OmegaConf
 
 from icl_msr.core.errors import UserError
-from icl_msr.core.storage import read_regular
+from icl_msr.core.storage import read_regular, readable
 
 LARGEST = 500_000
 """Largest size of a config in bytes."""
+ADVICE = "restore it from a copy, or begin a new run in another folder"
+"""Advice to the user if a config is damaged."""
 DEEPEST = 40
 """Largest depth of nested mappings and lists."""
 
 WRITTEN = {"cache": ".cache/icl-msr", "download": False}
 """Keys of a data set that make it write files, with the values that replace those of a config from a folder."""
 
+_BEGIN, _END = "---\n", "...\n"
 _REFERENCE = re.compile(r"\$\{([A-Za-z_]\w*(?:\.\w+)*)\}")
 
 
 def as_yaml(config: DictConfig) -> str:
-    """Return a composed config as YAML. References to its own plain values are kept, all others are resolved."""
+    """Return a composed config as YAML. References to its own plain values are kept, all others are resolved.
+
+    It has YAML's marks of begin and end, because half of a YAML file may be whole YAML.
+    """
     raw, filled = (OmegaConf.to_container(config, resolve=resolve) for resolve in (False, True))
-    return OmegaConf.to_yaml(OmegaConf.create(_kept(raw, filled, raw)))
+    return _BEGIN + OmegaConf.to_yaml(OmegaConf.create(_kept(raw, filled, raw))) + _END
 
 
 def read(file: Path) -> dict[str, Any]:
     """Return a saved config, with references kept.
 
     Raises:
-        UserError: it is not a regular file, is too large, uses aliases, or refers to more than its own values.
-        OSError, ValueError, YAMLError, OmegaConfBaseException: it cannot be read.
+        UserError: it is damaged, too large, uses aliases, or refers to more than its own values.
+        FileNotFoundError: it is not there.
     """
-    text = read_regular(file, LARGEST).decode()
-    _require_plain(text, file)
-    content = OmegaConf.to_container(OmegaConf.load(StringIO(text)))
-    if not isinstance(content, dict) or not content:
-        raise ValueError("no mapping")
+    with readable(file, ADVICE):
+        text = read_regular(file, LARGEST).decode("utf-8-sig")
+        _require_plain(text, file)
+        content = OmegaConf.to_container(OmegaConf.load(StringIO(text)))
+        if not isinstance(content, dict) or not content:
+            raise ValueError("it does not hold a mapping")
     config = {str(key): value for key, value in content.items() if key != "hydra"}
     for key, value in leaves(config):
         if isinstance(value, str) and _asks_for_more(value, config):
@@ -52,6 +59,8 @@ def read(file: Path) -> dict[str, Any]:
                 f"{shown(f'{key}={value}')} in {file} asks for more than a plain value of this config, and a saved "
                 "config is data; put the value in its place."
             )
+    if text.startswith(_BEGIN) and not text.endswith(_END):
+        raise UserError(f"{file} is damaged (its end is missing); {ADVICE}.")
     dataset = config.get("dataset")
     if isinstance(dataset, dict):
         config["dataset"] = {**dataset, **{key: WRITTEN[key] for key in WRITTEN if dataset.get(key)}}
@@ -94,7 +103,7 @@ def _asks_for_more(text: str, config: Any) -> bool:
 
 def _value(path: list[str], config: Any) -> Any:
     for name in path:
-        if isinstance(config, list) and name.isdigit() and int(name) < len(config):
+        if isinstance(config, list) and name.isdecimal() and int(name) < len(config):
             config = config[int(name)]
         else:
             config = config.get(name) if isinstance(config, Mapping) else None

@@ -1,7 +1,10 @@
-"""Atomic writing: a file is on the disk whole or not at all."""
+"""Files. Small ones are read whole, and a damaged one gives one sentence. Any file is written whole or not at all."""
 
+import csv
 import errno
+import json
 import os
+import re
 import stat
 import zipfile
 from collections.abc import Iterator
@@ -9,10 +12,90 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
-from icl_msr.core.errors import UserError
+from icl_msr.core.errors import UserError, reason
+from icl_msr.core.memory import require_memory
 
 if TYPE_CHECKING:
     import numpy as np
+
+
+SMALL = 50_000_000
+"""Largest size of a file that holds facts, in bytes."""
+TABLE = 2_000_000_000
+"""Largest size of a table of numbers, in bytes."""
+_URL = re.compile(r"[a-z][a-z0-9+.-]+:/", re.IGNORECASE)
+
+
+def require_local(folder: str | Path, key: str) -> None:
+    """Check that what a key names as a folder to write to is a path, not a URL.
+
+    Raises:
+        UserError: it is a URL. Otherwise a local folder of this name would be made.
+    """
+    if _URL.match(str(folder)):
+        raise UserError(
+            f"{key}={folder} is a URL, and files are written to local folders; mount it, or copy them there."
+        )
+
+
+def expanded(path: str | Path) -> Path:
+    """Return a path with `~` as the home folder. A name such as `~nobody`, of no user, stays as it is."""
+    return Path(os.path.expanduser(path))
+
+
+@contextmanager
+def readable(path: Path, advice: str) -> Iterator[None]:
+    """Read a file inside the context. Any error about its content becomes one sentence.
+
+    Raises:
+        UserError: the file is damaged. `advice` says what to do.
+        FileNotFoundError: it is not there.
+    """
+    try:
+        yield
+    except (UserError, FileNotFoundError, MemoryError):
+        raise
+    except Exception as error:  # parsers raise many kinds
+        said = reason(error) if isinstance(error, OSError | ValueError) else getattr(error, "problem", None)
+        raise UserError(f"{path} is damaged ({said or 'it has another content'}); {advice}.") from None
+
+
+def read_json(path: Path, advice: str) -> dict[str, Any]:
+    """Return the mapping in a JSON file.
+
+    Raises:
+        UserError: the file is damaged or holds something else; see `readable`.
+        FileNotFoundError: it is not there.
+    """
+    with readable(path, advice):
+        content = json.loads(read_regular(path, SMALL).decode("utf-8-sig"))
+        if not isinstance(content, dict):
+            raise ValueError("it does not hold a mapping")
+        return content
+
+
+def read_table(path: Path, advice: str) -> list[dict[str, str]]:
+    """Return the rows of a CSV file of numbers by column, without empty cells.
+
+    The last row is left out if it has no line break, because a killed process may leave half a row.
+
+    Raises:
+        UserError: the file is damaged or holds something else; see `readable`.
+        FileNotFoundError: it is not there.
+    """
+    with readable(path, advice):
+        whole, _, _ = read_regular(path, TABLE).decode("utf-8-sig").rpartition("\n")
+        lines = csv.DictReader(whole.splitlines())
+        if "step" not in (lines.fieldnames or ()):
+            raise ValueError("it has no column step")
+        rows = []
+        for number, line in enumerate(lines, start=2):
+            if None in line:
+                raise ValueError(f"line {number} has too many cells")
+            rows.append({name: cell for name, cell in line.items() if cell})
+            for cell in rows[-1].values():
+                float(cell)
+        return rows
 
 
 def read_regular(path: Path, largest: int) -> bytes:
@@ -46,12 +129,7 @@ def read_arrays(path: Path) -> "dict[str, np.ndarray[Any, Any]]":
     with file:
         assert file.zip is not None
         needed = sum(part.file_size for part in file.zip.infolist())
-        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-        if needed > memory:
-            raise UserError(
-                f"The arrays of {path} need {needed / 1e9:.0f} GB of memory, and this machine has {memory / 1e9:.0f} "
-                "GB; divide them, or write the images as files."
-            )
+        require_memory(f"The arrays of {path}", needed, "divide them, or write the images as files")
         return {name: file[name] for name in file.files}
 
 

@@ -17,6 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, NonNegative
 from torch import Tensor
 
 from icl_msr.core.errors import UserError
+from icl_msr.core.storage import expanded
 from icl_msr.data import tars
 from icl_msr.data.classes import listed_classes
 from icl_msr.data.dataset import ArraySplit, Dataset, Split, numbered_classes
@@ -121,7 +122,7 @@ def shards(
     Raises:
         UserError: a shard is missing, damaged or holds links, or labels and classes do not fit together.
     """
-    limit, pages = int(cache_gb * 1e9), Path(cache).expanduser() / "shards"
+    limit, pages = int(cache_gb * 1e9), expanded(cache) / "shards"
     store = Store(url, options, Cache(pages, limit) if limit else None)
     reader = _Reader(store, pages)
     manifest = reader.manifest() if train is None and test is None else None

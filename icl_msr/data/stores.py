@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from icl_msr.core.errors import UserError, reason
-from icl_msr.core.storage import disk_is_full
+from icl_msr.core.storage import disk_is_full, expanded
 
 PACKAGES = {"s3": "s3fs", "gs": "gcsfs", "https": "aiohttp", "http": "aiohttp", "hf": "huggingface_hub"}
 """The stores that can be read, and the package of each beside `fsspec`."""
@@ -69,7 +69,7 @@ class Store:
                 raise UserError(f"{place} cannot be read; name a folder, or a URL of {', '.join(PACKAGES)}.")
             self._connect()
         else:
-            self.place = str(Path(place).expanduser())
+            self.place = str(expanded(place))
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_connection": None}

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from icl_msr.core.distributed import rank, world_size
 from icl_msr.core.errors import UserError
 from icl_msr.data.dataset import Split, normalise
+from icl_msr.models.backbones import evaluating
 
 _PATIENCE = 2.0
 """Seconds of silence before a progress bar appears."""
@@ -69,18 +70,6 @@ def extract(
             "the training diverged; lower the learning rate with optimizer.lr=..."
         )
     return features
-
-
-@contextmanager
-def evaluating(encoder: nn.Module) -> Iterator[None]:
-    """Set an encoder to evaluation mode inside the context, and restore the mode of every submodule afterwards."""
-    modes = [(module, module.training) for module in encoder.modules()]
-    encoder.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training
 
 
 class Bar:

@@ -31,11 +31,12 @@ from icl_msr.core.records import Classifier
 from icl_msr.data.dataset import Dataset, Split
 from icl_msr.data.files import FileSplit
 from icl_msr.data.sources import cores
-from icl_msr.evaluation.features import evaluating, extract, progress
+from icl_msr.evaluation.features import extract, progress
 from icl_msr.evaluation.labels import LABELS, Part, balanced_part, listed_part, names, percent, require_labels
 from icl_msr.evaluation.linear import hold_out
 from icl_msr.evaluation.subsets import crop_and_flip
 from icl_msr.evaluation.suite import CHOICE, Evaluation, Fit, Fraction, Results, Task, choice, record_tests
+from icl_msr.models.backbones import evaluating
 
 OptimizerName = Literal["adamw", "sgd"]
 TUNED = Classifier(family="finetune")

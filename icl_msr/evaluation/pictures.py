@@ -19,10 +19,9 @@ from icl_msr.core.figures import plain
 from icl_msr.core.storage import atomic_write, disk_is_full
 from icl_msr.core.views import Views
 from icl_msr.data.dataset import Dataset
-from icl_msr.evaluation.features import evaluating
 from icl_msr.evaluation.knn import neighbours
 from icl_msr.evaluation.strata_maps import ALL, weighted_maps
-from icl_msr.models.backbones import Backbone
+from icl_msr.models.backbones import Backbone, evaluating
 from icl_msr.regularizers.strata import uniform
 
 matplotlib.rcParams["svg.fonttype"] = "none"

@@ -19,9 +19,8 @@ from icl_msr.core.records import Chart, Layout, Measurement, Records
 from icl_msr.data.dataset import ArraySplit, Dataset, Split, normalise
 from icl_msr.data.files import FileSplit
 from icl_msr.data.sources import fit
-from icl_msr.evaluation.features import evaluating
 from icl_msr.evaluation.metrics import Bootstrap
-from icl_msr.models.backbones import Backbone
+from icl_msr.models.backbones import Backbone, evaluating
 
 ALL = "all channels"
 """Name of the map that weights all channels equally."""

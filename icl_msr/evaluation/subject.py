@@ -2,7 +2,6 @@
 
 import re
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -54,15 +53,7 @@ class Subject:
             UserError: it cannot take them.
         """
         encoder = self.build(image_size, seed).to(memory_format=torch.channels_last).eval()
-        try:
-            with torch.inference_mode():
-                encoder(torch.zeros(2, 3, image_size, image_size))
-        except Exception as error:
-            size = f"={self.image_size}" if self.image_size else ""
-            reason = str(error).splitlines()[0].rstrip(".")
-            raise UserError(
-                f"{self.name} cannot take images of {image_size} pixels ({reason}); set dataset.image_size{size}."
-            ) from None
+        encoder.require_size(image_size, f"set dataset.image_size{f'={self.image_size}' if self.image_size else ''}")
         return encoder
 
 
@@ -119,8 +110,7 @@ def find(source: str, value: str, weights: str | None) -> Subject:
     subject = _exported(backbone, about, run.path.resolve().name, value)
     subject.config, subject.recorded = run.saved_config(), run.saved_config(resolve=False)
     subject.checkpoint = file.name if source == "checkpoint" else None
-    with suppress(OSError, ValueError):
-        subject.name = run.facts().get("name", subject.name)
+    subject.name = run.facts().get("name", subject.name)
     return subject
 
 
@@ -156,19 +146,20 @@ def rebuild(run: RunFolder, encoder: str) -> tuple[Backbone, dict[str, Any]]:
     try:
         facts = run.facts()
         about = {**facts["images"], "choices": facts["choices"], "icl_msr": facts["icl_msr"], "encoder": encoder}
-    except (OSError, ValueError, KeyError):
+    except KeyError:
         raise UserError(f"{run.environment} does not say what images the encoder takes; repeat the run.") from None
     try:
         config, images = run.saved_config(), facts["images"]
         trust.require(config, run.config, ("backbone", "method"))
         node: Mapping[str, Any] = config["backbone"]
         untrained = {**node, "weights": None} if "weights" in node else node
-        plain = build(untrained, image_size=images["image_size"])
+        plain: Backbone = build(untrained, image_size=images["image_size"])
         # The method may change the encoder. The number of classes does not affect any encoder.
         facts_of_data = {"classes": 2, "mean": images["mean"], "std": images["std"]}
         method: Method = build(config["method"], backbone=plain, **facts_of_data)
         backbone = method.backbone
         backbone.load_state_dict(state)
+        backbone.require_size(int(images["image_size"]), f"restore {run.environment}")
     except UserError:
         raise
     except Exception as error:

@@ -87,6 +87,7 @@ def crop_and_flip(scale: list[float], flip: float, views: int = 1) -> Augmentati
     return Augmentation(
         scale=scale,
         ratio=[3 / 4, 4 / 3],
+        interpolation="bilinear",
         flip=flip,
         jitter=[0.0, 0.0, 0.0, 0.0],
         jitter_probability=0.0,

@@ -58,7 +58,7 @@ class _LogSumExp(Function):
 
     @staticmethod
     def forward(ctx: Any, anchors: Tensor, bank: Tensor, left_out: Tensor) -> Tensor:
-        ctx.chunk = max(1, CHUNK // len(bank))
+        ctx.chunk = max(1, CHUNK // max(1, len(bank)))
         sums = torch.empty_like(anchors[:, 0])
         for a, out, total in zip(*(torch.split(t, ctx.chunk) for t in (anchors, left_out, sums)), strict=True):
             torch.logsumexp((a @ bank.T).scatter_(1, out, float("-inf")), dim=1, out=total)

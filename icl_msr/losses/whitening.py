@@ -1,5 +1,6 @@
-"""W-MSE: the mean squared error of whitened embeddings. M images on all ranks, D embedding."""
+"""W-MSE: the mean squared error of whitened embeddings. V views, M images on all ranks, D embedding."""
 
+import itertools
 from collections.abc import Sequence
 
 import torch
@@ -54,20 +55,20 @@ def whiten(rows: Tensor, shrinkage: float) -> Tensor:
 
 
 @full_precision
-def wmse(first: Tensor, second: Tensor, parts: Sequence[Tensor], shrinkage: float) -> Tensor:
-    """Return the squared distance of the two views' whitened, normalised embeddings (Ermolov et al. 2021, section 3).
+def wmse(views: Tensor, parts: Sequence[Tensor], shrinkage: float) -> Tensor:
+    """Return the squared distance of two views' whitened, normalised embeddings (Ermolov et al. 2021, section 3).
 
     Each view is whitened separately, one sub-batch after the other, over the images of all ranks.
 
     Args:
-        first, second: (N, D) embeddings of the two views.
+        views: (V, N, D), embeddings of each view.
         parts: indices of the M gathered images, as returned by `partition`.
         shrinkage: see `whiten`.
 
     Returns:
-        () mean over all images and iterations of 2 - 2 cos, the same on all ranks.
+        () mean over all pairs of views, images and iterations of 2 - 2 cos, the same on all ranks.
     """
-    views = torch.stack([gather(single(first)), gather(single(second))])  # (2, M, D)
-    there = [part.to(views.device, non_blocking=True) for part in parts]
-    whitened = torch.cat([whiten(views[:, part], shrinkage) for part in there], dim=1)
-    return squared_distance(*whitened)
+    everyone = torch.stack([gather(single(view)) for view in views])  # (V, M, D)
+    there = [part.to(everyone.device, non_blocking=True) for part in parts]
+    whitened = torch.cat([whiten(everyone[:, part], shrinkage) for part in there], dim=1)
+    return torch.stack([squared_distance(*pair) for pair in itertools.combinations(whitened, 2)]).mean()

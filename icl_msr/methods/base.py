@@ -112,6 +112,8 @@ class Method(nn.Module, ABC):
     """Views that the backbone encodes."""
     target_views = slice(2)
     """Views that the momentum encoder encodes."""
+    apart = False
+    """True if each view is a batch of its own, with its own statistics in BatchNorm. By default, all views are one."""
     refuses: Mapping[str, str] = {}
     """Config groups (`regularizer`, `negatives`) that this method cannot use, each with the reason and the remedy."""
 
@@ -134,13 +136,12 @@ class Method(nn.Module, ABC):
         """Return the side of the comparison that has no gradient: momentum embeddings and embedded negatives."""
         targets = Targets()
         if self.momentum_encoder is not None:
-            targets.features = encode_views(self.momentum_encoder.backbone, views.views[self.target_views])
-            targets.embeddings = in_one_batch(self.momentum_encoder.projector, targets.features)
+            targets.features = encode_views(self.momentum_encoder.backbone, views.views[self.target_views], self.apart)
+            targets.embeddings = through(self.momentum_encoder.projector, targets.features, self.apart)
         if views.negatives is not None:
-            images = views.negatives.rows
             with frozen_statistics(self):  # the encoder is evaluated later, and its statistics never see a texture
-                rows = self.embed(images.flatten(0, 1))
-            targets.negatives = replace(views.negatives, rows=rows.reshape(*images.shape[:2], -1))
+                rows = torch.stack([self.embed(images) for images in views.negatives.rows.unbind(1)], dim=1)
+            targets.negatives = replace(views.negatives, rows=rows)
         return targets
 
     def embed(self, images: Tensor) -> Tensor:
@@ -154,11 +155,11 @@ class Method(nn.Module, ABC):
 
         The trained backbone runs nowhere else. It runs once for each image size.
         """
-        return encode_views(self.backbone, views.views[self.online_views])
+        return encode_views(self.backbone, views.views[self.online_views], self.apart)
 
     def project(self, features: Sequence[Tensor]) -> list[Tensor]:
         """Return the projections or predictions of each view: (N, c) to (N, D)."""
-        return in_one_batch(self.projector, features)
+        return through(self.projector, features, self.apart)
 
     @abstractmethod
     def loss(self, embeddings: Sequence[Tensor], targets: Targets, step: Step) -> Tensor:
@@ -217,16 +218,24 @@ class Method(nn.Module, ABC):
             self.momentum_encoder.follow(self.backbone, self.projector, step.progress)
 
 
-def encode_views(backbone: nn.Module, views: Sequence[Tensor]) -> list[Tensor]:
-    """Return features (N, c) of each view (N, C, h, w). Neighbouring views of one size are encoded in one pass."""
+def encode_views(backbone: nn.Module, views: Sequence[Tensor], apart: bool = False) -> list[Tensor]:
+    """Return features (N, c) of each view (N, C, h, w). Neighbouring views of one size are encoded in one pass.
+
+    `apart` encodes each view in a pass of its own.
+    """
     features: list[Tensor] = []
     for _, same in itertools.groupby(views, lambda view: view.shape[-1]):
-        features += in_one_batch(backbone, list(same))
+        features += through(backbone, list(same), apart)
     return features
 
 
-def in_one_batch(network: Callable[[Tensor], Tensor], views: Sequence[Tensor]) -> list[Tensor]:
-    """Put V tensors (N, ...) through a network in one batch of V N rows, and return V results (N, ...)."""
+def through(network: Callable[[Tensor], Tensor], views: Sequence[Tensor], apart: bool = False) -> list[Tensor]:
+    """Put V tensors (N, ...) through a network and return V results (N, ...).
+
+    They are one batch of V N rows, or V batches if they are to stay `apart`.
+    """
+    if apart:
+        return [network(view) for view in views]
     batch = views[0] if len(views) == 1 else torch.cat(list(views))
     return list(network(batch).chunk(len(views)))
 

@@ -6,7 +6,7 @@ from pydantic import PositiveInt
 from torch import Tensor
 
 from icl_msr.losses.regression import repulsion, squared_distance
-from icl_msr.methods.base import Method, Step, Targets, in_one_batch
+from icl_msr.methods.base import Method, Step, Targets, through
 from icl_msr.models.backbones import Backbone
 from icl_msr.models.heads import mlp
 from icl_msr.models.momentum import Momentum, MomentumEncoder, Statistics
@@ -27,14 +27,16 @@ class BYOL(Method):
         embedding_dim: PositiveInt,
         momentum: Momentum,
         momentum_statistics: Statistics,
+        batch_norm_per_view: bool,
     ):
         super().__init__(backbone, mlp(backbone.channels, hidden_dim, embedding_dim))
+        self.apart = batch_norm_per_view
         self.predictor = mlp(embedding_dim, hidden_dim, embedding_dim)
         self.momentum_encoder = MomentumEncoder(backbone, self.projector, momentum, momentum_statistics, rising=True)
 
     def project(self, features: Sequence[Tensor]) -> list[Tensor]:
         """Return predictions q(g(h)) of both views."""
-        return in_one_batch(lambda h: self.predictor(self.projector(h)), features)
+        return through(lambda h: self.predictor(self.projector(h)), features, self.apart)
 
     def loss(self, embeddings: Sequence[Tensor], targets: Targets, step: Step) -> Tensor:
         """Return the mean of both directions of 2 - 2 cos (eq. 2; the paper sums them)."""

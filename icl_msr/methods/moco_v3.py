@@ -6,7 +6,7 @@ from pydantic import PositiveFloat, PositiveInt
 from torch import Tensor, nn
 
 from icl_msr.losses.contrastive import in_batch_nce
-from icl_msr.methods.base import Method, Step, Targets, in_one_batch
+from icl_msr.methods.base import Method, Step, Targets, through
 from icl_msr.models.backbones import Backbone
 from icl_msr.models.heads import mlp
 from icl_msr.models.momentum import Momentum, MomentumEncoder, Statistics
@@ -37,7 +37,7 @@ class MoCoV3(Method):
 
     def project(self, features: Sequence[Tensor]) -> list[Tensor]:
         """Return queries q of both views: predictions from projections."""
-        return in_one_batch(lambda h: self.predictor(self.projector(h)), features)
+        return through(lambda h: self.predictor(self.projector(h)), features)
 
     def loss(self, embeddings: Sequence[Tensor], targets: Targets, step: Step) -> Tensor:
         """Return ctr(q1, k2) + ctr(q2, k1), each scaled by 2 tau (algorithm 1)."""

@@ -18,9 +18,15 @@ class SimCLR(Method):
     """
 
     def __init__(
-        self, backbone: Backbone, *, hidden_dim: PositiveInt, embedding_dim: PositiveInt, temperature: PositiveFloat
+        self,
+        backbone: Backbone,
+        *,
+        hidden_dim: PositiveInt,
+        embedding_dim: PositiveInt,
+        batch_norm_last: bool,
+        temperature: PositiveFloat,
     ):
-        super().__init__(backbone, mlp(backbone.channels, hidden_dim, embedding_dim))
+        super().__init__(backbone, mlp(backbone.channels, hidden_dim, embedding_dim, norm_last=batch_norm_last))
         self.temperature: float = temperature
 
     def loss(self, embeddings: Sequence[Tensor], targets: Targets, step: Step) -> Tensor:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from icl_msr.losses.dependence import imq_frequencies, ssl_hsic
 from icl_msr.losses.regression import repulsion
-from icl_msr.methods.base import Method, Step, Targets, in_one_batch
+from icl_msr.methods.base import Method, Step, Targets, through
 from icl_msr.models.backbones import Backbone
 from icl_msr.models.heads import mlp
 from icl_msr.models.momentum import Momentum, MomentumEncoder, Statistics
@@ -42,7 +42,7 @@ class SSLHSIC(Method):
 
     def project(self, features: Sequence[Tensor]) -> list[Tensor]:
         """Return predictions of both views."""
-        return in_one_batch(lambda h: self.predictor(self.projector(h)), features)
+        return through(lambda h: self.predictor(self.projector(h)), features)
 
     def loss(self, embeddings: Sequence[Tensor], targets: Targets, step: Step) -> Tensor:
         """Return -HSIC(Z, Y) + gamma sqrt(HSIC(Z, Z)) over the images of all ranks (section 3)."""

@@ -10,7 +10,7 @@ from icl_msr.core.distributed import all_reduce_sum, world_size
 from icl_msr.core.errors import UserError
 from icl_msr.core.views import Views
 from icl_msr.losses.contrastive import full_precision
-from icl_msr.methods.base import Method, Pair, Step, Targets, in_one_batch
+from icl_msr.methods.base import Method, Pair, Step, Targets, through
 from icl_msr.models.backbones import Backbone
 
 
@@ -40,7 +40,7 @@ class Supervised(Method):
 
     def project(self, features: Sequence[Tensor]) -> list[Tensor]:
         """Return logits (N, classes) of each view."""
-        return in_one_batch(self.classifier, features)
+        return through(self.classifier, features)
 
     def loss(self, embeddings: Sequence[Tensor], targets: Targets, step: Step) -> Tensor:
         """Return the cross-entropy, averaged over views."""

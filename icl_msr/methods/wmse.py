@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from typing import Annotated
 
+import torch
 from pydantic import Field, PositiveInt
 from torch import Tensor
 from typing_extensions import override
@@ -17,11 +18,15 @@ from icl_msr.models.heads import mlp
 
 
 class WMSE(Method):
-    """Attracts two views after whitening the batch of each view, which scatters it over the sphere.
+    """Attracts all views of an image after whitening the batch of each view, which scatters it over the sphere.
+
+    W-MSE 2 has two views; `augment.views=[{},{},{},{}]` makes W-MSE 4.
 
     MSR uses the projection before the whitening (ours), because a whitened embedding depends on other images too.
     Non-semantic negatives go through the encoder without gradient and are repelled from the same projection (ours).
     """
+
+    takes = (2, 16)
 
     def __init__(
         self,
@@ -50,10 +55,12 @@ class WMSE(Method):
             )
 
     def loss(self, embeddings: Sequence[Tensor], targets: Targets, step: Step) -> Tensor:
-        """Return the squared error of whitened embeddings. Sub-batches are taken from the images of all ranks."""
-        first, second = embeddings
-        images = len(first) * world_size()
+        """Return the mean squared error of all pairs of whitened views.
+
+        Sub-batches are taken from the images of all ranks.
+        """
+        images = len(embeddings[0]) * world_size()
         self.require_batch(images)
         parts = partition(images, self.size, self.iterations, step.index)
-        repelled = (repulsion(first, targets.negatives) + repulsion(second, targets.negatives)) / 2
-        return wmse(first, second, parts, self.shrinkage) - repelled
+        repelled = torch.stack([repulsion(view, targets.negatives) for view in embeddings]).mean()
+        return wmse(torch.stack(list(embeddings)), parts, self.shrinkage) - repelled

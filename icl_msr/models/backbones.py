@@ -5,13 +5,15 @@ import inspect
 import json
 import math
 from collections import OrderedDict
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, Literal, NamedTuple
 
+import torch
 from pydantic import ConfigDict, validate_call
 from torch import Tensor, nn
 
-from icl_msr.core.errors import UserError
+from icl_msr.core.errors import UserError, reason
 from icl_msr.models.weights import read_weights
 
 
@@ -47,6 +49,31 @@ class Backbone(nn.Module):
         self.origin: Origin | None = None
         """The model of another library that it is, if any."""
 
+    @property
+    def name(self) -> str:
+        """The model's name for messages."""
+        if self.origin is not None:
+            return f"{self.origin.library}:{self.origin.name}"
+        recipe = self.recipe or {}
+        return str(recipe.get("name") or recipe.get("builder") or type(self.net).__name__)
+
+    def require_size(self, image_size: int, advice: str) -> None:
+        """Check by one forward pass that the network takes square images and gives features (N, channels).
+
+        Args:
+            image_size: side of the images in pixels.
+            advice: what the user can type instead, for the error message.
+
+        Raises:
+            UserError: the network does not take such images, or gives something else.
+        """
+        width = measured_width(self, self.name, image_size, advice)
+        if width != self.channels:
+            raise UserError(
+                f"{self.name} gives features of {width} channels, and its `channels` says {self.channels}; correct it "
+                "where the backbone is built."
+            )
+
     def parts(self) -> dict[str, "Backbone"]:
         """Return encoders inside this one that are useful by themselves. They are exported beside the whole one."""
         return {}
@@ -75,10 +102,22 @@ class Backbone(nn.Module):
             inside = list(inside.children())[heavy[-1]]
 
     def maps(self, images: Tensor) -> Tensor:
-        """Return the last feature map (N, c, h, w) of images (N, 3, H, W).
+        """Return the last feature map (N, c, h, w) of images (N, 3, H, W), in the channels of the features.
 
         The patch tokens of a transformer are laid out as a grid.
+
+        Raises:
+            UserError: the network has no such map. For example, a layer behind the pooling makes other channels.
         """
+        last = self._last_map(images)
+        if last is None or last.ndim != 4 or last.shape[1] != self.channels:
+            raise UserError(
+                f"{self.name} has no last feature map of {self.channels} channels like its features; choose another "
+                "backbone."
+            )
+        return last
+
+    def _last_map(self, images: Tensor) -> Tensor | None:
         if not hasattr(self.net, "forward_features"):
             for layer in self.net.children():
                 if isinstance(layer, nn.AdaptiveAvgPool2d | nn.Flatten):
@@ -86,12 +125,56 @@ class Backbone(nn.Module):
                 images = layer(images)
             return images
         net: Any = self.net
-        features: Tensor = net.forward_features(images)
-        if features.ndim == 4:
-            return features
-        tokens = features[:, net.num_prefix_tokens :]
-        side = math.isqrt(tokens.shape[1])
-        return tokens.mT.reshape(len(tokens), -1, side, side)
+        features = net.forward_features(images)
+        if not isinstance(features, Tensor):
+            return None
+        if features.ndim == 3:
+            tokens = features[:, getattr(net, "num_prefix_tokens", 0) :]
+            side = math.isqrt(tokens.shape[1])
+            return tokens.mT.reshape(len(tokens), -1, side, side) if side * side == tokens.shape[1] else None
+        return features.permute(0, 3, 1, 2) if getattr(net, "output_fmt", "NCHW") == "NHWC" else features
+
+
+@contextmanager
+def evaluating(network: nn.Module) -> Iterator[None]:
+    """Set a network to evaluation mode inside the context, and restore the mode of every submodule afterwards."""
+    modes = [(module, module.training) for module in network.modules()]
+    network.eval()
+    try:
+        yield
+    finally:
+        network.train()  # until this call, LeViT of older timm keeps what it computed from its weights
+        for module, training in modes:
+            module.training = training
+
+
+@torch.no_grad()
+def measured_width(network: nn.Module, name: str, image_size: int, advice: str) -> int:
+    """Return the number of channels of a network's pooled features, from one forward pass of two black images.
+
+    The network and the state of the random generators are not changed.
+
+    Args:
+        network: from images (N, 3, H, W) to features (N, c), on the CPU.
+        name: the model's name, for the error message.
+        image_size: H and W in pixels.
+        advice: what the user can type instead, for the error message.
+
+    Raises:
+        UserError: the network does not take such images, or its result is not (N, c).
+    """
+    try:
+        with evaluating(network), torch.random.fork_rng(devices=[]):
+            features = network(torch.zeros(2, 3, image_size, image_size))
+    except Exception as error:
+        raise UserError(f"{name} cannot take images of {image_size} pixels ({reason(error)}); {advice}.") from None
+    if not isinstance(features, Tensor) or features.ndim != 2 or len(features) != 2:
+        found = f"shape {tuple(features.shape)}" if isinstance(features, Tensor) else type(features).__name__
+        raise UserError(
+            f"{name} gives a result of {found} for two images, and pooled features (images, channels) are needed; "
+            "choose another backbone or its options."
+        )
+    return features.shape[1]
 
 
 def tiny_network() -> nn.Module:
@@ -185,8 +268,11 @@ def timm_model(image_size: int, *, name: str, options: dict[str, Any], weights: 
     try:
         net = timm.create_model(name, num_classes=0, **options)
     except Exception as error:
-        raise UserError(f"timm cannot build {name} with {options}: {error}.") from error
-    channels = int(net.num_features)  # type: ignore[arg-type]
+        raise UserError(f"timm cannot build {name} with {options}: {reason(error)}.") from error
+    # num_features is not the width of every model, and a size that does not fit fails only in a forward pass.
+    made_for = int(getattr(net, "pretrained_cfg", {}).get("input_size", (3, image_size))[-1])
+    advice = f"set dataset.image_size={made_for}" if made_for != image_size else "choose another model"
+    channels = measured_width(net, name, image_size, advice)
     return with_weights(Backbone(net, channels, load, recipe), weights, timm_name=name)
 
 

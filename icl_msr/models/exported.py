@@ -9,7 +9,7 @@ from pydantic import ValidationError
 from safetensors.torch import save
 
 from icl_msr.core.errors import UserError
-from icl_msr.core.storage import atomic_write
+from icl_msr.core.storage import atomic_write, read_json, readable
 from icl_msr.models.backbones import Backbone, from_recipe, resnet, timm_model, tiny
 from icl_msr.models.lab import half_encoder, lab_encoder
 
@@ -78,11 +78,9 @@ def load_encoder(path: Path) -> tuple[Backbone, dict[str, Any]]:
     for file in (tensors, about_file):
         if not file.is_file():
             raise UserError(f"{path} holds no exported encoder ({file} is missing); type python -m icl_msr.export.")
-    try:
-        about: dict[str, Any] = json.loads(about_file.read_text())
+    with readable(about_file, "export the encoder again"):
+        about = read_json(about_file, "export the encoder again")
         recipe = about["recipe"]
-    except (ValueError, KeyError, TypeError):
-        raise UserError(f"{about_file} is damaged or of another program; export the encoder again.") from None
     if recipe is None:
         raise UserError(f"{about_file} belongs to another package, whose own function must build the network.")
     try:

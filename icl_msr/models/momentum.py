@@ -3,6 +3,8 @@
 import copy
 import itertools
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Annotated, Literal
 
 import torch
@@ -10,6 +12,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from icl_msr.core.distributed import gather
+from icl_msr.core.memory import require_memory
 from icl_msr.losses.contrastive import unit
 from icl_msr.models.backbones import Backbone
 
@@ -82,6 +85,7 @@ class Queue(nn.Module):
 
     def __init__(self, size: int, dim: int):
         super().__init__()
+        require_memory(f"A queue of {size} keys", 12.0 * size * dim, "choose a smaller method.queue_size")
         generator = torch.Generator().manual_seed(0)
         self.register_buffer("keys", unit(torch.randn(size, dim, generator=generator)))
         self.register_buffer("position", torch.zeros((), dtype=torch.long))
@@ -94,3 +98,14 @@ class Queue(nn.Module):
         # Not in place: autograd may still hold the keys of this step's loss.
         self.keys = self.keys.index_copy(0, slots, everyone.to(self.keys.dtype))
         self.position = (self.position + len(everyone)) % len(self.keys)
+
+    @contextmanager
+    def without(self, rows: int, newer: int) -> Iterator[None]:
+        """Hide the keys of an earlier batch: `rows` keys, after which `newer` keys were pushed."""
+        whole = self.keys
+        age = (self.position - 1 - torch.arange(len(whole), device=whole.device)) % len(whole)
+        self.keys = whole[(age < newer) | (age >= newer + rows)]
+        try:
+            yield
+        finally:
+            self.keys = whole

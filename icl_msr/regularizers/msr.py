@@ -28,8 +28,8 @@ from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 from typing_extensions import override
 
-from icl_msr.core.config import GIVEN, build, check_node, config_dir
-from icl_msr.core.distributed import average, gather, rank
+from icl_msr.core.config import GIVEN, Seed, build, check_node, config_dir
+from icl_msr.core.distributed import average, gather, rank, world_size
 from icl_msr.core.errors import UserError
 from icl_msr.core.views import Views
 from icl_msr.losses.contrastive import full_precision, unit
@@ -69,6 +69,9 @@ class MetaSemanticRegularizer(Regularizer):
     * `random_net`: f_msr, frozen.
     * `random`: a fixed partition of the channels.
     * `ones`: one uniform stratum, which makes L_msr a second InfoNCE.
+
+    `reduction` concerns the bi-level step alone: `sum` adds L_ct and L_msr up over the anchors of all ranks, as the
+    paper prints them. theta's own step always takes means, since Adam's step does not depend on the scale of its loss.
     """
 
     def __init__(
@@ -91,13 +94,14 @@ class MetaSemanticRegularizer(Regularizer):
         every: PositiveInt,
         alpha: Literal["relative", "lr"],
         relative_step: PositiveFloat,
+        reduction: Literal["mean", "sum"],
         lr: PositiveFloat,
         uniformity_trains: Literal["head", "all"],
         trunk: Literal["trained", "frozen"],
         head_scale: PositiveFloat,
         width: Annotated[int, Field(gt=0, multiple_of=8)],
         image_size: PositiveInt,
-        seed: int,
+        seed: Seed,
     ):
         super().__init__()
         self.lam, self.gamma, self.u, self.weights = lam, gamma, u, weights
@@ -105,7 +109,7 @@ class MetaSemanticRegularizer(Regularizer):
         self.negatives, self.denominators = negatives, denominators
         self.mode, self.difference_step, self.scope = mode, difference_step, scope
         self.schedule, self.every = schedule, every
-        self.alpha, self.relative_step = alpha, relative_step
+        self.alpha, self.relative_step, self.reduction = alpha, relative_step, reduction
         self.uniformity_trains = uniformity_trains
         self.network: StrataNetwork | None = None
         self.optimizer: torch.optim.Optimizer | None = None
@@ -262,8 +266,8 @@ class MetaSemanticRegularizer(Regularizer):
                 precision.
 
         Returns:
-            Numbers () for the log: the norms of both parts of phi's gradient, L_uni, and alpha. They stay on the
-            device, so that the host does not wait.
+            Numbers () for the log: the norms of both parts of phi's gradient, L_uni, and alpha, the factor of the
+            gradient of the means. They stay on the device, so that the host does not wait.
 
         Raises:
             UserError: the method's precision, or a layer of its heads, makes the meta gradient wrong.
@@ -284,15 +288,17 @@ class MetaSemanticRegularizer(Regularizer):
             log["uniformity"] = average([spread.detach()])[0] / (self.gamma or 1)
             log["uniformity_grad_norm"] = norm(gradient)
             if self.weights != "uniform_only":
+                terms = self.terms(method, views, targets, step)
                 if self.weights == "joint":
                     pairs = replay(method, views, targets, step).pairs
                     signal = average(torch.autograd.grad(self.lam * self.penalty(pairs, strata), phi))
                 else:
                     if inner is None:
                         inner = self.inner_gradient(method, views, targets, step)
-                    log["alpha"] = self.step_size(method, inner, learning_rate)
+                    log["alpha"] = self.step_size(method, inner, learning_rate * terms)
                     arguments = (method, views, targets, step, inner, log["alpha"])
                     signal = self.meta_gradient(*arguments, features, precision)
+                signal = [terms * s for s in signal]
                 log["meta_grad_norm"] = norm(signal)
                 gradient = [a + b for a, b in zip(gradient, signal, strict=True)]
         for parameter, g in zip(phi, gradient, strict=True):
@@ -300,6 +306,13 @@ class MetaSemanticRegularizer(Regularizer):
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         return log
+
+    @torch.no_grad()
+    def terms(self, method: Method, views: Views, targets: Targets, step: Step) -> int:
+        """Return the number of anchors on all ranks that L_ct and L_msr add up; 1 if they are means."""
+        if self.reduction == "mean":
+            return 1
+        return world_size() * sum(len(pair.anchor) for pair in replay(method, views, targets, step).pairs)
 
     def step_size(self, method: Method, inner: Mapping[str, Tensor], learning_rate: float) -> Tensor:
         """Return alpha () of the virtual step: the learning rate, or r |theta| / |g|, the same under any optimiser."""

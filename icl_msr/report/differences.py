@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Literal
 
 from icl_msr.core.errors import UserError
 from icl_msr.core.records import ACCURACY, Measurement
-from icl_msr.report.runs import GAIN, Run
+from icl_msr.core.storage import readable
+from icl_msr.report.runs import GAIN, WITHOUT, Run
 from icl_msr.report.summary import Configuration
 
 if TYPE_CHECKING:
@@ -152,7 +153,7 @@ def _hits(folder: Path, metric: Measurement) -> "tuple[np.ndarray, np.ndarray] |
     key, labels = f"{metric.encoder}/{metric.name}", f"labels/{metric.split}"
     if not file.exists():
         return None
-    with np.load(file) as saved:
+    with readable(file, WITHOUT), np.load(file) as saved:
         if key not in saved or labels not in saved:
             return None
         return saved[labels], saved[key] == saved[labels]

@@ -1,23 +1,22 @@
 """Run folders read from disk, without loading a model."""
 
-import csv
-import json
 import math
 import os
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from omegaconf.errors import OmegaConfBaseException
-from yaml import YAMLError
-
 from icl_msr.core.errors import UserError
 from icl_msr.core.folder import RunFolder
 from icl_msr.core.records import TRAINED, UNTRAINED, Measurement, Outcome
 from icl_msr.core.saved import read
+from icl_msr.core.storage import read_arrays, read_json, readable
 
+WITHOUT = "restore it from a copy, or remove it, and the report does without"
+"""Advice to the user if a file that a report can do without is damaged."""
 GAIN = "gain"
 """A name in place of an encoder, for the trained one minus the untrained one."""
 
@@ -59,25 +58,23 @@ class Run:
     @cached_property
     def config(self) -> dict[str, Any]:
         """The composed config, with interpolations as they were written."""
-        try:
-            return read(self.path / "config.yaml")
-        except (OSError, ValueError, RecursionError, YAMLError, OmegaConfBaseException):  # a page can do without
-            return {}
+        folder = RunFolder(self.path)
+        return read(folder.config) if folder.begun else {}
 
     @cached_property
     def environment(self) -> dict[str, Any]:
         """Command, commit, versions and hardware."""
-        return _json(self.path / "environment.json")
+        return RunFolder(self.path).facts()
 
     @cached_property
     def encoder(self) -> dict[str, Any]:
         """The content of `encoder.json`, with the code that loads the encoder."""
-        return _json(self.path / "encoder.json")
+        return _optional(self.path / "encoder.json")
 
     @cached_property
     def curves(self) -> dict[str, Curve]:
         """The curves in `metrics.csv`, by name."""
-        return read_curves(self.path / "metrics.csv")
+        return read_curves(self.path)
 
     @cached_property
     def numbers(self) -> dict[Measurement, float]:
@@ -96,26 +93,39 @@ class Run:
     def pictures(self) -> list[Picture]:
         """The PNG files directly in `figures/`. Those with a caption come first, in the order of the captions."""
         folder = self.path / "figures"
-        captions = _json(folder / "captions.json")
+        captions = _optional(folder / "captions.json")
         there = {file.name: file for file in sorted(folder.glob("*.png")) if file.is_file() and not file.is_symlink()}
         names = [*(name for name in captions if name in there), *(name for name in there if name not in captions)]
         pictures = [Picture(there[name], str(captions.get(name, ""))) for name in names]
         return [picture for picture in pictures if picture.file.read_bytes().startswith(b"\x89PNG")]
 
+    def require_whole(self) -> None:
+        """Read the files that a table over several runs needs.
 
-def read_curves(file: Path) -> dict[str, Curve]:
-    """Read the columns of a `metrics.csv` without empty cells; return no curves if the file does not exist."""
+        Raises:
+            UserError: one of them is damaged.
+        """
+        _ = self.config, self.environment, self.curves
+        file = self.path / "predictions.npz"
+        with suppress(FileNotFoundError), readable(file, WITHOUT):
+            read_arrays(file)
+
+
+def read_curves(folder: Path) -> dict[str, Curve]:
+    """Return the columns of `metrics.csv` of a run folder as curves; none if the file does not exist.
+
+    Raises:
+        UserError: the file is damaged.
+    """
     curves: dict[str, Curve] = {}
-    if file.exists():
-        with file.open(newline="") as rows:
-            for i, row in enumerate(csv.DictReader(rows)):
-                step = float(row.get("step") or i)
-                for name, cell in row.items():
-                    if name in ("epoch", "step") or not cell or not math.isfinite(value := float(cell)):
-                        continue
-                    curve = curves.setdefault(name, Curve([], []))
-                    curve.steps.append(step)
-                    curve.values.append(value)
+    for i, row in enumerate(RunFolder(folder).logged()):
+        step = float(row.get("step", i))
+        for name, cell in row.items():
+            if name in ("epoch", "step") or not math.isfinite(value := float(cell)):
+                continue
+            curve = curves.setdefault(name, Curve([], []))
+            curve.steps.append(step)
+            curve.values.append(value)
     return curves
 
 
@@ -140,12 +150,12 @@ def find_runs(paths: Iterable[Path]) -> tuple[list[Run], list[Failed]]:
     folders: dict[Path, None] = {}
     for path in paths:
         if not path.is_dir():
-            raise UserError(f"there is no folder {path}; give a run folder or a folder of runs, such as runs/")
+            raise UserError(f"There is no folder {path}; give a run folder or a folder of runs, such as runs.")
         folders |= dict.fromkeys(_run_folders(path.resolve()))
     if not folders:
         raise UserError(
-            f"no run inside {', '.join(map(str, paths))}: a run folder holds results.json and config.yaml; "
-            "make one with `python -m icl_msr.run`"
+            f"There is no run in {', '.join(map(str, paths))}: a run folder holds results.json and config.yaml; "
+            "make one with python -m icl_msr.run."
         )
     runs, failed = [], []
     for folder in folders:
@@ -153,7 +163,9 @@ def find_runs(paths: Iterable[Path]) -> tuple[list[Run], list[Failed]]:
             failed.append(Failed(folder, "no results.json: the run failed or has not ended"))
             continue
         try:
-            runs.append(Run.load(folder))
+            run = Run.load(folder)
+            run.require_whole()
+            runs.append(run)
         except UserError as error:
             failed.append(Failed(folder, str(error)))
     return runs, failed
@@ -179,9 +191,9 @@ def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def _json(file: Path) -> dict[str, Any]:
+def _optional(file: Path) -> dict[str, Any]:
+    """Return the mapping in a JSON file; an empty one if there is no such file."""
     try:
-        content = json.loads(file.read_bytes())
-    except (OSError, ValueError, RecursionError):  # a page can do without
+        return read_json(file, WITHOUT)
+    except FileNotFoundError:
         return {}
-    return content if isinstance(content, dict) else {}

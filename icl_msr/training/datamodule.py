@@ -15,6 +15,7 @@ from pydantic import NonNegativeInt, PositiveInt
 from torch import Tensor
 from torch.utils.data import DataLoader
 from torch.utils.data import Dataset as TorchDataset
+from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2 import functional as F
 from typing_extensions import override
 
@@ -379,8 +380,8 @@ class _Crops(TorchDataset[Any]):
         boxes = self.augmentation.crop_parameters(index, *shape.T, seed=self.seed, epoch=epoch)
         return [
             [
-                F.resized_crop(image, *box, [size, size], antialias=True)
+                F.resized_crop(image, *box, [size, size], InterpolationMode(recipe.interpolation), antialias=True)
                 for image, box in zip(decoded, of_view.tolist(), strict=True)
             ]
-            for size, of_view in zip(sizes, boxes, strict=False)
+            for size, of_view, recipe in zip(sizes, boxes, self.augmentation.recipes, strict=False)
         ]

@@ -2,7 +2,6 @@
 
 import csv
 import io
-import json
 import os
 import secrets
 import shutil
@@ -19,10 +18,11 @@ from pytorch_lightning.loggers.logger import Logger
 from pytorch_lightning.utilities import rank_zero_only
 from typing_extensions import override
 
-from icl_msr.core.errors import UserError
+from icl_msr.core.errors import UserError, reason
+from icl_msr.core.folder import RunFolder
 from icl_msr.core.ranks import is_first
 from icl_msr.core.records import Outcome
-from icl_msr.core.storage import atomic_write
+from icl_msr.core.storage import atomic_write, read_json
 from icl_msr.core.tables import Table
 
 MODES = ("online", "offline", "disabled")
@@ -71,7 +71,7 @@ class MetricsFile(Logger):
         self.columns: list[str] = ["epoch", "step"]
         if is_first():
             done = about.resumed_at or 0
-            self._write([row for row in self._rows() if row["step"] and int(row["step"]) < done])
+            self._write([row for row in self._rows() if "step" in row and int(row["step"]) < done])
 
     @override
     @property
@@ -101,13 +101,10 @@ class MetricsFile(Logger):
             file.write(self._text([row]))
 
     def _rows(self) -> list[dict[str, str]]:
-        if not self.file.exists():
-            return []
-        whole, _, _ = self.file.read_text().rpartition("\n")  # a killed process may leave half a row
-        return list(csv.DictReader(whole.splitlines()))
+        return RunFolder(self.file.parent).logged()
 
     def _write(self, rows: list[dict[str, str]]) -> None:
-        filled = {name for row in rows for name, cell in row.items() if cell}
+        filled = {name for row in rows for name in row}
         self.columns = ["epoch", "step", *sorted(({*self.columns, *filled}) - {"epoch", "step"})]
         atomic_write(self.file, ",".join(self.columns) + "\n" + self._text(rows))
 
@@ -120,7 +117,7 @@ class MetricsFile(Logger):
 def figures(folder: Path) -> dict[str, tuple[Path, str]]:
     """Return the run's pictures: a mapping from name to file and caption."""
     file = folder / "figures" / "captions.json"
-    captions = json.loads(file.read_text()) if file.exists() else {}
+    captions = read_json(file, "remove it") if file.exists() else {}
     return {Path(file).stem: (folder / "figures" / file, caption) for file, caption in captions.items()}
 
 
@@ -200,7 +197,7 @@ class WeightsAndBiases(Logger):
             yield
         except Exception as error:
             if not self.lost:
-                print(f"W&B cannot write ({_reason(error)}); the run goes on without it.", file=sys.stderr)
+                print(f"W&B cannot write ({reason(error)}); the run goes on without it.", file=sys.stderr)
             self.lost = True
 
     def _begin(self, mode: str) -> None:
@@ -245,7 +242,7 @@ class WeightsAndBiases(Logger):
                     raise PermissionError("nobody is logged in; type wandb login")
             except Exception as error:
                 print(
-                    f"W&B cannot be reached ({_reason(error)}); this run is kept offline. WANDB_MODE=offline avoids "
+                    f"W&B cannot be reached ({reason(error)}); this run is kept offline. WANDB_MODE=offline avoids "
                     "the wait.",
                     file=sys.stderr,
                 )
@@ -290,11 +287,6 @@ class WeightsAndBiases(Logger):
         except OSError:  # the file system has no hard links
             shutil.copy(file, kept)
         return kept
-
-
-def _reason(error: Exception) -> str:
-    said = str(error).strip().splitlines()
-    return said[0].rstrip(".") if said else type(error).__name__
 
 
 class TensorBoard(TensorBoardLogger):

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterator, Mapping
+from contextlib import ExitStack
 from dataclasses import replace
 from typing import Any
 
@@ -18,6 +19,7 @@ from icl_msr.core.randomness import keys
 from icl_msr.core.views import Views
 from icl_msr.methods.base import Method, Step
 from icl_msr.models.batchnorm import frozen_statistics
+from icl_msr.models.momentum import Queue
 from icl_msr.regularizers.base import Pass, Regularizer
 from icl_msr.training.datamodule import DataModule
 from icl_msr.training.monitors import collapse, similarities
@@ -135,6 +137,9 @@ class Pretraining(pl.LightningModule):
     def _again(self) -> Iterator[Pass]:
         """Yield the epoch's batches again. The state of the method does not change.
 
+        The queues hold keys of the epoch's last images. Those of a batch's own images are hidden while it is used, so
+        that no image is its own negative.
+
         Raises:
             UserError: the trainer's DataModule is not this package's `DataModule`.
         """
@@ -144,13 +149,18 @@ class Pretraining(pl.LightningModule):
                 f"{type(self.regularizer).__name__} goes through an epoch a second time, which only "
                 "icl_msr.training.datamodule.DataModule can repeat; pass one to trainer.fit as datamodule=..."
             )
-        epoch = data.epoch(self.current_epoch, self.device, int(self.trainer.num_training_batches))
-        for index, views in enumerate(epoch):
+        batches = int(self.trainer.num_training_batches)
+        queues = [module for module in self.method.modules() if isinstance(module, Queue)]
+        for index, views in enumerate(data.epoch(self.current_epoch, self.device, batches)):
             step = self.step(index)
             views = at(views, step)
-            with torch.no_grad(), frozen_statistics(self.method):
-                targets = self.method.targets(views)
-            yield Pass(self.method, views, targets, step, self.learning_rate(), self.autocast())
+            images = len(views.index) * world_size()
+            with ExitStack() as hidden:
+                for queue in queues:
+                    hidden.enter_context(queue.without(images, newer=(batches - 1 - index) * images))
+                with torch.no_grad(), frozen_statistics(self.method):
+                    targets = self.method.targets(views)
+                yield Pass(self.method, views, targets, step, self.learning_rate(), self.autocast())
 
     # ------------------------------------------------------------------------------------------ state of training
 

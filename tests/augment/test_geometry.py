@@ -13,8 +13,9 @@ def pictures(n, height, width):
     )
 
 
+@pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
 @pytest.mark.parametrize(("height", "width", "size"), [(32, 32, 32), (96, 80, 32), (40, 64, 56)])
-def test_crop_is_torchvisions(height, width, size):
+def test_crop_is_torchvisions(height, width, size, interpolation):
     images = pictures(20, height, width)
     u = uniforms(keys(2, 0, torch.arange(20), 0), 23)
     boxes = geometry.random_boxes(u[:, :22], height, width, [0.05, 1.0], [0.75, 4 / 3])
@@ -22,11 +23,12 @@ def test_crop_is_torchvisions(height, width, size):
     assert flip.any()
     assert not flip.all()
     top, left, rows, columns = boxes.unbind(1)
-    ours = geometry.separable(
-        images, geometry.resampling(top, rows, height, size), geometry.resampling(left, columns, width, size, flip)
-    )
+    down = geometry.resampling(top, rows, height, size, None, interpolation)
+    across = geometry.resampling(left, columns, width, size, flip, interpolation)
+    ours = geometry.separable(images, down, across)
     for image, box, mirrored, view in zip(images, boxes.tolist(), flip, ours, strict=True):
-        reference = F.resized_crop(image.float(), *box, [size, size], antialias=True)
+        filter_ = T.InterpolationMode(interpolation)
+        reference = F.resized_crop(image.float(), *box, [size, size], filter_, antialias=True)
         reference = reference.flip(-1) if mirrored else reference
         torch.testing.assert_close(view, reference, atol=2e-3, rtol=0)  # of 255
 

@@ -63,6 +63,18 @@ def test_order_of_the_parts():
     torch.testing.assert_close(view, normalise(expected * 255, MEAN, STD), atol=1e-4, rtol=0)
 
 
+def test_bicubic_crops_stay_within_the_range_of_pixels():
+    sharp = recipe(interpolation="bicubic", scale=[0.1, 0.2], jitter_probability=0.0, gray=0.0)
+    images = (pictures(8) > 127).to(torch.uint8) * 255
+    (view, _) = views(sharp, images, torch.arange(8))
+    values = view * torch.tensor(STD).view(3, 1, 1) + torch.tensor(MEAN).view(3, 1, 1)
+    assert values.min() > -1e-5
+    assert values.max() < 1 + 1e-5
+    assert not torch.allclose(
+        view, views(recipe(scale=[0.1, 0.2], jitter_probability=0.0, gray=0.0), images, torch.arange(8))[0]
+    )
+
+
 def test_without_augmentation_the_view_is_the_image():
     plain = recipe(scale=[1.0, 1.0], ratio=[1.0, 1.0], flip=0.0, jitter_probability=0.0, gray=0.0)
     images = pictures(3)

@@ -245,8 +245,22 @@ def test_a_backbone_of_another_package(run: Trained) -> None:
         load_encoder(run.folder)
 
 
-def test_argparse_answers_the_rest(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as stopped:
-        main(["run", "--encoder", "teacher"])
-    assert stopped.value.code == 2
-    assert "choose from" in capsys.readouterr().err
+class Picky(torch.nn.Identity):
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        raise RuntimeError("no images today")
+
+
+def picky(image_size: int) -> Backbone:
+    return Backbone(torch.nn.Sequential(torch.nn.Linear(2, 3), Picky()), 3, "")
+
+
+def test_an_encoder_is_tried_before_it_is_written(run: Trained, capsys: pytest.CaptureFixture[str]) -> None:
+    config = OmegaConf.load(run.folder / "config.yaml")
+    config.backbone = {"_target_": f"{__name__}.picky"}
+    OmegaConf.save(config, run.folder / "config.yaml")
+    state = {f"method.backbone.{name}": value for name, value in picky(32).state_dict().items()}
+    content = {"state_dict": state, "loops": {}, "global_step": 1}
+    AtomicCheckpoint().save_checkpoint(content, run.folder / "checkpoints" / "last.ckpt")
+    assert main([str(run.folder), f"trust={__name__.partition('.')[0]}"]) == 2
+    assert "cannot take images of 32 pixels" in capsys.readouterr().err
+    assert not (run.folder / "encoder.safetensors").exists()

@@ -391,7 +391,7 @@ def test_two_ranks_log_what_one_logs(pair: Pair) -> None:
 
     The meta gradient is a difference quotient in fp32, so its norm agrees less well.
     """
-    one, two = (read_curves(folder / "metrics.csv") for folder in (pair.one, pair.two))
+    one, two = (read_curves(folder) for folder in (pair.one, pair.two))
     names = [name for name in one if name != "images_per_second" and not name.startswith("online/")]
     assert {"loss", "loss/msr", "msr/meta_grad_norm", "msr/variation", "negatives/similarity_own"} <= set(names)
     for name in names:

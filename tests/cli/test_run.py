@@ -10,16 +10,17 @@ import pytest
 import torch
 from omegaconf import DictConfig, OmegaConf
 from safetensors.torch import load_file
-from support.inprocess import TRAINER, WORDS, Finished, finish
+from support.inprocess import TRAINER, WORDS, Finished, execute, finish
 from support.tiny import DATA, composed, pieces
 from support.written import accuracy, outcome
+from torch import nn
 
 from icl_msr.cli.assemble import assemble, build_as, derive, make_optimization
 from icl_msr.core.config import check, fingerprint
 from icl_msr.core.errors import UserError
 from icl_msr.core.records import Outcome, chosen_metric
 from icl_msr.evaluation.suite import Results
-from icl_msr.models.backbones import tiny
+from icl_msr.models.backbones import Backbone, tiny, tiny_network
 from icl_msr.report import summarise
 from icl_msr.training.hardware import Hardware
 
@@ -170,6 +171,50 @@ def test_other_backbones_run(backbone: str, method: str, tmp_path: Path) -> None
     assert done.values[0] >= 0
 
 
+@pytest.mark.parametrize("backbone", ["timm:mobilenetv3_small_050", f"{__name__}.flat"])
+def test_a_backbone_without_maps_is_trained_and_the_rest_is_drawn(backbone: str, tmp_path: Path) -> None:
+    chosen = f"backbone={backbone}" if ":" in backbone else f"backbone._target_={backbone}"
+    done = finish(tmp_path, chosen, "regularizer=msr", "trainer.max_epochs=1")
+    assert re.search(r"The strata are not drawn: \S+ has no last feature map of \d+ channels", done.printed)
+    assert "could not be made" not in done.printed
+    drawn = {file.name for file in (done.folder / "figures").glob("*.png")}
+    assert {"views.png", "weights.png", "neighbours.png"} <= drawn
+    assert "strata.png" not in drawn
+    assert "strata" not in done.json("results.json")["records"]
+
+
+def flat(image_size: int, *, weights: None) -> Backbone:
+    """A backbone of a user's package, without feature maps."""
+    return Backbone(nn.Sequential(nn.Flatten(), nn.Linear(3 * image_size**2, 8)), 8, "net = None")
+
+
+def wrong_width(image_size: int, *, weights: None) -> Backbone:
+    return Backbone(tiny_network(), 64, "net = None")
+
+
+def unpooled(image_size: int, *, weights: None) -> Backbone:
+    return Backbone(nn.Conv2d(3, 8, 3), 8, "net = None")
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        ([f"backbone._target_={__name__}.wrong_width"], "features of 128 channels, and its `channels` says 64"),
+        ([f"backbone._target_={__name__}.unpooled"], "shape (2, 8, 30, 30) for two images, and pooled features"),
+        ([f"backbone._target_={__name__}.flat", "augment.size=16"], "Sequential cannot take images of 16 pixels"),
+        (["backbone._target_=torch.nn.Identity"], "torch.nn.Identity gives Identity, and a Backbone is needed"),
+        (["backbone=timm:vit_tiny_patch16_224", "augment.size=48"], "change the size in augment.size or augment.views"),
+        (["backbone=timm:levit_128s"], "levit_128s cannot take images of 32 pixels"),
+    ],
+)
+def test_a_backbone_is_tried_before_anything_is_written(words: list[str], sentence: str, tmp_path: Path) -> None:
+    answer = execute(*WORDS, *words, f"hydra.run.dir={tmp_path}/run")
+    assert answer.code == 2
+    (line,) = answer.err.splitlines()
+    assert sentence in line
+    assert not (tmp_path / "run" / "config.yaml").exists()
+
+
 def test_a_run_without_evaluation_or_regularizer(tmp_path: Path) -> None:
     done = finish(tmp_path, "regularizer=none", "evaluation=none", "~callbacks.online")
     assert np.isnan(done.values[0])
@@ -204,7 +249,7 @@ def test_derived_numbers() -> None:
 
 def test_a_group_must_give_what_it_is_for() -> None:
     with pytest.raises(
-        UserError, match=r"icl_msr\.training\.hardware\.Hardware gives Hardware, and a Results is needed"
+        UserError, match=r"icl_msr\.training\.hardware\.Hardware is not a Results, and a Results is needed"
     ):
         build_as(Results, settings().hardware)
 

@@ -27,6 +27,7 @@ from icl_msr.cli.processes import clean_environment
 from icl_msr.cli.sweeps import checked_job, job_type, sweep_folder
 from icl_msr.core.config import config_dir
 from icl_msr.core.folder import RunFolder
+from icl_msr.core.saved import as_yaml
 
 # ---------------------------------------------------------------------------------------------- jobs without a program
 
@@ -46,7 +47,7 @@ print(f"job {seed} at work", flush=True)
 exec(os.environ.get(f"JOB{seed}", ""))
 
 (folder / "config.yaml").write_text(Path(os.environ["CONFIGS"], folder.name).read_text())
-(folder / "results.json").write_text(json.dumps({"metric": {"name": "a", "value": float(seed) / 10}}))
+(folder / "results.json").write_text(json.dumps({"seed": 0, "metric": {"name": "a", "value": float(seed) / 10}}))
 """
 
 
@@ -67,7 +68,7 @@ def command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.Captu
     def noted(context: HydraContext, sweep: DictConfig, overrides: Sequence[str], number: int) -> DictConfig:
         config = checked_job(context, sweep, overrides, number)
         task = OmegaConf.masked_copy(config, [str(key) for key in config if key != "hydra"])
-        (configs / str(number)).write_text(OmegaConf.to_yaml(task))  # as a run does; composing again takes a second
+        (configs / str(number)).write_text(as_yaml(task))  # as a run does; composing again takes a second
         return config
 
     monkeypatch.setattr(sweeps, "checked_job", noted)

@@ -31,6 +31,7 @@ REGULARIZERS: dict[str, dict[str, Any]] = {
     "difference": {"weights": "meta", "gamma": 0.0, "mode": "difference"},
     "near_free": {"weights": "meta", "gamma": 0.0, "mode": "near_free"},
     "projector": {"weights": "meta", "gamma": 0.0, "scope": "projector"},
+    "sums": {"weights": "meta", "gamma": 0.0, "reduction": "sum", "alpha": "lr"},
     "double_backward": {"weights": "meta", "gamma": 0.0, "mode": "double_backward"},
     "joint": {"weights": "joint", "gamma": 0.0},
     "uniform_only": {"weights": "uniform_only"},

@@ -64,7 +64,9 @@ def test_choices_of_another_package_stay_as_they_were_saved(tmp_path: Path) -> N
     [
         ({"format": FORMAT + 1, "icl_msr": "9.1"}, f"has format {FORMAT + 1}, and this version reads format {FORMAT}"),
         ({"icl_msr": "0.1.0"}, r"does not say its format, .*; use icl-msr 0\.1\.0, which wrote it, or repeat the run"),
-        ([], "does not say its format, .*; use the version of icl-msr that wrote it"),
+        ({}, "does not say its format, .*; use the version of icl-msr that wrote it"),
+        ([], r"environment\.json is damaged \(it does not hold a mapping\); restore it from a copy"),
+        ({"choices": ["moco"]}, r"environment\.json is damaged \(choices should be dict"),
         (None, "does not say its format"),
     ],
 )

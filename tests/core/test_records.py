@@ -98,7 +98,7 @@ def test_records_are_found_and_joined() -> None:
     ("content", "said"),
     [
         ('{"seed": 0, "rec', "Unterminated"),
-        ("[]", "it holds no mapping"),
+        ("[]", "it does not hold a mapping"),
         ("{}", "seed is missing"),
         ('{"seed": "zero"}', 'seed should be int, not "zero"'),
         ({"records": []}, "records should be dict"),
@@ -115,9 +115,9 @@ def test_a_damaged_file_is_one_sentence(content: Any, said: str, tmp_path: Path)
     (tmp_path / "results.json").write_text(text)
     with pytest.raises(UserError) as told:
         Outcome.load(tmp_path)
-    assert str(told.value).startswith(f"{tmp_path}/results.json cannot be read (")
+    assert str(told.value).startswith(f"{tmp_path}/results.json is damaged (")
     assert said in str(told.value)
-    assert str(told.value).endswith("; repeat the run or remove it from the folders given.")
+    assert str(told.value).endswith("; restore it from a copy, or remove it and repeat the command of the run.")
 
 
 def test_a_missing_file_is_one_sentence(tmp_path: Path) -> None:

@@ -74,13 +74,15 @@ def test_partition_is_a_function_of_step_and_iteration() -> None:
     assert not torch.equal(first[:3], first[3:])
 
 
+@pytest.mark.parametrize("views", [[A, B], [A, B, A + 0.3 * B, B - 0.1 * A]])
 @pytest.mark.parametrize(("size", "iterations"), [(24, 1), (8, 1), (8, 3), (6, 2)])
-def test_wmse_equals_lightly(size: int, iterations: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_wmse_equals_lightly(size: int, iterations: int, views: list[Tensor], monkeypatch: pytest.MonkeyPatch) -> None:
+    """W-MSE 2 and W-MSE 4."""
     parts = partition(M, size, iterations, step=5)
     orders = iter(torch.cat(parts).split(M))
     monkeypatch.setattr(torch, "randperm", lambda n: next(orders))
-    theirs = WMSELoss(D, eps=0.01, track_running_stats=False, w_iter=iterations, w_size=size)
-    torch.testing.assert_close(wmse(A, B, parts, 0.01), theirs(torch.cat([A, B])).double())
+    theirs = WMSELoss(D, eps=0.01, track_running_stats=False, w_iter=iterations, w_size=size, num_samples=len(views))
+    torch.testing.assert_close(wmse(torch.stack(views), parts, 0.01), theirs(torch.cat(views)).double())
 
 
 def slow_whitening(rows: list[list[float]], shrinkage: float) -> list[list[float]]:
@@ -111,26 +113,30 @@ def test_wmse_follows_the_algorithm(shrinkage: float) -> None:
         for x, y in zip(a, b, strict=True):
             lengths = math.sqrt(sum(p * p for p in x)) * math.sqrt(sum(q * q for q in y))
             distances.append(2 - 2 * sum(p * q for p, q in zip(x, y, strict=True)) / lengths)
-    assert float(wmse(first, second, parts, shrinkage)) == pytest.approx(sum(distances) / len(distances), rel=1e-10)
+    assert float(wmse(torch.stack([first, second]), parts, shrinkage)) == pytest.approx(
+        sum(distances) / len(distances), rel=1e-10
+    )
 
 
 def test_equal_views_have_no_loss_and_the_embedding_may_not_collapse() -> None:
     parts = partition(M, 12, 1, step=0)
-    assert float(wmse(A, A, parts, 0.0)) == pytest.approx(0, abs=1e-12)
+    assert float(wmse(torch.stack([A, A]), parts, 0.0)) == pytest.approx(0, abs=1e-12)
     # A common offset and a common scale, which pull plain embeddings together, do nothing here.
-    torch.testing.assert_close(wmse(1e-3 * A + 100, 1e-3 * B + 100, parts, 0.0), wmse(A, B, parts, 0.0))
+    torch.testing.assert_close(
+        wmse(torch.stack([1e-3 * A + 100, 1e-3 * B + 100]), parts, 0.0), wmse(torch.stack([A, B]), parts, 0.0)
+    )
     assert squared_distance(1e-3 * A + 100, 1e-3 * B + 100) < 1e-6
 
 
 def test_gradients() -> None:
     a, b, parts = A[:12].clone().requires_grad_(), B[:12].clone().requires_grad_(), partition(12, 6, 1, step=2)
     for shrinkage in (0.0, 0.1):
-        assert torch.autograd.gradcheck(lambda x, y, s=shrinkage: wmse(x, y, parts, s), (a, b))
+        assert torch.autograd.gradcheck(lambda x, y, s=shrinkage: wmse(torch.stack([x, y]), parts, s), (a, b))
 
 
 def test_half_precision_is_not_computed_in_half() -> None:
     a, b, parts = A.bfloat16(), B.bfloat16(), partition(M, 12, 1, step=0)
     with torch.autocast("cpu", torch.bfloat16):
-        loss = wmse(a, b, parts, 0.0)
+        loss = wmse(torch.stack([a, b]), parts, 0.0)
     assert loss.dtype == torch.float32
-    torch.testing.assert_close(loss, wmse(a.float(), b.float(), parts, 0.0), rtol=0, atol=0)
+    torch.testing.assert_close(loss, wmse(torch.stack([a.float(), b.float()]), parts, 0.0), rtol=0, atol=0)

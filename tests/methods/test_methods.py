@@ -145,6 +145,53 @@ def test_queue_wraps_and_keeps_the_newest() -> None:
     torch.testing.assert_close(queue.keys.sort(0).values, rows[-5:].sort(0).values)
 
 
+def test_batch_norm_per_view() -> None:
+    """Each view gives what it gives alone, in all networks; together they differ."""
+    apart, together = make_method("byol", batch_norm_per_view=True), make_method("byol", batch_norm_per_view=False)
+    views = make_views()
+    single = replace(views, views=views.views[:1])
+    for method, same in ((apart, True), (together, False)):
+        features, targets = method.encode(views), method.targets(views)
+        both = (features[0], method.project(features)[0], targets.embeddings[0])
+        alone = (
+            method.encode(single)[0],
+            method.project(features[:1])[0],
+            method.targets(single).embeddings[0],
+        )
+        assert [torch.allclose(a, b, rtol=0, atol=1e-12) for a, b in zip(both, alone, strict=True)] == [same] * 3
+
+
+def test_a_projector_may_end_with_batch_norm() -> None:
+    method, views = make_method("simclr", batch_norm_last=True), make_views()
+    rows = torch.cat(method.project(method.encode(views)))
+    torch.testing.assert_close(rows.mean(0), torch.zeros_like(rows[0]), atol=1e-10, rtol=0)
+    torch.testing.assert_close(rows.var(0, unbiased=False), torch.ones_like(rows[0]), atol=1e-2, rtol=0)
+
+
+def test_negatives_pass_one_at_a_time() -> None:
+    """Two negatives of an image are normalised as one is, whatever the other shows."""
+    method, views = make_method("moco"), make_views(negatives=2)
+    assert views.negatives is not None
+    whole = method.targets(views).negatives
+    first = replace(views, negatives=replace(views.negatives, rows=views.negatives.rows[:, :1]))
+    alone = method.targets(first).negatives
+    assert whole is not None
+    assert alone is not None
+    assert torch.equal(whole.rows[:, :1], alone.rows)
+
+
+def test_a_queue_hides_an_earlier_batch() -> None:
+    queue = Queue(7, 12)
+    for batch in torch.eye(12).split(3):
+        queue.push(batch)
+    whole = queue.keys
+    for batch in range(4):
+        with queue.without(3, newer=3 * (3 - batch)):
+            shown = sorted(queue.keys.argmax(1).tolist())
+        assert shown == [image for image in range(5, 12) if image // 3 != batch]
+        assert queue.keys is whole
+
+
 @pytest.mark.parametrize("name", list(METHODS))
 def test_training_lowers_the_loss(name: str) -> None:
     method, views = make_method(name), make_views(n=12)

@@ -20,6 +20,7 @@ LABELS = torch.arange(N) % 2
 EVERYTHING = Augmentation(
     scale=[0.2, 1.0],
     ratio=[0.75, 4 / 3],
+    interpolation="bilinear",
     flip=0.5,
     jitter=[0.4, 0.4, 0.4, 0.1],
     jitter_probability=0.8,

@@ -263,11 +263,11 @@ def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch
     monkeypatch.setenv("COLUMNS", "120")
     assert main([str(tmp_path / "nowhere")]) == 2
     error = capsys.readouterr().err
-    assert "there is no folder" in error
+    assert "There is no folder" in error
     assert "Traceback" not in error
     (tmp_path / "empty").mkdir()
     assert main([str(tmp_path / "empty")]) == 2
-    assert "no run inside" in capsys.readouterr().err
+    assert "There is no run in" in capsys.readouterr().err
     run = write_run(tmp_path / "runs/0", regularizer="none")
     assert main([str(run)]) == 0
     assert str(run / "report.html") in capsys.readouterr().out
@@ -468,7 +468,7 @@ def test_only_pictures_that_lie_in_figures_are_on_a_page(tmp_path: Path) -> None
     assert [picture.file.name for picture in Run.load(run).pictures] == ["views.png", "strata.png"]
     sources = [source for source in Page(write_report(run)).sources if source.startswith("data:image/png")]
     assert [base64.b64decode(source.split(",")[1]) for source in sources] == [png, png]
-    (run / "figures/captions.json").write_text("[")
+    (run / "figures/captions.json").unlink()
     assert [picture.file.name for picture in Run.load(run).pictures] == ["strata.png", "views.png"]
     (run / "figures/out.png").symlink_to(tmp_path / "other.png")
     with pytest.raises(UserError, match=r"figures/out\.png leads out of the run's folder"):

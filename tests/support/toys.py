@@ -50,6 +50,7 @@ REGULARIZER: dict[str, Any] = {
     "every": 1,
     "alpha": "relative",
     "relative_step": 0.05,
+    "reduction": "mean",
     "lr": 1e-2,
     "uniformity_trains": "head",
     "trunk": "trained",

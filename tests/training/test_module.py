@@ -303,6 +303,36 @@ def test_the_per_epoch_schedule_moves_the_strata_alone(start: AfterBatch) -> Non
     assert int(state(module.method)["queue.position"]) == 64
 
 
+def test_no_image_is_its_own_negative_after_the_epoch() -> None:
+    pushed: dict[tuple[float, ...], int] = {}
+    shown: list[tuple[set[int], set[int]]] = []
+
+    class Watch(pl.Callback):
+        """Notes whose keys are in the queue, and which of them a meta step is shown."""
+
+        def on_fit_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
+            plain = regularizer_of(pl_module).meta_step
+
+            def meta_step(method: MoCo, views: Views, *rest: Any) -> Any:
+                shown.append(
+                    (set(views.index.tolist()), {pushed.get(tuple(key), -1) for key in method.queue.keys.tolist()})
+                )
+                return plain(method, views, *rest)
+
+            regularizer_of(pl_module).meta_step = meta_step  # type: ignore[method-assign, assignment]
+
+        def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Any, *_: Any) -> None:
+            keys = unit(pl_module.latest.targets.embeddings[0]).tolist()
+            pushed.update(zip(map(tuple, keys), pl_module.latest.views.index.tolist(), strict=True))
+
+    words = ("method=moco", "regularizer=msr_paper", "method.queue_size=40")
+    trained(*words, callbacks=[Watch()], limit_train_batches=4, max_epochs=1)
+    assert len(shown) == 4
+    for own, known in shown:
+        assert not own & known
+        assert len(known) >= 24
+
+
 def test_the_learning_rate_follows_the_optimizer_steps() -> None:
     look = AfterBatch(lambda module: module.learning_rate())
     words = ("optimizer=sgd", "optimizer.lr=1.0", "schedule.scale_lr=linear", "schedule.warmup_steps=2")
