@@ -23,16 +23,17 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, InterpolationResolutionError, OmegaConfBaseException
 from yaml import MarkedYAMLError, YAMLError
 
-from icl_msr.cli.footprint import Footprint
+from icl_msr.cli.footprint import Footprint, require_common_folder
 from icl_msr.cli.processes import hold_leash, in_folder, told
 from icl_msr.cli.sweeps import ProcessLauncher, register_resolvers
 from icl_msr.cli.words import ambiguous, for_sweep, overrides, path_in, spelled_out, unreadable
 from icl_msr.core import trust
 from icl_msr.core.compose import compose, hydra_for_itself
 from icl_msr.core.config import UNSEEN, Settings, check, config_dir, no_keys, suggestion, unfilled
-from icl_msr.core.errors import UserError, reason
+from icl_msr.core.errors import SharedMistake, UserError, reason
 from icl_msr.core.folder import RunFolder
 from icl_msr.core.memory import SHORT, memory_is_short
+from icl_msr.core.ranks import adopt, is_first
 from icl_msr.core.storage import disk_is_full
 from icl_msr.core.terminal import complain, outlive_reader
 
@@ -61,8 +62,9 @@ def main(job: Job, arguments: Sequence[str] | None = None) -> int:
     codes: list[int] = []
     said: set[str] = set()
 
-    def refuse(message: str) -> int:
-        if message not in said:  # another job of the sweep may have said it
+    def refuse(message: str, shared: bool = True) -> int:
+        # Another job of the sweep or another rank may have said it.
+        if message not in said and (is_first() or not shared):
             complain(message)
         said.add(message)
         Footprint.erase()
@@ -86,16 +88,16 @@ def main(job: Job, arguments: Sequence[str] | None = None) -> int:
             return job(checked(config), config)
         except UserError as mistake:
             # An error that leaves the job would make Hydra print its own message and stop the other jobs of a sweep.
-            codes[-1] = refuse(str(mistake))
+            codes[-1] = refuse(str(mistake), isinstance(mistake, SharedMistake))
             return float("nan")
         except Exception as fault:
             folder = RunFolder(Path(HydraConfig.get().runtime.output_dir))
             if disk_is_full(fault):
-                codes[-1] = refuse(f"The disk of {folder} is full; free space and {folder.advice}.")
+                codes[-1] = refuse(f"The disk of {folder} is full; free space and {folder.advice}.", shared=False)
                 return float("nan")
             if memory_is_short(fault):
                 kept = f" What was trained is kept; {folder.advice}." if folder.checkpoint.exists() else ""
-                codes[-1] = refuse(SHORT + kept)
+                codes[-1] = refuse(SHORT + kept, shared=False)
                 return float("nan")
             if folder.checkpoint.exists():
                 fault.add_note(f"What was trained is kept; {folder.advice}.")
@@ -104,12 +106,17 @@ def main(job: Job, arguments: Sequence[str] | None = None) -> int:
             raise
 
     try:
+        adopt()
         trust.leave_working_directory(typed)
         asked = trust.given(typed)
         _check_flags(asked)
         _check_search_path(asked)
         saved, words = _resumed(asked)
-        words = for_sweep(words) if _MULTIRUN & set(typed) else spelled_out(words)
+        if _MULTIRUN & set(typed):
+            words = for_sweep(words)
+        else:
+            require_common_folder(words)
+            words = spelled_out(words)
         sys.argv[1:] = words
         hydra.main(version_base="1.3", config_path=str(config_dir()), config_name="config")(answered)()
     except UserError as mistake:

@@ -8,8 +8,9 @@ from collections.abc import Callable
 from functools import wraps
 from typing import TYPE_CHECKING, Any, NoReturn, ParamSpec
 
-from icl_msr.core.errors import UserError
+from icl_msr.core.errors import SharedMistake, UserError
 from icl_msr.core.memory import SHORT, memory_is_short
+from icl_msr.core.ranks import is_first
 
 if TYPE_CHECKING:  # a help text does not need it
     from rich.console import Console
@@ -38,7 +39,8 @@ def answering(main: Callable[Words, int]) -> Callable[Words, int]:
         try:
             return main(*arguments, **keys)
         except UserError as mistake:
-            complain(str(mistake))
+            if is_first() or not isinstance(mistake, SharedMistake):
+                complain(str(mistake))
             return 2
         except KeyboardInterrupt:
             return 130
