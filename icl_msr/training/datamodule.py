@@ -2,6 +2,7 @@
 
 import itertools
 import shutil
+import signal
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
@@ -210,6 +211,7 @@ class DataModule(pl.LightningDataModule):
             collate_fn=_as_it_is,  # the default would turn arrays into tensors in the worker
             num_workers=workers,
             persistent_workers=workers > 0,
+            worker_init_fn=_leave_signals,
             pin_memory=trainer.strategy.root_device.type == "cuda",
         )
         return _TrainLoader(loader, batches, trainer)
@@ -305,6 +307,12 @@ class _TrainLoader:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Ignore the state, which is empty."""
+
+
+def _leave_signals(worker: int) -> None:
+    """Ignore signals in a worker. They reach all processes of a run, and the run itself answers them and saves."""
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)
 
 
 def _as_it_is(batch: Any) -> Any:

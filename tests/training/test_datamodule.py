@@ -1,5 +1,8 @@
 """Batches of views: order, ranks, workers, resuming."""
 
+import multiprocessing
+import os
+import signal
 from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
@@ -32,6 +35,7 @@ def augmentation(views=2, **changes):
         "sigma": [0.1, 2.0],
         "solarize": 0.0,
         "size": None,
+        "interpolation": "bilinear",
     }
     return Augmentation(**(plain | changes), views=[{} for _ in range(views)])
 
@@ -198,6 +202,23 @@ def test_a_broken_image_stops_training_in_one_sentence(files, tmp_path, num_work
     with pytest.raises(UserError, match=r"cut\.png") as raised:
         fit(module(broken, num_workers=num_workers), tmp_path)
     assert "\n" not in str(raised.value)
+
+
+def test_workers_leave_signals_to_the_program(files, tmp_path, monkeypatch):
+    """`timeout`, `scancel` and a terminal signal every process of a run, and the run saves itself."""
+    seen = []
+
+    def signal_all(self, batch, batch_idx, true=Recorder.training_step):
+        if batch_idx == 0:
+            for worker in multiprocessing.active_children():
+                for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP):
+                    os.kill(worker.pid, number)
+                seen.append(worker.pid)
+        return true(self, batch, batch_idx)
+
+    monkeypatch.setattr(Recorder, "training_step", signal_all)
+    assert order(fit(module(files, num_workers=1), tmp_path)) == order(fit(module(files), tmp_path))
+    assert len(seen) == 1
 
 
 @pytest.mark.filterwarnings("error:The workers need")
