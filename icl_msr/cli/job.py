@@ -22,7 +22,7 @@ from rich.text import Text
 from icl_msr.cli.assemble import Pieces, assemble, build_as, in_words, make_loggers, make_trainer
 from icl_msr.cli.conclude import conclude, describe, evaluate, peak_memory_mb, scene_of
 from icl_msr.cli.processes import in_folder, require_processes, run_ranks
-from icl_msr.core.config import Settings
+from icl_msr.core.config import UNSEEN, Settings
 from icl_msr.core.errors import UserError
 from icl_msr.core.folder import RunFolder
 from icl_msr.core.ranks import is_first, is_rank
@@ -152,7 +152,7 @@ def more_epochs(settings: Settings, folder: RunFolder) -> bool:
     saved, now = flatten(folder.saved_config()), flatten(settings.model_dump())
     epochs = "trainer.max_epochs"
     for key in dict.fromkeys([*now, *saved]):
-        if key.removeprefix("dataset.") in WRITTEN:  # the images are the same
+        if key.removeprefix("dataset.") in WRITTEN or key in UNSEEN:  # the images are the same
             continue
         if saved.get(key) != now.get(key) and (key != epochs or (now[key] or 0) < _epochs(saved)):
             raise UserError(
