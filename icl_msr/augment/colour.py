@@ -36,7 +36,7 @@ def jitter(images: Tensor, factors: Tensor, order: Tensor) -> Tensor:
 
     The first three blend the image with black, with its mean gray, and with its grays. Every image goes through three
     blends, the hue shift and three more blends. Blends that its order does not need are the identity. So no group of
-    images has to be selected, and the host never waits for the device. A CPU leaves out what no image of the batch needs.
+    images has to be selected, and the host never waits for the device. A CPU leaves out what no image needs.
 
     Args:
         images: (N, 3, H, W).

@@ -1,7 +1,7 @@
 """Crop, flip, resize and blur of a batch. Each image has its own parameters.
 
-All four act on rows and columns separately. So each is a pair of small matrices per image, which `separable` applies. On
-a CPU, the crops of large views are torch's own.
+All four act on rows and columns separately. So each is a pair of small matrices per image, which `separable` applies.
+On a CPU, the crops of large views are torch's own.
 """
 
 from collections.abc import Sequence

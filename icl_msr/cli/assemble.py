@@ -11,6 +11,8 @@ from typing import Any, TypeVar
 
 import pytorch_lightning as pl
 import torch
+from lightning_fabric.plugins.environments.lightning import LightningEnvironment
+from lightning_fabric.plugins.environments.torchelastic import TorchElasticEnvironment
 from lightning_fabric.utilities.exceptions import MisconfigurationException
 from pytorch_lightning.callbacks import Callback, Checkpoint
 from pytorch_lightning.loggers import Logger
@@ -19,6 +21,7 @@ from pytorch_lightning.strategies import DDPStrategy, Strategy
 from icl_msr.core.config import Settings, build, suggestion
 from icl_msr.core.errors import UserError, reason
 from icl_msr.core.folder import RunFolder
+from icl_msr.core.ranks import is_rank
 from icl_msr.data.dataset import Dataset
 from icl_msr.evaluation.suite import Evaluation
 from icl_msr.methods import Method
@@ -63,6 +66,8 @@ def assemble(settings: Settings, plan: Plan) -> Pieces:
         UserError: a part cannot be built, or the parts do not fit together.
     """
     pl.seed_everything(settings.seed, verbose=False)
+    for logger in settings.logger.values():  # they are built when the run begins
+        require_kind(Logger, logger)
     dataset = build_as(Dataset, settings.dataset)
     backbone = build_as(Backbone, settings.backbone, image_size=dataset.image_size)
     augmentation = build(settings.augment)
@@ -189,10 +194,22 @@ def build_as(kind: type[Built], node: Mapping[str, Any], **given: Any) -> Built:
     Raises:
         UserError: the node cannot be built, or gives another type.
     """
+    require_kind(kind, node)
     built = build(node, **given)
     if not isinstance(built, kind):
         raise UserError(f"{node['_target_']} gives {type(built).__name__}, and a {kind.__name__} is needed.")
     return built
+
+
+def require_kind(kind: type, node: Mapping[str, Any]) -> None:
+    """Check that the class which a node names is a `kind`, before it is called. What a function gives is not known yet.
+
+    Raises:
+        UserError: it is a class of another kind.
+    """
+    target = resolve_name(node["_target_"])
+    if isinstance(target, type) and not issubclass(target, kind):
+        raise UserError(f"{node['_target_']} is not a {kind.__name__}, and a {kind.__name__} is needed.")
 
 
 def derive(settings: Settings, optimization: Optimization, images: int, world_size: int) -> dict[str, float]:
@@ -276,7 +293,8 @@ def make_trainer(settings: Settings, plan: Plan, folder: RunFolder, pieces: Piec
             logger=False,
             callbacks=[pieces.throughput, *callbacks],
             enable_checkpointing=any(isinstance(callback, Checkpoint) for callback in callbacks),
-            plugins=[AtomicCheckpoint()],
+            # Lightning would otherwise guess from SLURM's variables and the job's name.
+            plugins=[AtomicCheckpoint(), TorchElasticEnvironment() if is_rank() else LightningEnvironment()],
             default_root_dir=folder.path,
             use_distributed_sampler=False,
         )

@@ -1,14 +1,24 @@
 """The folders that a command makes. A new folder is never shared, and a refused command leaves none behind."""
 
+import os
+import sys
+from collections.abc import Sequence
 from contextlib import suppress
+from datetime import datetime
+from hashlib import sha256
 from itertools import count
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NoReturn
 
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig
 
+from icl_msr.core import slurm
 from icl_msr.core.compose import known_to_hydra
+from icl_msr.core.errors import SharedMistake, UserError
+from icl_msr.core.ranks import is_rank
+from icl_msr.core.storage import require_local
+from icl_msr.core.terminal import complain
 
 
 class Footprint(Callback):
@@ -19,11 +29,20 @@ class Footprint(Callback):
     def on_run_start(self, config: DictConfig, **_: Any) -> None:
         """Note the folder of a run before Hydra makes it."""
         with known_to_hydra(config):
-            self.note(Path(str(config.hydra.run.dir)))
+            self.begin(str(config.hydra.run.dir), "hydra.run.dir")
 
     def on_multirun_start(self, config: DictConfig, **_: Any) -> None:
         """Note the folder of a sweep before Hydra makes it."""
-        self.note(Path(str(config.hydra.sweep.dir)))
+        self.begin(str(config.hydra.sweep.dir), "hydra.sweep.dir")
+
+    @classmethod
+    def begin(cls, folder: str, key: str) -> None:
+        """Note the folder that a key names. A key that names no local folder ends the command."""
+        try:
+            require_local(folder, key)
+        except UserError as mistake:
+            refuse(str(mistake))
+        cls.note(Path(folder))
 
     @classmethod
     def note(cls, folder: Path) -> None:
@@ -40,6 +59,40 @@ class Footprint(Callback):
                     record.unlink()
                 with suppress(OSError):
                     folder.rmdir()
+
+
+def run_folder(root: str, name: str) -> str:
+    """Return the folder of a run, below `root`, for a command that names none.
+
+    A batch job of SLURM has the same folder for the same words whenever it runs, so a requeued job finds its run. Ranks
+    that others have started have the same folder without talking to each other. Any other command makes a new folder.
+    """
+    if slurm.in_batch_job():
+        words = " ".join(word for word in sys.argv[1:] if not word.startswith("hydra.run."))
+        return f"{root}/slurm/{slurm.job()}-{name}-{sha256(words.encode()).hexdigest()[:6]}"
+    if is_rank():
+        step = f"slurm/{slurm.job()}.{os.environ.get('SLURM_STEP_ID')}" if slurm.job() else f"torchrun/{torchrun_id()}"
+        return f"{root}/{step}-{name}"
+    return new_folder(f"{root}/{datetime.now():%Y-%m-%d/%H-%M-%S}-{name}")
+
+
+def torchrun_id() -> str | None:
+    """Return the name of this start of torchrun, which all of its ranks know; None if it has no name of its own."""
+    name = os.environ.get("TORCHELASTIC_RUN_ID", "none")
+    return None if name == "none" else name
+
+
+def require_common_folder(words: Sequence[str]) -> None:
+    """Check that ranks that others have started can know each other's folder.
+
+    Raises:
+        SharedMistake: they cannot, and no word names one.
+    """
+    named = any(word.startswith("hydra.run.dir=") for word in words)
+    if is_rank() and not (named or slurm.job() or torchrun_id()):
+        raise SharedMistake(
+            "Several processes were started together, and none knows the others' folder; add hydra.run.dir=FOLDER."
+        )
 
 
 def new_folder(path: str) -> str:
@@ -61,3 +114,10 @@ def new_folder(path: str) -> str:
         else:
             return str(folder)
     return path  # it cannot be made; Hydra tries again and says why
+
+
+def refuse(message: str) -> NoReturn:
+    """Print a message and exit with code 2. In a callback, Hydra would turn an exception into a warning."""
+    complain(message)
+    Footprint.erase()
+    sys.exit(2)

@@ -4,7 +4,6 @@ Lightning's launcher repeats a whole sweep in its second rank and kills the firs
 process that the user starts supervises, and each rank is a fresh process with the same arguments.
 """
 
-import io
 import os
 import signal
 import socket
@@ -20,9 +19,9 @@ from pathlib import Path
 from types import FrameType
 from typing import IO, TYPE_CHECKING, Any
 
-from icl_msr.core.errors import PREEMPTED, UserError
+from icl_msr.core.errors import PREEMPTED, SharedMistake, UserError
 from icl_msr.core.folder import RunFolder
-from icl_msr.core.ranks import is_first, is_rank, outside_world_size
+from icl_msr.core.ranks import VARIABLES, is_first, is_rank, outside_nodes, outside_world_size
 
 if TYPE_CHECKING:  # it imports torch, which a supervisor does not need
     from icl_msr.training.hardware import Plan
@@ -33,10 +32,7 @@ GRACE = 15.0
 
 _LEASH = "ICL_MSR_LEASH"
 _held = False
-_RANK_VARIABLES = (
-    *("RANK", "LOCAL_RANK", "GROUP_RANK", "NODE_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"),
-    *("MASTER_ADDR", "MASTER_PORT", "PL_GLOBAL_SEED", _LEASH),
-)
+_RANK_VARIABLES = (*VARIABLES, "PL_GLOBAL_SEED", _LEASH)
 
 
 class Child(subprocess.Popen[bytes]):
@@ -99,31 +95,6 @@ def hold_leash() -> None:
     _held = True
 
 
-class _Outlet(io.FileIO):
-    """An output file that discards what is written once its reader is gone, as after `| head`."""
-
-    def write(self, data: Any, /) -> int:
-        try:
-            return super().write(data)
-        except BrokenPipeError:
-            nowhere = os.open(os.devnull, os.O_WRONLY)
-            os.dup2(nowhere, self.fileno())  # processes that we start inherit it
-            os.close(nowhere)
-            return len(data)
-
-
-def outlive_reader() -> None:
-    """Let the command go on when its output is no longer read."""
-    for name in ("stdout", "stderr"):
-        stream = getattr(sys, name)
-        if stream is not None and stream is getattr(sys, f"__{name}__"):  # not a replacement, which has no pipe
-            stream.flush()
-            outlet = _Outlet(stream.fileno(), "wb", closefd=False)
-            text = io.TextIOWrapper(io.BufferedWriter(outlet), stream.encoding, stream.errors)
-            text.reconfigure(line_buffering=stream.line_buffering, write_through=stream.write_through)
-            setattr(sys, name, text)
-
-
 def told(fault: Exception) -> bool:
     """Report this rank's exception to the parent, and return whether there is a parent of `run_ranks`.
 
@@ -162,13 +133,16 @@ def require_processes(plan: "Plan", multirun: bool = False) -> None:
     """Check that there can be one process per device. A sweep within this process has only one.
 
     Raises:
-        UserError: the processes that were started do not match the config, or cannot be started.
+        SharedMistake: the processes that were started do not match the config.
+        UserError: the processes cannot be started.
     """
-    outside = outside_world_size()
-    if outside is not None and outside != plan.world_size:
-        raise UserError(
-            f"{outside} processes were started together, and hardware.devices={plan.devices} on hardware.nodes="
-            f"{plan.nodes} makes {plan.world_size}; set them to what was started, or start a single process."
+    started, nodes = outside_world_size(), outside_nodes() or plan.nodes
+    if started is not None and (started, nodes) != (plan.world_size, plan.nodes):
+        each, rest = divmod(started, nodes)
+        advice = "start as many on each" if rest else f"type hardware.devices={each} hardware.nodes={nodes}"
+        raise SharedMistake(
+            f"{started} processes were started together on {nodes} machine{'s' * (nodes > 1)}, and hardware.devices="
+            f"{plan.devices} hardware.nodes={plan.nodes} needs {plan.world_size}; {advice}, or start a single process."
         )
     if plan.world_size == 1 or is_rank():
         return
@@ -199,9 +173,8 @@ def run_ranks(world_size: int, words: Sequence[str], folder: Path, module: str |
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     common = {**clean_environment(world_size), "WORLD_SIZE": str(world_size), "LOCAL_WORLD_SIZE": str(world_size)}
-    common |= {"NODE_RANK": "0", "GROUP_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    # Lightning reads these variables before those that SLURM sets for a batch script of several tasks.
-    common["TORCHELASTIC_RUN_ID"] = "icl_msr"
+    common |= {"NODE_RANK": "0", "GROUP_RANK": "0", "GROUP_WORLD_SIZE": "1"}
+    common |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     logs = [folder / f"rank-{rank}.log" for rank in range(world_size)]
     ranks: list[Child] = []
     with passed_on(ranks) as signals:

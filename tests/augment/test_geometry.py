@@ -42,7 +42,7 @@ def test_a_cpu_cuts_large_views_as_the_matrices_do(interpolation, monkeypatch):
     monkeypatch.setattr(geometry, "_LARGE", 1000)
     slow = geometry.crop(images, boxes, 112, flip, interpolation)
     assert flip.any()
-    torch.testing.assert_close(ours, slow, atol=2e-3, rtol=0)  # of 255
+    torch.testing.assert_close(ours, slow, atol=5e-3, rtol=0)  # of 255
 
 
 @pytest.mark.parametrize(("height", "width"), [(32, 32), (100, 60), (10, 100)])

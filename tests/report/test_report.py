@@ -263,11 +263,11 @@ def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch
     monkeypatch.setenv("COLUMNS", "120")
     assert main([str(tmp_path / "nowhere")]) == 2
     error = capsys.readouterr().err
-    assert "there is no folder" in error
+    assert "There is no folder" in error
     assert "Traceback" not in error
     (tmp_path / "empty").mkdir()
     assert main([str(tmp_path / "empty")]) == 2
-    assert "no run inside" in capsys.readouterr().err
+    assert "There is no run in" in capsys.readouterr().err
     run = write_run(tmp_path / "runs/0", regularizer="none")
     assert main([str(run)]) == 0
     assert str(run / "report.html") in capsys.readouterr().out
@@ -452,6 +452,17 @@ def test_fine_tuning_alone_is_said_and_compared(tmp_path: Path) -> None:
     text = Page(tmp_path / "report.html").text
     assert all(name in text for name in ("finetune-1%", "finetune-10%", "linear-10%", "knn-dino"))
     assert r"finetune-10\%" in (tmp_path / "summary.tex").read_text()
+
+
+def test_no_spreadsheet_runs_a_summary(tmp_path: Path) -> None:
+    for name in ("=1+1", "@sum", "+a", "-b"):
+        (tmp_path / name).mkdir()
+        choices = {"method": name, "=key": name, "dataset": "photos"}
+        save(tmp_path / name, outcome(accuracy(f"{name} split", 0.5), name=name, choices=choices))
+    assert main([str(tmp_path)]) == 0
+    cells = [cell for row in csv.reader((tmp_path / "summary.csv").open()) for cell in row]
+    assert {"'=1+1", "'@sum", "'+a", "'-b", "'=key"} <= set(cells)
+    assert not [cell for cell in cells if cell[:1] in tuple("=+-@\t\r")]
 
 
 def test_only_pictures_that_lie_in_figures_are_on_a_page(tmp_path: Path) -> None:
