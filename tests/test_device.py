@@ -244,6 +244,7 @@ def test_making_negatives_reads_nothing_back(negatives: str) -> None:
         trained(*words("simclr", negatives), data=data, log_every_n_steps=1000)
 
 
+@pytest.mark.usefixtures("as_on_a_gpu")
 @pytest.mark.parametrize("keys", [("exact", "lr"), ("near_free", "relative"), ("double_backward", "lr")])
 def test_no_meta_gradient_reads_anything_back(keys: tuple[str, str]) -> None:
     data, (mode, alpha) = dataset(), keys
