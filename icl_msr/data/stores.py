@@ -2,6 +2,7 @@
 
 import fcntl
 import hashlib
+import logging
 import os
 import random
 import re
@@ -259,6 +260,8 @@ class Store:
     def _connect(self) -> tuple[int, Any, Any]:
         if self._connection is None or self._connection[0] != os.getpid():
             protocol = self.place.partition("://")[0]
+            for chatty in ("aiobotocore", "botocore"):  # they tell where they found the keys
+                logging.getLogger(chatty).setLevel(logging.WARNING)
             try:
                 fs = import_module("fsspec").filesystem(protocol, skip_instance_cache=True, **self.options)
             except ImportError:
