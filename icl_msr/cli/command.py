@@ -34,7 +34,7 @@ from icl_msr.core.errors import SharedMistake, UserError, reason
 from icl_msr.core.folder import RunFolder
 from icl_msr.core.memory import SHORT, memory_is_short
 from icl_msr.core.ranks import adopt, is_first
-from icl_msr.core.storage import disk_is_full
+from icl_msr.core.storage import unwritable
 from icl_msr.core.terminal import complain, outlive_reader
 
 Job = Callable[[Settings, DictConfig], float]
@@ -76,7 +76,7 @@ def main(job: Job, arguments: Sequence[str] | None = None) -> int:
         except UserError as mistake:
             if saved is None:
                 raise
-            raise UserError(f"{HydraConfig.get().runtime.output_dir}/config.yaml: {mistake}") from None
+            raise type(mistake)(f"{HydraConfig.get().runtime.output_dir}/config.yaml: {mistake}") from None
 
     @wraps(job)  # Hydra names the job after its module
     def answered(config: DictConfig) -> float:
@@ -92,8 +92,8 @@ def main(job: Job, arguments: Sequence[str] | None = None) -> int:
             return float("nan")
         except Exception as fault:
             folder = RunFolder(Path(HydraConfig.get().runtime.output_dir))
-            if disk_is_full(fault):
-                codes[-1] = refuse(f"The disk of {folder} is full; free space and {folder.advice}.", shared=False)
+            if cause := unwritable(fault, folder.path):
+                codes[-1] = refuse(f"{cause} and {folder.advice}.", shared=False)
                 return float("nan")
             if memory_is_short(fault):
                 kept = f" What was trained is kept; {folder.advice}." if folder.checkpoint.exists() else ""
@@ -121,8 +121,6 @@ def main(job: Job, arguments: Sequence[str] | None = None) -> int:
         hydra.main(version_base="1.3", config_path=str(config_dir()), config_name="config")(answered)()
     except UserError as mistake:
         return refuse(str(mistake))
-    except KeyboardInterrupt:
-        return 130
     except SystemExit as end:
         if codes or end.code not in (1, 2):  # Hydra has printed what is wrong, with code 1, or a callback of ours
             raise

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from icl_msr.core.errors import UserError, reason
-from icl_msr.core.storage import disk_is_full, expanded
+from icl_msr.core.storage import expanded
 
 PACKAGES = {"s3": "s3fs", "gs": "gcsfs", "https": "aiohttp", "http": "aiohttp", "hf": "huggingface_hub"}
 """The stores that can be read, and the package of each beside `fsspec`."""
@@ -336,7 +336,7 @@ class Cache:
                 ledger.truncate()
                 ledger.write(str(used + len(content)))
         except OSError as error:
-            why = "its disk is full" if disk_is_full(error) else error.strerror
+            why = reason(error)
             raise UserError(
                 f"The cache {self.folder} cannot be written ({why}); free space, set dataset.cache_gb lower, or "
                 "dataset.cache to another folder."

@@ -23,6 +23,7 @@ from typing_extensions import override
 from icl_msr.augment import Augmentation
 from icl_msr.core.errors import UserError
 from icl_msr.core.randomness import keys, permutation
+from icl_msr.core.signals import SIGNALS
 from icl_msr.core.views import AlphaMode, AlphaSchedule, NonSemantic, Views
 from icl_msr.data.dataset import ArraySplit, Dataset, Split, normalise
 from icl_msr.data.files import FileSplit
@@ -311,7 +312,7 @@ class _TrainLoader:
 
 def _leave_signals(worker: int) -> None:
     """Ignore signals in a worker. They reach all processes of a run, and the run itself answers them and saves."""
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP):
+    for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
 
 

@@ -37,7 +37,7 @@ def imported(folder: Path, *words: str, code: int) -> set[str]:
 )
 def test_help_and_wrong_names_need_no_torch(line: str, code: int, tmp_path: Path) -> None:
     found = imported(tmp_path, *line.split(), code=code)
-    assert "hydra" in found or "export" in line
+    assert "hydra" in found or line.startswith(("icl_msr.export", "icl_msr.textures --help"))
     assert not found & HEAVY
     assert not list(tmp_path.iterdir())
 

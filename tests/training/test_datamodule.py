@@ -2,7 +2,10 @@
 
 import multiprocessing
 import os
+import shutil
 import signal
+import subprocess
+import sys
 from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
@@ -239,6 +242,28 @@ def test_batches_go_through_pipes_where_shared_memory_is_too_small(files, tmp_pa
     for (_, left), (_, right) in zip(whole, other, strict=True):
         assert torch.equal(left.views[0], right.views[0])
         assert torch.equal(left.images, right.images)
+
+
+SMALL_SHM = ("unshare", "-rm", "bash", "-c", 'mount -t tmpfs -o size=1m tmpfs /dev/shm && exec "$@"', "bash")
+"""Runs a command in which /dev/shm has one megabyte."""
+
+
+@pytest.mark.slow
+def test_a_run_ends_where_shared_memory_is_small(tmp_path):
+    """With the real limit, under which a worker would wait for ever."""
+    if not shutil.which("unshare") or subprocess.run([*SMALL_SHM, "true"], capture_output=True, check=False).returncode:
+        pytest.skip("needs unshare and the right to mount")
+    rng = np.random.default_rng(0)
+    for i in range(48):
+        Image.fromarray(rng.integers(0, 256, (70, 90, 3), dtype=np.uint8)).save(tmp_path / f"{i}.jpg")
+    words = ["dataset=images", f"dataset.root={tmp_path}", "dataset.image_size=64", "dataset.resident_size=0"]
+    words += ["loader.batch_size=16", "loader.num_workers=2", "method=simclr", "regularizer=none", "logger=csv"]
+    words += ["trainer.max_epochs=2", "evaluation=none", "metric=loss", f"hydra.run.dir={tmp_path}/run"]
+    line = [*SMALL_SHM, sys.executable, "-m", "icl_msr.run", *words]
+    done = subprocess.run(line, capture_output=True, text=True, check=False, timeout=600)
+    assert done.returncode == 0, done.stderr
+    assert "batches go through pipes" in done.stderr
+    assert (tmp_path / "run" / "results.json").exists()
 
 
 @pytest.mark.parametrize("when", ["in the epoch", "at its last step", "at its end"])
