@@ -46,7 +46,8 @@ def run(settings: Settings, config: DictConfig) -> float:
     if (metric := finished(settings, folder, console)) is not None:
         return metric
 
-    plan = build_as(Hardware, settings.hardware).plan()
+    hardware = build_as(Hardware, settings.hardware)
+    plan = hardware.plan()
     supervise = plan.world_size > 1 and not is_rank()
     require_processes(plan, multirun=HydraConfig.get().mode == RunMode.MULTIRUN)
     pieces = assemble(settings, plan)

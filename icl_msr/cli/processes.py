@@ -20,6 +20,7 @@ from pathlib import Path
 from types import FrameType
 from typing import IO, TYPE_CHECKING, Any
 
+from icl_msr.core import slurm
 from icl_msr.core.errors import PREEMPTED, SharedMistake, UserError
 from icl_msr.core.folder import RunFolder
 from icl_msr.core.ranks import VARIABLES, is_first, is_rank, outside_nodes, outside_world_size
@@ -310,6 +311,20 @@ def stoppable(folder: RunFolder) -> Iterator[None]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+@contextmanager
+def requeued(wanted: bool) -> Iterator[None]:
+    """Ask SLURM to run this job again if `wanted` and a signal ends the block.
+
+    Only the first rank asks, or the process that has started the ranks or the jobs of a sweep.
+    """
+    try:
+        yield
+    except SystemExit as stop:
+        if wanted and stop.code == PREEMPTED and is_first() and not _held:
+            print(slurm.requeue(), file=sys.stderr, flush=True)
+        raise
 
 
 @contextmanager

@@ -22,7 +22,7 @@ from hydra.types import HydraContext, RunMode, TaskFunction
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from icl_msr.cli.footprint import Footprint, new_folder, run_folder
-from icl_msr.cli.processes import Child, clean_environment, in_folder, passed_on
+from icl_msr.cli.processes import Child, clean_environment, in_folder, passed_on, requeued
 from icl_msr.cli.words import in_short, spelled_out
 from icl_msr.core import trust
 from icl_msr.core.compose import known_to_hydra
@@ -89,7 +89,8 @@ class ProcessLauncher:
             answers = list(pool.map(self._run, jobs))
         if self._stopped():
             print("The sweep was stopped; the same command continues it.", file=sys.stderr)
-            sys.exit(PREEMPTED)
+            with requeued(bool(self.config.hardware.get("requeue"))):
+                sys.exit(PREEMPTED)
         return answers
 
     def _job(self, number: int, overrides: list[str], total: int) -> Job:

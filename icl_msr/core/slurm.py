@@ -6,9 +6,6 @@ from collections.abc import Mapping
 
 from icl_msr.core.errors import reason
 
-_GONE = "CANCELLED"
-"""State of a job that somebody has cancelled."""
-
 
 def job() -> str | None:
     """Return the number of this SLURM job as scontrol takes it, `12_3` for a task of an array; None outside a job."""
@@ -32,8 +29,7 @@ def requeue() -> str:
     if number is None or not in_batch_job():
         return "hardware.requeue=true is for jobs of sbatch; this process is not in one."
     try:
-        state = facts(number).get("JobState")
-        if state == _GONE:
+        if facts(number).get("JobState") == "CANCELLED":
             return f"SLURM job {number} was cancelled, so it is not requeued."
         _scontrol("requeue", number)
     except (OSError, subprocess.CalledProcessError) as error:

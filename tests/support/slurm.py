@@ -10,6 +10,7 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 
+import icl_msr
 from icl_msr.cli.processes import clean_environment
 from support.programs import LIMIT, until
 from support.tiny import DATA, MODEL
@@ -17,6 +18,7 @@ from support.tiny import DATA, MODEL
 NODES = ("n1", "n2")
 FINAL = {"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "PREEMPTED"}
 
+CHECKOUT = Path(icl_msr.__file__).parents[1]
 RUN = f"RUN='{sys.executable} -m icl_msr.run'"
 
 CPU = ["hardware.accelerator=cpu", "hardware.precision=32-true"]
@@ -126,7 +128,7 @@ class Cluster:
     def environment(self) -> dict[str, str]:
         """Return the environment of a user of this cluster. The packages are found from any folder."""
         ours = {**clean_environment(), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-        paths = [str(Path.cwd()), *os.environ.get("PYTHONPATH", "").split(os.pathsep)]
+        paths = [str(CHECKOUT), str(CHECKOUT / "tests"), *os.environ.get("PYTHONPATH", "").split(os.pathsep)]
         return {**ours, "SLURM_CONF": str(self.config), "PYTHONPATH": os.pathsep.join(path for path in paths if path)}
 
     def ask(self, *command: str) -> str:
