@@ -5,11 +5,13 @@ python -m icl_msr.evaluate run=FOLDER dataset=imagefolder dataset.root=photos ev
 
 import argparse
 import sys
+from collections.abc import Sequence
 
 from icl_msr.cli.processes import hold_leash, told
 from icl_msr.core import trust
-from icl_msr.core.errors import SharedMistake, UserError
-from icl_msr.core.ranks import adopt, is_first
+from icl_msr.core.errors import UserError
+from icl_msr.core.ranks import adopt
+from icl_msr.core.terminal import Arguments, answering
 
 USAGE = """python -m icl_msr.evaluate SOURCE [dataset=...] [evaluation=...] [seed=N] [to=FOLDER]
 
@@ -27,9 +29,10 @@ nowhere). The results go to to=FOLDER (default runs/<date>/<time>-evaluate-<enco
 finds them beside runs."""
 
 
-def main(arguments: list[str] | None = None) -> int:
+@answering
+def main(arguments: Sequence[str] | None = None) -> int:
     """Parse the command line, evaluate; returns the exit code."""
-    parser = argparse.ArgumentParser(
+    parser = Arguments(
         prog="python -m icl_msr.evaluate",
         usage=USAGE,
         epilog=EPILOG,
@@ -47,14 +50,8 @@ def main(arguments: list[str] | None = None) -> int:
 
         trust.leave_working_directory(words)
         return carry_out(read(trust.given(words)), words)
-    except UserError as error:
-        if is_first() or not isinstance(error, SharedMistake):
-            print(error, file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        return 130
     except Exception as fault:
-        if told(fault):
+        if not isinstance(fault, UserError) and told(fault):
             return 1
         raise
 

@@ -1,17 +1,20 @@
 """`python -m icl_msr.export RUN`: the encoder of a run's last checkpoint, for plain torchvision or timm."""
 
-import argparse
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from icl_msr.core import trust
 from icl_msr.core.errors import UserError
 from icl_msr.core.folder import RunFolder
+from icl_msr.core.storage import expanded, require_local
+from icl_msr.core.terminal import Arguments, answering
 
 
-def main(arguments: list[str] | None = None) -> int:
+@answering
+def main(arguments: Sequence[str] | None = None) -> int:
     """Parse the command line, export, and return the exit code."""
-    parser = argparse.ArgumentParser(
+    parser = Arguments(
         prog="python -m icl_msr.export",
         description="Writes encoder.safetensors and encoder.json, which plain torchvision or timm load, from the last "
         "checkpoint of a run, finished or not.",
@@ -34,19 +37,16 @@ def main(arguments: list[str] | None = None) -> int:
     )
     parser.add_argument("--overwrite", action="store_true", help="replace another encoder that lies there")
     options = parser.parse_intermixed_args(arguments)
-    run, to = options.run.expanduser(), options.to and options.to.expanduser()
+    run, to = expanded(options.run), options.to and expanded(options.to)
     folder: Path = to or (run if options.encoder == "online" else run / options.encoder)
     trust.leave_working_directory(options.trust)
+    require_local(folder, "--to")
     try:
         if unknown := trust.given(options.trust):
             raise UserError(f"{unknown[0]} is one word too many; give one run, and trust=PACKAGE.")
         export(run, options.encoder, folder, overwrite=options.overwrite)
-    except UserError as error:
-        print(error, file=sys.stderr)
-        return 2
     except OSError as error:
-        print(f"{folder} cannot be written ({error.strerror}); give another one, --to FOLDER.", file=sys.stderr)
-        return 2
+        raise UserError(f"{folder} cannot be written ({error.strerror}); give another one, --to FOLDER.") from None
     return 0
 
 

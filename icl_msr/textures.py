@@ -4,7 +4,6 @@ Ge et al. 2021 train on such a folder. Theirs is written by another program; our
 pieces of the raw image. `negatives=cached negatives.folder=FOLDER` reads either.
 """
 
-import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,11 +13,14 @@ from omegaconf import DictConfig
 from icl_msr.cli import command
 from icl_msr.cli.processes import in_folder
 from icl_msr.core.config import Settings
+from icl_msr.core.storage import expanded, require_local
+from icl_msr.core.terminal import Arguments, answering
 
 
+@answering
 def main(arguments: Sequence[str] | None = None) -> int:
     """Parse the command line, write the textures, and return the exit code."""
-    parser = argparse.ArgumentParser(
+    parser = Arguments(
         prog="python -m icl_msr.textures",
         description="Writes a texture for every training image, as FOLDER/train/<class>/<stem>.png. Textures that are "
         "there and sound are kept, so the command can be stopped and repeated.",
@@ -28,9 +30,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "words", nargs="*", metavar="WORD", help="as for icl_msr.run: dataset=..., seed=..., negatives.block=..."
     )
     options = parser.parse_intermixed_args(arguments)
+    require_local(options.to, "--to")
     chosen = [word for word in options.words if word.startswith("negatives=")]
     words = [*options.words, *([] if chosen else ["negatives=texture"])]
-    return command.main(textures, [*words, in_folder(options.to.expanduser())])
+    return command.main(textures, [*words, in_folder(expanded(options.to))])
 
 
 def textures(settings: Settings, config: DictConfig) -> float:

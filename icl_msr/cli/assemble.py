@@ -66,6 +66,8 @@ def assemble(settings: Settings, plan: Plan) -> Pieces:
         UserError: a part cannot be built, or the parts do not fit together.
     """
     pl.seed_everything(settings.seed, verbose=False)
+    for logger in settings.logger.values():  # they are built when the run begins
+        require_kind(Logger, logger)
     dataset = build_as(Dataset, settings.dataset)
     backbone = build_as(Backbone, settings.backbone, image_size=dataset.image_size)
     augmentation = build(settings.augment)
@@ -192,10 +194,22 @@ def build_as(kind: type[Built], node: Mapping[str, Any], **given: Any) -> Built:
     Raises:
         UserError: the node cannot be built, or gives another type.
     """
+    require_kind(kind, node)
     built = build(node, **given)
     if not isinstance(built, kind):
         raise UserError(f"{node['_target_']} gives {type(built).__name__}, and a {kind.__name__} is needed.")
     return built
+
+
+def require_kind(kind: type, node: Mapping[str, Any]) -> None:
+    """Check that the class which a node names is a `kind`, before it is called. What a function gives is not known yet.
+
+    Raises:
+        UserError: it is a class of another kind.
+    """
+    target = resolve_name(node["_target_"])
+    if isinstance(target, type) and not issubclass(target, kind):
+        raise UserError(f"{node['_target_']} is not a {kind.__name__}, and a {kind.__name__} is needed.")
 
 
 def derive(settings: Settings, optimization: Optimization, images: int, world_size: int) -> dict[str, float]:

@@ -1,5 +1,6 @@
 """Hydra's command line. A user's mistake gives one sentence and exit code 2."""
 
+import difflib
 import os
 import re
 import sys
@@ -9,6 +10,7 @@ from collections.abc import Callable, Sequence
 from functools import wraps
 from importlib.util import find_spec
 from pathlib import Path
+from traceback import walk_tb
 from typing import Any
 
 import hydra
@@ -18,24 +20,27 @@ from hydra.core.object_type import ObjectType
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException, MissingConfigException, OverrideParseException
 from omegaconf import DictConfig, ListConfig, OmegaConf
-from omegaconf.errors import InterpolationResolutionError, OmegaConfBaseException
+from omegaconf.errors import ConfigAttributeError, ConfigKeyError, InterpolationResolutionError, OmegaConfBaseException
 from yaml import MarkedYAMLError, YAMLError
 
 from icl_msr.cli.footprint import Footprint, require_common_folder
-from icl_msr.cli.processes import hold_leash, in_folder, outlive_reader, told
+from icl_msr.cli.processes import hold_leash, in_folder, told
 from icl_msr.cli.sweeps import ProcessLauncher, register_resolvers
 from icl_msr.cli.words import ambiguous, for_sweep, overrides, path_in, spelled_out, unreadable
 from icl_msr.core import trust
 from icl_msr.core.compose import compose, hydra_for_itself
 from icl_msr.core.config import Settings, check, config_dir, no_keys, suggestion, unfilled
-from icl_msr.core.errors import SharedMistake, UserError
+from icl_msr.core.errors import SharedMistake, UserError, reason
 from icl_msr.core.folder import RunFolder
+from icl_msr.core.memory import SHORT, memory_is_short
 from icl_msr.core.ranks import adopt, is_first
 from icl_msr.core.storage import disk_is_full
+from icl_msr.core.terminal import complain, outlive_reader
 
 Job = Callable[[Settings, DictConfig], float]
 """A function that runs a command. It takes the checked settings and the composed config and returns the metric."""
 
+_MISTAKES = (HydraException, OmegaConfBaseException, YAMLError, ValueError, OSError)
 _MULTIRUN = {"-m", "--multirun"}
 _CHOICE = r"((?:hydra/)?[^/]*)/(.*)"
 """Pattern of a config file's path: the group and the rest of the name."""
@@ -60,7 +65,7 @@ def main(job: Job, arguments: Sequence[str] | None = None) -> int:
     def refuse(message: str, shared: bool = True) -> int:
         # Another job of the sweep or another rank may have said it.
         if message not in said and (is_first() or not shared):
-            print(message, file=sys.stderr)
+            complain(message)
         said.add(message)
         Footprint.erase()
         return 2
@@ -90,6 +95,10 @@ def main(job: Job, arguments: Sequence[str] | None = None) -> int:
             if disk_is_full(fault):
                 codes[-1] = refuse(f"The disk of {folder} is full; free space and {folder.advice}.", shared=False)
                 return float("nan")
+            if memory_is_short(fault):
+                kept = f" What was trained is kept; {folder.advice}." if folder.checkpoint.exists() else ""
+                codes[-1] = refuse(SHORT + kept, shared=False)
+                return float("nan")
             if folder.checkpoint.exists():
                 fault.add_note(f"What was trained is kept; {folder.advice}.")
             if told(fault):
@@ -112,12 +121,17 @@ def main(job: Job, arguments: Sequence[str] | None = None) -> int:
         hydra.main(version_base="1.3", config_path=str(config_dir()), config_name="config")(answered)()
     except UserError as mistake:
         return refuse(str(mistake))
-    except (HydraException, OmegaConfBaseException, YAMLError, ValueError, OSError) as mistake:
-        if codes or ProcessLauncher.exit_codes:  # the job has begun, so this is not a mistake of the user
-            raise
-        return refuse(sentence(mistake, typed))
     except KeyboardInterrupt:
         return 130
+    except SystemExit as end:
+        if codes or end.code not in (1, 2):  # Hydra has printed what is wrong, with code 1, or a callback of ours
+            raise
+        return 2
+    except Exception as mistake:
+        begun = codes or ProcessLauncher.exit_codes  # after that, it is not a mistake of the user
+        if begun or not (isinstance(mistake, _MISTAKES) or _is_hydras(mistake)):
+            raise
+        return refuse(sentence(mistake, typed))
     if not codes:  # a help text was printed, or the sweep had nothing to do
         Footprint.erase()
     return max([*codes, *ProcessLauncher.exit_codes], default=0)
@@ -156,6 +170,15 @@ def _resumed(typed: Sequence[str]) -> tuple[DictConfig | None, Sequence[str]]:
     return config, [*epochs, in_folder(folder.path)]
 
 
+def _is_hydras(error: BaseException) -> bool:
+    """Return whether an error was raised below Hydra, and not below code of ours that Hydra calls.
+
+    Hydra raises many kinds of errors for what a user types.
+    """
+    modules = [frame.f_globals.get("__name__", "") for frame, _ in walk_tb(error.__traceback__)]
+    return "hydra.main" in modules and not any(name.startswith("icl_msr.") for name in modules[1:])
+
+
 def _check_flags(typed: Sequence[str]) -> None:
     """Check the flags. Hydra's own parser would print several lines of usage.
 
@@ -163,11 +186,15 @@ def _check_flags(typed: Sequence[str]) -> None:
         UserError: Hydra does not know a flag, or the value of a flag is wrong.
     """
     parser = get_args_parser()
-    parser.exit_on_error = False
+    parser.exit_on_error = parser.allow_abbrev = False
     try:
-        _, unknown = parser.parse_known_args(typed)
+        options, unknown = parser.parse_known_args(typed)
     except ArgumentError as error:
         raise UserError(f"{str(error).removeprefix('argument ')}.") from None
+    if options.experimental_rerun:
+        raise UserError("--experimental-rerun reads a pickle, which can execute code; type resume=FOLDER instead.")
+    if options.package and not options.cfg:
+        raise UserError("--package says what --cfg shows; write --cfg job --package NAME.")
     for word in unknown:
         if word.startswith("-"):
             key = word.lstrip("-").partition("=")[0]
@@ -225,7 +252,10 @@ def sentence(error: Exception, typed: Sequence[str]) -> str:
         return ambiguous(several[1])
     if twice := re.search(r"already at '([^']*)'", text):
         return f"{twice[1]} is there already; leave the plus out, {twice[1]}=<value>."
-    key = getattr(error.__cause__, "full_key", None) or re.search(r"'([^']*)' does not exist", text)
+    cause = error.__cause__
+    key = getattr(cause, "full_key", None) or re.search(r"'([^']*)' does not exist", text)
+    if isinstance(cause, OmegaConfBaseException) and not isinstance(cause, ConfigAttributeError | ConfigKeyError):
+        return f"{cause.full_key} cannot be set: {reason(cause)}."
     if key:
         return _no_key(key if isinstance(key, str) else key[1], typed)
     first = " ".join(text.split("\n\n")[0].split())
@@ -269,6 +299,10 @@ def _no_key(wrong: str, typed: Sequence[str]) -> str:
         return f"{wrong} is not there yet; a plus adds it: +{wrong}=<value>."
     if isinstance(node, DictConfig) and node.get("_target_", "") is None:
         return no_keys(parent, wrong)
+    target = str(node.get("_target_", "")) if isinstance(node, DictConfig) else ""
+    similar = difflib.get_close_matches(wrong.rpartition(".")[2], map(str, node) if node else [])
+    if target and not target.startswith("icl_msr.") and not similar:  # our own YAML files list all keys
+        return f"{wrong} is not a key of the YAML file; if {target} has it, a plus adds it: +{wrong}=<value>."
     keys = _flat(config, "")
     advice = suggestion(wrong, [key for key in keys if key.rpartition(".")[0] == parent] or keys)
     return f"{wrong} is not a key; {advice if len(advice) < 500 else '--cfg job lists all keys.'}"

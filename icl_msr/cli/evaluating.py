@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from omegaconf import OmegaConf
 from rich.console import Console
+from rich.text import Text
 
 from icl_msr.cli.conclude import conclude, image_facts, provenance
 from icl_msr.cli.order import Order
@@ -23,6 +24,7 @@ from icl_msr.core.ranks import is_first, is_rank
 from icl_msr.core.records import TRAINED, Outcome
 from icl_msr.core.saved import as_yaml
 from icl_msr.core.storage import atomic_write
+from icl_msr.core.terminal import plain_console
 from icl_msr.data.dataset import Dataset
 from icl_msr.evaluation.cache import FeatureCache, encoder_identity
 from icl_msr.evaluation.pictures import Scene
@@ -70,7 +72,7 @@ def evaluate(order: Order, words: Sequence[str], plan: Plan) -> None:
     """
     # A pipe or a log file has no width, and the tables of several evaluations are wide.
     width = None if sys.stdout.isatty() else 160
-    console = Console(highlight=False, soft_wrap=True, quiet=not is_first(), width=width)
+    console = plain_console(quiet=not is_first(), width=width)
     began = time.perf_counter()
     subject, settings = order.subject, order.settings
     require_writable(order.to)
@@ -89,7 +91,7 @@ def evaluate(order: Order, words: Sequence[str], plan: Plan) -> None:
     # The images are normalised as in the encoder's training, not by the data set's own statistics.
     dataset = replace(dataset, mean=_triple(subject.mean), std=_triple(subject.std))
     untrained = None if subject.random else foreign.untrained_copy(encoder, settings.seed)
-    console.print(f"[bold]{subject.name}[/bold] on {dataset.name}, {plan}")
+    console.print(Text.assemble((subject.name, "bold"), f" on {dataset.name}, {plan}"))
     if subject.image_size not in (None, dataset.image_size):
         console.print(
             f"It is made for {subject.image_size} pixels and is shown {dataset.image_size} (dataset.image_size).",

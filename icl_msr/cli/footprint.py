@@ -8,15 +8,17 @@ from datetime import datetime
 from hashlib import sha256
 from itertools import count
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NoReturn
 
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig
 
 from icl_msr.core import slurm
 from icl_msr.core.compose import known_to_hydra
-from icl_msr.core.errors import SharedMistake
+from icl_msr.core.errors import SharedMistake, UserError
 from icl_msr.core.ranks import is_rank
+from icl_msr.core.storage import require_local
+from icl_msr.core.terminal import complain
 
 
 class Footprint(Callback):
@@ -27,11 +29,20 @@ class Footprint(Callback):
     def on_run_start(self, config: DictConfig, **_: Any) -> None:
         """Note the folder of a run before Hydra makes it."""
         with known_to_hydra(config):
-            self.note(Path(str(config.hydra.run.dir)))
+            self.begin(str(config.hydra.run.dir), "hydra.run.dir")
 
     def on_multirun_start(self, config: DictConfig, **_: Any) -> None:
         """Note the folder of a sweep before Hydra makes it."""
-        self.note(Path(str(config.hydra.sweep.dir)))
+        self.begin(str(config.hydra.sweep.dir), "hydra.sweep.dir")
+
+    @classmethod
+    def begin(cls, folder: str, key: str) -> None:
+        """Note the folder that a key names. A key that names no local folder ends the command."""
+        try:
+            require_local(folder, key)
+        except UserError as mistake:
+            refuse(str(mistake))
+        cls.note(Path(folder))
 
     @classmethod
     def note(cls, folder: Path) -> None:
@@ -103,3 +114,10 @@ def new_folder(path: str) -> str:
         else:
             return str(folder)
     return path  # it cannot be made; Hydra tries again and says why
+
+
+def refuse(message: str) -> NoReturn:
+    """Print a message and exit with code 2. In a callback, Hydra would turn an exception into a warning."""
+    complain(message)
+    Footprint.erase()
+    sys.exit(2)

@@ -16,6 +16,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig
 from rich.console import Console
+from rich.text import Text
 
 from icl_msr.cli.assemble import Pieces, assemble, build_as, in_words, make_loggers, make_trainer
 from icl_msr.cli.conclude import conclude, describe, evaluate, peak_memory_mb, scene_of
@@ -27,6 +28,7 @@ from icl_msr.core.ranks import is_first, is_rank
 from icl_msr.core.records import Outcome, chosen_metric
 from icl_msr.core.saved import WRITTEN, as_yaml
 from icl_msr.core.storage import atomic_write, disk_is_full
+from icl_msr.core.terminal import plain_console
 from icl_msr.data.dataset import Dataset
 from icl_msr.models.checkpoint import read_checkpoint
 from icl_msr.report import has_page, write_report
@@ -42,7 +44,7 @@ def run(settings: Settings, config: DictConfig) -> float:
     A run that was begun in this folder is continued. A finished run is left as it is.
     """
     folder = RunFolder(Path(HydraConfig.get().runtime.output_dir))
-    console = Console(highlight=False, soft_wrap=True, quiet=not is_first())
+    console = plain_console(quiet=not is_first())
     if (metric := finished(settings, folder, console)) is not None:
         return metric
 
@@ -99,12 +101,12 @@ def carry_out(
         folder.results.unlink(missing_ok=True)  # results from before more epochs were asked for
         folder.write_facts(facts)
         atomic_write(folder.config, as_yaml(config))
-    console.print(f"[bold]{about.name}[/bold] on {plan}\n{in_words(pieces.derived)}\n{folder}")
+    console.print(Text.assemble((about.name, "bold"), f" on {plan}\n{in_words(pieces.derived)}\n{folder}"))
 
     for remark in [*pieces.dataset.remarks(), *(pieces.dataset.labelled.remarks() if pieces.dataset.labelled else [])]:
-        console.print(remark, style="yellow", markup=False)
+        console.print(remark, style="yellow")
     if pieces.without_maps is not None:
-        console.print(f"The strata are not drawn: {pieces.without_maps}.", style="yellow", markup=False)
+        console.print(f"The strata are not drawn: {pieces.without_maps}.", style="yellow")
     with closing(loggers):
         trainer.loggers = loggers
         trainer.fit(

@@ -18,6 +18,7 @@ from icl_msr.core import trust
 from icl_msr.core.compose import compose
 from icl_msr.core.config import Settings, check, config_dir, suggestion
 from icl_msr.core.errors import UserError
+from icl_msr.core.storage import require_local
 from icl_msr.evaluation.subject import SOURCES, Subject, find
 
 OWN = (*SOURCES, "weights", "to", "cache")
@@ -81,6 +82,8 @@ def read(words: Sequence[str]) -> Order:
     stamp = datetime.now().astimezone()
     name = re.sub(r"[^\w.-]+", "-", subject.name)
     default = f"runs/{stamp:%Y-%m-%d}/{stamp:%H-%M-%S}-evaluate-{name}"
+    for key in ("to", "cache"):
+        require_local(own.get(key, ""), key)
     to, cache = Path(own.get("to", default)), own.get("cache", CACHE)
     if (to / "results.json").exists() or (to / "config.yaml").exists():
         raise UserError(f"{to} holds results or a run already; choose another folder, to=FOLDER.")

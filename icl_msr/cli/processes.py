@@ -4,7 +4,6 @@ Lightning's launcher repeats a whole sweep in its second rank and kills the firs
 process that the user starts supervises, and each rank is a fresh process with the same arguments.
 """
 
-import io
 import os
 import signal
 import socket
@@ -95,31 +94,6 @@ def hold_leash() -> None:
         sys.exit(130)
     global _held
     _held = True
-
-
-class _Outlet(io.FileIO):
-    """An output file that discards what is written once its reader is gone, as after `| head`."""
-
-    def write(self, data: Any, /) -> int:
-        try:
-            return super().write(data)
-        except BrokenPipeError:
-            nowhere = os.open(os.devnull, os.O_WRONLY)
-            os.dup2(nowhere, self.fileno())  # processes that we start inherit it
-            os.close(nowhere)
-            return len(data)
-
-
-def outlive_reader() -> None:
-    """Let the command go on when its output is no longer read."""
-    for name in ("stdout", "stderr"):
-        stream = getattr(sys, name)
-        if stream is not None and stream is getattr(sys, f"__{name}__"):  # not a replacement, which has no pipe
-            stream.flush()
-            outlet = _Outlet(stream.fileno(), "wb", closefd=False)
-            text = io.TextIOWrapper(io.BufferedWriter(outlet), stream.encoding, stream.errors)
-            text.reconfigure(line_buffering=stream.line_buffering, write_through=stream.write_through)
-            setattr(sys, name, text)
 
 
 def told(fault: Exception) -> bool:

@@ -13,7 +13,6 @@ import torch
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 from PIL import Image
-from rich.console import Console
 from torch import Tensor
 from torchvision.io import encode_png
 from torchvision.transforms.v2 import functional as F
@@ -23,6 +22,7 @@ from icl_msr.core.errors import UserError
 from icl_msr.core.folder import RunFolder
 from icl_msr.core.randomness import keys
 from icl_msr.core.storage import atomic_write, read_json
+from icl_msr.core.terminal import plain_console
 from icl_msr.data.dataset import Dataset
 from icl_msr.data.files import FileSplit
 from icl_msr.data.sources import cores, progress_bar
@@ -53,7 +53,7 @@ def job(settings: Settings, config: DictConfig) -> float:
     with RunFolder(folder).locked():
         claim(folder, {"dataset": dataset.name, "image_size": dataset.image_size, **recipe})
         made, kept = write(dataset, generator, folder / "train", settings.seed, device)
-    Console(highlight=False, soft_wrap=True).print(f"{made} textures written, {kept} kept   {folder}")
+    plain_console().print(f"{made} textures written, {kept} kept   {folder}")
     return 0.0
 
 

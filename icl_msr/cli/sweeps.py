@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from datetime import datetime, timedelta
 from pathlib import Path
 from statistics import mean
-from typing import Any, ClassVar, NoReturn
+from typing import Any, ClassVar
 
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.utils import JobReturn, JobStatus
@@ -21,7 +21,7 @@ from hydra.experimental.callback import Callback
 from hydra.types import HydraContext, RunMode, TaskFunction
 from omegaconf import DictConfig, OmegaConf, open_dict
 
-from icl_msr.cli.footprint import Footprint, new_folder, run_folder
+from icl_msr.cli.footprint import new_folder, refuse, run_folder
 from icl_msr.cli.processes import Child, clean_environment, in_folder, passed_on, requeued
 from icl_msr.cli.words import in_short, spelled_out
 from icl_msr.core import trust
@@ -180,12 +180,12 @@ class SweepRecord(Callback):
     def on_multirun_start(self, config: DictConfig, **_: Any) -> None:
         """Lock the folder until the end of the process, and say which jobs are done."""
         if (outside := outside_world_size() or 1) > 1:
-            _refuse(f"A sweep is started once, and {outside} processes were; add hydra/launcher=process instead.")
+            refuse(f"A sweep is started once, and {outside} processes were; add hydra/launcher=process instead.")
         self.folder = Path(str(config.hydra.sweep.dir))
         self.folder.mkdir(parents=True, exist_ok=True)
         self.lock = os.open(self.folder, os.O_RDONLY)
         if not _locks(self.lock):
-            _refuse(f"{self.folder} is another process's sweep; wait for its end, or choose another hydra.sweep.dir.")
+            refuse(f"{self.folder} is another process's sweep; wait for its end, or choose another hydra.sweep.dir.")
         if (self.folder / "sweep.json").exists():
             print(f"Continuing {self.folder}; jobs done so far: {self._state()[0]}.", flush=True)
         self._write(finished=False)
@@ -193,6 +193,8 @@ class SweepRecord(Callback):
     def on_multirun_end(self, config: DictConfig, **_: Any) -> None:
         """Print how many jobs are done and how to go on."""
         done, all_jobs = self._state()
+        if not all_jobs:
+            refuse("The sweep has no jobs, because a list or a pattern in it gives no values; write them out.")
         self._write(finished=done == all_jobs)
         rest = "" if done == all_jobs else "; the same command finishes the others"
         compare = f" Compare them: python -m icl_msr.report {self.folder}" if done else ""
@@ -209,9 +211,9 @@ class SweepRecord(Callback):
         try:
             atomic_write(file, json.dumps(content, indent=2) + "\n")
         except OSError as error:
-            _refuse(f"{file} cannot be written ({reason(error)}); choose another hydra.sweep.dir.")
+            refuse(f"{file} cannot be written ({reason(error)}); choose another hydra.sweep.dir.")
         except UserError as error:
-            _refuse(str(error))
+            refuse(str(error))
 
 
 def sweep_folder(root: str) -> str:
@@ -259,13 +261,6 @@ def _varying(overrides: Sequence[str]) -> list[str]:
     """Return the overrides that a sweep changes from job to job: those that were not typed in this form."""
     typed = {in_short(word) for word in sys.argv[1:]}
     return [word for word in overrides if in_short(word) not in typed]
-
-
-def _refuse(sentence: str) -> NoReturn:
-    """Print the sentence and exit with code 2. In a callback, Hydra would turn an exception into a warning."""
-    print(sentence, file=sys.stderr)
-    Footprint.erase()
-    sys.exit(2)
 
 
 def _clock(seconds: float) -> timedelta:

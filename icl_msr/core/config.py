@@ -28,6 +28,7 @@ from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, ValidationErr
 from pydantic.fields import FieldInfo
 
 from icl_msr.core.errors import UserError
+from icl_msr.core.saved import leaves
 
 Schema = TypeVar("Schema", bound=BaseModel)
 Node = dict[str, Any]
@@ -67,6 +68,10 @@ OWNED = {
 """Arguments that the program sets itself, with the advice for the user."""
 
 
+Seed = Annotated[int, Field(ge=0, lt=2**32)]
+"""A seed that every generator takes: NumPy's has 32 bits."""
+
+
 class Loader(BaseModel):
     """Settings of the data loader."""
 
@@ -84,7 +89,7 @@ class Settings(BaseModel):
 
     model_config = _STRICT
 
-    seed: Annotated[int, Field(ge=0, lt=2**63)]
+    seed: Seed
     metric: str
     loader: Loader
     method: Node
@@ -140,6 +145,9 @@ def check(config: DictConfig, typed: Iterable[str] = ()) -> Settings:
     except InterpolationResolutionError as error:
         raise UserError(unfilled(error)) from None
     assert isinstance(plain, dict)
+    for key, value in leaves(plain):
+        if isinstance(value, int) and not -(2**63) <= value < 2**63:
+            raise UserError(f"{key}={value} is not allowed; a whole number has at most 64 bits.")
     settings = _validated(Settings, {str(key): value for key, value in plain.items()}, "")
     for group, owned in OWNED.items():
         for name in owned.keys() & getattr(settings, group).keys():
@@ -244,6 +252,10 @@ def check_node(key: str, node: Any, given: Collection[str] = ()) -> None:
         ) from None
     except Exception as error:
         raise UserError(f"{key}._target_={node['_target_']} cannot be imported ({error}).") from None
+    if not _has_signature(target):
+        raise UserError(
+            f"{key}._target_={node['_target_']} does not name its parameters; choose a class or a function."
+        )
     whole = not (node.get("_partial_") or "_args_" in node)
     _validated(_schema(target, keys, given, whole), keys, f"{key}.")
     for name, value in node.items():
@@ -271,14 +283,21 @@ def _nested(key: str, value: Any) -> Iterator[tuple[str, Mapping[str, Any]]]:
             yield from _nested(f"{key}.{name}", part)
 
 
+def _has_signature(target: Any) -> bool:
+    """Return whether a target can be called and says with what. Some functions that are written in C do not."""
+    try:
+        inspect.signature(target)
+    except (TypeError, ValueError):
+        return False
+    return True
+
+
 def _parameters(target: Callable[..., Any]) -> dict[str, Parameter]:
     """Return the named parameters of a target; the name `**` says that it takes any name."""
     try:
         signature = inspect.signature(target, eval_str=True)
     except (NameError, AttributeError, TypeError):  # an annotation that exists only for type checkers
         signature = inspect.signature(target)
-    except ValueError:  # a builtin without a signature
-        return {"**": Parameter("_", Parameter.VAR_KEYWORD)}
     named = (Parameter.POSITIONAL_OR_KEYWORD, Parameter.KEYWORD_ONLY)
     names = ((p, "**" if p.kind is p.VAR_KEYWORD else p.name) for p in signature.parameters.values())
     return {name: p for p, name in names if name == "**" or p.kind in named}
@@ -387,10 +406,10 @@ _ALLOWED = {
     "model_type": "a mapping like {{a: 1}}",
     "too_short": "a list of {min_length} or more",
     "too_long": "a list of {max_length} or fewer",
-    "greater_than": "greater than {gt:g}",
-    "greater_than_equal": "at least {ge:g}",
-    "less_than": "less than {lt:g}",
-    "less_than_equal": "at most {le:g}",
+    "greater_than": "greater than {gt:.12g}",
+    "greater_than_equal": "at least {ge:.12g}",
+    "less_than": "less than {lt:.12g}",
+    "less_than_equal": "at most {le:.12g}",
 }
 
 

@@ -57,7 +57,7 @@ def _of_open_mpi(known: Mapping[str, str]) -> dict[str, str]:
 
 def _of_slurm(known: Mapping[str, str]) -> dict[str, str]:
     step = known.get("SLURM_STEP_ID", "")
-    if not step.isdigit() or int(step) >= _SPECIAL_STEPS:
+    if not step.isdecimal() or int(step) >= _SPECIAL_STEPS:
         return {}
     size = int(known.get("SLURM_STEP_NUM_TASKS") or known.get("SLURM_NTASKS") or 1)
     if size == 1:

@@ -103,7 +103,7 @@ def _asks_for_more(text: str, config: Any) -> bool:
 
 def _value(path: list[str], config: Any) -> Any:
     for name in path:
-        if isinstance(config, list) and name.isdigit() and int(name) < len(config):
+        if isinstance(config, list) and name.isdecimal() and int(name) < len(config):
             config = config[int(name)]
         else:
             config = config.get(name) if isinstance(config, Mapping) else None

@@ -4,6 +4,7 @@ import csv
 import errno
 import json
 import os
+import re
 import stat
 import zipfile
 from collections.abc import Iterator
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
 from icl_msr.core.errors import UserError, reason
+from icl_msr.core.memory import require_memory
 
 if TYPE_CHECKING:
     import numpy as np
@@ -21,6 +23,24 @@ SMALL = 50_000_000
 """Largest size of a file that holds facts, in bytes."""
 TABLE = 2_000_000_000
 """Largest size of a table of numbers, in bytes."""
+_URL = re.compile(r"[a-z][a-z0-9+.-]+:/", re.IGNORECASE)
+
+
+def require_local(folder: str | Path, key: str) -> None:
+    """Check that what a key names as a folder to write to is a path, not a URL.
+
+    Raises:
+        UserError: it is a URL. Otherwise a local folder of this name would be made.
+    """
+    if _URL.match(str(folder)):
+        raise UserError(
+            f"{key}={folder} is a URL, and files are written to local folders; mount it, or copy them there."
+        )
+
+
+def expanded(path: str | Path) -> Path:
+    """Return a path with `~` as the home folder. A name such as `~nobody`, of no user, stays as it is."""
+    return Path(os.path.expanduser(path))
 
 
 @contextmanager
@@ -109,12 +129,7 @@ def read_arrays(path: Path) -> "dict[str, np.ndarray[Any, Any]]":
     with file:
         assert file.zip is not None
         needed = sum(part.file_size for part in file.zip.infolist())
-        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-        if needed > memory:
-            raise UserError(
-                f"The arrays of {path} need {needed / 1e9:.0f} GB of memory, and this machine has {memory / 1e9:.0f} "
-                "GB; divide them, or write the images as files."
-            )
+        require_memory(f"The arrays of {path}", needed, "divide them, or write the images as files")
         return {name: file[name] for name in file.files}
 
 

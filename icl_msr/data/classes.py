@@ -12,6 +12,7 @@ from torch import Tensor
 
 from icl_msr.core.config import suggestion
 from icl_msr.core.errors import UserError
+from icl_msr.core.storage import expanded
 from icl_msr.data.listing import Listing
 
 LISTS = Path(__file__).parent / "lists"
@@ -35,7 +36,7 @@ def listed_classes(classes: str | list[str] | None, base: Path) -> list[str] | N
     names = classes
     if isinstance(classes, str):
         known = [path.stem for path in LISTS.glob("*.txt")]
-        path = next((p for p in (base / classes, Path(classes).expanduser()) if p.is_file()), LISTS / f"{classes}.txt")
+        path = next((p for p in (base / classes, expanded(classes)) if p.is_file()), LISTS / f"{classes}.txt")
         if not path.is_file():
             raise UserError(f"There is no file {classes} for dataset.classes; {suggestion(classes, known)}")
         lines = path.read_text(encoding="utf-8-sig", errors="replace").splitlines()
@@ -125,7 +126,7 @@ class ImageClasses:
         names = [folder / f"{folder.name}_annotations.txt", *(self.base / name for name in _PUBLISHED)]
         names += [self.base / f"{folder.name}.txt"]
         if self.file is not None:
-            names = [self.base / Path(self.file).expanduser()]
+            names = [self.base / expanded(self.file)]
         found = next((path for path in names if path.is_file()), None)
         if found is None:
             looked = f"There is no file {names[0]}" if self.file else f"{folder} has no class folders"

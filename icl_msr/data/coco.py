@@ -12,6 +12,7 @@ from pydantic import Field, FiniteFloat, NonNegativeFloat, NonNegativeInt, Posit
 
 from icl_msr.core.config import suggestion
 from icl_msr.core.errors import UserError
+from icl_msr.core.storage import expanded
 from icl_msr.data.dataset import Dataset
 from icl_msr.data.files import FileSplit, of_files
 from icl_msr.data.listing import Listing, named_file
@@ -99,7 +100,7 @@ def coco(
         UserError: a folder or file is missing or not in the format, there is no image of a class, or a box reaches
             more than a pixel beyond its image.
     """
-    base = Path(root).expanduser()
+    base = expanded(root)
     if not base.is_dir():
         raise UserError(f"There is no folder {base}; set dataset.root to the folder of COCO.")
     named = {"train": (train, train_annotations), "test": (test, test_annotations)}

@@ -44,8 +44,9 @@ from rich.progress import Progress
 from torch import Tensor
 
 from icl_msr.core.errors import UserError
+from icl_msr.core.memory import require_memory
 from icl_msr.core.randomness import integers, keys, permutation, uniforms
-from icl_msr.core.storage import read_arrays
+from icl_msr.core.storage import read_arrays, require_local
 from icl_msr.data.crops import boxes_around, crop_to_boxes, square_boxes
 from icl_msr.data.dataset import ArraySplit, Dataset
 
@@ -360,6 +361,10 @@ def confounded(
             f"dataset.rho={rho:g} is out of range: with {classes} classes it lies in [{1 / classes:.3g}, 1]; "
             f"type dataset.rho={1 / classes:.3g} for backgrounds that say nothing about the class."
         )
+    images = train + balanced + 6 * test
+    require_memory(
+        f"{images} images of {image_size} pixels", 4.0 * images * image_size**2, "make fewer or smaller ones"
+    )
     plan = scenes(seed, classes, train, balanced, test, rho)
     recipe = [VERSION, seed, image_size, classes, train, balanced, test, rho]
     arrays = _cached(cache, recipe, lambda: _generate(seed, plan, image_size))
@@ -409,6 +414,7 @@ def _cached(folder: str | None, recipe: object, generate: Callable[[], dict[str,
     """Return the result of `generate`. It is kept in a file of the folder, named by a hash of the recipe."""
     if folder is None:
         return generate()
+    require_local(folder, "dataset.cache")
     digest = hashlib.sha256(json.dumps(recipe).encode()).hexdigest()
     path = Path(folder) / f"confounded-{digest[:16]}.npz"
     with suppress(Exception):  # a missing or damaged file is made again

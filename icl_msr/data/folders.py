@@ -14,6 +14,7 @@ from torch import Tensor
 from icl_msr.core.config import suggestion
 from icl_msr.core.errors import UserError
 from icl_msr.core.randomness import permutation
+from icl_msr.core.storage import expanded
 from icl_msr.data.classes import ImageClasses, chosen_classes, listed_classes
 from icl_msr.data.dataset import Dataset
 from icl_msr.data.files import FileSplit, of_files
@@ -94,7 +95,7 @@ def imagefolder(
     Raises:
         UserError: a folder or file is missing or empty, or the folders, boxes or masks do not fit together.
     """
-    base = Path(root).expanduser()
+    base = expanded(root)
     if not base.is_dir():
         raise UserError(f"There is no folder {base}; set dataset.root to a folder of images.")
     objects = Objects(base, boxes, masks, boxes_of, follow_links=follow_links)
@@ -104,9 +105,9 @@ def imagefolder(
             "or dataset.train_on=full."
         )
     listing = Listing(base, follow_links=follow_links)
-    roots = [] if extra is None else [base / Path(part).expanduser() for part in _list(extra)]
+    roots = [] if extra is None else [base / expanded(part) for part in _list(extra)]
     elsewhere = [*shifted.values(), *([corrupted] if corrupted else [])]
-    read_elsewhere = [*roots, *(base / Path(path).expanduser() for path in elsewhere)]
+    read_elsewhere = [*roots, *(base / expanded(path) for path in elsewhere)]
     read_elsewhere += [objects.masks] if objects.masks else []
     layout = _layout(listing, train, tests, read_elsewhere)
     trained = _class_folders(listing, layout.train, objects.masks)
@@ -127,7 +128,7 @@ def imagefolder(
         at = objects.of(spelled, found.files, [names[k] for k in found.labels.tolist()], found.places)
         return FileSplit(found.files, found.labels, image_size, *at, mask_values=mask_values)
 
-    published = {} if corrupted is None else _corrupted(listing, base / Path(corrupted).expanduser())
+    published = {} if corrupted is None else _corrupted(listing, base / expanded(corrupted))
     if twice := next(iter(shifted.keys() & published.keys()), None):
         raise UserError(f"dataset.shifted.{twice} is a split of dataset.corrupted too; give it another name.")
     whole = files_of(train_set)
@@ -141,7 +142,7 @@ def imagefolder(
     splits = whole, {name: files_of(found) for name, found in test_sets.items()}
     others = {}
     for name, other in {**shifted, **published}.items():
-        found, said = _shifted_images(listing, name, base / Path(other).expanduser(), names, renamed)
+        found, said = _shifted_images(listing, name, base / expanded(other), names, renamed)
         others[name] = FileSplit(*found, image_size)
         more += said if name in shifted else []
     left_out = len(trained) - len(names)

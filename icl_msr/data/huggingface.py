@@ -13,7 +13,7 @@ from torch import Tensor
 from icl_msr.core.config import suggestion
 from icl_msr.core.errors import UserError
 from icl_msr.core.randomness import permutation
-from icl_msr.core.storage import read_regular
+from icl_msr.core.storage import expanded, read_regular
 from icl_msr.data.dataset import Dataset, numbered_classes
 from icl_msr.data.files import FileSplit, of_files
 from icl_msr.data.sources import LARGEST
@@ -107,7 +107,7 @@ def _load(name: str, config: str | None) -> Any:
         library = import_module("datasets")
     except ImportError:
         raise UserError("dataset=huggingface needs the package datasets; type pip install 'icl-msr[hf]'.") from None
-    path = Path(name).expanduser()
+    path = expanded(name)
     try:
         if (path / "dataset_dict.json").is_file():
             return library.load_from_disk(str(path))

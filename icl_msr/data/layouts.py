@@ -9,6 +9,7 @@ import torch
 from pydantic import NonNegativeFloat, NonNegativeInt, PositiveInt
 
 from icl_msr.core.errors import UserError
+from icl_msr.core.storage import expanded
 from icl_msr.data.dataset import Dataset
 from icl_msr.data.files import FileSplit, of_files
 from icl_msr.data.listing import Listing, named_file
@@ -120,7 +121,7 @@ def oxford_pets(
 
 
 def _folder(root: str) -> Path:
-    base = Path(root).expanduser()
+    base = expanded(root)
     if not base.is_dir():
         raise UserError(f"There is no folder {base}; set dataset.root to the folder as it was unpacked.")
     return base

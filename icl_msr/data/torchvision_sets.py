@@ -11,6 +11,7 @@ from pydantic import Field, PositiveInt
 from torchvision import datasets as torchvision_datasets
 
 from icl_msr.core.errors import UserError
+from icl_msr.core.storage import expanded
 from icl_msr.data.dataset import ArraySplit, Dataset
 from icl_msr.data.sources import TrainOn, fit_all, resident
 
@@ -94,7 +95,7 @@ def _cifar(kind: Any, name: str, root: str, download: bool, train_on: TrainOn, c
     dataset = resident(name, train.classes, splits[0], {"test": splits[1]}, train_on)
     if corrupted is None:
         return dataset
-    others = _corrupted(Path(corrupted).expanduser())
+    others = _corrupted(expanded(corrupted))
     return replace(dataset, tests={**dataset.tests, **others}, shifted=tuple(others))
 
 

@@ -15,6 +15,7 @@ from icl_msr.core.compose import compose
 from icl_msr.core.config import build, check_node, config_dir, suggestion
 from icl_msr.core.errors import UserError
 from icl_msr.core.randomness import permutation
+from icl_msr.core.storage import expanded
 from icl_msr.data.dataset import Dataset
 from icl_msr.data.files import FileSplit, of_files
 from icl_msr.data.listing import SUFFIXES, Listing
@@ -47,7 +48,7 @@ def images(
         Raises:
             UserError: there are too few images, or the labelled data set cannot be used.
     """
-    roots = [Path(part).expanduser() for part in ([root] if isinstance(root, str) else root)]
+    roots = [expanded(part) for part in ([root] if isinstance(root, str) else root)]
     files, notes = unlabelled_files(roots, follow_links=follow_links)
     name = roots[0].resolve().stem if len(roots) == 1 else f"{roots[0].resolve().stem} and {len(roots) - 1} more"
     measured = None if labelled is None else labelled_set(labelled, image_size)

@@ -10,6 +10,7 @@ from torch import Tensor
 from icl_msr.core.errors import UserError
 from icl_msr.core.randomness import permutation
 from icl_msr.core.records import Layout, Measurement
+from icl_msr.core.storage import expanded
 from icl_msr.data.dataset import ArraySplit, Dataset, Split
 from icl_msr.data.files import FileSplit
 
@@ -134,7 +135,7 @@ def listed_part(dataset: Dataset, fraction: float, file: Path) -> Part:
             training images.
     """
     try:
-        lines = [line.strip() for line in file.expanduser().read_text().splitlines() if line.strip()]
+        lines = [line.strip() for line in expanded(file).read_text().splitlines() if line.strip()]
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "it is not text"
         raise UserError(f"{file} cannot be read ({reason}); evaluation.files names lists of images.") from None

@@ -20,6 +20,7 @@ from typing_extensions import override
 
 from icl_msr.core.errors import UserError
 from icl_msr.core.records import ACCURACY, GAP, TRAINED, Chart, Classifier, Layout, Measurement
+from icl_msr.core.storage import expanded
 from icl_msr.data.dataset import Dataset, Split
 from icl_msr.data.files import FileSplit
 from icl_msr.data.listing import Listing
@@ -126,7 +127,7 @@ class ShapeAndTexture(Evaluation):
     shown: Stimuli = field(init=False)
 
     def __post_init__(self) -> None:
-        self.shown = read_stimuli(Path(self.stimuli).expanduser())
+        self.shown = read_stimuli(expanded(self.stimuli))
         unknown = sorted(self.same.keys() - set(self.shown.classes))
         if unknown:
             raise UserError(

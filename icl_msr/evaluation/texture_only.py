@@ -19,6 +19,7 @@ from typing_extensions import override
 from icl_msr.core.errors import UserError
 from icl_msr.core.randomness import keys
 from icl_msr.core.records import CHANCE, GAP, ByClass, Chart, Layout, Measurement
+from icl_msr.core.storage import expanded
 from icl_msr.data.dataset import Dataset, Split
 from icl_msr.evaluation.labels import require_labels
 from icl_msr.evaluation.metrics import Bootstrap, Interval
@@ -109,7 +110,7 @@ class TextureImages(Evaluation):
         """Return the superclass of each class, or None if there are none."""
         if self.superclasses is None:
             return dataset.superclasses
-        return read_superclasses(Path(self.superclasses).expanduser(), dataset.classes)
+        return read_superclasses(expanded(self.superclasses), dataset.classes)
 
 
 class Told(NamedTuple):

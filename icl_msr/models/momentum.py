@@ -12,6 +12,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from icl_msr.core.distributed import gather
+from icl_msr.core.memory import require_memory
 from icl_msr.losses.contrastive import unit
 from icl_msr.models.backbones import Backbone
 
@@ -84,6 +85,7 @@ class Queue(nn.Module):
 
     def __init__(self, size: int, dim: int):
         super().__init__()
+        require_memory(f"A queue of {size} keys", 12.0 * size * dim, "choose a smaller method.queue_size")
         generator = torch.Generator().manual_seed(0)
         self.register_buffer("keys", unit(torch.randn(size, dim, generator=generator)))
         self.register_buffer("position", torch.zeros((), dtype=torch.long))

@@ -7,6 +7,7 @@ from pathlib import Path
 from pydantic import NonNegativeFloat, PositiveFloat
 
 from icl_msr.core.errors import UserError
+from icl_msr.core.storage import expanded
 from icl_msr.core.views import AlphaMode, AlphaSchedule
 from icl_msr.data.dataset import ArraySplit, Dataset, Split
 from icl_msr.data.files import FileSplit
@@ -29,7 +30,7 @@ class CachedNegatives:
         alpha_schedule: AlphaSchedule,
         repulsion: NonNegativeFloat,
     ) -> None:
-        self.folder = Path(folder).expanduser()
+        self.folder = expanded(folder)
         # The losses read these; see `icl_msr.core.views.NonSemantic`.
         self.alpha, self.alpha_mode, self.alpha_schedule = alpha, alpha_mode, alpha_schedule
         self.repulsion = repulsion

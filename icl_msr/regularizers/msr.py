@@ -28,7 +28,7 @@ from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 from typing_extensions import override
 
-from icl_msr.core.config import GIVEN, build, check_node, config_dir
+from icl_msr.core.config import GIVEN, Seed, build, check_node, config_dir
 from icl_msr.core.distributed import average, gather, rank, world_size
 from icl_msr.core.errors import UserError
 from icl_msr.core.views import Views
@@ -101,7 +101,7 @@ class MetaSemanticRegularizer(Regularizer):
         head_scale: PositiveFloat,
         width: Annotated[int, Field(gt=0, multiple_of=8)],
         image_size: PositiveInt,
-        seed: int,
+        seed: Seed,
     ):
         super().__init__()
         self.lam, self.gamma, self.u, self.weights = lam, gamma, u, weights

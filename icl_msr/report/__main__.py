@@ -1,18 +1,21 @@
 """The command `python -m icl_msr.report PATH...`."""
 
-import argparse
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from icl_msr.core.errors import UserError
+from icl_msr.core.storage import require_local
+from icl_msr.core.terminal import Arguments, answering, plain_console
 from icl_msr.core.trust import leave_working_directory
 from icl_msr.report import print_summary, send, summarise, tables, words, write_report, write_summary
 from icl_msr.report.runs import Run, is_run
 
 
-def main(arguments: list[str] | None = None) -> int:
+@answering
+def main(arguments: Sequence[str] | None = None) -> int:
     """Parse the command line, write the reports, and return the exit code."""
-    parser = argparse.ArgumentParser(
+    parser = Arguments(
         prog="python -m icl_msr.report",
         description="One run folder: write its report.html. A sweep folder or several folders: one table over all "
         "runs inside, mean and standard deviation over seeds, and what differs by how much, as summary.csv, .md, .tex, "
@@ -34,19 +37,13 @@ def main(arguments: list[str] | None = None) -> int:
     )
     options = parser.parse_args(arguments)
     leave_working_directory(())
-    try:
-        _report(options.paths, options.out, options.against, options.wandb)
-    except UserError as error:
-        print(error, file=sys.stderr)
-        return 2
+    _report(options.paths, options.out, options.against, options.wandb)
     return 0
 
 
 def _report(paths: list[Path], out: Path | None, against: str | None, project: str | None) -> None:
-    from rich.console import Console
-
     # A pipe or a log file has no width of its own.
-    console = Console(width=None if sys.stdout.isatty() else 120)
+    console = plain_console(width=None if sys.stdout.isatty() else 120, soft_wrap=False)
     if len(paths) == 1 and out is None and is_run(paths[0]):
         if project:
             raise UserError("--wandb sends tables of several runs; a single run is sent by logger=wandb as it trains.")
@@ -60,12 +57,13 @@ def _report(paths: list[Path], out: Path | None, against: str | None, project: s
         summary = summarise(paths, against)
         print_summary(summary, console)
         # The summary goes beside the runs, so that it never overwrites a run's own page.
+        require_local(out or "", "--out")
         folder = out or (paths[0].parent if is_run(paths[0]) else paths[0])
         written = write_summary(summary, folder)
         if project:
             send(summary, folder, project)
     for file in written:
-        console.print(str(file), soft_wrap=True, highlight=False)
+        console.print(str(file), soft_wrap=True)
 
 
 if __name__ == "__main__":

@@ -150,12 +150,12 @@ def find_runs(paths: Iterable[Path]) -> tuple[list[Run], list[Failed]]:
     folders: dict[Path, None] = {}
     for path in paths:
         if not path.is_dir():
-            raise UserError(f"there is no folder {path}; give a run folder or a folder of runs, such as runs/")
+            raise UserError(f"There is no folder {path}; give a run folder or a folder of runs, such as runs.")
         folders |= dict.fromkeys(_run_folders(path.resolve()))
     if not folders:
         raise UserError(
-            f"no run inside {', '.join(map(str, paths))}: a run folder holds results.json and config.yaml; "
-            "make one with `python -m icl_msr.run`"
+            f"There is no run in {', '.join(map(str, paths))}: a run folder holds results.json and config.yaml; "
+            "make one with python -m icl_msr.run."
         )
     runs, failed = [], []
     for folder in folders:

@@ -71,6 +71,7 @@ BEFORE_ANYTHING_IS_BUILT = [
     ("hydra.run.foo=3", "hydra.run.foo", "--cfg"),
     ("+method.foo=1", "method.foo", "of MoCo", "temperature"),
     ("+foo=1", "foo", "choose one of augment"),
+    ("optimizer.foreach=true", "optimizer.foreach", "if torch.optim.Adam has it", "+optimizer.foreach=<value>"),
     ("+seed=1", "seed", "leave the plus out"),
     ("++trainer.max_epoch=3", "trainer.max_epoch", "of Trainer; did you mean max_epochs"),
     ("+trainer.max_epoch=3", "trainer.max_epoch", "of Trainer; did you mean max_epochs"),
@@ -122,6 +123,26 @@ BEFORE_ANYTHING_IS_BUILT = [
     ("-m seed=0,1 evaluation.imags=3", "evaluation.default.imags", "is not a key"),
     ("augment=[small,colour]", "augment=[small,colour]", "augment takes one"),
     ("--seed=3", "--seed=3", "seed=<value>"),
+    ("--multi seed=1,2", "--multi is not an option"),
+    ("--package x", "--package", "--cfg job"),
+    ("--cfg job --info", "Only one of"),
+    ("--experimental-rerun x", "can execute code", "resume=FOLDER"),
+    ("-sc", "Expecting one subcommand"),
+    # Hydra's own keys
+    ("hydra.run.dir=s3://bucket/run", "hydra.run.dir=s3://bucket/run is a URL", "local folders"),
+    ("-m seed=0,1 hydra.sweep.dir=gs://bucket/runs", "hydra.sweep.dir=gs://bucket/runs is a URL"),
+    ("-m hydra.launcher=null", "Hydra launcher is not configured"),
+    ("-m hydra.sweeper=null", "Hydra sweeper is not configured"),
+    ("hydra.mode=FOO", "hydra.mode cannot be set", "[RUN, MULTIRUN]"),
+    ("hydra.job=null", "hydra.job cannot be set", "not Optional"),
+    # sizes and kinds that nothing can have
+    ("seed=4294967296", "seed=4294967296", "less than 4294967296"),
+    ("regularizer.seed=-1", "regularizer.seed=-1", "at least 0"),
+    ("dataset.train=99999999999999999999", "dataset.train=99999999999999999999", "at most 64 bits"),
+    ("seed=²", "cannot be read", """seed='"²"'"""),
+    ("+method.temperature={²:1}", "cannot be read"),
+    ("logger._target_=builtins.int", "logger.wandb._target_=builtins.int", "does not name its parameters"),
+    ("+callbacks.mine={_target_:builtins.max}", "callbacks.mine._target_=builtins.max", "choose a class or a function"),
     ("--cfg foo", "--cfg", "'job'"),
     # several words
     ("dataset=arrays", "dataset.path", "add dataset.path=<value>"),
@@ -254,6 +275,14 @@ IN_THE_WORLD = [
     ("resume='~/run'", "resume=/proc/me/run is not a run"),
     # models and batches
     ("loader.batch_size=100", "loader.batch_size=100", "64 or less"),
+    ("dataset.image_size=10000000", "images of 10000000 pixels", "GB of memory", "fewer or smaller"),
+    ("dataset.train=1000000000000000", "1000000000000112 images", "GB of memory"),
+    ("method.queue_size=1000000000000", "A queue of 1000000000000 keys", "GB of memory", "a smaller method.queue_size"),
+    ("method.hidden_dim=1000000000000", "more memory than there is", "smaller sizes"),
+    ("method.hidden_dim=1000000000000000000", "more memory than there is", "smaller sizes"),
+    ("+logger.mine={_target_:builtins.object}", "builtins.object is not a Logger"),
+    ("+callbacks.mine={_target_:builtins.object}", "builtins.object is not a Callback"),
+    ("dataset.cache=s3://bucket/cache", "dataset.cache=s3://bucket/cache is a URL"),
     ("loader.batch_size=16 method.queue_size=12", "method.queue_size=12", "one batch", "16 or more"),
     ("loader.batch_size=16 method=wmse method.embedding_dim=8 method.whitening_size=32", "more than the 16 images"),
     ("method=simclr augment.views=[{},{},{}]", "augment.views lists 3 views", "SimCLR takes 2"),
@@ -354,6 +383,28 @@ def test_mistakes_about_the_world_are_answered_too(
     assert content() == before
 
 
+def test_a_sweep_without_jobs_is_a_mistake(command: Command) -> None:
+    for word in ("seed=glob(*)", "method=glob(zz*)"):
+        code, _, err = command("-m", word)
+        assert (code, err) == (
+            2,
+            "The sweep has no jobs, because a list or a pattern in it gives no values; write them out.\n",
+        )
+    assert not list(Path.cwd().iterdir())
+
+
+def test_a_package_that_is_not_there(command: Command) -> None:
+    refused(Answer(*command("--cfg", "job", "--package", "x")[:1], "", "package 'x' not found in config."), "x")
+
+
+def test_names_are_printed_as_typed(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They may look like the markup or the emoji of rich."""
+    monkeypatch.setattr(pl.Trainer, "fit", lambda *_, **__: sys.exit(0))
+    folder = Path("exp [final] :smile: [/] é").resolve()
+    code, out, err = command(*SMALL, f"hydra.run.dir='{folder}'")
+    assert (code, out.splitlines()[-1], err) == (0, str(folder), "")
+
+
 def test_a_folder_that_was_there_stays(command: Command) -> None:
     Path("mine").mkdir()
     refused(command("seed=-1", "hydra.run.dir=mine"), "seed=-1")
@@ -445,6 +496,17 @@ def test_help_and_config_are_worth_reading(command: Command) -> None:
     code, shown, _ = command("seed=3", "--cfg", "job", "method=byol")
     assert code == 0
     assert "_target_: icl_msr.methods.BYOL" in shown
+
+
+def test_a_terminal_that_knows_ascii_alone(tmp_path: Path) -> None:
+    plain = {**os.environ, "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "PYTHONIOENCODING": "ascii"}
+    for module, *words in (("icl_msr.run", "method=é"), ("icl_msr.report", "é"), ("icl_msr.run", "--help")):
+        line = [sys.executable, "-m", module, *words]
+        answer = subprocess.run(line, capture_output=True, text=True, check=False, env=plain, cwd=tmp_path)
+        if words == ["--help"]:
+            assert (answer.returncode, answer.stderr) == (0, "")
+        else:
+            refused(Answer(answer.returncode, answer.stdout, answer.stderr), "\\")
 
 
 @pytest.mark.parametrize("word", ["method=mocco", pytest.param("method.temperature=-1", marks=pytest.mark.slow)])

@@ -264,10 +264,3 @@ def test_an_encoder_is_tried_before_it_is_written(run: Trained, capsys: pytest.C
     assert main([str(run.folder), f"trust={__name__.partition('.')[0]}"]) == 2
     assert "cannot take images of 32 pixels" in capsys.readouterr().err
     assert not (run.folder / "encoder.safetensors").exists()
-
-
-def test_argparse_answers_the_rest(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as stopped:
-        main(["run", "--encoder", "teacher"])
-    assert stopped.value.code == 2
-    assert "choose from" in capsys.readouterr().err

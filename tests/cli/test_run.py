@@ -249,7 +249,7 @@ def test_derived_numbers() -> None:
 
 def test_a_group_must_give_what_it_is_for() -> None:
     with pytest.raises(
-        UserError, match=r"icl_msr\.training\.hardware\.Hardware gives Hardware, and a Results is needed"
+        UserError, match=r"icl_msr\.training\.hardware\.Hardware is not a Results, and a Results is needed"
     ):
         build_as(Results, settings().hardware)
 

@@ -15,7 +15,7 @@ RATES = {
     # ICL-MSR's small-image tables, which use W-MSE's recipe
     "simclr": (512, 3e-3),
     "byol": (512, 3e-3),
-    "wmse": (512, 3e-3),
+    "wmse": (256, 3e-3),  # four views
     "ressl": (512, 3e-3),
     "lmcl": (512, 3e-3),
     "ssl_hsic": (512, 3e-3),
@@ -118,7 +118,7 @@ def test_the_small_image_recipe_is_inherited(name: str) -> None:
     drops = {"warmup_steps": 500, "drop_at": [50, 25], "drop_factor": 0.2}
     assert settings.schedule == settings.schedule | {"_target_": "icl_msr.training.optimization.drops", **drops}
     weak = {"jitter_probability": 0.0, "gray": 0.0, "blur": 0.0, "solarize": 0.0}
-    assert settings.augment["views"] == ([{}, weak] if name == "ressl" else [{}, {}])
+    assert settings.augment["views"] == {"ressl": [{}, weak], "wmse": [{}] * 4}.get(name, [{}, {}])
     drawn = {"scale": [0.2, 1.0], "jitter": [0.4, 0.4, 0.4, 0.1], "gray": 0.1, "blur": 0.0}
     assert settings.augment == settings.augment | drawn
 

@@ -263,11 +263,11 @@ def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch
     monkeypatch.setenv("COLUMNS", "120")
     assert main([str(tmp_path / "nowhere")]) == 2
     error = capsys.readouterr().err
-    assert "there is no folder" in error
+    assert "There is no folder" in error
     assert "Traceback" not in error
     (tmp_path / "empty").mkdir()
     assert main([str(tmp_path / "empty")]) == 2
-    assert "no run inside" in capsys.readouterr().err
+    assert "There is no run in" in capsys.readouterr().err
     run = write_run(tmp_path / "runs/0", regularizer="none")
     assert main([str(run)]) == 0
     assert str(run / "report.html") in capsys.readouterr().out

@@ -40,9 +40,11 @@ def dataset() -> Dataset:
     return built
 
 
-def pieces(*words: str, data: Dataset | None = None) -> tuple[Settings, Pretraining, DataModule]:
-    """Return the settings, the module and the DataModule of a run."""
-    settings = check(composed(*DATA, *MODEL, *words))
+def pieces(
+    *words: str, data: Dataset | None = None, settings: Settings | None = None
+) -> tuple[Settings, Pretraining, DataModule]:
+    """Return the settings, the module and the DataModule of a run: of a small one with `words`, or of `settings`."""
+    settings = settings or check(composed(*DATA, *MODEL, *words))
     pl.seed_everything(settings.seed, verbose=False)
     data = data or dataset()
     backbone = build(settings.backbone, image_size=data.image_size)
@@ -60,10 +62,14 @@ def pieces(*words: str, data: Dataset | None = None) -> tuple[Settings, Pretrain
 
 
 def trained(
-    *words: str, callbacks: list[pl.Callback] | None = None, data: Dataset | None = None, **keys: Any
+    *words: str,
+    callbacks: list[pl.Callback] | None = None,
+    data: Dataset | None = None,
+    settings: Settings | None = None,
+    **keys: Any,
 ) -> tuple[Pretraining, pl.Trainer]:
     """Train for some batches, by default two of one epoch, and return the module and its trainer."""
-    settings, module, loader = pieces(*words, data=data)
+    settings, module, loader = pieces(*words, data=data, settings=settings)
     path = keys.pop("ckpt_path", None)
     trainer = pl.Trainer(
         accelerator="cpu",
