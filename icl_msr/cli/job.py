@@ -20,7 +20,7 @@ from rich.text import Text
 
 from icl_msr.cli.assemble import Pieces, assemble, build_as, in_words, make_loggers, make_trainer
 from icl_msr.cli.conclude import conclude, describe, evaluate, peak_memory_mb, scene_of
-from icl_msr.cli.processes import in_folder, require_processes, run_ranks, stoppable
+from icl_msr.cli.processes import in_folder, requeued, require_processes, run_ranks, stoppable
 from icl_msr.core.config import Settings
 from icl_msr.core.errors import UserError
 from icl_msr.core.folder import RunFolder
@@ -54,15 +54,16 @@ def run(settings: Settings, config: DictConfig) -> float:
     require_processes(plan, multirun=HydraConfig.get().mode == RunMode.MULTIRUN)
     pieces = assemble(settings, plan)
     require_room(pieces.module, folder.path)
-    if supervise:
-        del pieces
-        code = run_ranks(plan.world_size, [*sys.argv[1:], in_folder(folder.path)], folder.path)
-        return folder.metric() if code == 0 else sys.exit(code)
-    with folder.locked() if is_first() else nullcontext(), stoppable(folder):
-        # Another command may have finished the run meanwhile. A rank must go on, because the others wait for it.
-        if (metric := finished(settings, folder, console)) is not None and not is_rank():
-            return metric
-        return carry_out(settings, config, plan, pieces, folder, console)
+    with requeued(hardware.requeue):
+        if supervise:
+            del pieces
+            code = run_ranks(plan.world_size, [*sys.argv[1:], in_folder(folder.path)], folder.path)
+            return folder.metric() if code == 0 else sys.exit(code)
+        with folder.locked() if is_first() else nullcontext(), stoppable(folder):
+            # Another command may have finished the run meanwhile. A rank must go on, because the others wait for it.
+            if (metric := finished(settings, folder, console)) is not None and not is_rank():
+                return metric
+            return carry_out(settings, config, plan, pieces, folder, console)
 
 
 def finished(settings: Settings, folder: RunFolder, console: Console) -> float | None:

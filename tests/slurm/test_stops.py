@@ -59,10 +59,9 @@ def begun(job: Batch) -> None:
 
 def story(job: Batch, cause: str) -> None:
     """Print what happened, and check that the job was stopped in the middle and said so once."""
-    lines = [line for line in job.err.splitlines() if not line.startswith(("srun: ", "slurmstepd: "))]
-    print(
-        "\n".join([*job.err.splitlines(), *(line for line in job.out.splitlines() if "Continuing" in line), job.state])
-    )
+    lines = [line for line in job.err.splitlines() if not line.startswith(("srun: ", "slurmstepd"))]
+    continued = [line for line in job.out.splitlines() if line.startswith("Continuing")]
+    print("\n".join([*job.err.splitlines(), *continued, job.state]))
     assert [line for line in lines if STOPPED in line] == [lines[0]]
     assert lines[0].startswith(f"Stopped by {cause} after ")
     assert all("equeue" in line for line in lines[1:])
