@@ -3,6 +3,7 @@
 import errno
 import fcntl
 import json
+import math
 import os
 import sys
 import time
@@ -13,7 +14,7 @@ from dataclasses import dataclass
 from datetime import datetime, timedelta
 from pathlib import Path
 from statistics import mean
-from typing import Any, ClassVar
+from typing import Any
 
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.utils import JobReturn, JobStatus
@@ -40,15 +41,64 @@ _LONGEST = 64
 """W&B's limit for a job type, in characters."""
 
 
+exit_codes: list[int] = []
+"""Exit codes of the jobs of this process's sweep that have ended. They give the exit code of the command."""
+
+
 @dataclass(frozen=True)
 class Job:
     """One run of a sweep."""
 
+    number: int
     overrides: list[str]
+    config: DictConfig
+    """The composed config, without Hydra's part."""
     folder: RunFolder
     title: str
-    metric: float | None
-    """Metric of this run if it is finished, else None. Anything else in its folder is checked by the run itself."""
+
+    def metric(self) -> float | None:
+        """Return the metric of this run if it is finished, else None. The run itself says what is damaged."""
+        with suppress(OSError, UserError):
+            if self.folder.done and self.folder.config.read_bytes() == as_yaml(self.config).encode():
+                return self.folder.metric()
+        return None
+
+    def answer(self, metric: float) -> JobReturn:
+        """Return what Hydra's sweeper expects of a launcher."""
+        answer = JobReturn(overrides=self.overrides, status=JobStatus.COMPLETED)
+        answer.return_value = metric
+        return answer
+
+
+def planned(context: HydraContext, sweep: DictConfig, job_overrides: Sequence[Sequence[str]], first: int) -> list[Job]:
+    """Return the jobs of a sweep, whose configs are checked, and make their folders. Jobs never begun count too.
+
+    Raises:
+        UserError: a key or value is wrong.
+    """
+    jobs = []
+    for number, overrides in enumerate(job_overrides, first):
+        config = checked_job(context, sweep, overrides, number)
+        HydraConfig.instance().set_config(config)  # resolves ${hydra:...} in the folder's name
+        folder = RunFolder(Path(str(config.hydra.sweep.dir)) / str(config.hydra.sweep.subdir))
+        task = OmegaConf.masked_copy(config, [str(key) for key in config if key != "hydra"])
+        title = " ".join([f"[{number + 1}/{first + len(job_overrides)}]", *_varying(overrides)])
+        jobs.append(Job(number, list(overrides), task, folder, title))
+    for job in jobs:
+        job.folder.path.mkdir(parents=True, exist_ok=True)
+    return jobs
+
+
+def command_words(sweep: DictConfig, job: Job) -> list[str]:
+    """Return the words of `python -m icl_msr.run` that carry out one job of a sweep."""
+    theirs = [word for word in sweep.hydra.overrides.hydra if not word.lstrip("+~").startswith(_OURS)]
+    return [*job.overrides, *theirs, *trust.word(), in_folder(job.folder.path)]
+
+
+def dashboard_variables(sweep: DictConfig, job: Job) -> dict[str, str]:
+    """Return the variables by which W&B groups the runs of a sweep, unless the user has set them."""
+    variables = {"WANDB_RUN_GROUP": Path(str(sweep.hydra.sweep.dir)).name, "WANDB_JOB_TYPE": job_type(job.overrides)}
+    return {name: value for name, value in variables.items() if value and name not in os.environ}
 
 
 class ProcessLauncher:
@@ -57,9 +107,6 @@ class ProcessLauncher:
     A finished job is skipped, and a job that was begun continues. A job that fails does not stop the others. With
     several jobs side by side, each writes to `job.log` in its folder.
     """
-
-    exit_codes: ClassVar[list[int]] = []
-    """Exit codes of the jobs that have ended. They give the exit code of the command."""
 
     def __init__(self, jobs: int):
         self.jobs = jobs
@@ -80,11 +127,8 @@ class ProcessLauncher:
 
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> list[JobReturn]:
         """Run the jobs and return their metrics to the sweeper. After a signal, wait for the running jobs and stop."""
-        total = initial_job_idx + len(job_overrides)
-        jobs = [self._job(initial_job_idx + i, list(words), total) for i, words in enumerate(job_overrides)]
-        self.due += sum(job.metric is None for job in jobs)
-        for job in jobs:
-            job.folder.path.mkdir(parents=True, exist_ok=True)  # jobs that are never begun count too
+        jobs = planned(self.context, self.config, job_overrides, initial_job_idx)
+        self.due += sum(job.metric() is None for job in jobs)
         with passed_on(self.running) as self.signals, ThreadPoolExecutor(self.jobs) as pool:
             answers = list(pool.map(self._run, jobs))
         if self._stopped():
@@ -93,40 +137,27 @@ class ProcessLauncher:
                 sys.exit(PREEMPTED)
         return answers
 
-    def _job(self, number: int, overrides: list[str], total: int) -> Job:
-        config = checked_job(self.context, self.config, overrides, number)
-        HydraConfig.instance().set_config(config)  # resolves ${hydra:...} in the folder's name
-        folder = RunFolder(Path(str(config.hydra.sweep.dir)) / str(config.hydra.sweep.subdir))
-        task = OmegaConf.masked_copy(config, [str(key) for key in config if key != "hydra"])
-        metric = None
-        with suppress(OSError, UserError):  # the job itself says what is damaged
-            if folder.done and folder.config.read_bytes() == as_yaml(task).encode():
-                metric = folder.metric()
-        return Job(overrides, folder, " ".join([f"[{number + 1}/{total}]", *_varying(overrides)]), metric)
-
     def _stopped(self) -> bool:
-        return bool(self.signals) or PREEMPTED in self.exit_codes
+        return bool(self.signals) or PREEMPTED in exit_codes
 
     def _run(self, job: Job) -> JobReturn:
-        answer = JobReturn(overrides=job.overrides, status=JobStatus.COMPLETED)
-        answer.return_value = float("nan")
-        if job.metric is not None:
-            answer.return_value = job.metric
+        metric = job.metric()
+        if metric is not None:
             print(f"{job.title}: done before, {job.folder}", flush=True)
         elif not self._stopped():
-            answer.return_value = self._execute(job)
-        return answer
+            metric = self._execute(job)
+        return job.answer(math.nan if metric is None else metric)
 
     def _execute(self, job: Job) -> float:
         print(f"{job.title}: {job.folder}", flush=True)
-        began, code, metric = time.monotonic(), self._exit_code(job), float("nan")
+        began, code, metric = time.monotonic(), self._exit_code(job), math.nan
         seconds, end, left = time.monotonic() - began, f"exit code {code}", ""
         if code == 0:
             metric = job.folder.metric()
             end = f"metric {metric:.4f}"
             self.seconds.append(seconds)
-        self.exit_codes.append(code)
-        waiting = self.due - len(self.exit_codes)
+        exit_codes.append(code)
+        waiting = self.due - len(exit_codes)
         if waiting and self.seconds:
             left = f"; about {_clock(mean(self.seconds) * waiting / self.jobs)} left"
         print(f"{job.title}: {end} after {_clock(seconds)}{left}", flush=True)
@@ -134,12 +165,8 @@ class ProcessLauncher:
 
     def _exit_code(self, job: Job) -> int:
         """Run the job's process and return its exit code, as a shell gives it."""
-        theirs = [word for word in self.config.hydra.overrides.hydra if not word.startswith(_OURS)]
-        environment = clean_environment(self.jobs)
-        environment.setdefault("WANDB_RUN_GROUP", Path(str(self.config.hydra.sweep.dir)).name)
-        if named := job_type(job.overrides):
-            environment.setdefault("WANDB_JOB_TYPE", named)
-        words = [*job.overrides, *theirs, *trust.word(), in_folder(job.folder.path)]
+        words, environment = command_words(self.config, job), clean_environment(self.jobs)
+        environment |= dashboard_variables(self.config, job)
         if self.jobs == 1:
             process = Child(words, environment)
         else:

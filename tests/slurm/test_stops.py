@@ -22,6 +22,7 @@ LONG = " ".join(
 WANDB = f"{LONG} logger=wandb"
 STOPPED = "all is saved. Continue with: python -m icl_msr.run resume="
 SLOWLY = {"SLOWLY": "0.7"}
+OFFLINE = {**SLOWLY, "WANDB_MODE": "offline"}
 
 
 def weights(folder: Path) -> dict[str, Any]:
@@ -42,11 +43,10 @@ def whole(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> dict[st
 def slow_jobs(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Mapping[str, Batch]:
     """Jobs that SLURM stops after a minute or so, while other tests run."""
     home = tmp_path_factory.mktemp("slow")
-    offline = {**SLOWLY, "WANDB_MODE": "offline"}
     warned = ("--time=2", "--signal=USR1@60", "-n1", "-w", "n1", "--requeue")
     late = ("--time=1", "-n1", "-w", "n1", "--requeue")
     return {
-        "warned": cluster.submit(f"srun $RUN {WANDB}", home / "warned", *warned, **offline),
+        "warned": cluster.submit(f"srun $RUN {WANDB}", home / "warned", *warned, **OFFLINE),
         "late": cluster.submit(f"srun $RUN {LONG}", home / "late", *late, **SLOWLY),
     }
 
@@ -68,6 +68,18 @@ def story(job: Batch, cause: str) -> None:
     assert "Traceback" not in job.err
 
 
+def whole_curves(job: Batch) -> None:
+    """Check that W&B has every point of the curves once, in one run of two parts."""
+    uploads = sent(job.folder / "run")
+    assert len(uploads) == 2
+    assert len({upload.run.run_id for upload in uploads}) == 1
+    assert [int(row["trainer/global_step"]) for part in uploads for row in part.history if "loss" in row] == [
+        *range(STEPS)
+    ]
+    assert [upload.exit_code for upload in uploads] == [75, 0]
+    assert [upload.preempting for upload in uploads] == [True, False]
+
+
 def test_a_cancelled_job_is_saved_and_not_requeued(
     whole: dict[str, Any], slow_jobs: Any, cluster: Cluster, tmp_path: Path
 ) -> None:
@@ -83,8 +95,8 @@ def test_a_cancelled_job_is_saved_and_not_requeued(
 
 
 def test_a_preempted_job_runs_again(whole: dict[str, Any], slow_jobs: Any, cluster: Cluster, tmp_path: Path) -> None:
-    """PreemptMode=REQUEUE: SLURM itself runs it again."""
-    job = cluster.submit(f"srun $RUN {LONG}", tmp_path, "-n1", "-c2", "-w", "n2", "--requeue", **SLOWLY)
+    """PreemptMode=REQUEUE: SLURM itself runs it again. Its signal reaches all processes that are below the tasks."""
+    job = cluster.submit(f"srun $RUN {WANDB}", tmp_path, "-n1", "-c2", "-w", "n2", "--requeue", **OFFLINE)
     begun(job)
     urgent = cluster.submit("sleep 1", tmp_path / "urgent", "-p", "high", "-n1", "-c2", "-w", "n2")
     assert urgent.wait() == "COMPLETED"
@@ -92,6 +104,7 @@ def test_a_preempted_job_runs_again(whole: dict[str, Any], slow_jobs: Any, clust
     assert job.restarts == 1
     story(job, "SIGTERM")
     same(weights(tmp_path / "run"), whole)
+    whole_curves(job)
 
 
 def test_a_warned_job_is_requeued_and_loses_no_point_of_its_curves(whole: dict[str, Any], slow_jobs: Any) -> None:
@@ -101,13 +114,7 @@ def test_a_warned_job_is_requeued_and_loses_no_point_of_its_curves(whole: dict[s
     assert job.restarts == 1
     story(job, "SIGUSR1")
     same(weights(job.folder / "run"), whole)
-    uploads = sent(job.folder / "run")
-    assert len({upload.run.run_id for upload in uploads}) == 1
-    assert len(uploads) == 2
-    logged = [row["trainer/global_step"] for upload in uploads for row in upload.history if "loss" in row]
-    assert sorted(set(logged)) == list(range(STEPS))
-    assert len(logged) == STEPS
-    assert uploads[0].exit_code == 75
+    whole_curves(job)
 
 
 def test_a_job_at_its_time_limit_is_requeued(whole: dict[str, Any], slow_jobs: Any) -> None:
