@@ -11,7 +11,6 @@ from tempfile import TemporaryFile
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig
@@ -22,6 +21,7 @@ from icl_msr.cli.assemble import Pieces, assemble, build_as, in_words, make_logg
 from icl_msr.cli.conclude import conclude, describe, evaluate, peak_memory_mb, scene_of
 from icl_msr.cli.processes import in_folder, requeued, require_processes, run_ranks, stoppable
 from icl_msr.core.config import Settings
+from icl_msr.core.distributed import join, leave
 from icl_msr.core.errors import UserError
 from icl_msr.core.folder import RunFolder
 from icl_msr.core.ranks import is_first, is_rank
@@ -110,14 +110,15 @@ def carry_out(
         console.print(f"The strata are not drawn: {pieces.without_maps}.", style="yellow")
     with closing(loggers):
         trainer.loggers = loggers
+        if plan.world_size > 1:
+            join(plan.accelerator == "gpu")
         trainer.fit(
             pieces.module,
             pieces.data,
             ckpt_path=folder.checkpoint if resumed_at is not None else None,
             weights_only=True,
         )
-        if dist.is_initialized():
-            dist.destroy_process_group()
+        leave()
         if not trainer.is_global_zero:
             return math.nan
         results = evaluate(settings, plan, pieces, folder, facts["choices"])

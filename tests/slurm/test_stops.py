@@ -64,7 +64,7 @@ def story(job: Batch, cause: str) -> None:
     print("\n".join([*job.err.splitlines(), *continued, job.state]))
     assert [line for line in lines if STOPPED in line] == [lines[0]]
     assert lines[0].startswith(f"Stopped by {cause} after ")
-    assert all("equeue" in line for line in lines[1:])
+    assert all(line.startswith("SLURM ") for line in lines[1:])
     assert "Traceback" not in job.err
 
 
