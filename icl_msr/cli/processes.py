@@ -21,8 +21,8 @@ from typing import IO, TYPE_CHECKING, Any
 
 from icl_msr.core import slurm
 from icl_msr.core.errors import PREEMPTED, SharedMistake, UserError
-from icl_msr.core.folder import RunFolder
 from icl_msr.core.ranks import VARIABLES, is_first, is_rank, outside_nodes, outside_world_size
+from icl_msr.core.signals import give_back, take_signals
 
 if TYPE_CHECKING:  # it imports torch, which a supervisor does not need
     from icl_msr.training.hardware import Plan
@@ -250,43 +250,6 @@ def _last_line(log: Path) -> str:
     return lines[-1].strip() if lines else f"{log} is empty."
 
 
-SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
-"""Ctrl-C, and the signals that a scheduler sends before it takes a machine away."""
-
-
-class _Stopped(SystemExit):
-    """Raised by a signal at any point of the program."""
-
-
-@contextmanager
-def stoppable(folder: RunFolder) -> Iterator[None]:
-    """End a run on a signal with one sentence and exit code 75. During training, `Checkpoints` does the same.
-
-    A second signal ends it at once. The same signal within a second does not count as a second one, because SLURM
-    signals a rank and also its parent, and the parent passes the signal on.
-    """
-    came: list[tuple[int, float]] = []
-
-    def stop(number: int, frame: FrameType | None) -> None:
-        came.append((number, time.monotonic()))
-        (first, when), (_, now) = came[0], came[-1]
-        if len(came) == 1:
-            raise _Stopped(PREEMPTED)
-        if number != first or now - when > 1.0:
-            sys.exit(128 + number)
-
-    before = {number: signal.signal(number, stop) for number in SIGNALS}
-    try:
-        yield
-    except _Stopped:
-        if is_first():
-            print(folder.farewell(signal.Signals(came[0][0]).name), file=sys.stderr, flush=True)
-        raise
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
 @contextmanager
 def requeued(wanted: bool) -> Iterator[None]:
     """Ask SLURM to run this job again if `wanted` and a signal ends the block.
@@ -312,9 +275,8 @@ def passed_on(children: Sequence[Child]) -> Iterator[list[int]]:
             if child.poll() is None:
                 child.send_signal(number)
 
-    before = {number: signal.signal(number, pass_on) for number in SIGNALS}
+    before = take_signals(pass_on)
     try:
         yield received
     finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        give_back(before)
