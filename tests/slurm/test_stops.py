@@ -1,5 +1,8 @@
 """Whatever stops a job, the run goes on to the weights that it would have had."""
 
+import os
+import signal
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -25,9 +28,9 @@ SLOWLY = {"SLOWLY": "0.7"}
 OFFLINE = {**SLOWLY, "WANDB_MODE": "offline"}
 
 
-def weights(folder: Path) -> dict[str, Any]:
+def weights(folder: Path, steps: int = STEPS) -> dict[str, Any]:
     content: dict[str, Any] = torch.load(folder / "checkpoints" / "last.ckpt", weights_only=True)
-    assert content["global_step"] == STEPS
+    assert content["global_step"] == steps
     return content["state_dict"]
 
 
@@ -51,9 +54,9 @@ def slow_jobs(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Map
     }
 
 
-def begun(job: Batch) -> None:
-    """Wait until the first steps are done."""
-    until(lambda: steps(job.folder / "run") > 3 or job.state not in ("PENDING", "RUNNING"))
+def begun(job: Batch, least: int = 4) -> None:
+    """Wait until some steps are done."""
+    until(lambda: steps(job.folder / "run") >= least or job.state not in ("PENDING", "RUNNING"))
     assert job.state == "RUNNING", job.err
 
 
@@ -123,3 +126,41 @@ def test_a_job_at_its_time_limit_is_requeued(whole: dict[str, Any], slow_jobs: A
     assert job.restarts >= 1
     story(job, "SIGTERM")
     same(weights(job.folder / "run"), whole)
+
+
+TWO = LONG.replace("trainer.max_epochs=25", "trainer.max_epochs=5").replace("every_n_epochs=100", "every_n_epochs=1")
+
+
+@pytest.fixture(scope="module")
+def whole_of_two(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """The weights of a run on two ranks that nothing has stopped."""
+    folder = tmp_path_factory.mktemp("whole_of_two")
+    cluster.command(f"$RUN {TWO} hardware.devices=2", folder)
+    return weights(folder / "run", 40)
+
+
+def test_a_rank_that_dies_takes_the_job_down(whole_of_two: dict[str, Any], cluster: Cluster, tmp_path: Path) -> None:
+    """And the job continues from its last checkpoint when somebody requeues it."""
+    job = cluster.submit(f"srun $RUN {TWO} hardware.devices=2", tmp_path, "-n2", "-N1", "--requeue", **SLOWLY)
+    begun(job, 10)
+    os.kill(cluster.task(job.number, 1), signal.SIGKILL)
+    began = time.monotonic()
+    assert job.wait(90) == "FAILED"
+    print(f"rank 1 was killed, and the job had ended after {time.monotonic() - began:.0f} s")
+    cluster.ask("scontrol", "requeue", job.number)
+    assert job.wait() == "COMPLETED", job.err
+    assert f"Continuing {tmp_path}/run from step 8." in job.out
+    same(weights(tmp_path / "run", 40), whole_of_two)
+
+
+def test_a_node_that_dies_takes_the_job_down(whole_of_two: dict[str, Any], cluster: Cluster, tmp_path: Path) -> None:
+    """SLURM runs the job again when the node is back."""
+    job = cluster.submit(f"srun $RUN {TWO} hardware.nodes=2", tmp_path, "-n2", "-N2", "--requeue", **SLOWLY)
+    begun(job, 10)
+    cluster.kill_node("n2")
+    until(lambda: job.state == "PENDING", 120)
+    cluster.start_node("n2")
+    assert job.wait() == "COMPLETED", job.err
+    assert job.restarts == 1
+    assert f"Continuing {tmp_path}/run from step 8." in job.out
+    same(weights(tmp_path / "run", 40), whole_of_two)

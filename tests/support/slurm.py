@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 
 import icl_msr
@@ -130,6 +131,17 @@ class Cluster:
         ours = {**clean_environment(), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
         paths = [str(CHECKOUT), str(CHECKOUT / "tests"), *os.environ.get("PYTHONPATH", "").split(os.pathsep)]
         return {**ours, "SLURM_CONF": str(self.config), "PYTHONPATH": os.pathsep.join(path for path in paths if path)}
+
+    def task(self, job: str, rank: int) -> int:
+        """Return the process number of a task of a job's first step, which is the program itself."""
+        wanted = {"SLURM_JOB_ID": job, "SLURM_STEP_ID": "0", "SLURM_PROCID": str(rank)}
+        found = []
+        for entry in Path("/proc").glob("[0-9]*"):
+            with suppress(OSError):
+                variables = dict(v.partition("=")[::2] for v in (entry / "environ").read_text().split("\0"))
+                if wanted.items() <= variables.items():
+                    found.append(int(entry.name))
+        return min(found)
 
     def ask(self, *command: str) -> str:
         """Run a command of SLURM's and return what it prints."""
