@@ -1,11 +1,13 @@
 """Sweeps: jobs as processes, each with its folder and exit code, and nothing that is done is done again."""
 
+import fcntl
 import json
 import math
 import os
 import re
 import shlex
 import signal
+import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -256,9 +258,20 @@ def test_a_sweep_finds_its_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert sweep_folder(str(root)) > f"{root}/2026-01-04"
     os.close(lock)
     assert sweep_folder(str(root)) == begun
+    lock = os.open(begun, os.O_RDONLY)
+    assert sweeps._locks(lock, fcntl.LOCK_SH)
+    assert sweep_folder(str(root)) > f"{root}/2026-01-04"  # it runs, and its jobs are not shared
+    monkeypatch.setattr(sys, "argv", ["icl_msr.run", *mine, PROCESS])
+    shared = record(root, "2026-01-05_00-00-00", [*mine, PROCESS], finished=False)
+    other = os.open(shared, os.O_RDONLY)
+    assert sweeps._locks(other, fcntl.LOCK_SH)
+    assert sweep_folder(str(root)) == shared
+    os.close(lock)
+    os.close(other)
 
 
-def test_two_sweeps_do_not_share_a_folder(command: Any, tmp_path: Path) -> None:
+def test_two_sweeps_do_not_share_a_folder(command: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sweeps, "PATIENCE", 0.1)
     (tmp_path / "here").mkdir()
     lock = os.open(tmp_path / "here", os.O_RDONLY)
     assert sweeps._locks(lock)
@@ -267,6 +280,67 @@ def test_two_sweeps_do_not_share_a_folder(command: Any, tmp_path: Path) -> None:
     assert (code, out) == (2, [])
     assert err == ["here is another process's sweep; wait for its end, or choose another hydra.sweep.dir."]
     assert list((tmp_path / "here").iterdir()) == []
+
+
+OTHER = """
+import fcntl, json, os, sys
+folder, claimed = sys.argv[1], int(sys.argv[2])
+with open(os.path.join(folder, "sweep.json"), "w") as file:
+    json.dump({"command": sys.argv[3:], "finished": False}, file)
+fcntl.flock(os.open(folder, os.O_RDONLY), fcntl.LOCK_SH)
+claims = os.open(os.path.join(folder, "claims"), os.O_RDWR | os.O_CREAT)
+fcntl.lockf(claims, fcntl.LOCK_EX, 1, claimed)
+print("ready", flush=True)
+if sys.stdin.readline() == "fail\\n":
+    os.pwrite(claims, b"1", claimed)
+"""
+
+
+@pytest.mark.parametrize("end", ["dies", "fail"])
+def test_the_same_command_elsewhere_shares_the_jobs(
+    end: str, command: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A job of a process that has died is taken over, and one that has failed is not repeated."""
+    monkeypatch.setattr(sweeps, "PAUSE", 0.01)
+    here = tmp_path / "here"
+    here.mkdir()
+    words = ["seed=1,2,3", "method=simclr", PROCESS, "hydra.sweep.dir=here"]
+    other = subprocess.Popen(
+        [sys.executable, "-c", OTHER, str(here), "0", "-m", *words],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert other.stdin is not None
+    assert other.stdout is not None
+    assert other.stdout.readline() == "ready\n"
+    until_last = f"until [ -f {here}/2/results.json ]; do sleep 0.05; done; sleep 0.3; "
+    finish = f"kill -9 {other.pid}" if end == "dies" else "echo fail"
+    subprocess.Popen(["bash", "-c", until_last + finish], stdout=other.stdin)
+    answer = command(*words)
+    other.communicate()
+    assert answer.err == []
+    assert answer.out[0] == "Joining here, which another process has begun."
+    ends = [line for line in answer.out if re.search("metric|failed", line)]
+    assert [line[:20] for line in ends[:2]] == ["[2/3] seed=2: metric", "[3/3] seed=3: metric"]
+    if end == "dies":
+        assert answer.code == 0
+        assert ends[2].startswith("[1/3] seed=1: metric 0.1000")
+    else:
+        assert answer.code == 1
+        assert ends[2] == "[1/3] seed=1: failed in another process, here/0"
+        assert command(*words).code == 0  # nobody else is there now, so it is tried again
+    assert [began(here / job) for job in "012"] == [1, 1, 1]
+
+
+def test_only_the_same_command_joins(command: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sweeps, "PATIENCE", 0.1)
+    record(tmp_path, "here", ["-m", "seed=1,2", PROCESS, "hydra.sweep.dir=here"], finished=False)
+    lock = os.open(tmp_path / "here", os.O_RDONLY)
+    assert sweeps._locks(lock, fcntl.LOCK_SH)
+    assert command("seed=1,3", PROCESS, "hydra.sweep.dir=here").code == 2
+    assert command("seed=1,2", "hydra.sweep.dir=here").code == 2
+    os.close(lock)
 
 
 def test_a_sweep_is_no_rank(command: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
