@@ -370,7 +370,7 @@ def job_type(overrides: Sequence[str]) -> str | None:
 def _varying(overrides: Sequence[str]) -> list[str]:
     """Return the overrides that a sweep changes from job to job: those that were not typed in this form."""
     typed = {in_short(word) for word in sys.argv[1:]}
-    return [word for word in overrides if in_short(word) not in typed]
+    return [word for word in overrides if not typed & {in_short(word), word.removesuffix("=null")}]  # of ~key
 
 
 def _clock(seconds: float) -> timedelta:
