@@ -110,6 +110,7 @@ WORDS = ["backbone=tiny", "method=simclr", "regularizer=none", "hardware=cpu", "
 WORDS += ["dataset.image_size=16", "trainer.max_epochs=1", "evaluation=light"]
 
 
+@pytest.mark.filterwarnings("error:Initializing zero-element")
 def test_a_run_without_labels_reports_what_needs_none(flat, tmp_path):
     folder = tmp_path / "run"
     answer = inprocess.execute(*[*WORDS, "dataset=images", f"dataset.root={flat}", f"hydra.run.dir={folder}"])
