@@ -35,11 +35,17 @@ format: env ## Format the code
 	$(BIN)/ruff check --fix
 	$(BIN)/ruff format
 
-bench: env ## Measure the speed of the hot paths, as ratios (three minutes at most)
-	$(BIN)/python -m experiments.benchmarks.speed
+$(VENV)-peers/installed: experiments/benchmarks/peers.txt pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)-peers
+	$(VENV)-peers/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -r $< --editable '.[dev]'
+	@touch $@
+
+bench: $(VENV)-peers/installed ## Measure the speed of the hot paths, and against other libraries, as ratios (20 minutes)
+	$(VENV)-peers/bin/python -m experiments.benchmarks.speed
+	NO_ALBUMENTATIONS_UPDATE=1 $(VENV)-peers/bin/python -m experiments.benchmarks.peers
 
 report: env ## One table over all runs in runs/ (RUNS=folder chooses others)
 	$(BIN)/python -m icl_msr.report $(or $(RUNS),runs)
 
 clean: ## Remove the environment, caches and build products; runs/ stays
-	rm -rf $(VENV) .cache .mypy_cache .pytest_cache .ruff_cache build dist *.egg-info
+	rm -rf $(VENV) $(VENV)-peers .cache .mypy_cache .pytest_cache .ruff_cache build dist *.egg-info

@@ -22,7 +22,7 @@ from rich.text import Text
 from icl_msr.cli.assemble import Pieces, assemble, build_as, in_words, make_loggers, make_trainer
 from icl_msr.cli.conclude import conclude, describe, evaluate, peak_memory_mb, scene_of
 from icl_msr.cli.processes import in_folder, require_processes, run_ranks
-from icl_msr.core.config import UNSEEN, Settings
+from icl_msr.core.config import MOVABLE, UNSEEN, Settings
 from icl_msr.core.errors import UserError
 from icl_msr.core.folder import RunFolder
 from icl_msr.core.ranks import is_first, is_rank
@@ -151,8 +151,11 @@ def more_epochs(settings: Settings, folder: RunFolder) -> bool:
     """
     saved, now = flatten(folder.saved_config()), flatten(settings.model_dump())
     epochs = "trainer.max_epochs"
+    grows = (now[epochs] or 0) > _epochs(saved)
+    # What trains on compares the images with those that the run was begun with.
+    free = {*UNSEEN, *(MOVABLE if grows or not folder.done else ())}
     for key in dict.fromkeys([*now, *saved]):
-        if key.removeprefix("dataset.") in WRITTEN or key in UNSEEN:  # the images are the same
+        if key.removeprefix("dataset.") in WRITTEN or key in free:  # the images are the same
             continue
         if saved.get(key) != now.get(key) and (key != epochs or (now[key] or 0) < _epochs(saved)):
             raise UserError(
@@ -160,7 +163,7 @@ def more_epochs(settings: Settings, folder: RunFolder) -> bool:
                 f"continued as it was begun, only {epochs} may grow: choose another hydra.run.dir, or "
                 f"type resume={folder}."
             )
-    return bool((now[epochs] or 0) > _epochs(saved))
+    return grows
 
 
 def _epochs(config: Mapping[str, Any]) -> float:

@@ -600,6 +600,24 @@ def test_a_signal_saves_and_resume_continues_bit_for_bit(pair: Pair, programs: P
     assert accuracies[0] == accuracies[1]
 
 
+@pytest.mark.slow
+def test_a_run_goes_on_with_another_number_of_ranks(pair: Pair, programs: Programs, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    program = programs.start(*SHORT, *ONE, f"hydra.run.dir={folder}")
+    until(lambda: steps(folder) > 2 or program.process.poll() is not None)
+    program.send(signal.SIGTERM)
+    assert program.wait() == 75
+    program = programs(f"resume={folder}", "hardware.devices=2")
+    assert program.wait() == 0, program.err
+    programs.gone(30)
+    _, module, _ = pieces(*SHORT, *ONE)
+    whole, continued = weights(pair.one), weights(folder)
+    assert continued["global_step"] == whole["global_step"]
+    apart = distances(whole["state_dict"], continued["state_dict"], module.state_dict())
+    assert apart.pop("regularizer.network") < 0.5
+    assert max(apart.values()) < 0.1, apart
+
+
 def test_a_signal_in_the_evaluation_is_answered_as_in_training(programs: Programs, tmp_path: Path) -> None:
     """And the evaluation is done by the command that it names."""
     folder = tmp_path / "run"
