@@ -3,7 +3,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help env demo test test-all check format bench report clean
+.PHONY: help env demo test test-all test-slurm check format bench report clean
 
 help: ## Show this help
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "make %-10s %s\n", $$1, $$2}'
@@ -24,6 +24,10 @@ test: env ## Run the tests (minutes)
 
 test-all: env ## Run all tests, the slow ones too
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -m ''
+
+test-slurm: env ## Run the tests that need SLURM, on a cluster of their own (as root on Debian, which gets its packages)
+	@command -v slurmctld >/dev/null || { apt-get update -q && apt-get install -y -q slurm-wlm munge; }
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow tests/slurm
 
 check: env ## Lint, check formatting, types and the direction of imports
 	$(BIN)/ruff check
