@@ -25,7 +25,7 @@ from yaml import MarkedYAMLError, YAMLError
 
 from icl_msr.cli.footprint import Footprint, require_common_folder
 from icl_msr.cli.processes import hold_leash, in_folder, told
-from icl_msr.cli.sweeps import ProcessLauncher, register_resolvers
+from icl_msr.cli.sweeps import exit_codes, register_resolvers
 from icl_msr.cli.words import ambiguous, for_sweep, overrides, path_in, spelled_out, unreadable
 from icl_msr.core import trust
 from icl_msr.core.compose import compose, hydra_for_itself
@@ -57,7 +57,7 @@ def main(job: Job, arguments: Sequence[str] | None = None) -> int:
     warnings.filterwarnings("ignore", "`torch.jit.script` is deprecated")  # torch warns of it in forward mode
     warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated")
     register_resolvers()
-    ProcessLauncher.exit_codes.clear()
+    exit_codes.clear()
     Footprint.made.clear()
     codes: list[int] = []
     said: set[str] = set()
@@ -126,13 +126,13 @@ def main(job: Job, arguments: Sequence[str] | None = None) -> int:
             raise
         return 2
     except Exception as mistake:
-        begun = codes or ProcessLauncher.exit_codes  # after that, it is not a mistake of the user
+        begun = codes or exit_codes  # after that, it is not a mistake of the user
         if begun or not (isinstance(mistake, _MISTAKES) or _is_hydras(mistake)):
             raise
         return refuse(sentence(mistake, typed))
     if not codes:  # a help text was printed, or the sweep had nothing to do
         Footprint.erase()
-    return max([*codes, *ProcessLauncher.exit_codes], default=0)
+    return max([*codes, *exit_codes], default=0)
 
 
 def _resumed(typed: Sequence[str]) -> tuple[DictConfig | None, Sequence[str]]:

@@ -733,3 +733,23 @@ def test_ranks_that_others_start(pair: Pair, programs: Programs, tmp_path: Path)
     assert ranks[1].out == ""
     same(weights(pair.two)["state_dict"], weights(folder)["state_dict"])
     programs.gone(30)
+
+
+@pytest.mark.slow
+def test_torchrun_starts_ranks_again(programs: Programs, tmp_path: Path) -> None:
+    """With `--max-restarts`, they continue from the checkpoint."""
+    words = [*TRAINING, "method=simclr", "regularizer=none", "evaluation=none", "trainer.max_epochs=4", *TWO]
+    slowly = "+callbacks.slowly._target_=support.slowly.Slowly"
+    path = f"{CHECKOUT}:{CHECKOUT / 'tests'}"
+    whole = programs.start(*words, slowly, f"hydra.run.dir={tmp_path}/whole", PYTHONPATH=path)
+    assert whole.wait() == 0, whole.err
+    folder = tmp_path / "run"
+    torchrun = ["--standalone", "--nproc-per-node=2", "--max-restarts=1", "-m", "icl_msr.run"]
+    command = [*torchrun, *words, slowly, f"hydra.run.dir={folder}"]
+    program = programs.start(*command, module="torch.distributed.run", PYTHONPATH=path, SLOWLY="0.4")
+    until(lambda: steps(folder) > 10 or program.process.poll() is not None)
+    os.kill(programs.rank(1), signal.SIGKILL)
+    assert program.wait() == 0, program.err
+    assert f"Continuing {folder} from step 8." in program.out
+    same(weights(tmp_path / "whole")["state_dict"], weights(folder)["state_dict"])
+    programs.gone(30)

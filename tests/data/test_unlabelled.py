@@ -141,6 +141,8 @@ def test_a_run_is_measured_on_the_labelled_set(flat, labelled, tmp_path):
     assert "online/knn" in results["final"]
     assert "online/probe" not in results["final"]
     assert results["classes"] == ["cat", "dog"]
+    more = inprocess.execute(f"resume={folder}", "trainer.max_epochs=2")
+    assert more.code == 0, more.err
 
 
 def test_one_class_has_no_accuracy(tmp_path):
