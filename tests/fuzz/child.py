@@ -1,5 +1,6 @@
 """One command line in a forked child that stops where training would begin, and what may be wrong with its end."""
 
+import copy
 import gc
 import os
 import re
@@ -18,6 +19,9 @@ from typing import Any, NoReturn
 import numpy as np
 import pytorch_lightning as pl
 import wandb
+from hydra._internal.core_plugins.file_config_source import FileConfigSource
+from hydra._internal.hydra import Hydra
+from hydra.types import RunMode
 from PIL import Image
 from support.inprocess import execute
 
@@ -81,6 +85,7 @@ class World:
             np.savez("arrays.npz", train_images=images, train_labels=labels, test_images=images, test_labels=labels)
         finally:
             os.chdir(back)
+        _hasten_hydra()
         gc.collect()
         gc.freeze()  # children need not look at what they inherit
 
@@ -127,8 +132,25 @@ def _places(line: Line, code: int) -> list[Path]:
     if code != 2:
         typed += [after for word, after in zip(line.words, line.words[1:], strict=False) if word in ("--to", "--out")]
         typed += line.words if line.door in ("export", "report") else ()
+        typed += [f"{word}/.." for word in line.words if line.door == "report"]  # the summary is beside a run
     homely = ("../home" + path[1:] if path[:1] == "~" else path for path in typed)
-    return [Path(os.path.normpath(os.path.join("here", path.strip("'\"")))) for path in homely if path]
+    return [Path(os.path.normpath(os.path.join("here", path.strip("'\"")))) for path in homely]
+
+
+def _hasten_hydra() -> None:
+    """Let Hydra read each YAML file once, and compose each config once: the first time is only for `hydra.mode`."""
+    mode, load, read = Hydra.get_mode, FileConfigSource.load_config, dict[tuple[str, str], Any]()
+
+    def get_mode(hydra: Hydra, config_name: str | None, overrides: list[str]) -> Any:
+        return mode(hydra, config_name, overrides) if any("hydra" in word for word in overrides) else RunMode.RUN
+
+    def load_config(source: FileConfigSource, config_path: str) -> Any:
+        key = source.path, config_path
+        if key not in read:
+            read[key] = load(source, config_path)
+        return copy.deepcopy(read[key])
+
+    Hydra.get_mode, FileConfigSource.load_config = get_mode, load_config  # type: ignore[method-assign]
 
 
 def _copy(source: str, target: str) -> None:

@@ -20,7 +20,7 @@ from icl_msr.core.config import GIVEN, config_dir
 SMALL = [*DATA, "loader.batch_size=8", "schedule.warmup_steps=0", "evaluation=light", "logger=csv", "hardware=cpu"]
 TRAINING = ["trainer.max_epochs=1", "trainer.limit_train_batches=2"]
 PHOTOS = [["dataset=imagefolder", "dataset.root=photos"], ["dataset=arrays", "dataset.path=arrays.npz"]]
-DOORS = {"run": 55, "evaluate": 20, "textures": 7, "export": 9, "report": 9}
+DOORS = {"run": 56, "evaluate": 22, "textures": 4, "export": 9, "report": 9}
 """The commands, and how often each is tried, in percent."""
 
 FOLDERS = (
@@ -169,8 +169,8 @@ class Grammar:
 
     def run(self) -> list[str]:
         """Draw the words of a run: a meant line, spoilt by a few words."""
-        meant = self.random.random() < 0.7
-        words = [*self.meant().words, *self.words(self.random.randint(0, 1))] if meant else [*SMALL, *self.words(3)]
+        meant = self.random.random() < 0.5
+        words = [*self.meant().words, *self.words(1)] if meant else [*SMALL, *self.words(self.random.randint(1, 4))]
         if self.random.random() < 0.15:
             words = [f"resume={self.folder()}", *words[len(words) - self.random.randint(0, 2) :]]
         return words
