@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from icl_msr.cli.processes import hold_leash, told
 from icl_msr.core import trust
 from icl_msr.core.errors import UserError
+from icl_msr.core.ranks import adopt
 from icl_msr.core.terminal import Arguments, answering
 
 USAGE = """python -m icl_msr.evaluate SOURCE [dataset=...] [evaluation=...] [seed=N] [to=FOLDER]
@@ -42,6 +43,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     hold_leash()
     words: list[str] = parser.parse_args(arguments).words
     try:
+        adopt()
         # They bring torch along: seconds that a help text need not wait for.
         from icl_msr.cli.evaluating import carry_out
         from icl_msr.cli.order import read

@@ -7,14 +7,15 @@ pieces of the raw image. `negatives=cached negatives.folder=FOLDER` reads either
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from omegaconf import DictConfig
-
-from icl_msr.cli import command
-from icl_msr.cli.processes import in_folder
-from icl_msr.core.config import Settings
 from icl_msr.core.storage import expanded, require_local
 from icl_msr.core.terminal import Arguments, answering
+
+if TYPE_CHECKING:
+    from omegaconf import DictConfig
+
+    from icl_msr.core.config import Settings
 
 
 @answering
@@ -33,10 +34,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     require_local(options.to, "--to")
     chosen = [word for word in options.words if word.startswith("negatives=")]
     words = [*options.words, *([] if chosen else ["negatives=texture"])]
+    from icl_msr.cli import command  # brings Hydra along
+    from icl_msr.cli.processes import in_folder
+
     return command.main(textures, [*words, in_folder(expanded(options.to))])
 
 
-def textures(settings: Settings, config: DictConfig) -> float:
+def textures(settings: "Settings", config: "DictConfig") -> float:
     """Run `icl_msr.cli.quilting.job`, which brings torch along."""
     from icl_msr.cli import quilting
 

@@ -11,7 +11,6 @@ The first two take the arguments of `python -m icl_msr.run`. All print a table a
 
 import argparse
 import copy
-import csv
 import math
 import statistics
 import subprocess
@@ -31,6 +30,7 @@ from typing_extensions import override
 from experiments.benchmarks.timing import alternate
 from icl_msr.cli.assemble import assemble
 from icl_msr.core.config import build, check, config_dir
+from icl_msr.core.tables import csv_text
 from icl_msr.core.views import Views
 from icl_msr.methods import Step
 from icl_msr.regularizers import MetaSemanticRegularizer
@@ -347,10 +347,8 @@ def resident(field: str) -> float:
 
 def write(path: Path, rows: list[dict[str, Any]]) -> None:
     """Write the rows as CSV."""
-    with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, list(rows[0]))
-        writer.writeheader()
-        writer.writerows({k: f"{v:.6g}" if isinstance(v, float) else v for k, v in row.items()} for row in rows)
+    cells = [[float(f"{v:.6g}") if isinstance(v, float) else v for v in row.values()] for row in rows]
+    path.write_text(csv_text([rows[0], *cells]))
 
 
 def main(words: Sequence[str] | None = None) -> None:

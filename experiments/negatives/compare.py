@@ -17,7 +17,6 @@ Prints a table and writes compare.csv into `--to`, beside this file unless told 
 """
 
 import argparse
-import csv
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -33,6 +32,7 @@ from torch import Tensor
 from icl_msr.core.config import build, config_dir
 from icl_msr.core.folder import RunFolder
 from icl_msr.core.randomness import keys
+from icl_msr.core.tables import csv_text
 from icl_msr.data.dataset import normalise
 from icl_msr.evaluation.features import extract
 from icl_msr.evaluation.linear import fit_linear_probe
@@ -171,10 +171,8 @@ def main(words: Sequence[str] | None = None) -> None:
         cells = (f"{row['gram']:.2f}", f"{row['histogram']:.2f}", f"{row['class_read_percent']:.1f}")
         table.add_row(str(row["generator"]), *cells)
     Console(width=100).print(table)
-    with (options.to / "compare.csv").open("w", newline="") as file:
-        writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows({k: f"{v:.4g}" if isinstance(v, float) else v for k, v in row.items()} for row in rows)
+    lines = [[float(f"{v:.4g}") if isinstance(v, float) else v for v in row.values()] for row in rows]
+    (options.to / "compare.csv").write_text(csv_text([rows[0], *lines]))
 
 
 if __name__ == "__main__":

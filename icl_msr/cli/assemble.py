@@ -11,6 +11,8 @@ from typing import Any, TypeVar
 
 import pytorch_lightning as pl
 import torch
+from lightning_fabric.plugins.environments.lightning import LightningEnvironment
+from lightning_fabric.plugins.environments.torchelastic import TorchElasticEnvironment
 from lightning_fabric.utilities.exceptions import MisconfigurationException
 from pytorch_lightning.callbacks import Callback, Checkpoint
 from pytorch_lightning.loggers import Logger
@@ -19,6 +21,7 @@ from pytorch_lightning.strategies import DDPStrategy, Strategy
 from icl_msr.core.config import Settings, build, suggestion
 from icl_msr.core.errors import UserError, reason
 from icl_msr.core.folder import RunFolder
+from icl_msr.core.ranks import is_rank
 from icl_msr.data.dataset import Dataset
 from icl_msr.evaluation.suite import Evaluation
 from icl_msr.methods import Method
@@ -292,7 +295,8 @@ def make_trainer(settings: Settings, plan: Plan, folder: RunFolder, pieces: Piec
             logger=False,
             callbacks=[pieces.throughput, *callbacks],
             enable_checkpointing=any(isinstance(callback, Checkpoint) for callback in callbacks),
-            plugins=[AtomicCheckpoint()],
+            # Lightning would otherwise guess from SLURM's variables and the job's name.
+            plugins=[AtomicCheckpoint(), TorchElasticEnvironment() if is_rank() else LightningEnvironment()],
             default_root_dir=folder.path,
             use_distributed_sampler=False,
         )

@@ -23,16 +23,17 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, InterpolationResolutionError, OmegaConfBaseException
 from yaml import MarkedYAMLError, YAMLError
 
-from icl_msr.cli.footprint import Footprint
+from icl_msr.cli.footprint import Footprint, require_common_folder
 from icl_msr.cli.processes import hold_leash, in_folder, told
 from icl_msr.cli.sweeps import ProcessLauncher, register_resolvers
 from icl_msr.cli.words import ambiguous, for_sweep, overrides, path_in, spelled_out, unreadable
 from icl_msr.core import trust
 from icl_msr.core.compose import compose, hydra_for_itself
-from icl_msr.core.config import Settings, check, config_dir, no_keys, suggestion, unfilled
-from icl_msr.core.errors import UserError, reason
+from icl_msr.core.config import UNSEEN, Settings, check, config_dir, no_keys, suggestion, unfilled
+from icl_msr.core.errors import SharedMistake, UserError, reason
 from icl_msr.core.folder import RunFolder
-from icl_msr.core.storage import disk_is_full
+from icl_msr.core.ranks import adopt, is_first
+from icl_msr.core.storage import unwritable
 from icl_msr.core.terminal import about_the_machine, complain, outlive_reader
 
 Job = Callable[[Settings, DictConfig], float]
@@ -60,8 +61,9 @@ def main(job: Job, arguments: Sequence[str] | None = None) -> int:
     codes: list[int] = []
     said: set[str] = set()
 
-    def refuse(message: str) -> int:
-        if message not in said:  # another job of the sweep may have said it
+    def refuse(message: str, shared: bool = True) -> int:
+        # Another job of the sweep or another rank may have said it.
+        if message not in said and (is_first() or not shared):
             complain(message)
         said.add(message)
         Footprint.erase()
@@ -73,7 +75,7 @@ def main(job: Job, arguments: Sequence[str] | None = None) -> int:
         except UserError as mistake:
             if saved is None:
                 raise
-            raise UserError(f"{HydraConfig.get().runtime.output_dir}/config.yaml: {mistake}") from None
+            raise type(mistake)(f"{HydraConfig.get().runtime.output_dir}/config.yaml: {mistake}") from None
 
     @wraps(job)  # Hydra names the job after its module
     def answered(config: DictConfig) -> float:
@@ -85,16 +87,16 @@ def main(job: Job, arguments: Sequence[str] | None = None) -> int:
             return job(checked(config), config)
         except UserError as mistake:
             # An error that leaves the job would make Hydra print its own message and stop the other jobs of a sweep.
-            codes[-1] = refuse(str(mistake))
+            codes[-1] = refuse(str(mistake), isinstance(mistake, SharedMistake))
             return float("nan")
         except Exception as fault:
             folder = RunFolder(Path(HydraConfig.get().runtime.output_dir))
-            if disk_is_full(fault):
-                codes[-1] = refuse(f"The disk of {folder} is full; free space and {folder.advice}.")
+            if cause := unwritable(fault, folder.path):
+                codes[-1] = refuse(f"{cause} and {folder.advice}.", shared=False)
                 return float("nan")
             if sentence := about_the_machine(fault):
                 kept = f" What was trained is kept; {folder.advice}." if folder.checkpoint.exists() else ""
-                codes[-1] = refuse(sentence + kept)
+                codes[-1] = refuse(sentence + kept, shared=False)
                 return float("nan")
             if folder.checkpoint.exists():
                 fault.add_note(f"What was trained is kept; {folder.advice}.")
@@ -103,18 +105,21 @@ def main(job: Job, arguments: Sequence[str] | None = None) -> int:
             raise
 
     try:
+        adopt()
         trust.leave_working_directory(typed)
         asked = trust.given(typed)
         _check_flags(asked)
         _check_search_path(asked)
         saved, words = _resumed(asked)
-        words = for_sweep(words) if _MULTIRUN & set(typed) else spelled_out(words)
+        if _MULTIRUN & set(typed):
+            words = for_sweep(words)
+        else:
+            require_common_folder(words)
+            words = spelled_out(words)
         sys.argv[1:] = words
         hydra.main(version_base="1.3", config_path=str(config_dir()), config_name="config")(answered)()
     except UserError as mistake:
         return refuse(str(mistake))
-    except KeyboardInterrupt:
-        return 130
     except SystemExit as end:
         if codes or end.code not in (1, 2):  # Hydra has printed what is wrong, with code 1, or a callback of ours
             raise
@@ -136,7 +141,7 @@ def _resumed(typed: Sequence[str]) -> tuple[DictConfig | None, Sequence[str]]:
 
     Raises:
         UserError: the folder holds no run, its config is not trusted, or a word changes something other than the
-            number of epochs.
+            number of epochs or the keys that no result depends on.
     """
     folders = [path_in(word) for word in typed if word.startswith("resume=")]
     if not folders:
@@ -149,17 +154,17 @@ def _resumed(typed: Sequence[str]) -> tuple[DictConfig | None, Sequence[str]]:
         )
     trust.require(folder.saved_config(), folder.config)
     config = OmegaConf.create(folder.saved_config(resolve=False))
-    epochs = [word for word in typed if word.startswith("trainer.max_epochs=")]
+    changes = [word for word in typed if word.partition("=")[0] in ("trainer.max_epochs", *UNSEEN)]
     for word in typed:
-        if word not in epochs and not word.startswith(("resume=", "hydra.run.dir=")):
+        if word not in changes and not word.startswith(("resume=", "hydra.run.dir=")):
             raise UserError(
-                f"{word} cannot be changed when a run is continued; drop it (trainer.max_epochs=N may grow), "
-                "or begin a new run."
+                f"{word} cannot be changed when a run is continued; drop it (trainer.max_epochs=N may grow, and "
+                f"{' and '.join(UNSEEN)} may change), or begin a new run."
             )
-    for change in OverridesParser.create().parse_overrides(epochs):
+    for change in OverridesParser.create().parse_overrides(changes):
         if not change.is_sweep_override():  # Hydra refuses a sweep
             OmegaConf.update(config, change.key_or_group, change.value())
-    return config, [*epochs, in_folder(folder.path)]
+    return config, [*changes, in_folder(folder.path)]
 
 
 def _is_hydras(error: BaseException) -> bool:

@@ -22,7 +22,6 @@ from icl_msr.core.config import Settings, fingerprint
 from icl_msr.core.errors import UserError, reason
 from icl_msr.core.folder import RunFolder
 from icl_msr.core.records import ACCURACY, TRAINED, Outcome
-from icl_msr.core.storage import disk_is_full
 from icl_msr.data.dataset import Dataset
 from icl_msr.evaluation.metrics import Bootstrap
 from icl_msr.evaluation.pictures import Scene, draw
@@ -144,12 +143,12 @@ def conclude(
 
 @contextmanager
 def sparing(name: str, missing: list[str]) -> Iterator[None]:
-    """Catch an error of the block and append `name` and the reason to `missing`. A full disk is raised again."""
+    """Catch an error of the block and append `name` and the reason to `missing`. A `UserError` is raised again."""
     try:
         yield
+    except UserError:
+        raise
     except Exception as error:
-        if isinstance(error, UserError) or disk_is_full(error):
-            raise
         missing.append(f"{name} ({reason(error)})")
 
 

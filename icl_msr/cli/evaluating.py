@@ -23,6 +23,7 @@ from icl_msr.core.folder import RunFolder
 from icl_msr.core.ranks import is_first, is_rank
 from icl_msr.core.records import TRAINED, Outcome
 from icl_msr.core.saved import as_yaml
+from icl_msr.core.signals import stoppable
 from icl_msr.core.storage import atomic_write
 from icl_msr.core.terminal import plain_console
 from icl_msr.data.dataset import Dataset
@@ -181,7 +182,8 @@ def write(
         wall_time_s=seconds,
         records=results.records,
     )
-    conclude(folder, outcome, Scene(dataset, results.features.get(TRAINED, {})), [], console)
+    with stoppable(folder.farewell_of_evaluation):
+        conclude(folder, outcome, Scene(dataset, results.features.get(TRAINED, {})), [], console)
 
 
 def _config(order: Order, trained: Mapping[str, Any]) -> dict[str, Any]:

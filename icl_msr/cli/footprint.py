@@ -1,7 +1,11 @@
 """The folders that a command makes. A new folder is never shared, and a refused command leaves none behind."""
 
+import os
 import sys
+from collections.abc import Sequence
 from contextlib import suppress
+from datetime import datetime
+from hashlib import sha256
 from itertools import count
 from pathlib import Path
 from typing import Any, ClassVar, NoReturn
@@ -9,8 +13,10 @@ from typing import Any, ClassVar, NoReturn
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig
 
+from icl_msr.core import slurm
 from icl_msr.core.compose import known_to_hydra
-from icl_msr.core.errors import UserError
+from icl_msr.core.errors import SharedMistake, UserError
+from icl_msr.core.ranks import is_rank
 from icl_msr.core.storage import require_local
 from icl_msr.core.terminal import complain
 
@@ -56,6 +62,40 @@ class Footprint(Callback):
                     record.unlink()
                 with suppress(OSError):
                     folder.rmdir()
+
+
+def run_folder(root: str, name: str) -> str:
+    """Return the folder of a run, below `root`, for a command that names none.
+
+    A batch job of SLURM has the same folder for the same words whenever it runs, so a requeued job finds its run. Ranks
+    that others have started have the same folder without talking to each other. Any other command makes a new folder.
+    """
+    if slurm.in_batch_job():
+        words = " ".join(word for word in sys.argv[1:] if not word.startswith("hydra.run."))
+        return f"{root}/slurm/{slurm.job()}-{name}-{sha256(words.encode()).hexdigest()[:6]}"
+    if is_rank():
+        step = f"slurm/{slurm.job()}.{os.environ.get('SLURM_STEP_ID')}" if slurm.job() else f"torchrun/{torchrun_id()}"
+        return f"{root}/{step}-{name}"
+    return new_folder(f"{root}/{datetime.now():%Y-%m-%d/%H-%M-%S}-{name}")
+
+
+def torchrun_id() -> str | None:
+    """Return the name of this start of torchrun, which all of its ranks know; None if it has no name of its own."""
+    name = os.environ.get("TORCHELASTIC_RUN_ID", "none")
+    return None if name == "none" else name
+
+
+def require_common_folder(words: Sequence[str]) -> None:
+    """Check that ranks that others have started can know each other's folder.
+
+    Raises:
+        SharedMistake: they cannot, and no word names one.
+    """
+    named = any(word.startswith("hydra.run.dir=") for word in words)
+    if is_rank() and not (named or slurm.job() or torchrun_id()):
+        raise SharedMistake(
+            "Several processes were started together, and none knows the others' folder; add hydra.run.dir=FOLDER."
+        )
 
 
 def new_folder(path: str) -> str:

@@ -1,6 +1,7 @@
 """The main job: one run in its folder, fresh or continued."""
 
 import math
+import resource
 import shutil
 import sys
 import time
@@ -20,14 +21,15 @@ from rich.text import Text
 
 from icl_msr.cli.assemble import Pieces, assemble, build_as, in_words, make_loggers, make_trainer
 from icl_msr.cli.conclude import conclude, describe, evaluate, peak_memory_mb, scene_of
-from icl_msr.cli.processes import in_folder, require_processes, run_ranks, stoppable
-from icl_msr.core.config import Settings
+from icl_msr.cli.processes import in_folder, require_processes, run_ranks
+from icl_msr.core.config import UNSEEN, Settings
 from icl_msr.core.errors import UserError
 from icl_msr.core.folder import RunFolder
 from icl_msr.core.ranks import is_first, is_rank
 from icl_msr.core.records import Outcome, chosen_metric
 from icl_msr.core.saved import WRITTEN, as_yaml
-from icl_msr.core.storage import atomic_write, disk_is_full
+from icl_msr.core.signals import stoppable
+from icl_msr.core.storage import FULL, atomic_write
 from icl_msr.core.terminal import plain_console
 from icl_msr.data.dataset import Dataset
 from icl_msr.models.checkpoint import read_checkpoint
@@ -57,7 +59,7 @@ def run(settings: Settings, config: DictConfig) -> float:
         del pieces
         code = run_ranks(plan.world_size, [*sys.argv[1:], in_folder(folder.path)], folder.path)
         return folder.metric() if code == 0 else sys.exit(code)
-    with folder.locked() if is_first() else nullcontext(), stoppable(folder):
+    with folder.locked() if is_first() else nullcontext(), stoppable(folder.farewell):
         # Another command may have finished the run meanwhile. A rank must go on, because the others wait for it.
         if (metric := finished(settings, folder, console)) is not None and not is_rank():
             return metric
@@ -150,7 +152,7 @@ def more_epochs(settings: Settings, folder: RunFolder) -> bool:
     saved, now = flatten(folder.saved_config()), flatten(settings.model_dump())
     epochs = "trainer.max_epochs"
     for key in dict.fromkeys([*now, *saved]):
-        if key.removeprefix("dataset.") in WRITTEN:  # the images are the same
+        if key.removeprefix("dataset.") in WRITTEN or key in UNSEEN:  # the images are the same
             continue
         if saved.get(key) != now.get(key) and (key != epochs or (now[key] or 0) < _epochs(saved)):
             raise UserError(
@@ -176,16 +178,21 @@ def require_room(module: Pretraining, folder: Path) -> None:
     try:
         TemporaryFile(dir=folder).close()
     except OSError as error:
-        if not disk_is_full(error):
+        if error.errno not in FULL:
             raise UserError(f"{folder} cannot be written ({error.strerror}); choose another hydra.run.dir.") from None
     state = [t for t in module.state_dict().values() if isinstance(t, torch.Tensor)]
     moments = [p for p in module.parameters() if p.requires_grad] * 2
-    needed = 2 * sum(t.numel() * t.element_size() for t in [*state, *moments])
-    free = shutil.disk_usage(folder).free
-    if free < needed:
+    needed = sum(t.numel() * t.element_size() for t in [*state, *moments])
+    free, largest = shutil.disk_usage(folder).free, resource.getrlimit(resource.RLIMIT_FSIZE)[0]
+    if free < 2 * needed:
         raise UserError(
-            f"The disk of {folder} is full: checkpoints need {needed / 1e6:.0f} MB, and {free / 1e6:.0f} MB are free; "
-            "make room or choose another hydra.run.dir."
+            f"The disk of {folder} is full: checkpoints need {2 * needed / 1e6:.0f} MB, and {free / 1e6:.0f} MB are "
+            "free; make room or choose another hydra.run.dir."
+        )
+    if largest != resource.RLIM_INFINITY and largest < needed:
+        raise UserError(
+            f"A checkpoint needs {needed / 1e6:.1f} MB, and files may have {largest / 1e6:.1f} MB (ulimit -f); raise "
+            "the limit."
         )
 
 

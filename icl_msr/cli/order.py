@@ -18,6 +18,7 @@ from icl_msr.core import trust
 from icl_msr.core.compose import compose
 from icl_msr.core.config import Settings, check, config_dir, suggestion
 from icl_msr.core.errors import UserError
+from icl_msr.core.folder import RunFolder
 from icl_msr.core.storage import require_local
 from icl_msr.evaluation.subject import SOURCES, Subject, find
 
@@ -85,7 +86,8 @@ def read(words: Sequence[str]) -> Order:
     for key in ("to", "cache"):
         require_local(own.get(key, ""), key)
     to, cache = Path(own.get("to", default)), own.get("cache", CACHE)
-    if (to / "results.json").exists() or (to / "config.yaml").exists():
+    there = RunFolder(to)
+    if there.done or there.metrics.exists() or there.checkpoint.exists():  # a stopped evaluation has none of them
         raise UserError(f"{to} holds results or a run already; choose another folder, to=FOLDER.")
     return Order(subject, settings, choices, own_data, to, None if cache in ("", "null") else Path(cache))
 

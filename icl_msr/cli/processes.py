@@ -19,9 +19,9 @@ from pathlib import Path
 from types import FrameType
 from typing import IO, TYPE_CHECKING, Any
 
-from icl_msr.core.errors import PREEMPTED, UserError
-from icl_msr.core.folder import RunFolder
-from icl_msr.core.ranks import is_first, is_rank, outside_world_size
+from icl_msr.core.errors import SharedMistake, UserError
+from icl_msr.core.ranks import VARIABLES, is_first, is_rank, outside_nodes, outside_world_size
+from icl_msr.core.signals import give_back, take_signals
 
 if TYPE_CHECKING:  # it imports torch, which a supervisor does not need
     from icl_msr.training.hardware import Plan
@@ -32,10 +32,7 @@ GRACE = 15.0
 
 _LEASH = "ICL_MSR_LEASH"
 _held = False
-_RANK_VARIABLES = (
-    *("RANK", "LOCAL_RANK", "GROUP_RANK", "NODE_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"),
-    *("MASTER_ADDR", "MASTER_PORT", "PL_GLOBAL_SEED", _LEASH),
-)
+_RANK_VARIABLES = (*VARIABLES, "PL_GLOBAL_SEED", _LEASH)
 
 
 class Child(subprocess.Popen[bytes]):
@@ -136,13 +133,16 @@ def require_processes(plan: "Plan", multirun: bool = False) -> None:
     """Check that there can be one process per device. A sweep within this process has only one.
 
     Raises:
-        UserError: the processes that were started do not match the config, or cannot be started.
+        SharedMistake: the processes that were started do not match the config.
+        UserError: the processes cannot be started.
     """
-    outside = outside_world_size()
-    if outside is not None and outside != plan.world_size:
-        raise UserError(
-            f"{outside} processes were started together, and hardware.devices={plan.devices} on hardware.nodes="
-            f"{plan.nodes} makes {plan.world_size}; set them to what was started, or start a single process."
+    started, nodes = outside_world_size(), outside_nodes() or plan.nodes
+    if started is not None and (started, nodes) != (plan.world_size, plan.nodes):
+        each, rest = divmod(started, nodes)
+        advice = "start as many on each" if rest else f"type hardware.devices={each} hardware.nodes={nodes}"
+        raise SharedMistake(
+            f"{started} processes were started together on {nodes} machine{'s' * (nodes > 1)}, and hardware.devices="
+            f"{plan.devices} hardware.nodes={plan.nodes} needs {plan.world_size}; {advice}, or start a single process."
         )
     if plan.world_size == 1 or is_rank():
         return
@@ -173,9 +173,8 @@ def run_ranks(world_size: int, words: Sequence[str], folder: Path, module: str |
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     common = {**clean_environment(world_size), "WORLD_SIZE": str(world_size), "LOCAL_WORLD_SIZE": str(world_size)}
-    common |= {"NODE_RANK": "0", "GROUP_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    # Lightning reads these variables before those that SLURM sets for a batch script of several tasks.
-    common["TORCHELASTIC_RUN_ID"] = "icl_msr"
+    common |= {"NODE_RANK": "0", "GROUP_RANK": "0", "GROUP_WORLD_SIZE": "1"}
+    common |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     logs = [folder / f"rank-{rank}.log" for rank in range(world_size)]
     ranks: list[Child] = []
     with passed_on(ranks) as signals:
@@ -250,43 +249,6 @@ def _last_line(log: Path) -> str:
     return lines[-1].strip() if lines else f"{log} is empty."
 
 
-SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
-"""Ctrl-C, and the signals that a scheduler sends before it takes a machine away."""
-
-
-class _Stopped(SystemExit):
-    """Raised by a signal at any point of the program."""
-
-
-@contextmanager
-def stoppable(folder: RunFolder) -> Iterator[None]:
-    """End a run on a signal with one sentence and exit code 75. During training, `Checkpoints` does the same.
-
-    A second signal ends it at once. The same signal within a second does not count as a second one, because SLURM
-    signals a rank and also its parent, and the parent passes the signal on.
-    """
-    came: list[tuple[int, float]] = []
-
-    def stop(number: int, frame: FrameType | None) -> None:
-        came.append((number, time.monotonic()))
-        (first, when), (_, now) = came[0], came[-1]
-        if len(came) == 1:
-            raise _Stopped(PREEMPTED)
-        if number != first or now - when > 1.0:
-            sys.exit(128 + number)
-
-    before = {number: signal.signal(number, stop) for number in SIGNALS}
-    try:
-        yield
-    except _Stopped:
-        if is_first():
-            print(folder.farewell(signal.Signals(came[0][0]).name), file=sys.stderr, flush=True)
-        raise
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
 @contextmanager
 def passed_on(children: Sequence[Child]) -> Iterator[list[int]]:
     """Pass signals on to the children and wait for them. Yield the list of signals that have come."""
@@ -298,9 +260,8 @@ def passed_on(children: Sequence[Child]) -> Iterator[list[int]]:
             if child.poll() is None:
                 child.send_signal(number)
 
-    before = {number: signal.signal(number, pass_on) for number in SIGNALS}
+    before = take_signals(pass_on)
     try:
         yield received
     finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        give_back(before)

@@ -21,7 +21,7 @@ from hydra.experimental.callback import Callback
 from hydra.types import HydraContext, RunMode, TaskFunction
 from omegaconf import DictConfig, OmegaConf, open_dict
 
-from icl_msr.cli.footprint import new_folder, refuse
+from icl_msr.cli.footprint import new_folder, refuse, run_folder
 from icl_msr.cli.processes import Child, clean_environment, in_folder, passed_on
 from icl_msr.cli.words import in_short, spelled_out
 from icl_msr.core import trust
@@ -234,8 +234,8 @@ def sweep_folder(root: str) -> str:
 
 
 def register_resolvers() -> None:
-    """Register the resolvers `${sweep_folder:<root>}` and `${new_folder:<path>}`, the same for all jobs of a sweep."""
-    OmegaConf.register_new_resolver("new_folder", new_folder, replace=True, use_cache=True)
+    """Register `${run_folder:<root>,<name>}` and `${sweep_folder:<root>}`, which give all jobs of a sweep the same."""
+    OmegaConf.register_new_resolver("run_folder", run_folder, replace=True, use_cache=True)
     OmegaConf.register_new_resolver("sweep_folder", sweep_folder, replace=True, use_cache=True)
 
 

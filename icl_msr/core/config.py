@@ -24,7 +24,7 @@ from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import InterpolationResolutionError
-from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, ValidationError, create_model
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, ValidationError, create_model
 from pydantic.fields import FieldInfo
 
 from icl_msr.core.errors import UserError
@@ -36,6 +36,9 @@ _STRICT = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, protected
 
 PLURAL = ("callbacks", "logger", "evaluation")
 """Groups in which a run may choose several options. Each is a mapping from names to nodes."""
+
+UNSEEN = ("loader.num_workers", "dataset.cache_gb")
+"""Keys that no result depends on, so that they may change when a run is continued."""
 
 GIVEN: dict[str, tuple[str, ...]] = {
     "method": ("backbone", "classes", "mean", "std"),
@@ -79,6 +82,7 @@ class Loader(BaseModel):
 
     batch_size: Annotated[int, Field(ge=2)]
     num_workers: NonNegativeInt
+    block: PositiveInt | None = None
 
 
 class Settings(BaseModel):

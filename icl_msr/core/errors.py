@@ -16,3 +16,7 @@ def reason(error: BaseException) -> str:
 
 class UserError(Exception):
     """A mistake that the user can fix. The message is one sentence that says what to type instead."""
+
+
+class SharedMistake(UserError):
+    """A mistake that every rank sees, such as a wrong number of ranks. Only the first rank prints it."""

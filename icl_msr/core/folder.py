@@ -18,6 +18,7 @@ from icl_msr.core.config import PLURAL, Settings, with_new_keys
 from icl_msr.core.errors import UserError
 from icl_msr.core.records import Outcome, fit
 from icl_msr.core.saved import ADVICE, read, shown
+from icl_msr.core.signals import again
 from icl_msr.core.storage import atomic_write, read_json, read_table, readable
 
 FORMAT = 2
@@ -67,7 +68,9 @@ class RunFolder:
     @property
     def advice(self) -> str:
         """Advice to the user: how to continue with this folder."""
-        return f"continue with resume={self}" if self.checkpoint.exists() else "repeat the command"
+        if self.checkpoint.exists():
+            return f"continue with resume={self}"
+        return f"make the page with: python -m icl_msr.report {self}" if self.done else "repeat the command"
 
     def farewell(self, cause: str, steps: int | None = None) -> str:
         """Return the message of a run that was stopped after `steps` steps; None means before or after training."""
@@ -75,6 +78,12 @@ class RunFolder:
             return f"Stopped by {cause} before anything was trained; the same command begins again."
         after = "" if steps is None else f" after {steps} steps"
         return f"Stopped by {cause}{after}; all is saved. Continue with: python -m icl_msr.run resume={self}"
+
+    def farewell_of_evaluation(self, cause: str) -> str:
+        """Return the message of an evaluation that was stopped when it wrote its results."""
+        if not self.done:
+            return again(cause)
+        return f"Stopped by {cause}; the results are complete. Make their page with: python -m icl_msr.report {self}"
 
     def require_format(self) -> None:
         """Check that the folder has the format of this version of the program.

@@ -8,6 +8,9 @@ The arithmetic uses int64, because its wrapping products keep the low 32 bits ex
 import torch
 from torch import Tensor
 
+RUNS = 256
+"""The runs of neighbours that a block of `permutation` mixes."""
+
 _MASK = 0xFFFFFFFF
 
 
@@ -36,6 +39,16 @@ def uniforms(key: Tensor, slots: int, first: int = 0) -> Tensor:
     return (integers(key, slots, first) >> 8).float() * 2.0**-24
 
 
-def permutation(seed: int, epoch: int, length: int) -> Tensor:
-    """Return a random order of `length` images: int64 (length,), on the CPU."""
-    return torch.argsort(keys(seed, epoch, torch.arange(length), view=-1), stable=True)
+def permutation(seed: int, epoch: int, length: int, block: int | None = None) -> Tensor:
+    """Return a random order of `length` images: int64 (length,), on the CPU.
+
+    With `block`, images that lie together stay near one another, so that a slow disk or a store is read in runs. Runs
+    of `block // RUNS` neighbours are permuted, and then the images within each `block` of them.
+    """
+    index = torch.arange(length)
+    key = keys(seed, epoch, index, view=-1)
+    if block is not None:
+        run = max(1, block // RUNS)
+        place = torch.argsort(permutation(seed, epoch, -(-length // run)))
+        key = key + (place[index // run] * run // block << 32)
+    return torch.argsort(key, stable=True)

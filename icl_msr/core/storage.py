@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     import numpy as np
 
 
+FULL = (errno.ENOSPC, errno.EDQUOT)
+"""Errors that say that a disk is full."""
 SMALL = 50_000_000
 """Largest size of a file that holds facts, in bytes."""
 TABLE = 2_000_000_000
@@ -144,7 +146,8 @@ def atomic_write(path: Path, content: bytes | str, advice: str = "repeat the com
     """Write a file whole or not at all, even if the process is killed. Only one process may write it at a time.
 
     Raises:
-        UserError: the disk is full. The old file, if any, is kept. `advice` says what to do once there is space.
+        UserError: the folder cannot be written, for example because the disk is full. The old file, if any, is kept.
+            `advice` says what to do once it can be written.
     """
     with replacing(path, advice) as file:
         file.write(content.encode() if isinstance(content, str) else content)
@@ -163,10 +166,12 @@ def replacing(path: Path, advice: str) -> Iterator[IO[bytes]]:
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except BaseException as error:
-        temporary.unlink(missing_ok=True)
-        if disk_is_full(error):
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        if said := unwritable(error, path.parent):
+            cause, _, remedy = said.partition("; ")
             kept = f"the previous {path.name}, if any, is kept"
-            raise UserError(f"The disk of {path.parent} is full; {kept}: free space and {advice}.") from None
+            raise UserError(f"{cause}; {kept}: {remedy} and {advice}.") from None
         raise
     with suppress(OSError):  # some network file systems cannot sync a folder
         folder = os.open(path.parent, os.O_RDONLY)
@@ -176,13 +181,25 @@ def replacing(path: Path, advice: str) -> Iterator[IO[bytes]]:
             os.close(folder)
 
 
-def disk_is_full(error: BaseException | None) -> bool:
-    """Return whether the disk is full, according to an error or to one that it was raised from.
+def unwritable(error: BaseException | None, folder: Path) -> str | None:
+    """Return why a folder cannot be written and what helps, according to an error or to one that it was raised from.
 
-    torch raises an error of its own when it closes its archive after a failed write.
+    Return None for errors of other kinds. torch raises an error of its own when it closes its archive after a failed
+    write.
     """
     while error is not None:
-        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-            return True
+        if isinstance(error, OSError):
+            if error.errno in FULL:
+                return f"The disk of {folder} is full; free space"
+            if error.errno == errno.EFBIG:
+                return f"A file in {folder} may not become as large as it must (ulimit -f); raise the limit"
+            if error.errno == errno.EROFS:
+                return f"{folder} is read-only now; make it writable"
+            if error.errno in (errno.ENOENT, errno.ESTALE) and not folder.is_dir():
+                return f"{folder} was deleted while it was in use; keep it"
+            if error.errno == errno.EIO:
+                return f"The disk of {folder} fails ({error.strerror}); look after it"
+            if error.errno in (errno.EACCES, errno.EPERM) and str(error.filename).startswith(str(folder)):
+                return f"{folder} may not be written ({error.strerror}); make it writable"
         error = error.__context__
-    return False
+    return None

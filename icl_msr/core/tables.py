@@ -151,15 +151,25 @@ class Table:
 
     def csv(self) -> str:
         """Return the values as CSV, with the headings in the first line."""
-        content = io.StringIO()
-        rows = [[_inert(value) for value in row] for row in [self.heads, *self.data]]
-        csv.writer(content, lineterminator="\n").writerows(rows)
-        return content.getvalue()
+        return csv_text([self.heads, *self.data])
 
 
-def _inert(value: Any) -> Any:
-    """Return a cell that no spreadsheet runs: a text that begins like a formula has a quote before it."""
-    return f"'{value}" if isinstance(value, str) and value[:1] in tuple("=+-@\t\r") else value
+def csv_text(rows: Iterable[Iterable[Any]]) -> str:
+    """Return rows of cells as CSV, with inert texts."""
+    content = io.StringIO()
+    csv.writer(content, lineterminator="\n").writerows([inert(value) for value in row] for row in rows)
+    return content.getvalue()
+
+
+def inert(value: Any) -> Any:
+    """Return a cell that no spreadsheet runs: a text that begins like a formula has a quote before it.
+
+    A carriage return becomes a space, because `csv` would not quote it.
+    """
+    if not isinstance(value, str):
+        return value
+    text = value.replace("\r", " ")
+    return f"'{text}" if value[:1] in tuple("=+-@\t\r") else text
 
 
 def _small(text: str) -> str:

@@ -8,8 +8,10 @@ from collections.abc import Callable
 from functools import wraps
 from typing import TYPE_CHECKING, Any, NoReturn, ParamSpec
 
-from icl_msr.core.errors import UserError
+from icl_msr.core.errors import SharedMistake, UserError
 from icl_msr.core.memory import SHORT, memory_is_short
+from icl_msr.core.ranks import is_first
+from icl_msr.core.signals import stoppable
 
 if TYPE_CHECKING:  # a help text does not need it
     from rich.console import Console
@@ -29,19 +31,20 @@ class Arguments(ArgumentParser):
 def answering(main: Callable[Words, int]) -> Callable[Words, int]:
     """Decorate a command's main function, so that a mistake ends in one sentence and the exit code 2.
 
-    Ctrl-C ends in the exit code 130. The command goes on when its output is no longer read.
+    A signal such as Ctrl-C ends in one sentence and the exit code 75. The command goes on when its output is no longer
+    read.
     """
 
     @wraps(main)
     def answered(*arguments: Words.args, **keys: Words.kwargs) -> int:
         outlive_reader()
         try:
-            return main(*arguments, **keys)
+            with stoppable():
+                return main(*arguments, **keys)
         except UserError as mistake:
-            complain(str(mistake))
+            if is_first() or not isinstance(mistake, SharedMistake):
+                complain(str(mistake))
             return 2
-        except KeyboardInterrupt:
-            return 130
         except Exception as fault:
             if (sentence := about_the_machine(fault)) is None:
                 raise
@@ -73,7 +76,7 @@ def plain_console(**keys: Any) -> "Console":
 
 
 class _Outlet(io.FileIO):
-    """An output file that discards what is written once its reader is gone, as after `| head`."""
+    """An output file that discards what cannot be written, as after `| head` or on a full disk."""
 
     def write(self, data: Any, /) -> int:
         try:
@@ -82,7 +85,9 @@ class _Outlet(io.FileIO):
             nowhere = os.open(os.devnull, os.O_WRONLY)
             os.dup2(nowhere, self.fileno())  # processes that we start inherit it
             os.close(nowhere)
-            return len(data)
+        except OSError:
+            pass
+        return len(data)
 
 
 def outlive_reader() -> None:

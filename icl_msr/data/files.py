@@ -14,6 +14,7 @@ from torch import Tensor
 from icl_msr.augment import resize
 from icl_msr.core.errors import UserError
 from icl_msr.core.imagenet import IMAGENET_MEAN, IMAGENET_STD
+from icl_msr.core.randomness import permutation
 from icl_msr.data.crops import boxes_around, moved
 from icl_msr.data.dataset import ArraySplit, Dataset, Split
 from icl_msr.data.sources import (
@@ -42,6 +43,10 @@ class Encoded(Protocol):
         """Return the content of the image file at `index`."""
         ...
 
+    def prepare(self, index: Tensor) -> None:
+        """Fetch the files at `index` (n,) together, where fetching each by itself is slow."""
+        ...
+
     def identity(self) -> str:
         """Return a text that is equal for the same files in the same order, in every process."""
         ...
@@ -59,11 +64,12 @@ class FileSplit:
     boxes: Tensor | None = None
     """Boxes around the object, (N, 4) int64: x0, y0, x1, y1 in pixels of the upright image, x1 and y1 exclusive."""
     mask_files: Sequence[str] | None = None
-    """The mask file of each image, of the same size as the image; see `sources.read_mask`."""
+    """The mask file of each image, of the same size as the image, or its name; see `sources.read_mask`."""
     region: Region = "full"
     mask_values: MaskValues = None
     """The values of a mask that are the object."""
     encoded: Encoded | None = None
+    encoded_masks: Encoded | None = None
 
     def __len__(self) -> int:
         return len(self.files)
@@ -76,6 +82,37 @@ class FileSplit:
     def source(self, i: int) -> Path | bytes:
         """Return the path of image i, or the content of its file."""
         return Path(self.files[i]) if self.encoded is None else self.encoded[i]
+
+    def mask_source(self, i: int) -> Path | bytes:
+        """Return the path of the mask of image i, or the content of its file."""
+        assert self.mask_files is not None
+        return Path(self.mask_files[i]) if self.encoded_masks is None else self.encoded_masks[i]
+
+    def part(self, index: Tensor) -> "FileSplit":
+        """Return the images at `index` (n,), in this order."""
+        chosen = index.tolist()
+        return replace(
+            self,
+            files=[self.files[i] for i in chosen],
+            labels=self.labels[index],
+            boxes=None if self.boxes is None else self.boxes[index],
+            mask_files=None if self.mask_files is None else [self.mask_files[i] for i in chosen],
+            encoded=None if self.encoded is None else _Part(self.encoded, index),
+            encoded_masks=None if self.encoded_masks is None else _Part(self.encoded_masks, index),
+        )
+
+    def divided(self, held_out: float) -> tuple["FileSplit", "FileSplit"]:
+        """Return the images without a part that is held out, and this part. It is always the same images."""
+        order = permutation(0, 0, len(self))
+        count = max(1, round(held_out * len(self)))
+        return self.part(order[count:].sort().values), self.part(order[:count].sort().values)
+
+    def prepare(self, index: Tensor) -> None:
+        """Fetch the images at `index` (n,), and the masks that their region needs, where they come from afar."""
+        masks = None if self.region == "full" else self.encoded_masks
+        for encoded in (self.encoded, masks):
+            if encoded is not None:
+                encoded.prepare(index)
 
     def image(self, i: int) -> Tensor:
         """Return the region of image i in its own resolution, uint8 (3, H, W). Random crops are cut from it."""
@@ -124,10 +161,12 @@ class FileSplit:
 
     def load(self, index: Tensor) -> Tensor:
         """Return the images at `index` (n,), uint8 (n, 3, S, S)."""
+        self.prepare(index)
         return torch.stack([self.square(self.image(i)) for i in index.tolist()])
 
     def in_memory(self) -> ArraySplit:
         """Decode the split and return it as an `ArraySplit`."""
+        self.prepare(torch.arange(len(self)))
         images = stack(lambda i: self.square(self.image(i)), len(self), "Decoding images")
         masks = None
         if self.region == "full" and self.located:
@@ -139,8 +178,10 @@ class FileSplit:
         boxes = "" if self.boxes is None else str(self.boxes.tolist())
         shown = (str(self.image_size), self.region, boxes, str(self.mask_values))
         files = self.files if self.encoded is None else []
-        where = [_state(file) for file in (*files, *(self.mask_files or []))]
-        text = "\0".join([*shown, *where, "" if self.encoded is None else self.encoded.identity()])
+        masks = (self.mask_files or []) if self.encoded_masks is None else []
+        where = [_state(file) for file in (*files, *masks)]
+        inside = ["" if part is None else part.identity() for part in (self.encoded, self.encoded_masks)]
+        text = "\0".join([*shown, *where, *inside])
         return hashlib.sha256(text.encode(errors="surrogateescape")).hexdigest()
 
     def _box(self, i: int, height: int, width: int) -> tuple[int, int, int, int]:
@@ -157,7 +198,7 @@ class FileSplit:
     def _mask(self, i: int, height: int, width: int) -> Tensor:
         """Return the mask of image i of this size, after checking it."""
         assert self.mask_files is not None
-        mask = read_mask(Path(self.mask_files[i]), self.mask_files[i], self.mask_values)
+        mask = read_mask(self.mask_source(i), self.mask_files[i], self.mask_values)
         if mask.shape != (height, width):
             raise UserError(
                 f"The mask {self.mask_files[i]} of {mask.shape[1]} x {mask.shape[0]} and the image {self.files[i]} of "
@@ -168,6 +209,24 @@ class FileSplit:
     def _square_mask(self, i: int) -> Tensor:
         mask = self.mask(i, read_image(self.source(i), self.files[i]))
         return fit(mask[None].byte(), self.image_size, nearest=True)[0].bool()
+
+
+@dataclass
+class _Part:
+    """Some of the image files inside a table or an archive."""
+
+    whole: Encoded
+    rows: Tensor
+    """The row of each file, (N,) int64."""
+
+    def __getitem__(self, index: int, /) -> bytes:
+        return self.whole[int(self.rows[index])]
+
+    def prepare(self, index: Tensor) -> None:
+        self.whole.prepare(self.rows[index])
+
+    def identity(self) -> str:
+        return f"{self.whole.identity()} {self.rows.tolist()}"
 
 
 def _state(file: str) -> str:
@@ -194,17 +253,40 @@ def of_files(
     Raises:
         UserError: a box or a mask that is used does not fit its image, or a small image cannot be read.
     """
-    lazy = {"train": replace(train, region=train_on)}
+    shown: dict[str, FileSplit] = {}
     for test, whole in tests.items():
         for region in REGIONS if whole.located else REGIONS[:1]:
             key = test_name(test, region, single=len(tests) == 1) if whole.located else test
-            lazy[f"test {key}"] = replace(whole, region=region)
-    shifted = shifted or {}
-    for other, split in shifted.items():
-        if f"test {other}" in lazy:
+            shown[key] = replace(whole, region=region)
+    for other, split in (shifted or {}).items():
+        if other in shown:
             raise UserError(f"dataset.shifted.{other} is a test split already; give it another name.")
-        lazy[f"test {other}"] = split
+        shown[other] = split
+    return of_shown(
+        name,
+        classes,
+        replace(train, region=train_on),
+        shown,
+        resident_size=resident_size,
+        memory_budget_gb=memory_budget_gb,
+        shifted=tuple(shifted or ()),
+        notes=notes,
+    )
 
+
+def of_shown(
+    name: str,
+    classes: Sequence[str],
+    train: FileSplit,
+    tests: Mapping[str, FileSplit],
+    *,
+    resident_size: int,
+    memory_budget_gb: float,
+    shifted: Sequence[str] = (),
+    notes: Sequence[str] = (),
+) -> Dataset:
+    """Make a data set of image files whose splits show their regions already; see `of_files`."""
+    lazy = {"train": train, **{f"test {key}": split for key, split in tests.items()}}
     splits: dict[str, Split] = dict(lazy)
     mean, std = IMAGENET_MEAN, IMAGENET_STD
     gigabytes = sum(map(len, lazy.values())) * 3 * train.image_size**2 / 1e9
@@ -213,7 +295,10 @@ def of_files(
         mean, std = statistics(decoded["train"].images)
         splits = dict(decoded)
     else:
-        for split in (*tests.values(), *([train] if train_on == "fg" else [])):
+        for split in (
+            *(test for test in tests.values() if test.region == "full"),
+            *([train] if train.region == "fg" else []),
+        ):
             split.check_objects()
     shown = {key.removeprefix("test "): part for key, part in splits.items() if key != "train"}
     return Dataset(

@@ -12,7 +12,6 @@ from torch import Tensor
 
 from icl_msr.core.config import suggestion
 from icl_msr.core.errors import UserError
-from icl_msr.core.randomness import permutation
 from icl_msr.core.storage import expanded, read_regular
 from icl_msr.data.dataset import Dataset, numbered_classes
 from icl_msr.data.files import FileSplit, of_files
@@ -65,7 +64,7 @@ def huggingface(
     classes = [] if label is None else _classes(chosen["train"], label)
     splits = {key: _split(name, key, table, image, label, classes, image_size) for key, table in chosen.items()}
     if test is None:
-        splits["train"], splits["test"] = _divide(splits["train"], split)
+        splits["train"], splits["test"] = splits["train"].divided(split)
     return of_files(
         Path(name).name,
         classes,
@@ -79,18 +78,16 @@ def huggingface(
 
 @dataclass
 class _Column:
-    """The encoded images in some rows of a column."""
+    """The encoded images in the rows of a column."""
 
     name: str
     table: Any
     image: str
-    rows: Tensor
-    """Row of each image, (N,) int64."""
 
     def __getitem__(self, index: int, /) -> bytes:
-        cell = self.table[int(self.rows[index])][self.image]
+        cell = self.table[index][self.image]
         if cell is None or (cell["bytes"] is None and cell["path"] is None):
-            raise UserError(f"Row {int(self.rows[index])} of {self.name} has no image; take it out.")
+            raise UserError(f"Row {index} of {self.name} has no image; take it out.")
         if cell["bytes"] is not None:
             return bytes(cell["bytes"])
         path, homes = os.path.realpath(cell["path"]), [self.name, import_module("datasets").config.HF_CACHE_HOME]
@@ -99,7 +96,10 @@ class _Column:
         return read_regular(Path(path), LARGEST)
 
     def identity(self) -> str:
-        return f"{self.name} {self.table._fingerprint} {self.rows.tolist()}"
+        return f"{self.name} {self.table._fingerprint}"
+
+    def prepare(self, index: Tensor) -> None:
+        """Do nothing, since the table is on this machine."""
 
 
 def _load(name: str, config: str | None) -> Any:
@@ -153,22 +153,4 @@ def _split(
         )
     encoded = table.select_columns([image]).cast_column(image, import_module("datasets").Image(decode=False))
     files = [f"{name}/{part}/{i}" for i in range(len(table))]
-    return FileSplit(files, labels, image_size, encoded=_Column(name, encoded, image, torch.arange(len(table))))
-
-
-def _divide(whole: FileSplit, part: float) -> tuple[FileSplit, FileSplit]:
-    """Split off a part of the images. Return the rest and that part."""
-    order = permutation(0, 0, len(whole))
-    count = max(1, round(part * len(whole)))
-    assert isinstance(whole.encoded, _Column)
-    column = whole.encoded
-    train, test = (
-        FileSplit(
-            [whole.files[i] for i in index.tolist()],
-            whole.labels[index],
-            whole.image_size,
-            encoded=_Column(column.name, column.table, column.image, column.rows[index]),
-        )
-        for index in (order[count:].sort().values, order[:count].sort().values)
-    )
-    return train, test
+    return FileSplit(files, labels, image_size, encoded=_Column(name, encoded, image))

@@ -70,8 +70,8 @@ def read_image(source: Path | bytes, name: str) -> Tensor:
         return pixels.contiguous()
 
 
-def read_mask(path: Path, name: str, values: MaskValues = None) -> Tensor:
-    """Decode a mask to bool (H, W), true on the object.
+def read_mask(source: Path | bytes, name: str, values: MaskValues = None) -> Tensor:
+    """Decode a mask file, or its bytes, to bool (H, W), true on the object.
 
     With `values`, the object is where the grey value or the palette index is one of them. Without `values`, it is where
     the value is not zero in the file's own depth. There are two exceptions. If the image has transparent pixels, the
@@ -83,7 +83,7 @@ def read_mask(path: Path, name: str, values: MaskValues = None) -> Tensor:
             lossy file, which does not keep them.
     """
     with _named(name):
-        data = read_regular(path, LARGEST)
+        data = source if isinstance(source, bytes) else read_regular(source, LARGEST)
         image = _open(data)
         mask = _upright(torch.from_numpy(_object(image, data, values))[None], image)[0].contiguous()
     if mask.all() or not mask.any():
@@ -297,9 +297,9 @@ def stack(load: Callable[[int], Tensor], count: int, doing: str) -> Tensor:
     return result
 
 
-def progress_bar() -> Progress:
-    """Return a progress bar of images that shows the number done, the images per second and the time left."""
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), _Rate(), TimeRemainingColumn())
+def progress_bar(of: str = "images") -> Progress:
+    """Return a progress bar that shows the number done, the number per second and the time left."""
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), _Rate(of), TimeRemainingColumn())
     return Progress(*columns, console=Console(stderr=True), transient=True)
 
 
@@ -346,8 +346,12 @@ def test_name(test: str, region: Region, *, single: bool) -> str:
 
 
 class _Rate(ProgressColumn):
+    def __init__(self, of: str) -> None:
+        super().__init__()
+        self.of = of
+
     def render(self, task: Task) -> Text:
-        return Text(f"{task.speed or 0:,.0f} images/s")
+        return Text(f"{task.speed or 0:,.0f} {self.of}/s")
 
 
 def cores() -> int:

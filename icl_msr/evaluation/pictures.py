@@ -14,9 +14,10 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from torch import Tensor
 
-from icl_msr.core.errors import reason
+from icl_msr.core.errors import UserError, reason
 from icl_msr.core.figures import plain
-from icl_msr.core.storage import atomic_write, disk_is_full
+from icl_msr.core.folder import RunFolder
+from icl_msr.core.storage import atomic_write, replacing
 from icl_msr.core.views import Views
 from icl_msr.data.dataset import Dataset
 from icl_msr.evaluation.knn import neighbours
@@ -93,7 +94,7 @@ def weights_figure(strata: Tensor, path: Path) -> str:
     right.set_yticks(range(len(mean)), [f"stratum {t + 1}" for t in range(len(mean))])
     right.set_xlabel("channels, each beside those that the same stratum weighs most")
     figure.colorbar(shades, label="mean over images")
-    figure.savefig(path)
+    _save(figure, path)
     return (
         "The channel weights sqrt(c) a_t of a batch: 1 (dotted) is a channel that counts as without the regularizer. "
         "Disjoint strata show as separate bright blocks, equal ones as equal rows."
@@ -148,7 +149,7 @@ def map_figure(dataset: Dataset, features: Tensor, split: str, path: Path, image
     axes.spines[["top", "right"]].set_visible(False)
     if several:
         axes.legend(frameon=False, fontsize=8, markerscale=2.5, loc="center left", bbox_to_anchor=(1, 0.5))
-    figure.savefig(path)
+    _save(figure, path)
     return (
         f"Images of the test split {split} by the two principal components of their unit features and their share of "
         f"the variance{', coloured by class' if classes else ''}: two dimensions of many."
@@ -237,17 +238,22 @@ def draw(scene: Scene, folder: Path) -> list[str]:
     for name, picture in PICTURES.items():
         try:
             caption = picture(scene, folder / name)
+        except UserError:
+            raise
         except Exception as error:
-            if disk_is_full(error):
-                raise
             (folder / name).unlink(missing_ok=True)
             missing.append(f"{name} ({reason(error)})")
             continue
         if caption is not None:
             captions[name] = caption
     if captions:
-        atomic_write(folder / "captions.json", json.dumps(captions, indent=2))
+        atomic_write(folder / "captions.json", json.dumps(captions, indent=2), RunFolder(folder.parent).advice)
     return missing
+
+
+def _save(figure: Figure, path: Path) -> None:
+    with replacing(path, RunFolder(path.parents[1]).advice) as file:
+        figure.savefig(file, format="png")
 
 
 def pixels(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
@@ -283,4 +289,4 @@ def _grid(
                 colour = "#009e73" if marks[name][column] else "#bbbbbb"
                 axes.add_patch(Rectangle((place[0], place[3]), 0.94, 0.94, fill=False, edgecolor=colour, linewidth=2))
     axes.set(xlim=(0, columns), ylim=(len(rows), 0), aspect="auto")
-    figure.savefig(path)
+    _save(figure, path)

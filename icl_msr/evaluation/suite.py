@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from icl_msr.core.config import suggestion
 from icl_msr.core.errors import UserError
+from icl_msr.core.folder import RunFolder
 from icl_msr.core.records import (
     ACCURACY,
     GAP,
@@ -30,7 +31,7 @@ from icl_msr.core.records import (
     Measurement,
     Records,
 )
-from icl_msr.core.storage import atomic_write
+from icl_msr.core.storage import atomic_write, replacing
 from icl_msr.data.dataset import Dataset, Split
 from icl_msr.evaluation.background import WITHOUT_OBJECT, background_gaps
 from icl_msr.evaluation.features import extract
@@ -97,9 +98,11 @@ class Results:
 
     def save(self, folder: Path) -> None:
         """Write `predictions.npz`, and each list as a text file with one name per line."""
-        np.savez_compressed(folder / "predictions.npz", **self.predictions)  # type: ignore[arg-type]
+        advice = RunFolder(folder).advice
+        with replacing(folder / "predictions.npz", advice) as whole:
+            np.savez_compressed(whole, **self.predictions)  # type: ignore[arg-type]
         for file, names in self.lists.items():
-            atomic_write(folder / file, "\n".join(names) + "\n")
+            atomic_write(folder / file, "\n".join(names) + "\n", advice)
 
     def join(self, other: "Results") -> None:
         """Add the results of another evaluation of the same encoders. Existing results are kept."""

@@ -5,6 +5,7 @@ python -m icl_msr.report PATH...
 
 from pathlib import Path
 
+from icl_msr.core.folder import RunFolder
 from icl_msr.core.storage import atomic_write
 from icl_msr.report.output import print_summary, send, write_summary
 from icl_msr.report.page import run_page
@@ -28,5 +29,5 @@ def write_report(run: Path) -> Path:
         UserError: the folder has no readable `results.json`.
     """
     file = run / "report.html"
-    atomic_write(file, run_page(Run.load(run)))
+    atomic_write(file, run_page(Run.load(run)), RunFolder(run).advice)
     return file

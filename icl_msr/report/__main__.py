@@ -4,7 +4,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from icl_msr.core.errors import UserError
+from icl_msr.core.errors import UserError, reason
 from icl_msr.core.storage import require_local
 from icl_msr.core.terminal import Arguments, answering, plain_console
 from icl_msr.core.trust import leave_working_directory
@@ -37,7 +37,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     options = parser.parse_args(arguments)
     leave_working_directory(())
-    _report(options.paths, options.out, options.against, options.wandb)
+    try:
+        _report(options.paths, options.out, options.against, options.wandb)
+    except OSError as error:
+        where = error.filename or options.out or options.paths[0]
+        raise UserError(f"{where} cannot be written ({reason(error)}); give another folder, --out DIR.") from None
     return 0
 
 

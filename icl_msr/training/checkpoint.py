@@ -23,9 +23,11 @@ class AtomicCheckpoint(TorchCheckpointIO):
         """Write a new file beside the old one, then replace the old one.
 
         Raises:
-            UserError: the disk is full. The old checkpoint, if any, is kept.
+            UserError: the folder cannot be written. The old checkpoint, if any, is kept.
+            FileNotFoundError: the run's folder was deleted.
         """
         path = Path(path)
+        path.parent.mkdir(exist_ok=True)
         with replacing(path, f"continue with resume={path.parent.parent}") as file:
             torch.save(checkpoint, file)
 

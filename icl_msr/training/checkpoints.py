@@ -17,15 +17,15 @@ from typing_extensions import override
 from icl_msr.core.distributed import world_size
 from icl_msr.core.errors import PREEMPTED
 from icl_msr.core.folder import RunFolder
+from icl_msr.core.signals import give_back, take_signals
 from icl_msr.training.progress import last_epoch
-
-SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
 
 class Checkpoints(Checkpoint):
     """Keeps one checkpoint, always of the last complete optimiser step.
 
-    It is written every few epochs, every few minutes, at the end, and on a signal (SIGTERM, Ctrl-C, SLURM's SIGUSR1).
+    It is written every few epochs, every few minutes, at the end, and on a signal (Ctrl-C, SIGTERM, SLURM's SIGUSR1, or
+    SIGHUP of a terminal that is closed).
     After a signal the run ends with exit code 75. A second signal ends it at once. The same signal within a second does
     not count as a second one, because SLURM signals a rank and also its parent, and the parent passes the signal on.
 
@@ -55,7 +55,7 @@ class Checkpoints(Checkpoint):
         # These handlers replace Lightning's, which calls a collective at any point of the program.
         trainer.should_stop |= self._ended
         self._saved_at = time.monotonic()
-        self._handlers = {number: signal.signal(number, self._note) for number in SIGNALS}
+        self._handlers = take_signals(self._note)
 
     @override
     def on_train_batch_end(
@@ -96,8 +96,7 @@ class Checkpoints(Checkpoint):
             sys.exit(128 + number)
 
     def _give_signals_back(self) -> None:
-        for number, handler in self._handlers.items():
-            signal.signal(number, handler)
+        give_back(self._handlers)
         self._handlers = {}
 
     def _save(self, trainer: pl.Trainer, due: bool) -> None:

@@ -2,6 +2,7 @@
 
 import itertools
 import shutil
+import signal
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
@@ -22,6 +23,7 @@ from typing_extensions import override
 from icl_msr.augment import Augmentation
 from icl_msr.core.errors import UserError
 from icl_msr.core.randomness import keys, permutation
+from icl_msr.core.signals import SIGNALS
 from icl_msr.core.views import AlphaMode, AlphaSchedule, NonSemantic, Views
 from icl_msr.data.dataset import ArraySplit, Dataset, Split, normalise
 from icl_msr.data.files import FileSplit
@@ -90,7 +92,14 @@ class EpochBatches:
     """
 
     def __init__(
-        self, length: int, batch_size: int, seed: int, rank: int = 0, world_size: int = 1, fixed: bool = False
+        self,
+        length: int,
+        batch_size: int,
+        seed: int,
+        rank: int = 0,
+        world_size: int = 1,
+        fixed: bool = False,
+        block: int | None = None,
     ) -> None:
         if batch_size > length:
             raise UserError(
@@ -105,6 +114,8 @@ class EpochBatches:
         self.rank, self.share = rank, batch_size // world_size
         self.fixed = fixed
         """True if every epoch has the order of the first one, as `Trainer(overfit_batches=...)` asks for."""
+        self.block = block
+        """The images that are mixed at a time; None mixes all. See `permutation`."""
         self.epoch = 0
         self.first = 0
         """The first batch of the epoch to yield. A resumed run skips the batches that it has seen."""
@@ -113,7 +124,7 @@ class EpochBatches:
         return self.length // self.batch_size
 
     def __iter__(self) -> Iterator[Batch]:
-        order = permutation(self.seed, 0 if self.fixed else self.epoch, self.length)
+        order = permutation(self.seed, 0 if self.fixed else self.epoch, self.length, self.block)
         for batch in range(self.first, len(self)):
             start = batch * self.batch_size + self.rank * self.share
             yield Batch(self.epoch, order[start : start + self.share])
@@ -134,6 +145,7 @@ class DataModule(pl.LightningDataModule):
         num_workers: processes that decode images. A data set in memory needs none.
         seed: seed of the order, the views and the negatives.
         channels_last: memory format of all images that reach the backbone.
+        block: images that are mixed at a time, for a data set that is read from afar. None mixes all.
     """
 
     def __init__(
@@ -146,10 +158,11 @@ class DataModule(pl.LightningDataModule):
         num_workers: NonNegativeInt,
         seed: NonNegativeInt,
         channels_last: bool,
+        block: PositiveInt | None = None,
     ) -> None:
         super().__init__()
         self.dataset, self.augmentation, self.negatives = dataset, augmentation, negatives
-        self.batch_size, self.num_workers, self.seed = batch_size, num_workers, seed
+        self.batch_size, self.num_workers, self.seed, self.block = batch_size, num_workers, seed, block
         self.format = torch.channels_last if channels_last else torch.contiguous_format
         self._training: _TrainLoader | None = None
         self._resident: dict[str, Tensor] = {}
@@ -185,7 +198,9 @@ class DataModule(pl.LightningDataModule):
             textures = self._textures if isinstance(self._textures, FileSplit) else None
             source = _Crops(train, textures, self.augmentation, self.seed, self.dataset.image_size)
         fixed = bool(trainer.overfit_batches)  # type: ignore[attr-defined]
-        batches = EpochBatches(len(train), self.batch_size, self.seed, trainer.global_rank, trainer.world_size, fixed)
+        batches = EpochBatches(
+            len(train), self.batch_size, self.seed, trainer.global_rank, trainer.world_size, fixed, self.block
+        )
         workers = self.num_workers if isinstance(train, FileSplit) else 0
         if isinstance(source, _Crops) and workers:
             ranks_here = trainer.world_size // trainer.num_nodes
@@ -197,6 +212,7 @@ class DataModule(pl.LightningDataModule):
             collate_fn=_as_it_is,  # the default would turn arrays into tensors in the worker
             num_workers=workers,
             persistent_workers=workers > 0,
+            worker_init_fn=_leave_signals,
             pin_memory=trainer.strategy.root_device.type == "cuda",
         )
         return _TrainLoader(loader, batches, trainer)
@@ -294,6 +310,12 @@ class _TrainLoader:
         """Ignore the state, which is empty."""
 
 
+def _leave_signals(worker: int) -> None:
+    """Ignore signals in a worker. They reach all processes of a run, and the run itself answers them and saves."""
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+
+
 def _as_it_is(batch: Any) -> Any:
     return batch
 
@@ -342,6 +364,8 @@ class _Crops(TorchDataset[Any]):
         textures: list[Tensor] = []
         positions = batch.positions
         try:
+            for split in (self.split, *([self.textures] if self.textures is not None else [])):
+                split.prepare(positions)
             for part in (positions[k : k + _DECODED] for k in range(0, len(positions), _DECODED)):
                 decoded = [self.split.image(i) for i in part.tolist()]
                 images += [self.split.square(image) for image in decoded]

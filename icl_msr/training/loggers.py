@@ -23,7 +23,7 @@ from icl_msr.core.folder import RunFolder
 from icl_msr.core.ranks import is_first
 from icl_msr.core.records import Outcome
 from icl_msr.core.storage import atomic_write, read_json
-from icl_msr.core.tables import Table
+from icl_msr.core.tables import Table, csv_text, inert
 
 MODES = ("online", "offline", "disabled")
 """Allowed values of the variable `WANDB_MODE`."""
@@ -93,7 +93,7 @@ class MetricsFile(Logger):
     @rank_zero_only
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
         # One row.
-        row = {**metrics, "step": step}
+        row = {**{inert(name): value for name, value in metrics.items()}, "step": step}
         if row.keys() - set(self.columns):
             self.columns = ["epoch", "step", *sorted({*self.columns, *row} - {"epoch", "step"})]
             self._write(self._rows())
@@ -106,7 +106,7 @@ class MetricsFile(Logger):
     def _write(self, rows: list[dict[str, str]]) -> None:
         filled = {name for row in rows for name in row}
         self.columns = ["epoch", "step", *sorted(({*self.columns, *filled}) - {"epoch", "step"})]
-        atomic_write(self.file, ",".join(self.columns) + "\n" + self._text(rows))
+        atomic_write(self.file, csv_text([self.columns]) + self._text(rows))
 
     def _text(self, rows: Any) -> str:
         text = io.StringIO()

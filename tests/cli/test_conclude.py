@@ -1,7 +1,9 @@
 """How a run ends: the results first, and what cannot be drawn costs itself alone."""
 
 from collections.abc import Callable
+from io import FileIO
 from pathlib import Path
+from typing import Any
 
 import pytest
 from support.inprocess import Answer, execute
@@ -27,15 +29,20 @@ def command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Command:
 def test_a_disk_that_is_full_at_the_pictures(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
     """The results are whole by then, and the same command makes the page that is missing."""
     words = [*SMALL, "trainer.max_epochs=1", "~callbacks.online", "hydra.run.dir=run"]
-    picture = Path("run/figures/views.png")
-    picture.parent.mkdir(parents=True)
-    picture.symlink_to("/dev/full")
-    code, _, err = command(*words)
-    run_folder = Path("run").resolve()
-    assert (code, err) == (2, f"The disk of {run_folder} is full; free space and continue with resume={run_folder}.\n")
+    run_folder, usual = Path("run").resolve(), Path.open
+
+    def full(path: Path, *arguments: Any, **keys: Any) -> Any:
+        """Say what the kernel says of a full disk."""
+        return FileIO("/dev/full", "w") if path.name == ".views.png.tmp" else usual(path, *arguments, **keys)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "open", full)
+        code, _, err = command(*words)
+    kept = "the previous views.png, if any, is kept"
+    said = f"The disk of {run_folder}/figures is full; {kept}: free space and continue with resume={run_folder}.\n"
+    assert (code, err) == (2, said)
     results = Path("run/results.json").read_bytes()
     assert not Path("run/report.html").exists()
-    picture.unlink()
 
     monkeypatch.setattr(Pretraining, "training_step", lambda *_: pytest.fail("trained again"))
     page = Path("run/report.html")

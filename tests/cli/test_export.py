@@ -42,6 +42,7 @@ class Trained:
 def train(folder: Path, *words: str) -> Trained:
     """A run folder that was never finished: two steps, the last ones saved."""
     words = ("regularizer=none", *words)
+    folder.mkdir(exist_ok=True)
     keep = Checkpoints(folder / "checkpoints" / "last.ckpt", every_n_epochs=1, every_n_minutes=None)
     module, _ = trained(*words, callbacks=[keep], plugins=[AtomicCheckpoint()])
     OmegaConf.save(composed(*DATA, *MODEL, *words), folder / "config.yaml")

@@ -26,7 +26,8 @@ from icl_msr.cli.footprint import Footprint, new_folder
 from icl_msr.cli.job import run
 from icl_msr.cli.processes import clean_environment, in_folder, run_ranks
 from icl_msr.core.config import config_dir
-from icl_msr.core.ranks import is_first, is_rank, outside_world_size
+from icl_msr.core.errors import UserError
+from icl_msr.core.ranks import VARIABLES, _of_open_mpi, _of_slurm, adopt, is_first, is_rank, outside_world_size
 from icl_msr.core.records import Outcome
 from icl_msr.report.runs import read_curves
 
@@ -37,8 +38,9 @@ CHECKOUT = Path(icl_msr.__file__).parents[1]
 
 @pytest.fixture
 def alone(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
-    """An environment in which nothing says that there are other processes."""
-    for name in os.environ.keys() - clean_environment().keys():
+    """An environment in which nothing says that there are other processes. What `adopt` sets is removed afterwards."""
+    for name in {*VARIABLES, *(os.environ.keys() - clean_environment().keys())}:
+        monkeypatch.setenv(name, "")
         monkeypatch.delenv(name)
     for name in [name for name in os.environ if name.startswith("SLURM_")]:
         monkeypatch.delenv(name)
@@ -58,31 +60,84 @@ def test_a_clean_environment_says_nothing_of_ranks(alone: pytest.MonkeyPatch) ->
     assert clean_environment(3)["OMP_NUM_THREADS"] == "5"
 
 
-SITUATIONS: list[tuple[dict[str, str], int | None, bool]] = [
-    ({}, None, True),
-    ({"LOCAL_RANK": "1"}, None, True),  # torchrun sets all of them
-    ({"RANK": "0", "WORLD_SIZE": "4"}, 4, True),
-    ({"RANK": "3", "WORLD_SIZE": "4"}, 4, False),
-    (dict(slurm_batch(4)), None, True),
-    ({**slurm_batch(4), "SLURM_STEP_ID": "batch"}, None, True),
-    ({**slurm_batch(1), "SLURM_STEP_ID": "0"}, None, True),
-    ({**slurm_batch(4), "SLURM_STEP_ID": "0"}, 4, True),
-    ({**slurm_batch(4), "SLURM_STEP_ID": "0", "SLURM_PROCID": "2"}, 4, False),
-    ({**slurm_batch(4), "SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": "2"}, 2, True),
-    ({**slurm_batch(4), "SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": "1"}, None, True),
-    ({**slurm_batch(4), "SLURM_STEP_ID": str(0xFFFFFFFA)}, None, True),  # the shell of salloc
-    ({**slurm_batch(4), "SLURM_STEP_ID": str(0xFFFFFFFB), "SLURM_STEP_NUM_TASKS": "1"}, None, True),
-    ({**slurm_batch(4), "RANK": "1", "WORLD_SIZE": "2"}, 2, False),  # our ranks in a batch script
-]
+def step(rank: int, tasks_per_node: str, nodes: str, **more: str) -> dict[str, str]:
+    """Return the variables of a task of srun, in a job of more tasks than the step has."""
+    sizes = [int(size) for size in tasks_per_node.split(",")]
+    node = next(node for node in range(len(sizes)) if rank < sum(sizes[: node + 1]))
+    numbers = {"PROCID": rank, "LOCALID": rank - sum(sizes[:node]), "NODEID": node, "NTASKS": 9, "NNODES": 9}
+    numbers |= {"JOB_ID": 7, "STEP_ID": 0, "STEP_NUM_TASKS": sum(sizes), "STEP_NUM_NODES": len(sizes)}
+    texts = {"STEP_TASKS_PER_NODE": tasks_per_node, "STEP_NODELIST": nodes, "NODELIST": "login", **more}
+    return {f"SLURM_{name}": str(value) for name, value in {**numbers, **texts}.items()}
 
 
-@pytest.mark.parametrize(("variables", "size", "first"), SITUATIONS)
-def test_who_started_us(variables: dict[str, str], size: int | None, first: bool, alone: pytest.MonkeyPatch) -> None:
-    for name, value in variables.items():
+def mpirun(rank: int, local_rank: int, size: int, local_size: int) -> dict[str, str]:
+    """Return the variables of a process of Open MPI, which srun may have started for mpirun, one on each machine."""
+    numbers = {"RANK": rank, "LOCAL_RANK": local_rank, "SIZE": size, "LOCAL_SIZE": local_size}
+    ours = {f"OMPI_COMM_WORLD_{name}": str(number) for name, number in numbers.items()}
+    return {**step(rank // local_size, ",".join("1" * (size // local_size)), "n[1-2]"), **ours, "PMIX_NAMESPACE": "a"}
+
+
+INTERACTIVE = str(0xFFFFFFFA)
+SITUATIONS: dict[str, tuple[dict[str, str], str]] = {
+    # who started us: rank/world size, rank/processes on its machine, machine/machines, the first machine
+    "nobody": ({}, ""),
+    "half of torchrun's variables": ({"LOCAL_RANK": "1"}, ""),
+    "torchrun": ({"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "GROUP_RANK": "1"}, "3/4 1/? 1/? ?"),
+    "torchrun in a step of one task for each machine": (
+        {**step(1, "1,1", "n[1-2]"), "RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1"},
+        "3/4 1/? ?/? ?",
+    ),
+    "our own ranks in a batch script": ({**slurm_batch(4), "RANK": "1", "WORLD_SIZE": "2"}, "1/2 ?/? ?/? ?"),
+    "a batch script of several tasks": (dict(slurm_batch(4)), ""),
+    "a batch script with a name of its step": ({**slurm_batch(4), "SLURM_STEP_ID": "batch"}, ""),
+    "a shell of salloc": ({**slurm_batch(4), "SLURM_STEP_ID": INTERACTIVE}, ""),
+    "a shell of salloc that says more": (step(0, "4", "n1", STEP_ID=INTERACTIVE), ""),
+    "srun -n 1": (step(0, "1", "n1"), ""),
+    "srun -n 2": (step(1, "2", "n1"), "1/2 1/2 0/1 127.0.0.1"),
+    "srun -n 2 in an old SLURM": ({**slurm_batch(2), "SLURM_STEP_ID": "0"}, "0/2 0/2 0/1 127.0.0.1"),
+    "srun -N 2 -n 2": (step(1, "1,1", "n[1-2]"), "1/2 0/1 1/2 n1"),
+    "srun -N 2 --ntasks-per-node 2": (step(2, "2,2", "gpu[07-09,12],n1"), "2/4 0/2 1/2 gpu07"),
+    "srun -N 2 -n 3": (step(2, "2,1", "a1,b[1-2]"), "2/3 0/1 1/2 a1"),
+    "srun -n 2 in a job named bash": (step(0, "2", "n1", JOB_NAME="bash"), "0/2 0/2 0/1 127.0.0.1"),
+    "srun -n 2 in a job named interactive": (step(1, "2", "n1", JOB_NAME="interactive"), "1/2 1/2 0/1 127.0.0.1"),
+    "srun with an address of the user's": ({**step(1, "1,1", "n[1-2]"), "MASTER_ADDR": "ib1"}, "1/2 0/1 1/2 ib1"),
+    "mpirun -n 1": (mpirun(0, 0, 1, 1), ""),
+    "mpirun -n 2": (mpirun(1, 1, 2, 2), "1/2 1/2 0/1 127.0.0.1"),
+    "mpirun -n 4 on two machines of a job": (mpirun(3, 1, 4, 2), "3/4 1/2 1/2 login"),
+}
+
+
+@pytest.mark.parametrize("situation", SITUATIONS)
+def test_who_started_us(situation: str, alone: pytest.MonkeyPatch) -> None:
+    given, expected = SITUATIONS[situation]
+    for name, value in given.items():
         alone.setenv(name, value)
-    assert outside_world_size() == size
-    assert is_rank() == (size is not None)
-    assert is_first() == first
+    adopt()
+    known = {name: os.environ.get(name, "?") for name in VARIABLES}
+    text = "{RANK}/{WORLD_SIZE} {LOCAL_RANK}/{LOCAL_WORLD_SIZE} {GROUP_RANK}/{GROUP_WORLD_SIZE} {MASTER_ADDR}"
+    assert outside_world_size() == (int(expected[2]) if expected else None)
+    assert is_rank() == bool(expected)
+    assert is_first() == (expected[:1] in ("", "0"))
+    if expected:
+        assert text.format(**known) == expected
+
+
+def test_ranks_of_one_step_meet_at_a_port_of_their_own(alone: pytest.MonkeyPatch) -> None:
+    ports = {
+        (job, number, rank): _of_slurm(step(rank, "2", "n1", JOB_ID=job, STEP_ID=number))["MASTER_PORT"]
+        for job in ("7", "8")
+        for number in ("0", "1")
+        for rank in (0, 1)
+    }
+    assert len(set(ports.values())) == 4
+    assert all(ports[job, number, 0] == ports[job, number, 1] for job, number, _ in ports)
+    assert all(20000 <= int(port) < 30000 for port in ports.values())
+
+
+def test_mpirun_without_a_first_machine_is_refused() -> None:
+    known = {name: value for name, value in mpirun(3, 1, 4, 2).items() if not name.startswith("SLURM_")}
+    with pytest.raises(UserError, match="MASTER_ADDR=<host>"):
+        _of_open_mpi(known)
 
 
 @pytest.mark.parametrize("folder", ["/a/b", "/with space/x=1", "/o'brien/{a,b}", "/ä,b"])
@@ -99,21 +154,56 @@ def test_the_last_line_of_a_log(tmp_path: Path) -> None:
     assert processes._last_line(log) == f"{log} is empty."
 
 
-MISFITS = [("hardware=ddp", "3", "hardware.devices=2"), ("hardware=cpu", "2", "hardware.devices=1")]
+MISFITS: list[tuple[str, dict[str, str], str]] = [
+    (
+        "hardware=ddp",
+        {"RANK": "0", "WORLD_SIZE": "3"},
+        "3 processes were started together on 1 machine, and hardware.devices=2 hardware.nodes=1 needs 2; "
+        "type hardware.devices=3 hardware.nodes=1, or start a single process.",
+    ),
+    (
+        "hardware=cpu",
+        step(0, "2", "n1"),
+        "2 processes were started together on 1 machine, and hardware.devices=1 hardware.nodes=1 needs 1; "
+        "type hardware.devices=2 hardware.nodes=1, or start a single process.",
+    ),
+    (
+        "hardware=ddp",
+        step(0, "1,1", "n[1-2]"),
+        "2 processes were started together on 2 machines, and hardware.devices=2 hardware.nodes=1 needs 2; "
+        "type hardware.devices=1 hardware.nodes=2, or start a single process.",
+    ),
+    (
+        "hardware=ddp",
+        step(0, "2,1", "n[1-2]"),
+        "3 processes were started together on 2 machines, and hardware.devices=2 hardware.nodes=1 needs 2; "
+        "start as many on each, or start a single process.",
+    ),
+]
 
 
-@pytest.mark.parametrize(("hardware", "size", "named"), MISFITS)
+@pytest.mark.parametrize("first", [True, False])
+@pytest.mark.parametrize(("hardware", "started", "sentence"), MISFITS)
 def test_a_world_that_does_not_fit_is_refused(
-    hardware: str, size: str, named: str, alone: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    hardware: str,
+    started: dict[str, str],
+    sentence: str,
+    first: bool,
+    alone: pytest.MonkeyPatch,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    alone.setenv("RANK", "0")
-    alone.setenv("WORLD_SIZE", size)
+    """In one sentence of the first rank, before anything is written."""
+    for name, value in started.items():
+        alone.setenv(name, value)
+    if not first:
+        alone.setenv("RANK" if "RANK" in started else "SLURM_PROCID", "1")
     alone.setattr(sys, "argv", ["icl_msr.run"])
-    assert main(run, [*DATA, *MODEL, hardware, "hardware.accelerator=cpu", f"hydra.run.dir={tmp_path}"]) == 2
+    run_dir = tmp_path / "run"
+    assert main(run, [*DATA, *MODEL, hardware, "hardware.accelerator=cpu", f"hydra.run.dir={run_dir}"]) == 2
     out, err = capsys.readouterr()
-    (line,) = err.splitlines()
-    assert line.startswith(f"{size} processes were started together, and {named}")
-    assert out == ""
+    assert (out, err) == ("", f"{sentence}\n" if first else "")
+    assert not run_dir.exists()
 
 
 # -------------------------------------------------------------------------------------------- ranks without a program
@@ -545,7 +635,7 @@ import icl_msr.run as R
 words = sys.argv[1:]
 first = os.fork() == 0
 sys.argv = ["icl_msr.run", *words, "seed=0" if first else "seed=1"]
-code = R.main(R.run)
+code = R.main()
 if not first:
     os.wait()
 print("code", code, flush=True)
@@ -592,8 +682,9 @@ def test_ctrl_c_while_the_ranks_start(programs: Programs, tmp_path: Path) -> Non
     programs.rank(1)
     time.sleep(1)
     program.send(signal.SIGINT)
-    assert program.wait() == 128 + signal.SIGINT
-    assert program.err == ""
+    assert program.wait() == 75
+    (line,) = program.err.splitlines()
+    assert line.startswith("Stopped by SIGINT")
     programs.gone(30)
 
 

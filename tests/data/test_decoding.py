@@ -11,7 +11,9 @@ import pytest
 import torch
 from PIL import Image, ImageOps
 from PIL.PngImagePlugin import PngInfo
+from support.tiny import composed
 
+from icl_msr.core.config import build, check
 from icl_msr.core.errors import UserError
 from icl_msr.data import sources
 from icl_msr.data.arrays import arrays
@@ -251,14 +253,15 @@ def test_too_many_pixels_or_bytes_end_in_a_sentence(tmp_path):
         read_image(tmp_path / "pipe.png", "x")
 
 
-@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "TIFF"])
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "TIFF", "GIF", "BMP", "PPM", "AVIF"])
 def test_all_paths_give_the_same_bytes(tmp_path, kind):
-    """Folder, array, resident and decoded by workers."""
+    """Folder, array, Hugging Face, resident and decoded by workers: within one level of Pillow."""
     exif = Image.Exif()
     exif[0x0112] = 3
+    options = {"exif": exif} if kind in ("JPEG", "PNG", "WEBP", "TIFF") else {}
     files, contents = [], []
     for i in range(4):
-        contents.append(encoded(Image.fromarray(pixels(32, 32, 3, seed=i)), kind, exif=exif))
+        contents.append(encoded(Image.fromarray(pixels(32, 32, 3, seed=i)), kind, **options))
         files.append(str(tmp_path / f"{i}.img"))
         Path(files[-1]).write_bytes(contents[-1])
     split = FileSplit(files, torch.tensor([0, 1, 0, 1]), 32)
@@ -271,8 +274,25 @@ def test_all_paths_give_the_same_bytes(tmp_path, kind):
     )
     data = arrays(path=str(tmp_path / "x.npz"), image_size=None, train_on="full")
     from_array = torch.cat([data.train.load(torch.arange(2)), data.tests["test"].load(torch.arange(2))])
-    for images in (split.load(torch.arange(4)), split.in_memory().images, torch.stack([*map(split.image, range(4))])):
+    paths = [split.load(torch.arange(4)), split.in_memory().images, torch.stack([*map(split.image, range(4))])]
+    datasets = pytest.importorskip("datasets", reason="needs the extra hf")
+    rows = [{"bytes": content, "path": None} for content in contents]
+    features = datasets.Features({"image": datasets.Image()})
+    datasets.Dataset.from_dict({"image": rows}, features=features).save_to_disk(str(tmp_path / "set"))
+    words = [f"dataset.name={tmp_path / 'set'}", "dataset.test=null", "dataset.label=null", "dataset.image_size=32"]
+    table = build(check(composed("dataset=huggingface", "dataset.resident_size=0", *words)).dataset)
+    everywhere = [table.train, *table.tests.values()]
+    from_table = torch.cat([part.load(torch.arange(len(part))) for part in everywhere])
+    assert sorted(map(_bytes, from_table)) == sorted(map(_bytes, from_array))  # a part is held out
+    for images in paths:
         assert torch.equal(images, from_array)
+    by_pillow = [ImageOps.exif_transpose(Image.open(BytesIO(content))).convert("RGB") for content in contents]
+    for image, expected in zip(from_array, by_pillow, strict=True):
+        assert np.abs(image.permute(1, 2, 0).numpy().astype(int) - np.array(expected).astype(int)).max() <= 1
+
+
+def _bytes(image):
+    return image.numpy().tobytes()
 
 
 # ------------------------------------------------------------------------------------------------- masks

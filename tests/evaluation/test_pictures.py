@@ -107,7 +107,7 @@ def test_the_weights_are_drawn_by_the_stratum_that_weighs_them_most(
     """Two strata of three channels each, in any order, show as two blocks."""
     figures: list[Figure] = []
 
-    def keep(self: Figure, path: Path) -> None:
+    def keep(self: Figure, path: Any, **_: Any) -> None:
         figures.append(self)
 
     monkeypatch.setattr(Figure, "savefig", keep)

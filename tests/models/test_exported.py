@@ -47,6 +47,7 @@ def fill(file: Path) -> float:
 def file(tmp_path: Path) -> Path:
     """A checkpoint in its run folder."""
     file = tmp_path / "run" / "checkpoints" / "last.ckpt"
+    (tmp_path / "run").mkdir()
     AtomicCheckpoint().save_checkpoint(checkpoint(1), file)
     return file
 
@@ -129,8 +130,17 @@ def test_a_link_in_the_way_is_not_followed(file: Path, tmp_path: Path) -> None:
     assert fill(file) == 2
 
 
-@pytest.mark.parametrize(("number", "kind"), [(errno.EDQUOT, UserError), (errno.EIO, OSError)])
-def test_a_quota_is_a_full_disk(number: int, kind: type, file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("number", "kind"),
+    [
+        (errno.EDQUOT, UserError),
+        (errno.EFBIG, UserError),
+        (errno.EROFS, UserError),
+        (errno.EIO, UserError),
+        (errno.ENXIO, OSError),
+    ],
+)
+def test_what_cannot_be_written_is_said(number: int, kind: type, file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def fails(_: int) -> None:
         raise OSError(number, os.strerror(number))
 

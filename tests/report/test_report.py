@@ -454,6 +454,17 @@ def test_fine_tuning_alone_is_said_and_compared(tmp_path: Path) -> None:
     assert r"finetune-10\%" in (tmp_path / "summary.tex").read_text()
 
 
+def test_no_spreadsheet_runs_a_summary(tmp_path: Path) -> None:
+    for name in ("=1+1", "@sum", "+a", "-b"):
+        (tmp_path / name).mkdir()
+        choices = {"method": name, "=key": name, "dataset": "photos"}
+        save(tmp_path / name, outcome(accuracy(f"{name} split", 0.5), name=name, choices=choices))
+    assert main([str(tmp_path)]) == 0
+    cells = [cell for row in csv.reader((tmp_path / "summary.csv").open()) for cell in row]
+    assert {"'=1+1", "'@sum", "'+a", "'-b", "'=key"} <= set(cells)
+    assert not [cell for cell in cells if cell[:1] in tuple("=+-@\t\r")]
+
+
 def test_only_pictures_that_lie_in_figures_are_on_a_page(tmp_path: Path) -> None:
     """Captions name files, and a folder may come from somebody else."""
     run = write_run(tmp_path / "run")

@@ -1,8 +1,12 @@
 import base64
+import csv
+import io
 import re
 from functools import partial
+from pathlib import Path
 from typing import Any
 
+import pytest
 from rich.console import Console
 from support.written import LINEAR, classifier
 
@@ -137,6 +141,25 @@ def test_one_table_in_every_dress() -> None:
     assert r"cap\_tion" in table.latex("cap_tion")
     assert "x|y &amp; &lt;z&gt;" in table.html()
     assert "<z>" not in table.html()
+
+
+@pytest.mark.parametrize("sign", ["=", "+", "-", "@", "\t", "\r"])
+def test_no_spreadsheet_runs_a_cell(sign: str) -> None:
+    formula = f"{sign}1+1"
+    table = Table.of("it", [{formula: formula, "b": -1.5}])
+    head, row = csv.reader(io.StringIO(table.csv(), newline=""))
+    cell = f"'{formula}".replace("\r", " ")
+    assert (head, row) == ([cell, "b"], [cell, "-1.5"])
+
+
+def test_all_csv_files_have_one_writer() -> None:
+    """Except the rows of `metrics.csv`, which are numbers."""
+    root = Path(__file__).parents[2]
+    files = [file for room in ("icl_msr", "experiments") for file in (root / room).rglob("*.py")]
+    writers = {
+        str(file.relative_to(root)) for file in files if re.search("csv.(Dict)?[wW]riter|to_csv", file.read_text())
+    }
+    assert writers == {"icl_msr/core/tables.py", "icl_msr/training/loggers.py"}
 
 
 def test_lines_over_an_axis_of_numbers_and_names_that_mean_something_to_matplotlib() -> None:

@@ -160,7 +160,7 @@ def choices(place: Place) -> None:
     (place.home / "conf" / "method").mkdir(parents=True)
     facts = json.loads((place.run / "environment.json").read_text())
     facts["choices"] |= {"hydra.searchpath": f"[file://{place.home}/conf]", "dataset": "../../home/secret"}
-    facts["choices"] |= {"metric": "${oc.env:CANARY}", "optimizer": "${new_folder:" + str(place.home) + "/new}"}
+    facts["choices"] |= {"metric": "${oc.env:CANARY}", "optimizer": "${run_folder:" + str(place.home) + "/new,a}"}
     (place.run / "environment.json").write_text(json.dumps(facts))
 
 
@@ -203,7 +203,7 @@ ATTACKS: dict[str, Attack] = {
     "captions of files elsewhere": captions,
     # Writing
     "hydra.run.dir": config(lambda content, place: content.update(hydra={"run": {"dir": f"{place.home}/new"}})),
-    "a resolver that makes folders": value("metric", "${new_folder:HOME/new}"),
+    "a resolver that makes folders": value("metric", "${run_folder:HOME/new,a}"),
     "a checkpoint elsewhere": node(
         "callbacks.a", "pytorch_lightning.callbacks.ModelCheckpoint", dirpath="HOME/new", every_n_train_steps=1
     ),

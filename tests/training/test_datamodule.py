@@ -1,5 +1,11 @@
 """Batches of views: order, ranks, workers, resuming."""
 
+import multiprocessing
+import os
+import shutil
+import signal
+import subprocess
+import sys
 from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
@@ -32,6 +38,7 @@ def augmentation(views=2, **changes):
         "sigma": [0.1, 2.0],
         "solarize": 0.0,
         "size": None,
+        "interpolation": "bilinear",
     }
     return Augmentation(**(plain | changes), views=[{} for _ in range(views)])
 
@@ -200,6 +207,23 @@ def test_a_broken_image_stops_training_in_one_sentence(files, tmp_path, num_work
     assert "\n" not in str(raised.value)
 
 
+def test_workers_leave_signals_to_the_program(files, tmp_path, monkeypatch):
+    """`timeout`, `scancel` and a terminal signal every process of a run, and the run saves itself."""
+    seen = []
+
+    def signal_all(self, batch, batch_idx, true=Recorder.training_step):
+        if batch_idx == 0:
+            for worker in multiprocessing.active_children():
+                for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP):
+                    os.kill(worker.pid, number)
+                seen.append(worker.pid)
+        return true(self, batch, batch_idx)
+
+    monkeypatch.setattr(Recorder, "training_step", signal_all)
+    assert order(fit(module(files, num_workers=1), tmp_path)) == order(fit(module(files), tmp_path))
+    assert len(seen) == 1
+
+
 @pytest.mark.filterwarnings("error:The workers need")
 @pytest.mark.parametrize("free", [0, 2**40])
 def test_batches_go_through_pipes_where_shared_memory_is_too_small(files, tmp_path, monkeypatch, free):
@@ -218,6 +242,28 @@ def test_batches_go_through_pipes_where_shared_memory_is_too_small(files, tmp_pa
     for (_, left), (_, right) in zip(whole, other, strict=True):
         assert torch.equal(left.views[0], right.views[0])
         assert torch.equal(left.images, right.images)
+
+
+SMALL_SHM = ("unshare", "-rm", "bash", "-c", 'mount -t tmpfs -o size=1m tmpfs /dev/shm && exec "$@"', "bash")
+"""Runs a command in which /dev/shm has one megabyte."""
+
+
+@pytest.mark.slow
+def test_a_run_ends_where_shared_memory_is_small(tmp_path):
+    """With the real limit, under which a worker would wait for ever."""
+    if not shutil.which("unshare") or subprocess.run([*SMALL_SHM, "true"], capture_output=True, check=False).returncode:
+        pytest.skip("needs unshare and the right to mount")
+    rng = np.random.default_rng(0)
+    for i in range(48):
+        Image.fromarray(rng.integers(0, 256, (70, 90, 3), dtype=np.uint8)).save(tmp_path / f"{i}.jpg")
+    words = ["dataset=images", f"dataset.root={tmp_path}", "dataset.image_size=64", "dataset.resident_size=0"]
+    words += ["loader.batch_size=16", "loader.num_workers=2", "method=simclr", "regularizer=none", "logger=csv"]
+    words += ["trainer.max_epochs=2", "evaluation=none", "metric=loss", f"hydra.run.dir={tmp_path}/run"]
+    line = [*SMALL_SHM, sys.executable, "-m", "icl_msr.run", *words]
+    done = subprocess.run(line, capture_output=True, text=True, check=False, timeout=600)
+    assert done.returncode == 0, done.stderr
+    assert "batches go through pipes" in done.stderr
+    assert (tmp_path / "run" / "results.json").exists()
 
 
 @pytest.mark.parametrize("when", ["in the epoch", "at its last step", "at its end"])

@@ -480,6 +480,13 @@ def test_a_continued_run_keeps_what_its_checkpoint_has_seen(tmp_path: Path) -> N
     assert (tmp_path / "metrics.csv").read_text() == "epoch,step\n"
 
 
+def test_no_spreadsheet_runs_the_name_of_a_number(tmp_path: Path) -> None:
+    for step in range(2):
+        logger = MetricsFile(tmp_path, about(resumed_at=step))
+        logger.log_metrics({"=1+1": -0.5, "a,b": 1.0}, step)
+    assert (tmp_path / "metrics.csv").read_text() == 'epoch,step,\'=1+1,"a,b"\n,0,-0.5,1.0\n,1,-0.5,1.0\n'
+
+
 @pytest.mark.parametrize("torn", [",1,0.12", ",1", "", ",1,0.125,"])
 def test_a_row_that_a_kill_has_cut_is_left_out(torn: str, tmp_path: Path) -> None:
     (tmp_path / "metrics.csv").write_text(f"epoch,step,loss,lr\n,0,1.0,0.1\n{torn}")

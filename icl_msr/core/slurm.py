@@ -1,0 +1,57 @@
+"""What the program asks of SLURM: the job that it runs in, and to run this job again."""
+
+import os
+import subprocess
+from collections.abc import Mapping
+
+from icl_msr.core.errors import reason
+
+_GONE = "CANCELLED"
+"""State of a job that somebody has cancelled."""
+
+
+def job() -> str | None:
+    """Return the number of this SLURM job as scontrol takes it, `12_3` for a task of an array; None outside a job."""
+    if array := os.environ.get("SLURM_ARRAY_JOB_ID"):
+        return f"{array}_{os.environ['SLURM_ARRAY_TASK_ID']}"
+    return os.environ.get("SLURM_JOB_ID")
+
+
+def in_batch_job() -> bool:
+    """Return whether this process belongs to a job of sbatch, which SLURM may start again from the beginning."""
+    return job() is not None and os.environ.get("ENVIRONMENT") == "BATCH"
+
+
+def requeue() -> str:
+    """Ask SLURM to run this job again, and return a sentence that says what came of it.
+
+    SLURM ends the job at once, so this is the last thing that a process does. A job that somebody has cancelled is not
+    run again.
+    """
+    number = job()
+    if number is None or not in_batch_job():
+        return "hardware.requeue=true is for jobs of sbatch; this process is not in one."
+    try:
+        state = facts(number).get("JobState")
+        if state == _GONE:
+            return f"SLURM job {number} was cancelled, so it is not requeued."
+        _scontrol("requeue", number)
+    except (OSError, subprocess.CalledProcessError) as error:
+        said = reason(error) if isinstance(error, OSError) else " ".join(error.stderr.split()).rstrip(".")
+        return f"SLURM job {number} could not be requeued ({said})."
+    return f"SLURM job {number} is requeued and will continue this run."
+
+
+def facts(number: str) -> Mapping[str, str]:
+    """Return what SLURM knows of a job.
+
+    Raises:
+        OSError, subprocess.CalledProcessError: SLURM does not answer or does not know the job.
+    """
+    first, *_ = _scontrol("show", "job", "--oneliner", number).splitlines() or [""]
+    return dict(word.partition("=")[::2] for word in first.split())
+
+
+def _scontrol(*words: str) -> str:
+    command = ["scontrol", *words]
+    return subprocess.run(command, capture_output=True, text=True, check=True, timeout=60).stdout
