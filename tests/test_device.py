@@ -221,6 +221,13 @@ def words(name: str, negatives: str) -> list[str]:
     return [f"method={name}", *keys, "regularizer=msr", "regularizer.every=1", f"negatives={negatives}"]
 
 
+@pytest.fixture
+def as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A CPU may look at what it has drawn; a GPU never does."""
+    monkeypatch.setattr(colour, "applies", lambda chosen: True)
+
+
+@pytest.mark.usefixtures("as_on_a_gpu")
 @pytest.mark.parametrize("name", METHODS)
 def test_training_reads_nothing_back(name: str) -> None:
     skip_refused(make_method(name), "regularizer", "negatives")
@@ -229,6 +236,7 @@ def test_training_reads_nothing_back(name: str) -> None:
         trained(*words(name, "patch"), data=data, log_every_n_steps=1000)
 
 
+@pytest.mark.usefixtures("as_on_a_gpu")
 @pytest.mark.parametrize("negatives", ["texture", "phase"])
 def test_making_negatives_reads_nothing_back(negatives: str) -> None:
     data = dataset()
@@ -236,6 +244,7 @@ def test_making_negatives_reads_nothing_back(negatives: str) -> None:
         trained(*words("simclr", negatives), data=data, log_every_n_steps=1000)
 
 
+@pytest.mark.usefixtures("as_on_a_gpu")
 @pytest.mark.parametrize("keys", [("exact", "lr"), ("near_free", "relative"), ("double_backward", "lr")])
 def test_no_meta_gradient_reads_anything_back(keys: tuple[str, str]) -> None:
     data, (mode, alpha) = dataset(), keys

@@ -23,12 +23,20 @@ def luma(images: Tensor) -> Tensor:
     return torch.add(red * 0.2989, green, alpha=0.587).add_(blue, alpha=0.114)
 
 
+def applies(chosen: Tensor) -> bool:
+    """Return False if nothing is to be done for a batch on a CPU: `chosen` (N,) is False for all images.
+
+    On a GPU it is always True, since the host would have to wait for the answer.
+    """
+    return chosen.device.type != "cpu" or bool(chosen.any())
+
+
 def jitter(images: Tensor, factors: Tensor, order: Tensor) -> Tensor:
     """Change brightness, contrast, saturation and hue of each image, in its own order.
 
     The first three blend the image with black, with its mean gray, and with its grays. Every image goes through three
     blends, the hue shift and three more blends. Blends that its order does not need are the identity. So no group of
-    images has to be selected, and the host never waits for the device.
+    images has to be selected, and the host never waits for the device. A CPU leaves out what no image needs.
 
     Args:
         images: (N, 3, H, W).
@@ -42,23 +50,30 @@ def jitter(images: Tensor, factors: Tensor, order: Tensor) -> Tensor:
     after = torch.where(position > turn, strength, 1)
     for step in (0, 1, 2):
         images = _blend(images, before[:, step], order[:, step])
-    images = rotate_hue(images, factors[:, HUE])
+    if applies(factors[:, HUE] != 0):
+        images = rotate_hue(images, factors[:, HUE])
     for step in (1, 2, 3):
         images = _blend(images, after[:, step], order[:, step])
     return images
 
 
 def _blend(images: Tensor, keep: Tensor, operation: Tensor) -> Tensor:
+    if not applies(keep != 1):
+        return images
+    factor = keep[:, None, None, None]
+    if not applies(operation != BRIGHTNESS):
+        return (images * factor).clamp_(0, 1)
     gray = luma(images)
     rest = torch.stack([operation == SATURATION, operation == CONTRAST]) * (1 - keep)
     other = gray * rest[0, :, None, None] + (gray.mean((1, 2)) * rest[1])[:, None, None]
-    return torch.addcmul(other[:, None], images, keep[:, None, None, None]).clamp_(0, 1)
+    return torch.addcmul(other[:, None], images, factor).clamp_(0, 1)
 
 
 def rotate_hue(images: Tensor, shift: Tensor) -> Tensor:
     """Shift the hue of HSV by `shift` (N,), in turns from -1/2 to 1/2."""
     red, green, blue = images.unbind(1)
-    value, low = images.amax(1), images.amin(1)
+    value = red.maximum(green).maximum(blue)
+    low = red.minimum(green).minimum(blue)
     chroma = value - low
     # With t = (colour - low) / chroma, the hue is 1 + t_green + t_blue - t_red sixths of a turn from red through green
     # to blue. It is the negative of that on the way back, where blue exceeds green.

@@ -1,6 +1,7 @@
 """Crop, flip, resize and blur of a batch. Each image has its own parameters.
 
 All four act on rows and columns separately. So each is a pair of small matrices per image, which `separable` applies.
+On a CPU, the crops of large views are torch's own.
 """
 
 from collections.abc import Sequence
@@ -8,6 +9,7 @@ from math import log
 from typing import Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 Interpolation = Literal["bilinear", "bicubic"]
@@ -16,11 +18,15 @@ TRIES = 10
 """Number of candidate boxes of a random resized crop before it falls back to the centre, as in torchvision."""
 
 
+_LARGE = 96
+"""Smallest side of a view that a CPU cuts out one image at a time, in pixels."""
+
+
 def resize(images: Tensor, size: int) -> Tensor:
     """Resize whole images uint8 (N, C, H, W) to uint8 (N, C, size, size) by torchvision: bilinear, antialiased."""
-    from torchvision.transforms.v2 import functional as F  # here, because it takes as long as torch
+    from torchvision.transforms.v2.functional import resize  # here, because it takes as long as torch
 
-    return images if images.shape[-2:] == (size, size) else F.resize(images, [size, size], antialias=True)
+    return images if images.shape[-2:] == (size, size) else resize(images, [size, size], antialias=True)
 
 
 def random_boxes(
@@ -95,19 +101,47 @@ def resampling(
     return weights.div_(weights.sum(-1, keepdim=True))
 
 
+def crop(images: Tensor, boxes: Tensor, size: int, flip: Tensor, interpolation: Interpolation = "bilinear") -> Tensor:
+    """Cut each image to its box, resize the cut and mirror it: float32 (N, C, size, size), in the range of the images.
+
+    A GPU and small views take a matrix product for the whole batch. On a CPU, the matrices of a large view are mostly
+    zeros, and torch's own resize, one image after the other, is faster.
+
+    Args:
+        images: (N, C, H, W) of any dtype.
+        boxes: int64 (N, 4) as (top, left, height, width).
+        size: of the result, in pixels.
+        flip: bool (N,), True if the result is mirrored.
+        interpolation: filter of the resize, with antialiasing.
+    """
+    if images.device.type == "cpu" and size >= _LARGE:
+        views = images.new_empty(len(images), images.shape[1], size, size, dtype=torch.float32)
+        for image, (top, left, height, width), mirrored, view in zip(
+            images, boxes.tolist(), flip.tolist(), views, strict=True
+        ):
+            cut = image[None, :, top : top + height, left : left + width].float()
+            resized = F.interpolate(cut, size=(size, size), mode=interpolation, antialias=True)[0]
+            view.copy_(resized.flip(-1) if mirrored else resized)
+        return views
+    top, left, height, width = boxes.unbind(1)
+    rows = resampling(top, height, images.shape[2], size, None, interpolation)
+    columns = resampling(left, width, images.shape[3], size, flip, interpolation)
+    return separable(images, rows, columns)
+
+
 def blurring(sigma: Tensor, size: int) -> Tensor:
     """Return matrices float32 (N, size, size) of a Gaussian blur with reflected borders; sigma (N,) in pixels.
 
     The Gaussian is not cut off at a kernel size. Sigma 0 gives the identity.
     """
-    pixel = torch.arange(size, device=sigma.device)
-    row, column = pixel[:, None], pixel
     distance = torch.arange(2 * size, device=sigma.device)
     bell = torch.exp(-distance.square() / (2 * sigma[:, None].square().clamp(min=1e-6)))
-    bell[:, -1] = 0  # border pixels have no mirror image
-    left = torch.where(column > 0, row + column, 2 * size - 1)
-    right = torch.where(column < size - 1, 2 * (size - 1) - row - column, 2 * size - 1)
-    weights = bell[:, (row - column).abs()] + bell[:, left] + bell[:, right]
+    bell = bell.where(bell > 1e-12, 0)  # less does not count in float32, and a CPU is slow with denormal numbers
+    around = torch.cat([bell[:, 1:size].flip(1), bell[:, :size]], 1)  # of each distance from 1 - size to size - 1
+    weights = around.unfold(1, size, 1).flip(1)  # bell[|row - column|]
+    mirrored = bell.unfold(1, size, 1)[:, :size]  # bell[row + column]; border pixels have no mirror image
+    weights[:, :, 1:] += mirrored[:, :, 1:]
+    weights[:, :, :-1] += mirrored[:, :, 1:].flip(1, 2)
     return weights.div_(weights.sum(-1, keepdim=True))
 
 

@@ -95,23 +95,20 @@ class Recipe:
         if boxes is None:
             view = torch.where(flip[:, None, None, None], images.flip(-1), images).float().div_(255)
         else:
-            top, left, height, width = boxes.unbind(1)
-            rows = geometry.resampling(top, height, images.shape[2], size, None, self.interpolation)
-            columns = geometry.resampling(left, width, images.shape[3], size, flip, self.interpolation)
-            view = geometry.separable(images, rows.div_(255), columns)
+            view = geometry.crop(images, boxes, size, flip, self.interpolation).div_(255)
             if self.interpolation == "bicubic":  # it overshoots at edges
-                view = view.clamp_(0, 1)
+                view.clamp_(0, 1)
         if self.jitter_probability > 0:
             jittered = numbers[:, _JITTER] < self.jitter_probability
             view = colour.jitter(view, self._factors(numbers[:, _FACTORS], jittered), numbers[:, _ORDER].argsort(1))
-        if self.gray > 0:
-            view = colour.grayscale(view, numbers[:, _GRAY] < self.gray)
-        if self.blur > 0:
+        if self.gray > 0 and colour.applies(chosen := numbers[:, _GRAY] < self.gray):
+            view = colour.grayscale(view, chosen)
+        if self.blur > 0 and colour.applies(chosen := numbers[:, _BLUR] < self.blur):
             sigma = self.sigma[0] + (self.sigma[1] - self.sigma[0]) * numbers[:, _SIGMA]
-            matrix = geometry.blurring(sigma * (numbers[:, _BLUR] < self.blur), size)
+            matrix = geometry.blurring(sigma * chosen, size)
             view = geometry.separable(view, matrix, matrix)
-        if self.solarize > 0:
-            view = colour.solarize(view, numbers[:, _SOLARIZE] < self.solarize)
+        if self.solarize > 0 and colour.applies(chosen := numbers[:, _SOLARIZE] < self.solarize):
+            view = colour.solarize(view, chosen)
         return view
 
     def _factors(self, numbers: Tensor, jittered: Tensor) -> Tensor:

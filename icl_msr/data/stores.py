@@ -2,12 +2,14 @@
 
 import fcntl
 import hashlib
+import logging
 import os
 import random
 import re
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from importlib import import_module
@@ -104,7 +106,7 @@ class Store:
                 with open(self.path(name), "rb") as file:
                     content = file.read(largest + 1)
             else:
-                content = self._fs.cat_file(self.path(name))
+                content = self._fs.cat_file(self.path(name), start=0, end=largest + 1)
         except (FileNotFoundError, NotADirectoryError):
             return None
         except Exception as error:
@@ -215,12 +217,16 @@ class Store:
 
     def _remote_entries(self, names: Sequence[str] | None) -> list[Entry]:
         with self._explained(""):
-            if names is None:
+            if names is not None and self.place.startswith("http"):  # which cannot be listed
+                with ThreadPoolExecutor(_TOGETHER) as pool:
+                    about = dict(zip(names, pool.map(self._info, names), strict=True))
+            else:
                 root = self._fs._strip_protocol(self.place).rstrip("/")
                 found = self._fs.find(self.place, detail=True)
                 about = {path.removeprefix(root).lstrip("/"): facts for path, facts in found.items()}
-            else:
-                about = {name: self._fs.info(self.path(name)) for name in names}
+        if missing := next((name for name in names or () if name not in about), None):
+            raise self._error(missing, FileNotFoundError())
+        about = about if names is None else {name: about[name] for name in names}
         result = []
         for name, facts in about.items():
             known = (facts.get(key) for key in ("ETag", "etag", "md5Hash", "blob_id", "mtime", "LastModified"))
@@ -229,6 +235,10 @@ class Store:
                 raise UserError(f"{self.path(name)} has no known size, so it cannot be read by ranges; copy it first.")
             result.append(Entry(name, int(facts["size"]), version))
         return sorted(result, key=lambda entry: entry.name)
+
+    def _info(self, name: str) -> dict[str, Any]:
+        with self._explained(name):
+            return dict(self._fs.info(self.path(name)))
 
     @contextmanager
     def _explained(self, name: str) -> Iterator[None]:
@@ -259,6 +269,8 @@ class Store:
     def _connect(self) -> tuple[int, Any, Any]:
         if self._connection is None or self._connection[0] != os.getpid():
             protocol = self.place.partition("://")[0]
+            for chatty in ("aiobotocore", "botocore"):  # they tell where they found the keys
+                logging.getLogger(chatty).setLevel(logging.WARNING)
             try:
                 fs = import_module("fsspec").filesystem(protocol, skip_instance_cache=True, **self.options)
             except ImportError:

@@ -13,7 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 from typing_extensions import override
 
-from icl_msr.core.distributed import rank, world_size
+from icl_msr.core.distributed import average, rank, world_size
 from icl_msr.core.errors import UserError
 from icl_msr.core.randomness import keys
 from icl_msr.core.views import Views
@@ -61,6 +61,8 @@ class Pretraining(pl.LightningModule):
         self.latest: Pass | None = None
         """The latest micro-batch."""
         self._unseen = False
+        self.measured: dict[str, Any] = {}
+        """The regularizer's latest numbers. It may have none in the step that is logged."""
         # A regularizer reduces its own gradients. DDP has no public way to exclude parameters.
         own = [name for name, _ in self.named_parameters() if name.startswith("regularizer.")]
         DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(self, own)  # type: ignore[no-untyped-call]
@@ -84,7 +86,19 @@ class Pretraining(pl.LightningModule):
         for parameter in self.method.frozen(self.step()):
             parameter.grad = None
         if self.regularizer is not None and self.latest is not None:
-            self.log_dict(self.regularizer.before_step(self.latest), sync_dist=True)
+            found = self.regularizer.before_step(self.latest)
+            values = [torch.as_tensor(value, dtype=torch.float32, device=self.device) for value in found.values()]
+            self.measured |= dict(zip(found, average(values) if values else [], strict=True))
+            if self.logs():
+                self.log_dict(dict(self.measured))
+
+    @override
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["measured"] = {name: float(value) for name, value in self.measured.items()}
+
+    @override
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        self.measured = dict(checkpoint.get("measured", {}))
 
     @override
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:

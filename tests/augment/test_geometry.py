@@ -33,6 +33,18 @@ def test_crop_is_torchvisions(height, width, size, interpolation):
         torch.testing.assert_close(view, reference, atol=2e-3, rtol=0)  # of 255
 
 
+@pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
+def test_a_cpu_cuts_large_views_as_the_matrices_do(interpolation, monkeypatch):
+    images = pictures(6, 150, 130)
+    u = uniforms(keys(2, 0, torch.arange(6), 0), 23)
+    boxes, flip = geometry.random_boxes(u[:, :22], 150, 130, [0.05, 1.0], [0.75, 4 / 3]), u[:, 22] < 0.5
+    ours = geometry.crop(images, boxes, 112, flip, interpolation)
+    monkeypatch.setattr(geometry, "_LARGE", 1000)
+    slow = geometry.crop(images, boxes, 112, flip, interpolation)
+    assert flip.any()
+    torch.testing.assert_close(ours, slow, atol=5e-3, rtol=0)  # of 255
+
+
 @pytest.mark.parametrize(("height", "width"), [(32, 32), (100, 60), (10, 100)])
 def test_boxes_are_distributed_as_torchvisions(height, width):
     n, scale, ratio = 4000, [0.2, 1.0], [0.75, 4 / 3]

@@ -4,6 +4,7 @@ import io
 import json
 import multiprocessing
 import os
+import sys
 import tarfile
 from dataclasses import replace
 from pathlib import Path
@@ -384,7 +385,13 @@ def test_processes_share_a_cache(remote: tuple[Remote, Entry, bytes], tmp_path: 
     assert sum(sizes) <= 500
 
 
-def test_urls_that_are_not_known_are_refused() -> None:
+def test_urls_that_are_not_known_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "gcsfs", None)  # as if it was not installed
+    with pytest.raises(UserError, match=r"gs://a/b needs the package gcsfs; type pip install gcsfs\."):
+        Store("gs://a/b")
+    monkeypatch.setitem(sys.modules, "s3fs", None)
+    with pytest.raises(UserError, match=r"s3://a/b needs the package s3fs; type pip install 'icl-msr\[shards\]'\."):
+        Store("s3://a/b")
     with pytest.raises(UserError, match="ftp://a/b cannot be read; name a folder, or a URL of s3, gs, https"):
         Store("ftp://a/b")
     with pytest.raises(
@@ -404,6 +411,8 @@ def test_a_store_shows_what_the_folder_shows(folder: Path, tmp_path: Path, monke
         for cache_gb in (1.0, 0.0):
             words = [f"dataset.cache={tmp_path}/cache", f"dataset.cache_gb={cache_gb}", "dataset.resident_size=0"]
             same(of_shards(options.to, *words), data)
+        Store(options.to)._fs.chmod(options.to, "public-read", recursive=True)
+        same(of_shards(f"{os.environ['AWS_ENDPOINT_URL']}/{bucket}/set", *words), data)
         foreign(tmp_path / "tars")
         Store(f"s3://{bucket}").save("tars/train-0.tar", tmp_path / "tars/train-0.tar")
         words = [f"dataset.cache={tmp_path}/cache", "dataset.image_size=16"]
@@ -411,3 +420,6 @@ def test_a_store_shows_what_the_folder_shows(folder: Path, tmp_path: Path, monke
         assert "tars/train-0.tar.index" in [entry.name for entry in Store(f"s3://{bucket}").entries()]
         with pytest.raises(UserError, match=r"s3://.*/gone/\S* cannot be read|has no shards"):
             of_shards(f"s3://{bucket}/gone", *words)
+        Store(options.to)._fs.rm(f"{options.to}/train-000001.tar")
+        with pytest.raises(UserError, match=r"train-000001\.tar cannot be read \(there is no such file\)"):
+            of_shards(options.to, *words)

@@ -25,8 +25,12 @@ WORDS: dict[str, list[str]] = {
 }
 """What is typed where `--tiny` is not all."""
 
-ELSEWHERE = {"experiments.methods_table", "experiments.benchmarks.gpu", "experiments.negatives.compare"}
-"""`test_readme.py` runs the table of methods, `test_gpu.py` the script for a GPU; the comparison needs a run, below."""
+ELSEWHERE = {
+    *("experiments.methods_table", "experiments.benchmarks.gpu", "experiments.negatives.compare"),
+    "experiments.benchmarks.loading_peers",
+}
+"""`test_readme.py` runs the table of methods, `test_gpu.py` the script for a GPU; the comparison needs a run, below;
+the peers need an environment of their own."""
 
 
 @pytest.fixture(autouse=True)

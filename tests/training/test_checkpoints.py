@@ -115,6 +115,29 @@ def test_interrupted_and_continued_is_uninterrupted(case: tuple[Any, Any], batch
     the_same_training(whole, fit(words, file))
 
 
+class Numbers(pl.Callback):
+    """Keeps the regularizer's numbers of every step."""
+
+    def __init__(self) -> None:
+        self.seen: dict[int, dict[str, float]] = {}
+
+    def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
+        named = trainer.callback_metrics.items()
+        self.seen[trainer.global_step] = {name: float(value) for name, value in named if name.startswith("msr/")}
+
+
+def test_a_continued_run_logs_what_an_uninterrupted_one_logs(tmp_path: Path) -> None:
+    """Also in a step in which the regularizer measures nothing."""
+    whole, continued = Numbers(), Numbers()
+    fit(MSR, tmp_path / "whole.ckpt", whole, epochs=1)
+    with pytest.raises(SystemExit):
+        fit(MSR, tmp_path / "last.ckpt", Interrupt(2), epochs=1)
+    fit(MSR, tmp_path / "last.ckpt", continued, epochs=1)
+    assert list(continued.seen) == [4, 5]
+    assert continued.seen[4]
+    assert continued.seen == {step: whole.seen[step] for step in (4, 5)}
+
+
 class Break(pl.Callback):
     """The program ends where nobody expects it."""
 
