@@ -27,6 +27,7 @@ test-all: env ## Run all tests, the slow ones too
 
 fuzz: env ## Try random command lines and damaged files (an hour; SEED=2 chooses others)
 	PYTHONPATH=tests OMP_NUM_THREADS=1 $(BIN)/python -m fuzz --seed $(or $(SEED),1)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/fuzz/test_parsers.py --hypothesis-profile=fuzz --hypothesis-seed=$(or $(SEED),1)
 
 check: env ## Lint, check formatting, types and the direction of imports
 	$(BIN)/ruff check

@@ -1,13 +1,16 @@
 """`make fuzz`: thousands of random command lines, and some that are accepted and then train for two batches."""
 
 import argparse
+import subprocess
 import sys
 import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 
+from fuzz import KINDS
 from fuzz.child import World, fault
 from fuzz.grammar import TRAINING, Grammar, Line
 
@@ -71,12 +74,26 @@ def accepted(world: World, seed: int, runs: int, say: Callable[[str], None] = pr
     return found
 
 
+def foreign(seed: int, runs: int) -> Found:
+    """Let atheris change files of each kind, and return the kinds with a fault; none where it is not installed."""
+    found = Found()
+    for kind in KINDS if find_spec("atheris") else ():
+        line = [sys.executable, "-m", "fuzz.foreign", kind, str(runs), str(seed)]
+        done = subprocess.run(line, capture_output=True, text=True, errors="replace", check=False)
+        print(f"{kind}: {runs} files, exit code {done.returncode}")
+        if done.returncode:
+            said = [word for word in done.stderr.splitlines() if "Error" in word or "Uncaught" in word]
+            found[kind] = (Line("foreign", (kind,)), "; ".join(said[:3]) or done.stderr[-300:], 1)
+    return found
+
+
 def main() -> int:
     """Print the seed, every fault with its shortest line, and a summary; the exit code is 1 if there is a fault."""
     parser = argparse.ArgumentParser(prog="python -m fuzz")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--lines", type=int, default=5000)
     parser.add_argument("--runs", type=int, default=60)
+    parser.add_argument("--files", type=int, default=2000)
     options = parser.parse_args()
     sys.stdout.reconfigure(line_buffering=True, errors="backslashreplace")  # type: ignore[union-attr]
     print(f"seed {options.seed}")
@@ -84,6 +101,7 @@ def main() -> int:
         world = World(Path(folder))
         found = campaign(world, options.seed, options.lines)
         found |= accepted(world, options.seed, options.runs)
+    found |= foreign(options.seed, options.files)
     for line, wrong, times in found.values():
         print(f"\n{times} x {line}\n    {wrong}")
     print(f"\nseed {options.seed}: {options.lines} lines and {options.runs} runs, {len(found)} kinds of faults")

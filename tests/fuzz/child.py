@@ -62,7 +62,7 @@ class End:
 
 
 class World:
-    """A folder with a run, photographs and files that are none, copied for each line."""
+    """A folder with a run, photographs and files that are none. A line has a copy of it that no line has written to."""
 
     def __init__(self, folder: Path):
         self.template, self.lines = folder / "template", folder / "lines"
@@ -86,27 +86,30 @@ class World:
         finally:
             os.chdir(back)
         _hasten_hydra()
-        gc.collect()
-        gc.freeze()  # children need not look at what they inherit
+        self.place, self.before = self._copy()
 
     def end(self, line: Line, *, stops: bool = True) -> End:
         """Return how a line ends, in a copy of this world. It stops where training would begin if `stops` is true."""
-        place = Path(tempfile.mkdtemp(dir=self.lines))
-        shutil.copytree(self.template, place, dirs_exist_ok=True, copy_function=_copy, symlinks=True)
-        before = _content(place)
-        out, err = place.with_suffix(".out"), place.with_suffix(".err")
+        out, err = self.lines / "out", self.lines / "err"
         sys.stdout.flush()
         sys.stderr.flush()
+        gc.freeze()  # the child need not look at what it inherits
         child = os.fork()
         if child == 0:
-            _live(line, place, out, err, stops)
+            _live(line, self.place, out, err, stops)
+        gc.unfreeze()
         code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-        written = [path for path, facts in _content(place).items() if before.get(path) != facts]
-        end = End(code, *(file.read_bytes().decode(errors="replace") for file in (out, err)), written)
-        shutil.rmtree(place, ignore_errors=True)
-        out.unlink()
-        err.unlink()
-        return end
+        written = [path for path, facts in _content(self.place).items() if self.before.get(path) != facts]
+        if written:
+            shutil.rmtree(self.place, ignore_errors=True)
+            self.place, self.before = self._copy()
+        return End(code, *(file.read_bytes().decode(errors="replace") for file in (out, err)), written)
+
+    def _copy(self) -> tuple[Path, dict[Path, tuple[int, int]]]:
+        """Return a copy of the template for the next lines, and its content."""
+        place = Path(tempfile.mkdtemp(dir=self.lines))
+        shutil.copytree(self.template, place, dirs_exist_ok=True, copy_function=_copy, symlinks=True)
+        return place, _content(place)
 
 
 def fault(line: Line, end: End) -> str | None:
@@ -178,7 +181,7 @@ def _live(line: Line, place: Path, out: Path, err: Path, stops: bool) -> NoRetur
     gc.disable()
     try:
         for number, file in ((1, out), (2, err)):
-            os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
+            os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND), number)
         sys.stdout, sys.stderr = sys.__stdout__, sys.__stderr__
         os.chdir(place / "here")
         os.environ |= {"HOME": str(place / "home"), "WANDB_MODE": "offline", "TQDM_DISABLE": "1"}

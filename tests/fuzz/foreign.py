@@ -9,9 +9,6 @@ from pathlib import Path
 
 import atheris
 
-KINDS = ("npz", "arrays", "safetensors", "png", "jpeg", "gif", "tiff", "webp", "coco", "captions", "config", "boxes")
-"""Kinds of files that hold bytes or nested text of others."""
-
 
 def main(kind: str, runs: str, seed: str) -> None:
     """Try many contents of a kind of file, which begin as a valid one."""

@@ -12,10 +12,6 @@ from hypothesis import strategies as st
 
 from fuzz.parsers import PARSERS, make_folder, read
 
-settings.register_profile("quick", max_examples=25, deadline=None, derandomize=True, database=None)
-settings.register_profile("fuzz", settings.get_profile("quick"), max_examples=1500, derandomize=False)
-settings.load_profile("quick")
-
 PIECES = [b"", b"\0", b"\xff", b"\n", b"\r", b",", b'"', b"'", b" ", b"-1", b"9" * 30, b"9" * 5000, b"nan", b"1e999"]
 PIECES += [b"null", b"[]", b"{}", b"[" * 2000, b"{a: " * 50, b"&a [*a]", b"${oc.env:HOME}", b"!!python/name:os.system"]
 PIECES += [
