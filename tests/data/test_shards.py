@@ -293,6 +293,7 @@ def test_blocks_mix_runs_of_neighbours() -> None:
 
 def test_two_ranks_see_blocks_as_one_does() -> None:
     one = EpochBatches(1030, 8, 1, block=4 * RUNS)
+    assert torch.equal(torch.cat([batch.positions for batch in one]), permutation(1, 0, 1030, 4 * RUNS)[:1024])
     ranks = [EpochBatches(1030, 8, 1, rank, 2, block=4 * RUNS) for rank in range(2)]
     for whole, *parts in zip(one, *ranks, strict=True):
         assert torch.equal(torch.cat([part.positions for part in parts]), whole.positions)
@@ -336,8 +337,12 @@ def test_ranges_come_from_pages_and_the_cache_keeps_its_bounds(
             assert sum(page.stat().st_size for page in pages if page.name != "ledger") <= 500
             assert all(page.name == "ledger" or len(page.name) == 40 for page in pages)
     assert store.fetched[:3] == [("a.tar", 0, 100), ("a.tar", 100, 200), ("a.tar", 200, 300)]
+    store.read(entry, 0, 10)
+    before = len(store.fetched)
+    store.read(entry, 0, 10)
+    assert len(store.fetched) == before
     assert store.read(replace(entry, version="2"), 0, 10) == data[:10]  # a new version is fetched anew
-    assert store.fetched[-1] == ("a.tar", 0, 100)
+    assert store.fetched[before:] == [("a.tar", 0, 100)]
     with pytest.raises(UserError, match=r"a\.tar is shorter than its index says"):
         store.read(entry, 1000, 51)
 
