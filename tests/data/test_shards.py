@@ -274,6 +274,31 @@ def test_an_index_goes_to_the_cache_where_the_folder_is_read_only(
     assert kept.stat().st_mtime_ns == before
 
 
+@pytest.mark.parametrize("kind", ["link", "above", "cut", "text"])
+def test_hostile_tars_are_refused_by_their_names(tmp_path: Path, kind: str) -> None:
+    foreign(tmp_path / "tars")
+    path = tmp_path / "tars/train-1.tar"
+    with tarfile.open(path, "w") as tar:
+        about = tarfile.TarInfo("../../x.png" if kind == "above" else "x.png")
+        about.type, about.linkname = (tarfile.SYMTYPE, "/etc/passwd") if kind == "link" else (tarfile.REGTYPE, "")
+        tar.addfile(about)
+    if kind in ("cut", "text"):
+        path.write_bytes(path.read_bytes()[:512] if kind == "cut" else b"hello" * 500)
+    with pytest.raises(UserError, match=rf"^{path} (holds|is cut short|is not a tar).*; take it out of the set"):
+        of_shards(tmp_path / "tars", "dataset.image_size=16")
+    assert not (tmp_path / "tars/train-1.tar.index").exists()
+
+
+def test_an_image_that_a_tar_has_damaged_is_refused_by_its_name(tmp_path: Path) -> None:
+    foreign(tmp_path / "tars")
+    with tarfile.open(tmp_path / "tars/train-1.tar", "w") as tar:
+        about = tarfile.TarInfo("x.png")
+        about.size = 5
+        tar.addfile(about, io.BytesIO(b"hello"))
+    with pytest.raises(UserError, match=r"train-1\.tar/x\.png is not an image of a known format"):
+        of_shards(tmp_path / "tars", "dataset.image_size=16", "dataset.test=train-1.tar")
+
+
 # The order
 
 
