@@ -3,7 +3,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help env demo test test-all check format bench report clean
+.PHONY: help env demo test test-all test-slurm check format bench report clean
 
 help: ## Show this help
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "make %-10s %s\n", $$1, $$2}'
@@ -25,6 +25,10 @@ test: env ## Run the tests (minutes)
 test-all: env ## Run all tests, the slow ones too
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -m ''
 
+test-slurm: env ## Run the tests that need SLURM, on a cluster of their own (as root on Debian, which gets its packages)
+	@command -v slurmctld >/dev/null || { apt-get update -q && apt-get install -y -q slurm-wlm munge; }
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow tests/slurm
+
 check: env ## Lint, check formatting, types and the direction of imports
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
@@ -35,11 +39,17 @@ format: env ## Format the code
 	$(BIN)/ruff check --fix
 	$(BIN)/ruff format
 
-bench: env ## Measure the speed of the hot paths, as ratios (three minutes at most)
-	$(BIN)/python -m experiments.benchmarks.speed
+$(VENV)-peers/installed: experiments/benchmarks/peers.txt pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)-peers
+	$(VENV)-peers/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -r $< --editable '.[dev]'
+	@touch $@
+
+bench: $(VENV)-peers/installed ## Measure the speed of the hot paths, and against other libraries, as ratios (20 minutes)
+	$(VENV)-peers/bin/python -m experiments.benchmarks.speed
+	NO_ALBUMENTATIONS_UPDATE=1 $(VENV)-peers/bin/python -m experiments.benchmarks.peers
 
 report: env ## One table over all runs in runs/ (RUNS=folder chooses others)
 	$(BIN)/python -m icl_msr.report $(or $(RUNS),runs)
 
 clean: ## Remove the environment, caches and build products; runs/ stays
-	rm -rf $(VENV) .cache .mypy_cache .pytest_cache .ruff_cache build dist *.egg-info
+	rm -rf $(VENV) $(VENV)-peers .cache .mypy_cache .pytest_cache .ruff_cache build dist *.egg-info

@@ -1,6 +1,7 @@
-"""The launchers `hydra/launcher=serial` and `process`. Hydra finds launchers only in the package `hydra_plugins`."""
+"""The launchers `hydra/launcher=serial`, `process` and `slurm`. Hydra finds launchers only in `hydra_plugins`."""
 
 from collections.abc import Sequence
+from pkgutil import resolve_name
 from typing import Any
 
 from hydra._internal.core_plugins.basic_launcher import BasicLauncher
@@ -23,22 +24,32 @@ class SerialLauncher(BasicLauncher):
         return super().launch(jobs, initial_job_idx)
 
 
-class ProcessLauncher(Launcher):
-    """Runs each job in its own process; see `icl_msr.cli.sweeps.ProcessLauncher`.
+class _Late(Launcher):
+    """A launcher whose class is imported when it is used, because every program that uses Hydra imports this file."""
 
-    That class is imported late, because every program that uses Hydra imports this file.
-    """
+    named: str
 
     def __init__(self, **keys: Any):
         self.keys = keys
 
     def setup(self, **given: Any) -> None:
         """Make the launcher and pass on what Hydra gives."""
-        from icl_msr.cli import sweeps
-
-        self.launcher = sweeps.ProcessLauncher(**self.keys)
+        self.launcher = resolve_name(self.named)(**self.keys)
         self.launcher.setup(**given)
 
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> list[JobReturn]:
         """Run the jobs and return their metrics."""
-        return self.launcher.launch(job_overrides, initial_job_idx)
+        answers: list[JobReturn] = self.launcher.launch(job_overrides, initial_job_idx)
+        return answers
+
+
+class ProcessLauncher(_Late):
+    """Runs each job in its own process."""
+
+    named = "icl_msr.cli.sweeps.ProcessLauncher"
+
+
+class SlurmLauncher(_Late):
+    """Submits the jobs to SLURM as an array."""
+
+    named = "icl_msr.cli.arrays.SlurmLauncher"

@@ -278,9 +278,8 @@ def make_trainer(settings: Settings, plan: Plan, folder: RunFolder, pieces: Piec
         node["enable_progress_bar"] = sys.stdout.isatty()
     strategy: Strategy | str = "auto"
     if plan.world_size > 1:
-        backend = "gloo" if plan.accelerator == "cpu" else None
         # Buffers are already equal on all ranks. A broadcast would overwrite a queue.
-        strategy = DDPStrategy(process_group_backend=backend, broadcast_buffers=False)
+        strategy = DDPStrategy(broadcast_buffers=False)
     try:
         return build_as(
             pl.Trainer,

@@ -25,11 +25,11 @@ from yaml import MarkedYAMLError, YAMLError
 
 from icl_msr.cli.footprint import Footprint, require_common_folder
 from icl_msr.cli.processes import hold_leash, in_folder, told
-from icl_msr.cli.sweeps import ProcessLauncher, register_resolvers
+from icl_msr.cli.sweeps import exit_codes, register_resolvers
 from icl_msr.cli.words import ambiguous, for_sweep, overrides, path_in, spelled_out, unreadable
 from icl_msr.core import trust
 from icl_msr.core.compose import compose, hydra_for_itself
-from icl_msr.core.config import UNSEEN, Settings, check, config_dir, no_keys, suggestion, unfilled
+from icl_msr.core.config import MOVABLE, UNSEEN, Settings, check, config_dir, no_keys, suggestion, unfilled
 from icl_msr.core.errors import SharedMistake, UserError, reason
 from icl_msr.core.folder import RunFolder
 from icl_msr.core.memory import SHORT, memory_is_short
@@ -57,7 +57,7 @@ def main(job: Job, arguments: Sequence[str] | None = None) -> int:
     warnings.filterwarnings("ignore", "`torch.jit.script` is deprecated")  # torch warns of it in forward mode
     warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated")
     register_resolvers()
-    ProcessLauncher.exit_codes.clear()
+    exit_codes.clear()
     Footprint.made.clear()
     codes: list[int] = []
     said: set[str] = set()
@@ -126,13 +126,13 @@ def main(job: Job, arguments: Sequence[str] | None = None) -> int:
             raise
         return 2
     except Exception as mistake:
-        begun = codes or ProcessLauncher.exit_codes  # after that, it is not a mistake of the user
+        begun = codes or exit_codes  # after that, it is not a mistake of the user
         if begun or not (isinstance(mistake, _MISTAKES) or _is_hydras(mistake)):
             raise
         return refuse(sentence(mistake, typed))
     if not codes:  # a help text was printed, or the sweep had nothing to do
         Footprint.erase()
-    return max([*codes, *ProcessLauncher.exit_codes], default=0)
+    return max([*codes, *exit_codes], default=0)
 
 
 def _resumed(typed: Sequence[str]) -> tuple[DictConfig | None, Sequence[str]]:
@@ -142,7 +142,7 @@ def _resumed(typed: Sequence[str]) -> tuple[DictConfig | None, Sequence[str]]:
 
     Raises:
         UserError: the folder holds no run, its config is not trusted, or a word changes something other than the
-            number of epochs or the keys that no result depends on.
+            number of epochs and the keys in `UNSEEN` and `MOVABLE`.
     """
     folders = [path_in(word) for word in typed if word.startswith("resume=")]
     if not folders:
@@ -155,17 +155,20 @@ def _resumed(typed: Sequence[str]) -> tuple[DictConfig | None, Sequence[str]]:
         )
     trust.require(folder.saved_config(), folder.config)
     config = OmegaConf.create(folder.saved_config(resolve=False))
-    changes = [word for word in typed if word.partition("=")[0] in ("trainer.max_epochs", *UNSEEN)]
+    changes = [word for word in typed if word.partition("=")[0] in ("trainer.max_epochs", *UNSEEN, *MOVABLE)]
     for word in typed:
         if word not in changes and not word.startswith(("resume=", "hydra.run.dir=")):
             raise UserError(
                 f"{word} cannot be changed when a run is continued; drop it (trainer.max_epochs=N may grow, and "
-                f"{' and '.join(UNSEEN)} may change), or begin a new run."
+                f"{', '.join((*UNSEEN, *MOVABLE))} may change), or begin a new run."
             )
     for change in OverridesParser.create().parse_overrides(changes):
-        if not change.is_sweep_override():  # Hydra refuses a sweep
+        if change.key_or_group in MOVABLE and change.is_sweep_override():
+            raise UserError(f"{change.input_line} has several values, and a run is continued once; give one value.")
+        if not change.is_sweep_override():  # Hydra refuses another sweep
             OmegaConf.update(config, change.key_or_group, change.value())
-    return config, [*changes, in_folder(folder.path)]
+    known = [word for word in changes if word.partition("=")[0] not in MOVABLE]  # by Hydra, whose config is replaced
+    return config, [*known, in_folder(folder.path)]
 
 
 def _is_hydras(error: BaseException) -> bool:

@@ -1,6 +1,5 @@
 """Evaluate any encoder on any data set, in this process or in one process per device."""
 
-import os
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -18,6 +17,7 @@ from icl_msr.cli.conclude import conclude, image_facts, provenance
 from icl_msr.cli.order import Order
 from icl_msr.cli.processes import require_processes, run_ranks
 from icl_msr.core.config import build
+from icl_msr.core.distributed import join, leave
 from icl_msr.core.errors import UserError
 from icl_msr.core.folder import RunFolder
 from icl_msr.core.ranks import is_first, is_rank
@@ -53,13 +53,11 @@ def carry_out(order: Order, words: Sequence[str]) -> int:
         order.to.mkdir(parents=True, exist_ok=True)
         given = [word for word in words if not word.startswith("to=")]
         return run_ranks(plan.world_size, [*given, f"to={order.to}"], order.to, "icl_msr.evaluate")
-    if plan.accelerator == "gpu":
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    torch.distributed.init_process_group("nccl" if plan.accelerator == "gpu" else "gloo")
+    join(plan.accelerator == "gpu")
     try:
         evaluate(order, words, plan)
     finally:
-        torch.distributed.destroy_process_group()
+        leave()
     return 0
 
 

@@ -12,7 +12,6 @@ from tempfile import TemporaryFile
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig
@@ -21,8 +20,9 @@ from rich.text import Text
 
 from icl_msr.cli.assemble import Pieces, assemble, build_as, in_words, make_loggers, make_trainer
 from icl_msr.cli.conclude import conclude, describe, evaluate, peak_memory_mb, scene_of
-from icl_msr.cli.processes import in_folder, require_processes, run_ranks
-from icl_msr.core.config import UNSEEN, Settings
+from icl_msr.cli.processes import in_folder, requeued, require_processes, run_ranks
+from icl_msr.core.config import MOVABLE, UNSEEN, Settings
+from icl_msr.core.distributed import join, leave
 from icl_msr.core.errors import UserError
 from icl_msr.core.folder import RunFolder
 from icl_msr.core.ranks import is_first, is_rank
@@ -50,20 +50,22 @@ def run(settings: Settings, config: DictConfig) -> float:
     if (metric := finished(settings, folder, console)) is not None:
         return metric
 
-    plan = build_as(Hardware, settings.hardware).plan()
+    hardware = build_as(Hardware, settings.hardware)
+    plan = hardware.plan()
     supervise = plan.world_size > 1 and not is_rank()
     require_processes(plan, multirun=HydraConfig.get().mode == RunMode.MULTIRUN)
     pieces = assemble(settings, plan)
     require_room(pieces.module, folder.path)
-    if supervise:
-        del pieces
-        code = run_ranks(plan.world_size, [*sys.argv[1:], in_folder(folder.path)], folder.path)
-        return folder.metric() if code == 0 else sys.exit(code)
-    with folder.locked() if is_first() else nullcontext(), stoppable(folder.farewell):
-        # Another command may have finished the run meanwhile. A rank must go on, because the others wait for it.
-        if (metric := finished(settings, folder, console)) is not None and not is_rank():
-            return metric
-        return carry_out(settings, config, plan, pieces, folder, console)
+    with requeued(hardware.requeue):
+        if supervise:
+            del pieces
+            code = run_ranks(plan.world_size, [*sys.argv[1:], in_folder(folder.path)], folder.path)
+            return folder.metric() if code == 0 else sys.exit(code)
+        with folder.locked() if is_first() else nullcontext(), stoppable(folder.farewell):
+            # Another command may have finished the run meanwhile. A rank must go on, because the others wait for it.
+            if (metric := finished(settings, folder, console)) is not None and not is_rank():
+                return metric
+            return carry_out(settings, config, plan, pieces, folder, console)
 
 
 def finished(settings: Settings, folder: RunFolder, console: Console) -> float | None:
@@ -110,14 +112,15 @@ def carry_out(
         console.print(f"The strata are not drawn: {pieces.without_maps}.", style="yellow")
     with closing(loggers):
         trainer.loggers = loggers
+        if plan.world_size > 1:
+            join(plan.accelerator == "gpu")
         trainer.fit(
             pieces.module,
             pieces.data,
             ckpt_path=folder.checkpoint if resumed_at is not None else None,
             weights_only=True,
         )
-        if dist.is_initialized():
-            dist.destroy_process_group()
+        leave()
         if not trainer.is_global_zero:
             return math.nan
         results = evaluate(settings, plan, pieces, folder, facts["choices"])
@@ -151,8 +154,11 @@ def more_epochs(settings: Settings, folder: RunFolder) -> bool:
     """
     saved, now = flatten(folder.saved_config()), flatten(settings.model_dump())
     epochs = "trainer.max_epochs"
+    grows = (now[epochs] or 0) > _epochs(saved)
+    # What trains on compares the images with those that the run was begun with.
+    free = {*UNSEEN, *(MOVABLE if grows or not folder.done else ())}
     for key in dict.fromkeys([*now, *saved]):
-        if key.removeprefix("dataset.") in WRITTEN or key in UNSEEN:  # the images are the same
+        if key.removeprefix("dataset.") in WRITTEN or key in free:  # the images are the same
             continue
         if saved.get(key) != now.get(key) and (key != epochs or (now[key] or 0) < _epochs(saved)):
             raise UserError(
@@ -160,7 +166,7 @@ def more_epochs(settings: Settings, folder: RunFolder) -> bool:
                 f"continued as it was begun, only {epochs} may grow: choose another hydra.run.dir, or "
                 f"type resume={folder}."
             )
-    return bool((now[epochs] or 0) > _epochs(saved))
+    return grows
 
 
 def _epochs(config: Mapping[str, Any]) -> float:

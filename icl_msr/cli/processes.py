@@ -19,7 +19,8 @@ from pathlib import Path
 from types import FrameType
 from typing import IO, TYPE_CHECKING, Any
 
-from icl_msr.core.errors import SharedMistake, UserError
+from icl_msr.core import slurm
+from icl_msr.core.errors import PREEMPTED, SharedMistake, UserError
 from icl_msr.core.ranks import VARIABLES, is_first, is_rank, outside_nodes, outside_world_size
 from icl_msr.core.signals import give_back, take_signals
 
@@ -247,6 +248,20 @@ def _explained(first: int, ranks: Sequence[Child], log: Path, signals: Sequence[
 def _last_line(log: Path) -> str:
     lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
     return lines[-1].strip() if lines else f"{log} is empty."
+
+
+@contextmanager
+def requeued(wanted: bool) -> Iterator[None]:
+    """Ask SLURM to run this job again if `wanted` and a signal ends the block.
+
+    Only the first rank asks, or the process that has started the ranks or the jobs of a sweep.
+    """
+    try:
+        yield
+    except SystemExit as stop:
+        if wanted and stop.code == PREEMPTED and is_first() and not _held:
+            print(slurm.requeue(), file=sys.stderr, flush=True)
+        raise
 
 
 @contextmanager

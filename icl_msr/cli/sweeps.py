@@ -3,17 +3,18 @@
 import errno
 import fcntl
 import json
+import math
 import os
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from pathlib import Path
 from statistics import mean
-from typing import Any, ClassVar
+from typing import Any
 
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.utils import JobReturn, JobStatus
@@ -22,7 +23,7 @@ from hydra.types import HydraContext, RunMode, TaskFunction
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from icl_msr.cli.footprint import new_folder, refuse, run_folder
-from icl_msr.cli.processes import Child, clean_environment, in_folder, passed_on
+from icl_msr.cli.processes import Child, clean_environment, in_folder, passed_on, requeued
 from icl_msr.cli.words import in_short, spelled_out
 from icl_msr.core import trust
 from icl_msr.core.compose import known_to_hydra
@@ -36,19 +37,115 @@ from icl_msr.core.storage import atomic_write, read_json
 _OURS = ("hydra.sweep.", "hydra.launcher.", "hydra.sweeper.", "hydra.mode", "hydra/launcher", "hydra/sweeper")
 """Overrides that concern the sweep and not its jobs."""
 
+PATIENCE = 2.0
+"""Seconds in which another process that begins the same sweep writes its record."""
+
+PAUSE = 1.0
+"""Seconds between two looks at jobs that other processes run."""
+
 _LONGEST = 64
 """W&B's limit for a job type, in characters."""
+
+
+exit_codes: list[int] = []
+"""Exit codes of the jobs of this process's sweep that have ended. They give the exit code of the command."""
 
 
 @dataclass(frozen=True)
 class Job:
     """One run of a sweep."""
 
+    number: int
     overrides: list[str]
+    config: DictConfig
+    """The composed config, without Hydra's part."""
     folder: RunFolder
     title: str
-    metric: float | None
-    """Metric of this run if it is finished, else None. Anything else in its folder is checked by the run itself."""
+
+    def metric(self) -> float | None:
+        """Return the metric of this run if it is finished, else None. The run itself says what is damaged."""
+        with suppress(OSError, UserError):
+            if self.folder.done and self.folder.config.read_bytes() == as_yaml(self.config).encode():
+                return self.folder.metric()
+        return None
+
+    def answer(self, metric: float) -> JobReturn:
+        """Return what Hydra's sweeper expects of a launcher."""
+        answer = JobReturn(overrides=self.overrides, status=JobStatus.COMPLETED)
+        answer.return_value = metric
+        return answer
+
+
+def planned(context: HydraContext, sweep: DictConfig, job_overrides: Sequence[Sequence[str]], first: int) -> list[Job]:
+    """Return the jobs of a sweep, whose configs are checked, and make their folders. Jobs never begun count too.
+
+    Raises:
+        UserError: a key or value is wrong.
+    """
+    jobs = []
+    for number, overrides in enumerate(job_overrides, first):
+        config = checked_job(context, sweep, overrides, number)
+        HydraConfig.instance().set_config(config)  # resolves ${hydra:...} in the folder's name
+        folder = RunFolder(Path(str(config.hydra.sweep.dir)) / str(config.hydra.sweep.subdir))
+        task = OmegaConf.masked_copy(config, [str(key) for key in config if key != "hydra"])
+        title = " ".join([f"[{number + 1}/{first + len(job_overrides)}]", *_varying(overrides)])
+        jobs.append(Job(number, list(overrides), task, folder, title))
+    for job in jobs:
+        job.folder.path.mkdir(parents=True, exist_ok=True)
+    return jobs
+
+
+def command_words(sweep: DictConfig, job: Job) -> list[str]:
+    """Return the words of `python -m icl_msr.run` that carry out one job of a sweep."""
+    theirs = [word for word in sweep.hydra.overrides.hydra if not word.lstrip("+~").startswith(_OURS)]
+    return [*job.overrides, *theirs, *trust.word(), in_folder(job.folder.path)]
+
+
+def dashboard_variables(sweep: DictConfig, job: Job) -> dict[str, str]:
+    """Return the variables by which W&B groups the runs of a sweep, unless the user has set them."""
+    variables = {"WANDB_RUN_GROUP": Path(str(sweep.hydra.sweep.dir)).name, "WANDB_JOB_TYPE": job_type(job.overrides)}
+    return {name: value for name, value in variables.items() if value and name not in os.environ}
+
+
+class Claims:
+    """The file `claims` of a sweep that several processes share: byte n is locked by the process that runs job n.
+
+    The operating system releases the locks of a process that ends, and those of a machine that is gone. A byte that is
+    not zero says that the job has failed.
+    """
+
+    def __init__(self, sweep: Path):
+        self.path = sweep / "claims"
+
+    def __enter__(self) -> "Claims":
+        self.file = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o666)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        os.close(self.file)
+
+    @contextmanager
+    def claimed(self, number: int) -> Iterator[bool]:
+        """Claim a job inside the context, and yield whether that was possible."""
+        ours = True
+        try:
+            fcntl.lockf(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, number)
+        except OSError as error:
+            ours = error.errno not in (errno.EAGAIN, errno.EACCES)  # another error means a file system without locks
+        try:
+            yield ours
+        finally:
+            if ours:
+                with suppress(OSError):
+                    fcntl.lockf(self.file, fcntl.LOCK_UN, 1, number)
+
+    def fail(self, number: int) -> None:
+        """Tell the other processes that a job has failed, so that they do not run it."""
+        os.pwrite(self.file, b"1", number)
+
+    def has_failed(self, number: int) -> bool:
+        """Return whether a job has failed since the sweep was begun or continued."""
+        return os.pread(self.file, 1, number) == b"1"
 
 
 class ProcessLauncher:
@@ -56,10 +153,9 @@ class ProcessLauncher:
 
     A finished job is skipped, and a job that was begun continues. A job that fails does not stop the others. With
     several jobs side by side, each writes to `job.log` in its folder.
-    """
 
-    exit_codes: ClassVar[list[int]] = []
-    """Exit codes of the jobs that have ended. They give the exit code of the command."""
+    The same command, typed in several places over a shared folder, shares the jobs out; see `Claims`.
+    """
 
     def __init__(self, jobs: int):
         self.jobs = jobs
@@ -80,52 +176,54 @@ class ProcessLauncher:
 
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> list[JobReturn]:
         """Run the jobs and return their metrics to the sweeper. After a signal, wait for the running jobs and stop."""
-        total = initial_job_idx + len(job_overrides)
-        jobs = [self._job(initial_job_idx + i, list(words), total) for i, words in enumerate(job_overrides)]
-        self.due += sum(job.metric is None for job in jobs)
-        for job in jobs:
-            job.folder.path.mkdir(parents=True, exist_ok=True)  # jobs that are never begun count too
-        with passed_on(self.running) as self.signals, ThreadPoolExecutor(self.jobs) as pool:
-            answers = list(pool.map(self._run, jobs))
+        jobs = planned(self.context, self.config, job_overrides, initial_job_idx)
+        self.due += sum(job.metric() is None for job in jobs)
+        answers: dict[int, JobReturn | None] = {}
+        with passed_on(self.running) as self.signals, Claims(Path(str(self.config.hydra.sweep.dir))) as self.claims:
+            waiting = jobs
+            while waiting:
+                with ThreadPoolExecutor(self.jobs) as pool:
+                    answers |= zip([job.number for job in waiting], pool.map(self._run, waiting), strict=True)
+                if waiting := [job for job in waiting if answers[job.number] is None]:
+                    time.sleep(PAUSE)  # another process runs these jobs, and may die
         if self._stopped():
             print("The sweep was stopped; the same command continues it.", file=sys.stderr)
-            sys.exit(PREEMPTED)
-        return answers
-
-    def _job(self, number: int, overrides: list[str], total: int) -> Job:
-        config = checked_job(self.context, self.config, overrides, number)
-        HydraConfig.instance().set_config(config)  # resolves ${hydra:...} in the folder's name
-        folder = RunFolder(Path(str(config.hydra.sweep.dir)) / str(config.hydra.sweep.subdir))
-        task = OmegaConf.masked_copy(config, [str(key) for key in config if key != "hydra"])
-        metric = None
-        with suppress(OSError, UserError):  # the job itself says what is damaged
-            if folder.done and folder.config.read_bytes() == as_yaml(task).encode():
-                metric = folder.metric()
-        return Job(overrides, folder, " ".join([f"[{number + 1}/{total}]", *_varying(overrides)]), metric)
+            with requeued(bool(self.config.hardware.get("requeue"))):
+                sys.exit(PREEMPTED)
+        return [answer for answer in answers.values() if answer]
 
     def _stopped(self) -> bool:
-        return bool(self.signals) or PREEMPTED in self.exit_codes
+        return bool(self.signals) or PREEMPTED in exit_codes
 
-    def _run(self, job: Job) -> JobReturn:
-        answer = JobReturn(overrides=job.overrides, status=JobStatus.COMPLETED)
-        answer.return_value = float("nan")
-        if job.metric is not None:
-            answer.return_value = job.metric
-            print(f"{job.title}: done before, {job.folder}", flush=True)
-        elif not self._stopped():
-            answer.return_value = self._execute(job)
-        return answer
+    def _run(self, job: Job) -> JobReturn | None:
+        """Run a job and return its answer; None if another process runs it now."""
+        with self.claims.claimed(job.number) as ours:
+            if (metric := job.metric()) is not None:
+                print(f"{job.title}: done before, {job.folder}", flush=True)
+            elif self._stopped():
+                metric = math.nan
+            elif not ours:
+                return None
+            elif self.claims.has_failed(job.number):
+                print(f"{job.title}: failed in another process, {job.folder}", flush=True)
+                exit_codes.append(1)
+                metric = math.nan
+            else:
+                metric = self._execute(job)
+        return job.answer(metric)
 
     def _execute(self, job: Job) -> float:
         print(f"{job.title}: {job.folder}", flush=True)
-        began, code, metric = time.monotonic(), self._exit_code(job), float("nan")
+        began, code, metric = time.monotonic(), self._exit_code(job), math.nan
         seconds, end, left = time.monotonic() - began, f"exit code {code}", ""
         if code == 0:
             metric = job.folder.metric()
             end = f"metric {metric:.4f}"
             self.seconds.append(seconds)
-        self.exit_codes.append(code)
-        waiting = self.due - len(self.exit_codes)
+        elif code != PREEMPTED:
+            self.claims.fail(job.number)
+        exit_codes.append(code)
+        waiting = self.due - len(exit_codes)
         if waiting and self.seconds:
             left = f"; about {_clock(mean(self.seconds) * waiting / self.jobs)} left"
         print(f"{job.title}: {end} after {_clock(seconds)}{left}", flush=True)
@@ -133,12 +231,8 @@ class ProcessLauncher:
 
     def _exit_code(self, job: Job) -> int:
         """Run the job's process and return its exit code, as a shell gives it."""
-        theirs = [word for word in self.config.hydra.overrides.hydra if not word.startswith(_OURS)]
-        environment = clean_environment(self.jobs)
-        environment.setdefault("WANDB_RUN_GROUP", Path(str(self.config.hydra.sweep.dir)).name)
-        if named := job_type(job.overrides):
-            environment.setdefault("WANDB_JOB_TYPE", named)
-        words = [*job.overrides, *theirs, *trust.word(), in_folder(job.folder.path)]
+        words, environment = command_words(self.config, job), clean_environment(self.jobs)
+        environment |= dashboard_variables(self.config, job)
         if self.jobs == 1:
             process = Child(words, environment)
         else:
@@ -183,8 +277,11 @@ class SweepRecord(Callback):
         self.folder = Path(str(config.hydra.sweep.dir))
         self.folder.mkdir(parents=True, exist_ok=True)
         self.lock = os.open(self.folder, os.O_RDONLY)
-        if not _locks(self.lock):
-            refuse(f"{self.folder} is another process's sweep; wait for its end, or choose another hydra.sweep.dir.")
+        if self._joins():
+            print(f"Joining {self.folder}, which another process has begun.", flush=True)
+        elif _is_shared():
+            (self.folder / "claims").unlink(missing_ok=True)  # jobs that have failed are tried again
+            _locks(self.lock, fcntl.LOCK_SH)
         if (self.folder / "sweep.json").exists():
             print(f"Continuing {self.folder}; jobs done so far: {self._state()[0]}.", flush=True)
         self._write(finished=False)
@@ -199,6 +296,20 @@ class SweepRecord(Callback):
         compare = f" Compare them: python -m icl_msr.report {self.folder}" if done else ""
         print(f"Jobs done: {done} of {all_jobs}{rest}.{compare}", flush=True)
         os.close(self.lock)
+
+    def _joins(self) -> bool:
+        """Lock the folder, and return whether another process runs the same sweep in it. Refuse any other one."""
+        deadline = time.monotonic() + PATIENCE
+        while not _locks(self.lock):
+            with suppress(UserError, OSError):
+                command = read_json(self.folder / "sweep.json", "").get("command")
+                if command == sys.argv[1:] and _can_join(self.lock):
+                    return True
+            if not _is_shared() or time.monotonic() > deadline:
+                where = "wait for its end, or choose another hydra.sweep.dir"
+                refuse(f"{self.folder} is another process's sweep; {where}.")
+            time.sleep(0.1)  # the other process may have begun in this moment
+        return False
 
     def _state(self) -> tuple[int, int]:
         jobs = [RunFolder(path) for path in self.folder.iterdir() if path.is_dir()]
@@ -216,7 +327,7 @@ class SweepRecord(Callback):
 
 
 def sweep_folder(root: str) -> str:
-    """Return the folder of this command's sweep if it was begun, is unfinished and is not running; else a new one."""
+    """Return the folder of this command's sweep if it was begun, is unfinished and can be joined; else a new one."""
     for record in sorted(Path(root).glob("*/sweep.json"), reverse=True):
         try:
             content = read_json(record, "restore it from a copy to continue this sweep, or remove it")
@@ -226,7 +337,7 @@ def sweep_folder(root: str) -> str:
         if content.get("command") == sys.argv[1:] and not content.get("finished"):
             folder = os.open(record.parent, os.O_RDONLY)
             try:
-                if _locks(folder):
+                if _locks(folder) or _can_join(folder):
                     return str(record.parent)
             finally:
                 os.close(folder)
@@ -259,16 +370,26 @@ def job_type(overrides: Sequence[str]) -> str | None:
 def _varying(overrides: Sequence[str]) -> list[str]:
     """Return the overrides that a sweep changes from job to job: those that were not typed in this form."""
     typed = {in_short(word) for word in sys.argv[1:]}
-    return [word for word in overrides if in_short(word) not in typed]
+    return [word for word in overrides if not typed & {in_short(word), word.removesuffix("=null")}]  # of ~key
 
 
 def _clock(seconds: float) -> timedelta:
     return timedelta(seconds=round(seconds))
 
 
-def _locks(folder: int) -> bool:
+def _locks(folder: int, kind: int = fcntl.LOCK_EX) -> bool:
     try:
-        fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(folder, kind | fcntl.LOCK_NB)
     except OSError as error:
         return error.errno not in (errno.EAGAIN, errno.EACCES)  # another error means a file system without locks
     return True
+
+
+def _is_shared() -> bool:
+    """Return whether other processes may join this command: its jobs are known before the first one runs."""
+    sweepers = [word for word in sys.argv[1:] if word.startswith("hydra/sweeper=")]
+    return "hydra/launcher=process" in sys.argv[1:] and not sweepers
+
+
+def _can_join(folder: int) -> bool:
+    return _is_shared() and _locks(folder, fcntl.LOCK_SH)

@@ -40,6 +40,9 @@ PLURAL = ("callbacks", "logger", "evaluation")
 UNSEEN = ("loader.num_workers", "dataset.cache_gb")
 """Keys that no result depends on, so that they may change when a run is continued."""
 
+MOVABLE = ("dataset.root", "dataset.path", "hardware.devices", "hardware.nodes")
+"""Keys that may change when a run is continued, because the images are compared, and ranks equal one process."""
+
 GIVEN: dict[str, tuple[str, ...]] = {
     "method": ("backbone", "classes", "mean", "std"),
     "regularizer": ("channels", "method_temperature"),

@@ -8,6 +8,8 @@ itself. The same holds for derivatives of derivatives: only the last one is aver
 All ranks must call the same collectives in the same order. With one process every function here is the identity.
 """
 
+import atexit
+import os
 from collections.abc import Sequence
 from typing import Any
 
@@ -15,6 +17,27 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import Function
+
+
+def join(gpu: bool) -> None:
+    """Join the process group of the ranks that were started together.
+
+    torchrun keeps one store for all attempts of `--max-restarts`, and what the last attempt has left there would stop
+    the next one. So each attempt has a prefix of its own.
+    """
+    if gpu:
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        atexit.register(leave)  # NCCL warns of a group that is still there at the end
+    store, rank, size = next(dist.rendezvous("env://"))
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    store = dist.PrefixStore(f"attempt {attempt}", store)
+    dist.init_process_group("nccl" if gpu else "gloo", store=store, rank=rank, world_size=size)
+
+
+def leave() -> None:
+    """Leave the process group, if this process is in one."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def world_size() -> int:

@@ -4,11 +4,6 @@ import os
 import subprocess
 from collections.abc import Mapping
 
-from icl_msr.core.errors import reason
-
-_GONE = "CANCELLED"
-"""State of a job that somebody has cancelled."""
-
 
 def job() -> str | None:
     """Return the number of this SLURM job as scontrol takes it, `12_3` for a task of an array; None outside a job."""
@@ -32,12 +27,15 @@ def requeue() -> str:
     if number is None or not in_batch_job():
         return "hardware.requeue=true is for jobs of sbatch; this process is not in one."
     try:
-        state = facts(number).get("JobState")
-        if state == _GONE:
+        known = facts(number)
+        if int(known.get("Restarts", 0)) > int(os.environ.get("SLURM_RESTART_COUNT", 0)):
+            return f"SLURM itself runs job {number} again, and it will continue this run."
+        # At the time limit and after scancel, the state is COMPLETING.
+        if known.get("JobState") != "RUNNING" and known.get("Reason") != "TimeLimit":
             return f"SLURM job {number} was cancelled, so it is not requeued."
         _scontrol("requeue", number)
-    except (OSError, subprocess.CalledProcessError) as error:
-        said = reason(error) if isinstance(error, OSError) else " ".join(error.stderr.split()).rstrip(".")
+    except (OSError, subprocess.SubprocessError) as error:
+        said = " ".join((getattr(error, "stderr", "") or str(error)).split()).rstrip(".")
         return f"SLURM job {number} could not be requeued ({said})."
     return f"SLURM job {number} is requeued and will continue this run."
 
@@ -46,7 +44,7 @@ def facts(number: str) -> Mapping[str, str]:
     """Return what SLURM knows of a job.
 
     Raises:
-        OSError, subprocess.CalledProcessError: SLURM does not answer or does not know the job.
+        OSError, subprocess.SubprocessError: SLURM does not answer or does not know the job.
     """
     first, *_ = _scontrol("show", "job", "--oneliner", number).splitlines() or [""]
     return dict(word.partition("=")[::2] for word in first.split())

@@ -62,6 +62,7 @@ NESTED: Kinds = {
     "pytorch_lightning.profilers": "pytorch_lightning.profilers.Profiler",
     "icl_msr.augment": CALLABLE,
     "icl_msr.negatives": "builtins.object",
+    "icl_msr.data": "icl_msr.data.dataset.Dataset",
 }
 """Kinds that are allowed as the `_target_` of a node inside a node."""
 

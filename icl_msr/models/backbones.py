@@ -131,7 +131,8 @@ class Backbone(nn.Module):
         if features.ndim == 3:
             tokens = features[:, getattr(net, "num_prefix_tokens", 0) :]
             side = math.isqrt(tokens.shape[1])
-            return tokens.mT.reshape(len(tokens), -1, side, side) if side * side == tokens.shape[1] else None
+            square = side > 1 and side * side == tokens.shape[1]  # a single token may be the class token
+            return tokens.mT.reshape(len(tokens), -1, side, side) if square else None
         return features.permute(0, 3, 1, 2) if getattr(net, "output_fmt", "NCHW") == "NHWC" else features
 
 

@@ -43,7 +43,8 @@ class Hardware:
     """Settings of devices, precision, memory format and compilation. `auto` takes what is fastest on this machine.
 
     `compile` compiles the backbones with `torch.compile`. The first steps take a minute longer, and the names of the
-    weights stay. `tf32` lets a GPU round the factors of fp32 products to TF32. The meta pass never does.
+    weights stay. `tf32` lets a GPU round the factors of fp32 products to TF32. The meta pass never does. `requeue` lets
+    the program ask SLURM to run its job again after a signal has stopped it.
     """
 
     def __init__(
@@ -56,10 +57,11 @@ class Hardware:
         channels_last: bool,
         compile: bool,
         tf32: bool,
+        requeue: bool,
     ):
         self.accelerator, self.devices, self.nodes = accelerator, devices, nodes
         self.precision, self.channels_last = precision, channels_last
-        self.compile, self.tf32 = compile, tf32
+        self.compile, self.tf32, self.requeue = compile, tf32, requeue
 
     def plan(self) -> Plan:
         """Return the plan for this machine, and set the use of TF32.

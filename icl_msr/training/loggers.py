@@ -5,6 +5,7 @@ import io
 import os
 import secrets
 import shutil
+import subprocess
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -18,7 +19,8 @@ from pytorch_lightning.loggers.logger import Logger
 from pytorch_lightning.utilities import rank_zero_only
 from typing_extensions import override
 
-from icl_msr.core.errors import UserError, reason
+from icl_msr.core import slurm
+from icl_msr.core.errors import PREEMPTED, UserError, reason
 from icl_msr.core.folder import RunFolder
 from icl_msr.core.ranks import is_first
 from icl_msr.core.records import Outcome
@@ -30,6 +32,10 @@ MODES = ("online", "offline", "disabled")
 
 PATIENCE = 30.0
 """Seconds to wait for W&B's server before the run is kept offline."""
+
+
+SERVICE_IDLE = "5s"
+"""Time after which W&B's service ends when no process uses it."""
 
 
 @dataclass(frozen=True)
@@ -182,9 +188,11 @@ class WeightsAndBiases(Logger):
                 self._conclude(folder)
 
     def close(self, exit_code: int) -> None:
-        """End the W&B run with the exit code."""
+        """End the W&B run with the exit code. A run that will be continued is marked as preempted."""
         if self.run is not None:
             with self._forgiving():
+                if exit_code == PREEMPTED:
+                    self.run.mark_preempting()
                 self.run.finish(exit_code=exit_code)
         self.run = None
 
@@ -210,6 +218,8 @@ class WeightsAndBiases(Logger):
         os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
         import wandb
 
+        if slurm.job():
+            _start_service_apart()
         side_file = self.folder / "wandb_id"
         continued = self.about.resumed_at is not None and side_file.exists()
         silent = wandb.Settings(silent=True)
@@ -287,6 +297,19 @@ class WeightsAndBiases(Logger):
         except OSError:  # the file system has no hard links
             shutil.copy(file, kept)
         return kept
+
+
+def _start_service_apart() -> None:
+    """Start W&B's service as a process that is not below this one, for `wandb.setup` to find.
+
+    SLURM may send the signal of a step to all processes below its tasks. The service ends at once on a signal, and the
+    last points of the curves would be lost.
+    """
+    if "WANDB_SERVICE" not in os.environ:
+        command = [sys.executable, "-m", "wandb", "beta", "core", "start", "--idle-timeout", SERVICE_IDLE]
+        started = subprocess.run(command, capture_output=True, text=True, check=False)
+        if started.returncode == 0:  # else the service starts below this process, as usual
+            os.environ["WANDB_SERVICE"] = started.stdout.strip()
 
 
 class TensorBoard(TensorBoardLogger):

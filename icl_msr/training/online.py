@@ -47,7 +47,7 @@ class OnlineEvaluation(pl.Callback):
         self.bank = self.fit[torch.linspace(0, len(self.fit) - 1, min(bank, len(self.fit))).long()]
         self.fits = torch.zeros(len(train), dtype=torch.bool)
         self.fits[self.fit] = True
-        self.probe = nn.Linear(channels, len(dataset.classes))
+        self.probe = nn.Linear(channels, max(1, len(dataset.classes)))  # an empty layer is a warning of torch
         nn.init.zeros_(self.probe.weight)
         nn.init.zeros_(self.probe.bias)
         self.optimizer = torch.optim.Adam(self.probe.parameters(), lr=3e-3)

@@ -600,6 +600,24 @@ def test_a_signal_saves_and_resume_continues_bit_for_bit(pair: Pair, programs: P
     assert accuracies[0] == accuracies[1]
 
 
+@pytest.mark.slow
+def test_a_run_goes_on_with_another_number_of_ranks(pair: Pair, programs: Programs, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    program = programs.start(*SHORT, *ONE, f"hydra.run.dir={folder}")
+    until(lambda: steps(folder) > 2 or program.process.poll() is not None)
+    program.send(signal.SIGTERM)
+    assert program.wait() == 75
+    program = programs(f"resume={folder}", "hardware.devices=2")
+    assert program.wait() == 0, program.err
+    programs.gone(30)
+    _, module, _ = pieces(*SHORT, *ONE)
+    whole, continued = weights(pair.one), weights(folder)
+    assert continued["global_step"] == whole["global_step"]
+    apart = distances(whole["state_dict"], continued["state_dict"], module.state_dict())
+    assert apart.pop("regularizer.network") < 0.5
+    assert max(apart.values()) < 0.1, apart
+
+
 def test_a_signal_in_the_evaluation_is_answered_as_in_training(programs: Programs, tmp_path: Path) -> None:
     """And the evaluation is done by the command that it names."""
     folder = tmp_path / "run"
@@ -714,4 +732,24 @@ def test_ranks_that_others_start(pair: Pair, programs: Programs, tmp_path: Path)
     assert [program.err for program in ranks] == ["", ""]
     assert ranks[1].out == ""
     same(weights(pair.two)["state_dict"], weights(folder)["state_dict"])
+    programs.gone(30)
+
+
+@pytest.mark.slow
+def test_torchrun_starts_ranks_again(programs: Programs, tmp_path: Path) -> None:
+    """With `--max-restarts`, they continue from the checkpoint."""
+    words = [*TRAINING, "method=simclr", "regularizer=none", "evaluation=none", "trainer.max_epochs=4", *TWO]
+    slowly = "+callbacks.slowly._target_=support.slowly.Slowly"
+    path = f"{CHECKOUT}:{CHECKOUT / 'tests'}"
+    whole = programs.start(*words, slowly, f"hydra.run.dir={tmp_path}/whole", PYTHONPATH=path)
+    assert whole.wait() == 0, whole.err
+    folder = tmp_path / "run"
+    torchrun = ["--standalone", "--nproc-per-node=2", "--max-restarts=1", "-m", "icl_msr.run"]
+    command = [*torchrun, *words, slowly, f"hydra.run.dir={folder}"]
+    program = programs.start(*command, module="torch.distributed.run", PYTHONPATH=path, SLOWLY="0.4")
+    until(lambda: steps(folder) > 10 or program.process.poll() is not None)
+    os.kill(programs.rank(1), signal.SIGKILL)
+    assert program.wait() == 0, program.err
+    assert f"Continuing {folder} from step 8." in program.out
+    same(weights(tmp_path / "whole")["state_dict"], weights(folder)["state_dict"])
     programs.gone(30)

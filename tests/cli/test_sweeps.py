@@ -1,10 +1,13 @@
 """Sweeps: jobs as processes, each with its folder and exit code, and nothing that is done is done again."""
 
+import fcntl
 import json
 import math
 import os
 import re
+import shlex
 import signal
+import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -20,10 +23,10 @@ from support.programs import Programs, steps, until
 from support.tiny import DATA, MODEL
 from support.uploads import sent
 
-from icl_msr.cli import processes, sweeps
+from icl_msr.cli import arrays, processes, sweeps
 from icl_msr.cli.command import Job, main
 from icl_msr.cli.job import run
-from icl_msr.cli.processes import clean_environment
+from icl_msr.cli.processes import clean_environment, in_folder
 from icl_msr.cli.sweeps import checked_job, job_type, sweep_folder
 from icl_msr.core.config import config_dir
 from icl_msr.core.folder import RunFolder
@@ -255,9 +258,20 @@ def test_a_sweep_finds_its_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert sweep_folder(str(root)) > f"{root}/2026-01-04"
     os.close(lock)
     assert sweep_folder(str(root)) == begun
+    lock = os.open(begun, os.O_RDONLY)
+    assert sweeps._locks(lock, fcntl.LOCK_SH)
+    assert sweep_folder(str(root)) > f"{root}/2026-01-04"  # it runs, and its jobs are not shared
+    monkeypatch.setattr(sys, "argv", ["icl_msr.run", *mine, PROCESS])
+    shared = record(root, "2026-01-05_00-00-00", [*mine, PROCESS], finished=False)
+    other = os.open(shared, os.O_RDONLY)
+    assert sweeps._locks(other, fcntl.LOCK_SH)
+    assert sweep_folder(str(root)) == shared
+    os.close(lock)
+    os.close(other)
 
 
-def test_two_sweeps_do_not_share_a_folder(command: Any, tmp_path: Path) -> None:
+def test_two_sweeps_do_not_share_a_folder(command: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sweeps, "PATIENCE", 0.1)
     (tmp_path / "here").mkdir()
     lock = os.open(tmp_path / "here", os.O_RDONLY)
     assert sweeps._locks(lock)
@@ -266,6 +280,67 @@ def test_two_sweeps_do_not_share_a_folder(command: Any, tmp_path: Path) -> None:
     assert (code, out) == (2, [])
     assert err == ["here is another process's sweep; wait for its end, or choose another hydra.sweep.dir."]
     assert list((tmp_path / "here").iterdir()) == []
+
+
+OTHER = """
+import fcntl, json, os, sys
+folder, claimed = sys.argv[1], int(sys.argv[2])
+with open(os.path.join(folder, "sweep.json"), "w") as file:
+    json.dump({"command": sys.argv[3:], "finished": False}, file)
+fcntl.flock(os.open(folder, os.O_RDONLY), fcntl.LOCK_SH)
+claims = os.open(os.path.join(folder, "claims"), os.O_RDWR | os.O_CREAT)
+fcntl.lockf(claims, fcntl.LOCK_EX, 1, claimed)
+print("ready", flush=True)
+if sys.stdin.readline() == "fail\\n":
+    os.pwrite(claims, b"1", claimed)
+"""
+
+
+@pytest.mark.parametrize("end", ["dies", "fail"])
+def test_the_same_command_elsewhere_shares_the_jobs(
+    end: str, command: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A job of a process that has died is taken over, and one that has failed is not repeated."""
+    monkeypatch.setattr(sweeps, "PAUSE", 0.01)
+    here = tmp_path / "here"
+    here.mkdir()
+    words = ["seed=1,2,3", "method=simclr", PROCESS, "hydra.sweep.dir=here"]
+    other = subprocess.Popen(
+        [sys.executable, "-c", OTHER, str(here), "0", "-m", *words],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert other.stdin is not None
+    assert other.stdout is not None
+    assert other.stdout.readline() == "ready\n"
+    until_last = f"until [ -f {here}/2/results.json ]; do sleep 0.05; done; sleep 0.3; "
+    finish = f"kill -9 {other.pid}" if end == "dies" else "echo fail"
+    subprocess.Popen(["bash", "-c", until_last + finish], stdout=other.stdin)
+    answer = command(*words)
+    other.communicate()
+    assert answer.err == []
+    assert answer.out[0] == "Joining here, which another process has begun."
+    ends = [line for line in answer.out if re.search("metric|failed", line)]
+    assert [line[:20] for line in ends[:2]] == ["[2/3] seed=2: metric", "[3/3] seed=3: metric"]
+    if end == "dies":
+        assert answer.code == 0
+        assert ends[2].startswith("[1/3] seed=1: metric 0.1000")
+    else:
+        assert answer.code == 1
+        assert ends[2] == "[1/3] seed=1: failed in another process, here/0"
+        assert command(*words).code == 0  # nobody else is there now, so it is tried again
+    assert [began(here / job) for job in "012"] == [1, 1, 1]
+
+
+def test_only_the_same_command_joins(command: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sweeps, "PATIENCE", 0.1)
+    record(tmp_path, "here", ["-m", "seed=1,2", PROCESS, "hydra.sweep.dir=here"], finished=False)
+    lock = os.open(tmp_path / "here", os.O_RDONLY)
+    assert sweeps._locks(lock, fcntl.LOCK_SH)
+    assert command("seed=1,3", PROCESS, "hydra.sweep.dir=here").code == 2
+    assert command("seed=1,2", "hydra.sweep.dir=here").code == 2
+    os.close(lock)
 
 
 def test_a_sweep_is_no_rank(command: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -299,6 +374,127 @@ def test_what_a_run_is_called(monkeypatch: pytest.MonkeyPatch) -> None:
     assert job_type([f"a={'b' * 99}"]) == f"a={'b' * 62}"
     monkeypatch.setenv("WANDB_JOB_TYPE", "baseline")
     assert job_type([*fixed, "seed=1"]) == "baseline"
+
+
+# --------------------------------------------------------------------------------------------- jobs as a SLURM array
+
+SCHEDULER = {
+    # runs the tasks of an array at once, one after the other, and notes their states
+    "sbatch": r"""#!/bin/bash
+    file="${@: -1}"; number=$(($(cat "$STATES/last" 2>/dev/null || echo 40) + 1)); echo $number >"$STATES/last"
+    tasks=$(sed -n 's/^#SBATCH --array=\([0-9,]*\).*/\1/p' "$file")
+    for task in ${tasks//,/ }; do
+      if [ "$LATER" ]; then state=PENDING
+      elif SLURM_ARRAY_TASK_ID=$task bash "$file"; then state=COMPLETED; else state=FAILED; fi
+      echo "$task $state" >>"$STATES/$number"
+    done
+    echo "$number" """,
+    "squeue": r"""#!/bin/bash
+    for word; do
+      if [[ $word == --jobs=* ]]; then for number in ${word//[^0-9]/ }; do cat "$STATES/$number"; done; fi
+    done """,
+    "srun": r"""#!/bin/bash
+    while [[ $1 == --* ]]; do shift; done; exec "$@" """,
+}
+SLURM = "hydra/launcher=slurm"
+
+
+@pytest.fixture
+def scheduler(command: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Commands with the names of SLURM's, and the folder where they note the states of jobs."""
+    programs, states = tmp_path / "bin", tmp_path / "states"
+    programs.mkdir()
+    states.mkdir()
+    for name, script in SCHEDULER.items():
+        (programs / name).write_text(script)
+        (programs / name).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{programs}:{os.environ['PATH']}")
+    monkeypatch.setenv("STATES", str(states))
+    monkeypatch.setattr(arrays, "PAUSE", 0.01)
+    monkeypatch.setattr(arrays, "_LATE", 0.1)
+    return states
+
+
+def test_an_array_says_what_each_task_does(command: Any, scheduler: Path, tmp_path: Path) -> None:
+    own = ["hydra.launcher.time=4:00:00", "+hydra.launcher.exclude=n3", "hydra.launcher.at_once=2"]
+    answer = command("seed=1,2", "method=simclr", SLURM, *own, "hydra.launcher.setup='module load cuda'")
+    assert (answer.code, answer.err) == (0, [])
+    folder = only(tmp_path)
+    script = (folder / "array-0.sh").read_text().splitlines()
+    options = [line.partition(" --")[2] for line in script if line.startswith("#SBATCH")]
+    assert options[:5] == [f"job-name={folder.name}", "array=0,1%2", "nodes=1", "ntasks-per-node=1", "requeue"]
+    assert options[5:] == ["output=/dev/null", "time=4:00:00", "signal=USR1@120", "exclude=n3"]
+    start = script.index("case $SLURM_ARRAY_TASK_ID in")
+    group = f"WANDB_RUN_GROUP={folder.name} WANDB_JOB_TYPE=method=simclr"
+    run_dir = shlex.quote(in_folder(folder.relative_to(tmp_path) / "0"))
+    assert script[start + 1] == f"0) export {group}; folder={folder}/0; set -- seed=1 method=simclr {run_dir} ;;"
+    assert script[start + 3 :] == [
+        *("esac", 'exec >>"$folder/job.log" 2>&1', "module load cuda"),
+        f'srun --kill-on-bad-exit=1 {sys.executable} -m fake_job "$@"',
+    ]
+
+
+def test_an_array_is_followed_and_continued(
+    command: Any, scheduler: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A job that fails stops no other, and the same command submits that job alone."""
+    monkeypatch.setenv("JOB2", "sys.exit(1)")
+    words = ("seed=1,2,3", "method=simclr", SLURM)
+    answer = command(*words)
+    folder = only(tmp_path).relative_to(tmp_path)
+    titles = [f"[{i}/3] seed={i}: " for i in (1, 2, 3)]
+    script = tmp_path / folder / "array-0.sh"
+    assert answer.out == [
+        f"Submitted 3 jobs as SLURM job 41; its script is {script}.",
+        *(f"{titles[0]}metric 0.1000", f"{titles[1]}FAILED, see {folder}/1/job.log", f"{titles[2]}metric 0.3000"),
+        f"Jobs done: 2 of 3; the same command finishes the others. Compare them: python -m icl_msr.report {folder}",
+    ]
+    assert (answer.code, answer.err) == (1, [])
+    assert (folder / "1" / "job.log").read_text() == "job 2 at work\n"
+
+    monkeypatch.delenv("JOB2")
+    answer = command(*words)
+    assert answer.code == 0
+    assert "#SBATCH --array=1\n" in (folder / "array-1.sh").read_text()
+    assert answer.out[-2:] == [
+        f"{titles[1]}metric 0.2000",
+        f"Jobs done: 3 of 3. Compare them: python -m icl_msr.report {folder}",
+    ]
+    assert [began(folder / job) for job in "012"] == [1, 2, 1]
+
+
+def test_an_array_that_goes_on_is_not_submitted_twice(
+    command: Any, scheduler: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LATER", "1")
+    words = ("seed=1,2", "method=simclr", SLURM, "hydra.launcher.follow=false", f"hydra.sweep.dir={tmp_path}/sweep")
+    answer = command(*words)
+    assert (answer.code, answer.err) == (0, [])
+    assert answer.out[1] == "SLURM has the jobs as SLURM job 41; the same command, with follow=true, waits for them."
+    assert command(*words).out[-2:-1] == answer.out[1:2]
+    assert (scheduler / "last").read_text() == "41\n"
+    # One has ended meanwhile, and only the other one is missing.
+    (scheduler / "41").write_text("0 PENDING\n1 CANCELLED\n")
+    assert "as SLURM jobs 41, 42;" in command(*words).out[-2]
+    assert (scheduler / "42").read_text() == "1 PENDING\n"
+
+
+def test_jobs_of_several_sizes_are_no_array(command: Any, scheduler: Path) -> None:
+    answer = command("hardware=cpu,ddp", "method=simclr", SLURM)
+    assert answer.code == 2
+    assert answer.err == [
+        "The tasks of an array of SLURM have the same size, and these jobs have several values of hardware; "
+        "type a command for each."
+    ]
+
+
+def test_a_machine_without_slurm_is_refused(command: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    answer = command("seed=1,2", "method=simclr", SLURM)
+    assert answer.code == 2
+    assert answer.err == [
+        "hydra/launcher=slurm needs sbatch, which is not on this machine; type hydra/launcher=process."
+    ]
 
 
 # ----------------------------------------------------------------------------------------------------- the real program

@@ -1,8 +1,12 @@
 """Every command answers a mistake in its arguments in one sentence, and prints names as they are."""
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
+from support.written import write_run
 
 from icl_msr import evaluate, export, textures
 from icl_msr.core import memory
@@ -70,6 +74,18 @@ def test_a_fault_of_the_program_is_raised() -> None:
 
     with pytest.raises(RuntimeError, match="a bug"):
         main()
+
+
+@pytest.mark.parametrize(("words", "code"), [((), 0), (("--foo",), 2)])
+def test_a_report_outlives_the_reader_of_its_output(words: tuple[str, ...], code: int, tmp_path: Path) -> None:
+    """As of `2>&1 | head -c 0`."""
+    write_run(tmp_path / "run")
+    reader, writer = os.pipe()
+    os.close(reader)
+    line = [sys.executable, "-m", "icl_msr.report", str(tmp_path), *words]
+    assert subprocess.run(line, stdout=writer, stderr=writer, check=False).returncode == code
+    os.close(writer)
+    assert (tmp_path / "summary.csv").exists() == (code == 0)
 
 
 def test_memory(monkeypatch: pytest.MonkeyPatch) -> None:

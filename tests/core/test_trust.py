@@ -18,12 +18,15 @@ FILE = Path("run/config.yaml")
 
 def choices() -> list[str]:
     groups = [group for group in trust.KINDS if group != "trainer"]
-    return [f"{group}={file.stem}" for group in groups for file in sorted((config_dir() / group).glob("*.yaml"))]
+    names = [(group, file.stem) for group in groups for file in sorted((config_dir() / group).glob("*.yaml"))]
+    labelled = [f"+dataset@dataset.labelled={name}" for group, name in names if group == "dataset"]
+    return [*(f"{group}={name}" for group, name in names), *labelled]
 
 
 @pytest.mark.parametrize("word", choices())
 def test_whatever_can_be_chosen_can_be_saved(word: str) -> None:
-    config: Any = OmegaConf.to_container(composed(word))
+    inside = ["dataset=images"] if "@dataset.labelled" in word else []
+    config: Any = OmegaConf.to_container(composed(*inside, word))
     trust.require(config, FILE)
 
 

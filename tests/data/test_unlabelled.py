@@ -110,6 +110,7 @@ WORDS = ["backbone=tiny", "method=simclr", "regularizer=none", "hardware=cpu", "
 WORDS += ["dataset.image_size=16", "trainer.max_epochs=1", "evaluation=light"]
 
 
+@pytest.mark.filterwarnings("error:Initializing zero-element")
 def test_a_run_without_labels_reports_what_needs_none(flat, tmp_path):
     folder = tmp_path / "run"
     answer = inprocess.execute(*[*WORDS, "dataset=images", f"dataset.root={flat}", f"hydra.run.dir={folder}"])
@@ -140,6 +141,8 @@ def test_a_run_is_measured_on_the_labelled_set(flat, labelled, tmp_path):
     assert "online/knn" in results["final"]
     assert "online/probe" not in results["final"]
     assert results["classes"] == ["cat", "dog"]
+    more = inprocess.execute(f"resume={folder}", "trainer.max_epochs=2")
+    assert more.code == 0, more.err
 
 
 def test_one_class_has_no_accuracy(tmp_path):

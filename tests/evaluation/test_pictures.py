@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from matplotlib.cbook import is_math_text
 from matplotlib.figure import Figure
 from torch import Tensor, nn
 from torchvision.io import decode_image
@@ -145,6 +146,26 @@ def test_neighbours(grid: dict[str, Any], tmp_path: Path) -> None:
     assert torch.equal(grid["rows"]["nearest 1"], train[[0, 3, 2]])
     assert torch.equal(grid["rows"]["nearest 2"], train[[1, 4, 1]])
     assert grid["marks"]["nearest 1"].tolist() == [True, True, False]
+
+
+@pytest.mark.parametrize("name", ["$5-$10", "$5_$", "_hidden", "a_1^2", r"\frac{", "100 %", "<b>&amp;", "猫"])
+def test_names_of_classes_are_drawn_as_they_are(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, recwarn: pytest.WarningsRecorder
+) -> None:
+    """Two dollars are mathematics to matplotlib, and a leading underscore leaves a name out of a legend."""
+    drawn: list[Figure] = []
+    monkeypatch.setattr(pictures, "Figure", lambda **keys: drawn.append(Figure(**keys)) or drawn[-1])
+    split = ArraySplit(random_images(6), torch.arange(6) % 2)
+    dataset = Dataset("toys", [name, "other"], 8, split, {name: split})
+    pictures.map_figure(dataset, torch.randn(6, 4), name, tmp_path / "map.png")
+    legend = drawn[0].axes[0].get_legend()
+    assert legend is not None
+    shown = legend.get_texts()[0]
+    assert not is_math_text(shown.get_text())
+    assert shown.get_text().strip("\u200b").replace(r"\$", "$") == name
+    pictures._grid({name: random_images(2)}, tmp_path / "grid.png")
+    assert (tmp_path / "map.png").exists()
+    assert (tmp_path / "grid.png").exists()
 
 
 def test_a_grid_is_a_picture(tmp_path: Path) -> None:

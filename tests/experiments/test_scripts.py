@@ -21,6 +21,7 @@ SCRIPTS = sorted(
 WORDS: dict[str, list[str]] = {
     "experiments.study": ["run", str(ROOT / "experiments" / "msr"), "--dry"],
     "experiments.benchmarks.negatives": ["--tiny", "--without", "all blocks"],
+    "experiments.benchmarks.peers": ["views", "losses", "steps", "--tiny"],
     "experiments.msr.modes": ["memory", "tiny", "2", "32-true", "cl", "exact"],
 }
 """What is typed where `--tiny` is not all."""

@@ -112,3 +112,19 @@ def test_a_real_run_leaves_a_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert 0 <= found["metrics"]["knn-dino/train/original"] <= 100
     assert found["metrics"]["again: knn-dino/train/original"] == found["metrics"]["knn-dino/train/original"]
     assert found["curves"]["loss"]
+
+
+def test_the_learnt_gap_is_trained_minus_untrained(folder: Path) -> None:
+    gap = "linear/train/full - fg"
+    (folder / "grid.yaml").write_text(GRID.replace("headline: [", f"headline: [{gap}, "))
+    for row, values in (("plain", (5.0, 6.0, 7.0)), ("other", (5.5, 6.0, 6.5))):
+        for seed, value in enumerate(values):
+            record(folder, row, seed, **{gap: value, f"{gap} (untrained)": 2.0 + seed / 2})
+    lines = [cells.strip("| ").split(" | ") for cells in study.table(folder).splitlines() if f"| {gap} | 3 |" in cells]
+    plain, other = lines
+    assert plain[:5] == ["plain", gap, "3", "6.0", "2.5"]
+    assert plain[5].startswith("+3.5 (")
+    assert len(plain) == 6  # a baseline is compared with nothing
+    change = study.paired([0.5, 0.0, -0.5])
+    assert change is not None
+    assert other[6] == f"{100 * change.detectable / 3.5:.0f} %"

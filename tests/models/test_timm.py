@@ -23,11 +23,12 @@ SMALL: dict[str, tuple[str, int, dict[str, Any]]] = {
     "mixer": ("mixer_s32_224", 96, {}),
     "mobilenet_v3": ("mobilenetv3_small_050", 64, {}),
     "ghostnet": ("ghostnet_050", 64, {}),
+    "pit": ("pit_ti_224", 64, {}),
     "registers": ("test_vit", 64, {"patch_size": 8, "reg_tokens": 3}),
 }
 """Models with all kinds of features: a size in pixels, and options that make them small."""
-UNMAPPED = ("mobilenet_v3", "ghostnet")
-"""Those of `SMALL` with a layer behind the pooling, so that their maps have other channels than their features."""
+UNMAPPED = ("mobilenet_v3", "ghostnet", "pit")
+"""Those of `SMALL` without a map: with a layer behind the pooling, or with the class token as their only result."""
 LARGE = 30e6
 """Number of parameters up to which the table trains a model."""
 

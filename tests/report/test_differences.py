@@ -1,7 +1,9 @@
 """Paired differences between configurations, and where they are shown."""
 
 import json
+import math
 import re
+import statistics
 from dataclasses import replace
 from pathlib import Path
 
@@ -30,6 +32,17 @@ def test_paired_is_a_t_test() -> None:
     assert paired([1.0]) is None
     assert paired([1.0, 1.1, 0.9]).real  # type: ignore[union-attr]
     assert not paired([1.0, -1.0, 0.5]).real  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("n", [2, 3, 5, 20])
+def test_a_detectable_difference_is_found_in_four_cases_of_five(n: int) -> None:
+    noise = np.random.default_rng(0).normal(size=(40_000, n))
+    errors = noise.std(1, ddof=1) / math.sqrt(n)
+    found = paired([1.0, 0.0, *[0.5] * (n - 2)])
+    assert found is not None
+    standard = statistics.stdev([1.0, 0.0, *[0.5] * (n - 2)]) / math.sqrt(n)
+    reach, true = (found.high - found.mean) / standard, found.detectable / standard / math.sqrt(n)
+    assert np.mean(np.abs(noise.mean(1) + true) > reach * errors) == pytest.approx(0.8, abs=0.01)
 
 
 def test_intervals_hold_the_truth_nineteen_times_in_twenty() -> None:

@@ -8,8 +8,10 @@ import socket
 import subprocess
 import sys
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 
+import icl_msr
 from icl_msr.cli.processes import clean_environment
 from support.programs import LIMIT, until
 from support.tiny import DATA, MODEL
@@ -17,6 +19,7 @@ from support.tiny import DATA, MODEL
 NODES = ("n1", "n2")
 FINAL = {"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "PREEMPTED"}
 
+CHECKOUT = Path(icl_msr.__file__).parents[1]
 RUN = f"RUN='{sys.executable} -m icl_msr.run'"
 
 CPU = ["hardware.accelerator=cpu", "hardware.precision=32-true"]
@@ -126,8 +129,19 @@ class Cluster:
     def environment(self) -> dict[str, str]:
         """Return the environment of a user of this cluster. The packages are found from any folder."""
         ours = {**clean_environment(), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-        paths = [str(Path.cwd()), *os.environ.get("PYTHONPATH", "").split(os.pathsep)]
+        paths = [str(CHECKOUT), str(CHECKOUT / "tests"), *os.environ.get("PYTHONPATH", "").split(os.pathsep)]
         return {**ours, "SLURM_CONF": str(self.config), "PYTHONPATH": os.pathsep.join(path for path in paths if path)}
+
+    def task(self, job: str, rank: int) -> int:
+        """Return the process number of a task of a job's first step, which is the program itself."""
+        wanted = {"SLURM_JOB_ID": job, "SLURM_STEP_ID": "0", "SLURM_PROCID": str(rank)}
+        found = []
+        for entry in Path("/proc").glob("[0-9]*"):
+            with suppress(OSError):
+                variables = dict(v.partition("=")[::2] for v in (entry / "environ").read_text().split("\0"))
+                if wanted.items() <= variables.items():
+                    found.append(int(entry.name))
+        return min(found)
 
     def ask(self, *command: str) -> str:
         """Run a command of SLURM's and return what it prints."""

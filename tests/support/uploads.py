@@ -22,6 +22,7 @@ class Sent:
     summary: dict[str, Any] = field(default_factory=dict)
     definitions: list[Any] = field(default_factory=list)
     artifacts: dict[str, Any] = field(default_factory=dict)
+    preempting: bool = False
     exit_code: int | None = None
 
 
@@ -74,6 +75,8 @@ def read(file: Path) -> Sent:
                 one.definitions.append(record.metric)
             case "artifact":
                 one.artifacts[record.artifact.type] = record.artifact
+            case "preempting":
+                one.preempting = True
             case "exit":
                 one.exit_code = record.exit.exit_code
     return one

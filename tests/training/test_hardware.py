@@ -22,6 +22,7 @@ KEYS: dict[str, Any] = {
     "precision": "auto",
     "channels_last": True,
     "compile": False,
+    "requeue": False,
     "tf32": False,
 }
 

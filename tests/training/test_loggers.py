@@ -239,6 +239,7 @@ def test_the_dashboard_learns_how_the_run_ended(error: BaseException | None, cod
             raise error
     (only,) = sent(tmp_path)
     assert only.exit_code == code
+    assert only.preempting == (code == 75)
     assert logger.run is None
 
 
