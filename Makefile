@@ -3,7 +3,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help env demo test test-all test-slurm check format bench report clean
+.PHONY: help env demo test test-all test-slurm faults check format bench report clean
 
 help: ## Show this help
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "make %-10s %s\n", $$1, $$2}'
@@ -24,6 +24,9 @@ test: env ## Run the tests (minutes)
 
 test-all: env ## Run all tests, the slow ones too
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -m ''
+
+faults: env ## Kill, fill, cut and delete in every phase of small runs, and print one table (as root; half an hour)
+	OMP_NUM_THREADS=1 PYTHONPATH=.:tests $(BIN)/python tests/faults/campaign.py
 
 test-slurm: env ## Run the tests that need SLURM, on a cluster of their own (as root on Debian, which gets its packages)
 	@command -v slurmctld >/dev/null || { apt-get update -q && apt-get install -y -q slurm-wlm munge; }

@@ -13,6 +13,7 @@ from support.programs import Program, Programs, same, steps, until
 from support.tiny import MODEL, composed, trained
 
 from icl_msr import shards
+from icl_msr.cli.sharding import MANIFEST
 from icl_msr.core import randomness
 from icl_msr.core.config import build, check
 from icl_msr.data.files import FileSplit
@@ -56,6 +57,12 @@ def test_weights_from_shards_are_those_from_the_folder(
     assert (code, out) == (0, f"6 shards written, 0 kept   {to}\n")
     code, out, _ = command(capsys, monkeypatch, *words)
     assert (code, out) == (0, f"0 shards written, 6 kept   {to}\n")
+    whole = (to / MANIFEST).read_bytes()
+    (to / MANIFEST).write_bytes(whole[:40])
+    code, _, err = command(capsys, monkeypatch, *words)
+    assert (code, err.count("\n")) == (2, 1)
+    assert f"{to}/{MANIFEST} is damaged (" in err
+    (to / MANIFEST).write_bytes(whole)
     weights = []
     for source in (["dataset=imagefolder", f"dataset.root={root}"], ["dataset=shards", f"dataset.url={to}"]):
         data = build(check(composed(*source, "dataset.image_size=16", "dataset.resident_size=0")).dataset)
