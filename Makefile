@@ -3,7 +3,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help env demo test test-all test-slurm fuzz check format bench report clean
+.PHONY: help env demo test test-all test-slurm fuzz check format bench report clean faults
 
 help: ## Show this help
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "make %-10s %s\n", $$1, $$2}'
@@ -28,6 +28,9 @@ test-all: env ## Run all tests, the slow ones too
 fuzz: env ## Try random command lines and damaged files (an hour; SEED=2 chooses others)
 	PYTHONPATH=tests OMP_NUM_THREADS=1 $(BIN)/python -m fuzz --seed $(or $(SEED),1)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/fuzz/test_parsers.py --hypothesis-profile=fuzz --hypothesis-seed=$(or $(SEED),1)
+
+faults: env ## Kill, fill, cut and delete in every phase of small runs, and print one table (as root; half an hour)
+	OMP_NUM_THREADS=1 PYTHONPATH=.:tests $(BIN)/python tests/faults/campaign.py
 
 test-slurm: env ## Run the tests that need SLURM, on a cluster of their own (as root on Debian, which gets its packages)
 	@command -v slurmctld >/dev/null || { apt-get update -q && apt-get install -y -q slurm-wlm munge; }

@@ -21,7 +21,7 @@ from torchvision.transforms.v2 import functional as F
 from icl_msr.core.config import Settings, build
 from icl_msr.core.errors import UserError, reason
 from icl_msr.core.folder import RunFolder
-from icl_msr.core.storage import read_regular, replacing
+from icl_msr.core.storage import read_regular, readable, replacing
 from icl_msr.data import tars
 from icl_msr.data.dataset import ArraySplit, Dataset, Split
 from icl_msr.data.files import FileSplit
@@ -184,10 +184,9 @@ def _claim(store: Store, manifest: Manifest) -> None:
     if before is None:
         _upload(store, MANIFEST, content)
     elif before != content:
-        old = json.loads(before) if before[:1] == b"{" else {}
-        changed = [
-            key for key, value in json.loads(content).items() if not isinstance(old, dict) or old.get(key) != value
-        ]
+        with readable(f"{store.place}/{MANIFEST}", "restore it from a copy, or write elsewhere, --to FOLDER"):
+            old = dict(json.loads(before))
+        changed = [key for key, value in json.loads(content).items() if old.get(key) != value]
         raise UserError(
             f"{store.place} holds shards that differ in {', '.join(changed)}; write these elsewhere, --to FOLDER."
         )

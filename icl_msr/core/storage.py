@@ -46,7 +46,7 @@ def expanded(path: str | Path) -> Path:
 
 
 @contextmanager
-def readable(path: Path, advice: str) -> Iterator[None]:
+def readable(path: Path | str, advice: str) -> Iterator[None]:
     """Read a file inside the context. Any error about its content becomes one sentence.
 
     Raises:

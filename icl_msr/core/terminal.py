@@ -15,6 +15,7 @@ from icl_msr.core.signals import stoppable
 
 if TYPE_CHECKING:  # a help text does not need it
     from rich.console import Console
+    from rich.progress import Progress
 
 Words = ParamSpec("Words")
 
@@ -73,6 +74,15 @@ def plain_console(**keys: Any) -> "Console":
     from rich.console import Console
 
     return Console(**{"highlight": False, "soft_wrap": True, "markup": False, "emoji": False, **keys})
+
+
+def progress_bar(*columns: Any, shown: bool = True) -> "Progress":
+    """Return rich's progress bar on standard error. In a file, where it would leave blank lines, it is not shown."""
+    from rich.console import Console
+    from rich.progress import Progress
+
+    console = Console(stderr=True)
+    return Progress(*columns, console=console, transient=True, disable=not (shown and console.is_terminal))
 
 
 class _Outlet(io.FileIO):

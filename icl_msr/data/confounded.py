@@ -39,14 +39,13 @@ from typing import Annotated, Literal, NamedTuple
 import numpy as np
 import torch
 from pydantic import Field, NonNegativeInt, PositiveInt
-from rich.console import Console
-from rich.progress import Progress
 from torch import Tensor
 
 from icl_msr.core.errors import UserError
 from icl_msr.core.memory import require_memory
 from icl_msr.core.randomness import integers, keys, permutation, uniforms
 from icl_msr.core.storage import read_arrays, require_local
+from icl_msr.core.terminal import progress_bar
 from icl_msr.data.crops import boxes_around, crop_to_boxes, square_boxes
 from icl_msr.data.dataset import ArraySplit, Dataset
 
@@ -398,7 +397,7 @@ def _generate(seed: int, plan: Mapping[str, Scenes], size: int) -> dict[str, Ten
     batch = max(1, (1 << 17) // size**2)  # small temporaries stay in the processor's cache: several times faster
     total = sum(len(content.labels) for content in plan.values())
     arrays: dict[str, Tensor] = {}
-    with Progress(console=Console(stderr=True), transient=True, disable=total * size**2 < 1 << 24) as progress:
+    with progress_bar(shown=total * size**2 >= 1 << 24) as progress:
         task = progress.add_task("Drawing the data set", total=total)
         for name, content in plan.items():
             drawn = []

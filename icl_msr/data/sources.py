@@ -16,11 +16,11 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
-from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
 from rich.text import Text
 from torch import Tensor
 
+from icl_msr.core import terminal
 from icl_msr.core.errors import UserError
 from icl_msr.core.storage import read_regular
 from icl_msr.data.crops import boxes_around, crop_to_boxes, moved
@@ -300,7 +300,7 @@ def stack(load: Callable[[int], Tensor], count: int, doing: str) -> Tensor:
 def progress_bar(of: str = "images") -> Progress:
     """Return a progress bar that shows the number done, the number per second and the time left."""
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), _Rate(of), TimeRemainingColumn())
-    return Progress(*columns, console=Console(stderr=True), transient=True)
+    return terminal.progress_bar(*columns)
 
 
 def statistics(images: Tensor) -> tuple[tuple[float, float, float], tuple[float, float, float]]:

@@ -11,7 +11,7 @@ from pydantic import Field, PositiveInt
 from torchvision import datasets as torchvision_datasets
 
 from icl_msr.core.errors import UserError
-from icl_msr.core.storage import expanded
+from icl_msr.core.storage import expanded, readable
 from icl_msr.data.dataset import ArraySplit, Dataset
 from icl_msr.data.sources import TrainOn, fit_all, resident
 
@@ -77,8 +77,9 @@ def stl10(
         for s in (train, test)
     ]
     if fold is not None:
-        lines = (Path(root) / kind.base_folder / kind.folds_list_file).read_text().splitlines()
-        listed = torch.tensor([int(word) for word in lines[fold].split()])
+        file = Path(root) / kind.base_folder / kind.folds_list_file
+        with readable(file, "restore it from the archive of STL-10"):
+            listed = torch.tensor([int(word) for word in file.read_text().splitlines()[fold].split()])
         labels = torch.full_like(splits[0].labels, -1)
         labels[listed] = splits[0].labels[listed]
         splits[0].labels = labels

@@ -7,12 +7,12 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, TextColumn, TimeRemainingColumn
 from torch import Tensor, nn
 
 from icl_msr.core.distributed import rank, world_size
 from icl_msr.core.errors import UserError
+from icl_msr.core.terminal import progress_bar
 from icl_msr.data.dataset import Split, normalise
 from icl_msr.models.backbones import evaluating
 
@@ -82,7 +82,7 @@ class Bar:
             TextColumn("{task.fields[rate]:,.0f} images/s"),
             TimeRemainingColumn(),
         )
-        self.progress = Progress(*columns, console=Console(stderr=True), transient=True)
+        self.progress = progress_bar(*columns)
         self.task = self.progress.add_task(label, total=total, rate=0.0)
         self.began, self.done = monotonic(), 0
 

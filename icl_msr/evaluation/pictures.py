@@ -106,7 +106,8 @@ def neighbours_grid(
 ) -> str:
     """Draw test images and the training images with the nearest features. Write `path` and return a caption."""
     test = dataset.tests[split]
-    chosen = torch.linspace(0, len(test) - 1, images).long()
+    chosen = torch.linspace(0, len(test) - 1, min(images, len(test))).long()
+    k = min(k, len(features["train"]))
     _, nearest = neighbours(features["train"], features[split][chosen], k, normalised=True)
     rows = {split.replace("_", " "): test.load(chosen)}
     for rank in range(k):

@@ -24,7 +24,7 @@ from icl_msr.core.errors import PREEMPTED, UserError, reason
 from icl_msr.core.folder import RunFolder
 from icl_msr.core.ranks import is_first
 from icl_msr.core.records import Outcome
-from icl_msr.core.storage import atomic_write, read_json
+from icl_msr.core.storage import atomic_write, read_json, readable
 from icl_msr.core.tables import Table, csv_text, inert
 
 MODES = ("online", "offline", "disabled")
@@ -221,14 +221,17 @@ class WeightsAndBiases(Logger):
         if slurm.job():
             _start_service_apart()
         side_file = self.folder / "wandb_id"
-        continued = self.about.resumed_at is not None and side_file.exists()
+        identity = secrets.token_hex(4)
+        if self.about.resumed_at is not None and side_file.exists():
+            with readable(side_file, "remove it, and the run has a new id"):
+                identity = side_file.read_text().strip()
         silent = wandb.Settings(silent=True)
         begin = partial(
             wandb.init,
             project=self.project,
             entity=self.entity,
             dir=self.folder,
-            id=side_file.read_text().strip() if continued else secrets.token_hex(4),
+            id=identity,
             name=self.about.name,
             group=self.about.group,
             job_type=self.about.job_type,

@@ -1,5 +1,7 @@
 """How a run ends: the results first, and what cannot be drawn costs itself alone."""
 
+import re
+import resource
 from collections.abc import Callable
 from io import FileIO
 from pathlib import Path
@@ -54,6 +56,16 @@ def test_a_disk_that_is_full_at_the_pictures(command: Command, monkeypatch: pyte
         assert page.read_text().endswith("</html>")
         page.write_text(page.read_text()[:1000])  # cut
     assert Path("run/results.json").read_bytes() == results
+
+
+def test_a_limit_of_files_is_found_before_training(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(resource, "getrlimit", lambda _: (100_000, 100_000))
+    code, _, err = command(*SMALL, "trainer.max_epochs=1", "hydra.run.dir=run")
+    assert code == 2
+    assert re.fullmatch(
+        r"A checkpoint needs \d\.\d MB, and files may have 0\.1 MB \(ulimit -f\); raise the limit\.\n", err
+    )
+    assert not Path("run").exists()
 
 
 def test_pictures_pages_and_dashboards_that_fail_cost_themselves_alone(

@@ -37,7 +37,7 @@ def imported(folder: Path, *words: str, code: int) -> set[str]:
 )
 def test_help_and_wrong_names_need_no_torch(line: str, code: int, tmp_path: Path) -> None:
     found = imported(tmp_path, *line.split(), code=code)
-    assert "hydra" in found or line.startswith(("icl_msr.export", "icl_msr.textures --help"))
+    assert "hydra" in found or line.split()[0] == "icl_msr.export" or (line.endswith("--help") and "run" not in line)
     assert not found & HEAVY
     assert not list(tmp_path.iterdir())
 

@@ -336,7 +336,7 @@ def test_arrays_that_need_more_memory_than_there_is(tmp_path):
     with zipfile.ZipFile(path, "w") as archive:  # one file that says of itself that it has 2 ** 50 bytes
         archive.writestr("train_images.npy", b"x")
         archive.infolist()[0].file_size = 2**50
-    with pytest.raises(UserError, match=r"The arrays of .*x\.npz need 1125900 GB of memory, and this machine has"):
+    with pytest.raises(UserError, match=r"The arrays of .*x\.npz would need .* GB of memory, and this machine has"):
         arrays(path=str(path), image_size=None, train_on="full")
     header = b"{'descr': '|u1', 'fortran_order': False, 'shape': (%d, 8, 8, 3), }"
     for shape, padding in ((10**15, 0), (3, 70_000)):

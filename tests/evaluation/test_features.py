@@ -82,3 +82,6 @@ def test_progress_bar_shows_itself_only_when_it_takes_long(
     monkeypatch.setattr("icl_msr.evaluation.features._PATIENCE", 0.0)
     extract(encoder, dataset.train, batch_size=64, label="LABEL", **HERE)
     assert "LABEL" in capsys.readouterr().err
+    monkeypatch.delenv("FORCE_COLOR")
+    extract(encoder, dataset.train, batch_size=64, label="LABEL", **HERE)
+    assert capsys.readouterr().err == ""  # a file would get blank lines

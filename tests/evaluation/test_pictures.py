@@ -146,6 +146,8 @@ def test_neighbours(grid: dict[str, Any], tmp_path: Path) -> None:
     assert torch.equal(grid["rows"]["nearest 1"], train[[0, 3, 2]])
     assert torch.equal(grid["rows"]["nearest 2"], train[[1, 4, 1]])
     assert grid["marks"]["nearest 1"].tolist() == [True, True, False]
+    pictures.neighbours_grid(dataset, features, "mixed_rand", tmp_path / "n.png", images=99, k=99)  # all there are
+    assert list(grid["rows"]) == ["mixed rand", *(f"nearest {rank}" for rank in range(1, 7))]
 
 
 @pytest.mark.parametrize("name", ["$5-$10", "$5_$", "_hidden", "a_1^2", r"\frac{", "100 %", "<b>&amp;", "猫"])

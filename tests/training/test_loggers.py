@@ -267,6 +267,12 @@ def test_training_goes_on_where_wandb_cannot_write(tmp_path: Path) -> None:
     assert (done.folder / "results.json").exists()
 
 
+def test_a_damaged_id_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "wandb_id").write_bytes(b"\xff")
+    wandb_logger(tmp_path, about(resumed_at=3))
+    assert f"{tmp_path}/wandb_id is damaged (it is not text in UTF-8); remove it" in capsys.readouterr().err
+
+
 def test_wandb_may_fail_at_any_moment(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], story: Story
 ) -> None:
