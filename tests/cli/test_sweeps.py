@@ -557,6 +557,27 @@ def test_a_mistake_in_one_job(programs: Programs, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+def test_two_commands_share_a_sweep(programs: Programs, tmp_path: Path) -> None:
+    """One of them is killed, and the other takes over what it has claimed."""
+    short = [*DATA, *MODEL, "method=simclr", "regularizer=none", "evaluation=none", "logger=csv", "~callbacks.online"]
+    own = ["trainer.max_epochs=30", "trainer.log_every_n_steps=1", "metric=loss", "hardware=cpu"]
+    words = ["-m", "seed=0,1,2", PROCESS, *short, *own, f"hydra.sweep.dir={tmp_path}/here"]
+    first = programs.start(*words)
+    until(lambda: steps(tmp_path / "here" / "0") > 3 or first.process.poll() is not None)
+    second = programs.start(*words)
+    until(lambda: steps(tmp_path / "here" / "1") > 3 or second.process.poll() is not None)
+    first.send(signal.SIGKILL)
+    assert second.wait() == 0, second.err
+    lines = second.out.splitlines()
+    assert lines[0] == f"Joining {tmp_path}/here, which another process has begun."
+    begun = [line[:14] for line in lines if re.fullmatch(r"\[\d/3\] seed=\d: \S+/here/\d", line)]
+    assert begun == ["[2/3] seed=1: ", "[3/3] seed=2: ", "[1/3] seed=0: "]
+    assert len([line for line in lines if line.startswith("Continuing")]) == 1
+    assert lines[-1].startswith("Jobs done: 3 of 3.")
+    programs.gone(30)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("launcher", ["process", "serial"])
 def test_a_sweep_that_was_killed_goes_on(launcher: str, programs: Programs, tmp_path: Path) -> None:
     """In its second job, which continues from its checkpoint; the first is not done again."""
