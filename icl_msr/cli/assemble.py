@@ -7,7 +7,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from pkgutil import resolve_name
-from typing import Any, TypeVar
 
 import pytorch_lightning as pl
 import torch
@@ -18,12 +17,14 @@ from pytorch_lightning.callbacks import Callback, Checkpoint
 from pytorch_lightning.loggers import Logger
 from pytorch_lightning.strategies import DDPStrategy, Strategy
 
-from icl_msr.core.config import Settings, build, suggestion
+from icl_msr.augment import Augmentation
+from icl_msr.core.config import Settings, build, build_as, require_kind, suggestion
 from icl_msr.core.errors import UserError, reason
 from icl_msr.core.folder import RunFolder
+from icl_msr.core.memory import require_memory
 from icl_msr.core.ranks import is_rank
 from icl_msr.data.dataset import Dataset
-from icl_msr.evaluation.suite import Evaluation
+from icl_msr.evaluation.suite import Evaluation, Measures
 from icl_msr.methods import Method
 from icl_msr.models.backbones import Backbone, evaluating
 from icl_msr.models.batchnorm import global_batch_norm
@@ -38,8 +39,6 @@ from icl_msr.training.online import OnlineEvaluation
 from icl_msr.training.optimization import Optimization
 from icl_msr.training.progress import Throughput
 
-Built = TypeVar("Built")
-
 LOGGED = ("loss", "loss/contrastive", "online/knn", "online/probe")
 """Logged values that a sweeper may maximise."""
 
@@ -52,7 +51,7 @@ class Pieces:
     untrained: torch.nn.Module
     module: Pretraining
     data: DataModule
-    evaluations: list[Evaluation]
+    evaluations: list[Measures]
     throughput: Throughput
     derived: dict[str, float]
     without_maps: str | None = None
@@ -70,15 +69,19 @@ def assemble(settings: Settings, plan: Plan) -> Pieces:
         require_kind(Logger, logger)
     dataset = build_as(Dataset, settings.dataset)
     backbone = build_as(Backbone, settings.backbone, image_size=dataset.image_size)
-    augmentation = build(settings.augment)
+    augmentation = build_as(Augmentation, settings.augment)
     facts = {"classes": len(dataset.classes), "mean": dataset.mean, "std": dataset.std}
     method = build_as(Method, settings.method, backbone=backbone, **facts)  # type: ignore[type-abstract]
     require_meaning(settings, method, plan.world_size)
-    require_sizes(method.backbone, dataset.image_size, augmentation)
+    require_sizes(method.backbone, dataset.image_size, augmentation, settings.loader.batch_size)
     untrained = copy.deepcopy(method.backbone)
-    regularizer: Regularizer | None = build(
-        settings.regularizer, channels=method.channels, method_temperature=method.temperature
-    )
+    regularizer: Regularizer | None = None
+    if settings.regularizer["_target_"] is not None:
+        facts = {"channels": method.channels, "method_temperature": method.temperature}
+        regularizer = build_as(Regularizer, settings.regularizer, **facts)  # type: ignore[type-abstract]
+    negatives = build(settings.negatives)
+    if negatives is not None and not hasattr(negatives, "alpha"):
+        raise UserError(f"{settings.negatives['_target_']} has no alpha, the weight of its negatives; choose another.")
     if plan.world_size > 1:
         global_batch_norm(method)
     optimization = make_optimization(settings)
@@ -98,12 +101,12 @@ def assemble(settings: Settings, plan: Plan) -> Pieces:
     data = DataModule(
         dataset,
         augmentation,
-        build(settings.negatives),
+        negatives,
         seed=settings.seed,
         channels_last=plan.channels_last,
         **settings.loader.model_dump(),
     )
-    evaluations = [build(node) for node in settings.evaluation.values()]
+    evaluations = [build_as(Measures, node) for node in settings.evaluation.values()]  # type: ignore[type-abstract]
     online = any(resolve_name(node["_target_"]) is OnlineEvaluation for node in settings.callbacks.values())
     watched = LOGGED if online and dataset.evaluated.classified else LOGGED[:2]
     logged = [name for name in watched if dataset.labelled is None or name != "online/probe"]
@@ -120,15 +123,17 @@ def assemble(settings: Settings, plan: Plan) -> Pieces:
     return Pieces(dataset, untrained, module, data, evaluations, throughput, derived, unmapped)
 
 
-def require_sizes(backbone: Backbone, image_size: int, augmentation: Any) -> None:
+def require_sizes(backbone: Backbone, image_size: int, augmentation: Augmentation, batch_size: int) -> None:
     """Check that the backbone takes the images that it will be measured on, and views of each size.
 
     Raises:
-        UserError: it cannot take them.
+        UserError: it cannot take them, or the views of a batch need more memory than there is.
     """
+    sides = [recipe.size or image_size for recipe in augmentation.recipes]
+    needed = 12.0 * batch_size * sum(side**2 for side in sides)  # three channels in float32
+    require_memory(f"Views of {max(sides)} pixels of {batch_size} images", needed, "choose smaller or fewer ones")
     backbone.require_size(image_size, "set another dataset.image_size, or choose another backbone")
-    views = {recipe.size for recipe in getattr(augmentation, "recipes", [])} - {None, image_size}
-    for size in sorted(views):
+    for size in sorted({*sides} - {image_size}):
         backbone.require_size(size, "change the size in augment.size or augment.views, or choose another backbone")
 
 
@@ -186,30 +191,6 @@ def require_meaning(settings: Settings, method: Method, ranks: int) -> None:
             f"method.queue_size={len(queues[0].keys)} cannot hold one batch, loader.batch_size={batch}; "
             f"set it to {batch} or more."
         )
-
-
-def build_as(kind: type[Built], node: Mapping[str, Any], **given: Any) -> Built:
-    """Build a node and check that the result is a `kind`; see `config.build`.
-
-    Raises:
-        UserError: the node cannot be built, or gives another type.
-    """
-    require_kind(kind, node)
-    built = build(node, **given)
-    if not isinstance(built, kind):
-        raise UserError(f"{node['_target_']} gives {type(built).__name__}, and a {kind.__name__} is needed.")
-    return built
-
-
-def require_kind(kind: type, node: Mapping[str, Any]) -> None:
-    """Check that the class which a node names is a `kind`, before it is called. What a function gives is not known yet.
-
-    Raises:
-        UserError: it is a class of another kind.
-    """
-    target = resolve_name(node["_target_"])
-    if isinstance(target, type) and not issubclass(target, kind):
-        raise UserError(f"{node['_target_']} is not a {kind.__name__}, and a {kind.__name__} is needed.")
 
 
 def derive(settings: Settings, optimization: Optimization, images: int, world_size: int) -> dict[str, float]:

@@ -16,7 +16,7 @@ from rich.text import Text
 from icl_msr.cli.conclude import conclude, image_facts, provenance
 from icl_msr.cli.order import Order
 from icl_msr.cli.processes import require_processes, run_ranks
-from icl_msr.core.config import build
+from icl_msr.core.config import build_as
 from icl_msr.core.distributed import join, leave
 from icl_msr.core.errors import UserError
 from icl_msr.core.folder import RunFolder
@@ -29,10 +29,10 @@ from icl_msr.core.terminal import plain_console
 from icl_msr.data.dataset import Dataset
 from icl_msr.evaluation.cache import FeatureCache, encoder_identity
 from icl_msr.evaluation.pictures import Scene
-from icl_msr.evaluation.suite import Evaluation, Results
+from icl_msr.evaluation.suite import Evaluation, Measures, Results
 from icl_msr.models import foreign
 from icl_msr.models.backbones import Backbone
-from icl_msr.training.hardware import Plan
+from icl_msr.training.hardware import Hardware, Plan
 
 HALF = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
 
@@ -43,7 +43,7 @@ def carry_out(order: Order, words: Sequence[str]) -> int:
     Raises:
         UserError: the processes cannot be started; see also `evaluate`.
     """
-    plan: Plan = build(order.settings.hardware).plan()
+    plan = build_as(Hardware, order.settings.hardware).plan()
     require_processes(plan)
     if plan.world_size == 1:
         evaluate(order, words, plan)
@@ -75,11 +75,9 @@ def evaluate(order: Order, words: Sequence[str], plan: Plan) -> None:
     began = time.perf_counter()
     subject, settings = order.subject, order.settings
     require_writable(order.to)
-    evaluations = [build(node) for node in settings.evaluation.values()]
+    evaluations = [build_as(Measures, node) for node in settings.evaluation.values()]  # type: ignore[type-abstract]
     extractor = FeatureCache(order.cache, HALF.get(plan.precision))
-    dataset = build(settings.dataset)
-    if not isinstance(dataset, Dataset):
-        raise UserError(f"{settings.dataset['_target_']} gives {type(dataset).__name__}, and a Dataset is needed.")
+    dataset = build_as(Dataset, settings.dataset)
     dataset = dataset.evaluated
     for evaluation in evaluations:
         evaluation.names(dataset)

@@ -18,10 +18,10 @@ from omegaconf import DictConfig
 from rich.console import Console
 from rich.text import Text
 
-from icl_msr.cli.assemble import Pieces, assemble, build_as, in_words, make_loggers, make_trainer
+from icl_msr.cli.assemble import Pieces, assemble, in_words, make_loggers, make_trainer
 from icl_msr.cli.conclude import conclude, describe, evaluate, peak_memory_mb, scene_of
 from icl_msr.cli.processes import in_folder, requeued, require_processes, run_ranks
-from icl_msr.core.config import MOVABLE, UNSEEN, Settings
+from icl_msr.core.config import MOVABLE, UNSEEN, Settings, build_as
 from icl_msr.core.distributed import join, leave
 from icl_msr.core.errors import UserError
 from icl_msr.core.folder import RunFolder

@@ -17,7 +17,7 @@ from torch import Tensor
 from torchvision.io import encode_png
 from torchvision.transforms.v2 import functional as F
 
-from icl_msr.core.config import Settings, build
+from icl_msr.core.config import Settings, build, build_as
 from icl_msr.core.errors import UserError
 from icl_msr.core.folder import RunFolder
 from icl_msr.core.randomness import keys
@@ -29,6 +29,7 @@ from icl_msr.data.sources import cores, progress_bar
 from icl_msr.negatives import TextureNegatives
 from icl_msr.negatives.cached import texture_names
 from icl_msr.training.datamodule import NEGATIVES
+from icl_msr.training.hardware import Hardware
 
 BATCH = 64
 """Textures made together. Rounding depends on the size of a batch, so it is the same in every run."""
@@ -46,8 +47,8 @@ def job(settings: Settings, config: DictConfig) -> float:
     generator = build(settings.negatives)
     if not isinstance(generator, TextureNegatives) or generator.count > 1:
         raise UserError("One texture per image is made, by image quilting; type negatives=texture negatives.count=1.")
-    device = build(settings.hardware).plan().device
-    dataset: Dataset = build(settings.dataset)
+    device = build_as(Hardware, settings.hardware).plan().device
+    dataset = build_as(Dataset, settings.dataset)
     recipe = {name: settings.negatives[name] for name in ("example", "block", "overlap", "reference", "candidates")}
     recipe |= {"tolerance": settings.negatives["tolerance"], "seed": settings.seed}
     with RunFolder(folder).locked():

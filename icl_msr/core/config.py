@@ -31,6 +31,7 @@ from icl_msr.core.errors import UserError
 from icl_msr.core.saved import leaves
 
 Schema = TypeVar("Schema", bound=BaseModel)
+Built = TypeVar("Built")
 Node = dict[str, Any]
 _STRICT = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, protected_namespaces=())
 
@@ -182,6 +183,31 @@ def build(node: Mapping[str, Any], **given: Any) -> Any:
     keys |= {name: _built(value) for name, value in node.items() if name not in _HYDRAS}
     arguments = _built(node.get("_args_", []))
     return partial(target, *arguments, **keys) if node.get("_partial_") else target(*arguments, **keys)
+
+
+def build_as(kind: type[Built], node: Mapping[str, Any], **given: Any) -> Built:
+    """Build a node and check that the result is a `kind`; see `build`.
+
+    Raises:
+        UserError: the node cannot be built, or gives another type.
+    """
+    require_kind(kind, node)
+    built = build(node, **given)
+    if not isinstance(built, kind):
+        raise UserError(f"{node['_target_']} gives {type(built).__name__}, and a {kind.__name__} is needed.")
+    return built
+
+
+def require_kind(kind: type, node: Mapping[str, Any]) -> None:
+    """Check that the class which a node names is a `kind`, before it is called. What a function gives is not known yet.
+
+    Raises:
+        UserError: it is a class of another kind, or the node names none.
+    """
+    target = None if node["_target_"] is None else resolve_name(node["_target_"])
+    if target is None or (isinstance(target, type) and not issubclass(target, kind)):
+        named = "null" if target is None else node["_target_"]
+        raise UserError(f"{named} is not of the kind {kind.__name__}, which is needed here; choose another.")
 
 
 def with_new_keys(saved: Mapping[str, Any], today: Mapping[str, Any]) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Literal, NamedTuple, Protocol
+from typing import Annotated, Any, Literal, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -156,6 +156,19 @@ class Task:
             label=f"{self.encoder} features of {name}",
         )
         return found.to(self.device)
+
+
+@runtime_checkable
+class Measures(Protocol):
+    """What an evaluation has in common: the names of what it measures, and a call that measures it."""
+
+    def names(self, dataset: Dataset) -> list[str]:
+        """Return the names of the records that a sweeper may maximise."""
+        ...
+
+    def __call__(self, encoder: nn.Module, dataset: Dataset, **keys: Any) -> Results:
+        """Measure an encoder on a data set."""
+        ...
 
 
 @dataclass(kw_only=True)

@@ -15,8 +15,8 @@ from support.tiny import DATA, composed, pieces
 from support.written import accuracy, outcome
 from torch import nn
 
-from icl_msr.cli.assemble import assemble, build_as, derive, make_optimization
-from icl_msr.core.config import check, fingerprint
+from icl_msr.cli.assemble import assemble, derive, make_optimization
+from icl_msr.core.config import build_as, check, fingerprint
 from icl_msr.core.errors import UserError
 from icl_msr.core.records import Outcome, chosen_metric
 from icl_msr.evaluation.suite import Results
@@ -248,9 +248,7 @@ def test_derived_numbers() -> None:
 
 
 def test_a_group_must_give_what_it_is_for() -> None:
-    with pytest.raises(
-        UserError, match=r"icl_msr\.training\.hardware\.Hardware is not a Results, and a Results is needed"
-    ):
+    with pytest.raises(UserError, match=r"icl_msr\.training\.hardware\.Hardware is not of the kind Results"):
         build_as(Results, settings().hardware)
 
 

@@ -186,7 +186,7 @@ def _live(line: Line, place: Path, out: Path, err: Path, stops: bool) -> NoRetur
         os.chdir(place / "here")
         os.environ |= {"HOME": str(place / "home"), "WANDB_MODE": "offline", "TQDM_DISABLE": "1"}
         resource.setrlimit(resource.RLIMIT_DATA, (MEMORY, MEMORY))
-        signal.alarm(SECONDS)
+        signal.alarm(SECONDS if stops else 5 * SECONDS)
         socket.socket.connect = _no_network  # type: ignore[method-assign]
         ProcessLauncher._exit_code = lambda *_: 75  # type: ignore[method-assign]
         job.run_ranks = evaluating.run_ranks = lambda *_: 75
