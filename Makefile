@@ -3,7 +3,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help env demo test test-all test-slurm faults check format bench report clean
+.PHONY: help env demo test test-all test-slurm fuzz check format bench report clean faults
 
 help: ## Show this help
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "make %-10s %s\n", $$1, $$2}'
@@ -24,6 +24,10 @@ test: env ## Run the tests (minutes)
 
 test-all: env ## Run all tests, the slow ones too
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -m ''
+
+fuzz: env ## Try random command lines and damaged files (an hour; SEED=2 chooses others)
+	PYTHONPATH=tests OMP_NUM_THREADS=1 $(BIN)/python -m fuzz --seed $(or $(SEED),1)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/fuzz/test_parsers.py --hypothesis-profile=fuzz --hypothesis-seed=$(or $(SEED),1)
 
 faults: env ## Kill, fill, cut and delete in every phase of small runs, and print one table (as root; half an hour)
 	OMP_NUM_THREADS=1 PYTHONPATH=.:tests $(BIN)/python tests/faults/campaign.py

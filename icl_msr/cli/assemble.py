@@ -233,6 +233,8 @@ def derive(settings: Settings, optimization: Optimization, images: int, world_si
         )
     epochs, steps_at_most = trainer.get("max_epochs"), trainer.get("max_steps", -1)
     accumulated, batches = trainer.get("accumulate_grad_batches", 1), images // loader.batch_size
+    if accumulated < 1:
+        raise UserError(f"trainer.accumulate_grad_batches={accumulated} is not allowed; it should be at least 1.")
     limit = trainer.get("overfit_batches") or trainer.get("limit_train_batches")
     if trainer.get("fast_dev_run"):
         limit, epochs, steps_at_most = int(trainer["fast_dev_run"]), 1, -1

@@ -32,10 +32,9 @@ from icl_msr.core.compose import compose, hydra_for_itself
 from icl_msr.core.config import MOVABLE, UNSEEN, Settings, check, config_dir, no_keys, suggestion, unfilled
 from icl_msr.core.errors import SharedMistake, UserError, reason
 from icl_msr.core.folder import RunFolder
-from icl_msr.core.memory import SHORT, memory_is_short
 from icl_msr.core.ranks import adopt, is_first
 from icl_msr.core.storage import unwritable
-from icl_msr.core.terminal import complain, outlive_reader
+from icl_msr.core.terminal import about_the_machine, complain, outlive_reader
 
 Job = Callable[[Settings, DictConfig], float]
 """A function that runs a command. It takes the checked settings and the composed config and returns the metric."""
@@ -95,9 +94,9 @@ def main(job: Job, arguments: Sequence[str] | None = None) -> int:
             if cause := unwritable(fault, folder.path):
                 codes[-1] = refuse(f"{cause} and {folder.advice}.", shared=False)
                 return float("nan")
-            if memory_is_short(fault):
+            if sentence := about_the_machine(fault):
                 kept = f" What was trained is kept; {folder.advice}." if folder.checkpoint.exists() else ""
-                codes[-1] = refuse(SHORT + kept, shared=False)
+                codes[-1] = refuse(sentence + kept, shared=False)
                 return float("nan")
             if folder.checkpoint.exists():
                 fault.add_note(f"What was trained is kept; {folder.advice}.")

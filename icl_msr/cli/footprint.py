@@ -20,6 +20,9 @@ from icl_msr.core.ranks import is_rank
 from icl_msr.core.storage import require_local
 from icl_msr.core.terminal import complain
 
+_RECORDS = ({"sweep.json", "multirun.yaml"}, {"config.yaml", "hydra.yaml", "overrides.yaml"})
+"""Files of a sweep without jobs, and of Hydra in `hydra.output_subdir`."""
+
 
 class Footprint(Callback):
     """A Hydra callback that notes the folders a command makes, so that a refused command can remove them."""
@@ -29,20 +32,20 @@ class Footprint(Callback):
     def on_run_start(self, config: DictConfig, **_: Any) -> None:
         """Note the folder of a run before Hydra makes it."""
         with known_to_hydra(config):
-            self.begin(str(config.hydra.run.dir), "hydra.run.dir")
+            self.begin(str(config.hydra.run.dir), "hydra.run.dir", str(config.hydra.output_subdir or ""))
 
     def on_multirun_start(self, config: DictConfig, **_: Any) -> None:
         """Note the folder of a sweep before Hydra makes it."""
         self.begin(str(config.hydra.sweep.dir), "hydra.sweep.dir")
 
     @classmethod
-    def begin(cls, folder: str, key: str) -> None:
-        """Note the folder that a key names. A key that names no local folder ends the command."""
+    def begin(cls, folder: str, key: str, inner: str = "") -> None:
+        """Note the folder that a key names, and one inside it. A key that names no local folder ends the command."""
         try:
             require_local(folder, key)
         except UserError as mistake:
             refuse(str(mistake))
-        cls.note(Path(folder))
+        cls.note(Path(folder, inner))
 
     @classmethod
     def note(cls, folder: Path) -> None:
@@ -52,9 +55,9 @@ class Footprint(Callback):
 
     @classmethod
     def erase(cls) -> None:
-        """Remove the noted folders, unless they hold more than the record of a sweep without jobs."""
+        """Remove the noted folders, unless they hold more than what Hydra writes before a job begins."""
         for folder in sorted(set(cls.made), key=lambda path: len(path.parts), reverse=True):
-            if folder.is_dir() and {path.name for path in folder.iterdir()} <= {"sweep.json", "multirun.yaml"}:
+            if folder.is_dir() and any({path.name for path in folder.iterdir()} <= records for records in _RECORDS):
                 for record in folder.iterdir():
                     record.unlink()
                 with suppress(OSError):

@@ -364,7 +364,7 @@ def _sentence(errors: ValidationError, schema: type[BaseModel], values: Mapping[
         key = prefix + ".".join(map(str, first["loc"]))
         return f"{key} is missing; add {key}=<value>."
     found = [(_path(error["loc"], values), error) for error in errors.errors()]
-    path, error = max((pair for pair in found if pair[0][0] == found[0][0][0]), key=lambda pair: len(pair[0]))
+    path, error = max((pair for pair in found if pair[0][:1] == found[0][0][:1]), key=lambda pair: len(pair[0]))
     key, fields = prefix + ".".join(map(str, path)), _fields(schema, path)
     if error["type"] == "extra_forbidden":
         owner = f" of {schema.__name__}" if prefix else ""

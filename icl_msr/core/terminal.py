@@ -47,12 +47,21 @@ def answering(main: Callable[Words, int]) -> Callable[Words, int]:
                 complain(str(mistake))
             return 2
         except Exception as fault:
-            if not memory_is_short(fault):
+            if (sentence := about_the_machine(fault)) is None:
                 raise
-            complain(SHORT)
+            complain(sentence)
             return 2
 
     return answered
+
+
+def about_the_machine(fault: Exception) -> str | None:
+    """Return the sentence about an error that is not of the program: no memory, or a path that cannot be used."""
+    if memory_is_short(fault):
+        return SHORT
+    if isinstance(fault, OSError) and fault.filename is not None:
+        return f"{os.fsdecode(fault.filename)} cannot be used ({fault.strerror}); give another path."
+    return None
 
 
 def complain(message: str) -> None:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from icl_msr.core.config import suggestion
 from icl_msr.core.errors import UserError
-from icl_msr.core.storage import expanded
+from icl_msr.core.storage import expanded, readable
 from icl_msr.data.listing import Listing
 
 LISTS = Path(__file__).parent / "lists"
@@ -141,7 +141,8 @@ class ImageClasses:
         lines = [line for line in path.read_text(encoding="utf-8-sig", errors="replace").splitlines() if line.strip()]
         if all(line.strip().isdecimal() for line in lines):
             return self._numbered(path, [int(line) for line in lines], places)
-        rows = list(csv.reader(lines)) if path.suffix == ".csv" else [line.split() for line in lines]
+        with readable(path, "correct it"):
+            rows = list(csv.reader(lines)) if path.suffix == ".csv" else [line.split() for line in lines]
         if path.suffix == ".csv":
             rows = [[row[0], *row[1].split()] for row in rows[1:] if len(row) > 1]
         wrong = next((row for row in rows if len(row) < 2), None)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from icl_msr.core.errors import UserError
+from icl_msr.core.storage import readable
 from icl_msr.data.listing import Listing
 
 BoxesOf = Literal["refuse", "largest", "union"]
@@ -137,7 +138,7 @@ def _read_boxes(path: Path) -> dict[tuple[str | None, str, str], list[Box]]:
     if not path.is_file():
         raise UserError(f"There is no file {path}; set dataset.boxes to the .csv file of boxes, or to null.")
     table: dict[tuple[str | None, str, str], list[Box]] = {}
-    with path.open(newline="", encoding="utf-8-sig", errors="replace") as file:
+    with readable(path, "correct it"), path.open(newline="", encoding="utf-8-sig", errors="replace") as file:
         rows = csv.DictReader(file)
         columns = set(rows.fieldnames or [])
         name = "wnid" if "wnid" in columns else "class"

@@ -159,7 +159,7 @@ def read_superclasses(file: Path, classes: Sequence[str]) -> list[str]:
     try:
         with file.open(newline="") as lines:
             found: Mapping[str, str] = {line["class"]: line["superclass"] for line in csv.DictReader(lines)}
-    except (OSError, KeyError, UnicodeDecodeError):
+    except (OSError, KeyError, UnicodeDecodeError, csv.Error):
         raise UserError(
             f"{file} is not a file of superclasses; evaluation.superclasses is a .csv file with the columns class and "
             "superclass, or null."

@@ -90,6 +90,7 @@ BEFORE_ANYTHING_IS_BUILT = [
     ("method._target_=icl_msr.training.optimization.Optimization", "method.", "is missing"),
     # values
     ("method.temperature=-1", "method.temperature=-1", "greater than 0"),
+    ("~bias_and_norm loader.batch_size=-1", "loader.batch_size=-1", "at least 2"),
     ("trainer.max_epochs=abc", "trainer.max_epochs", '"abc"', "a whole number"),
     ("trainer.gradient_clip_val=abc", "trainer.gradient_clip_val", "a number or null"),
     ("trainer=3", "trainer=3 does not exist", "choose one of default"),
@@ -275,6 +276,7 @@ IN_THE_WORLD = [
     ("resume='~/run'", "resume=/proc/me/run is not a run"),
     # models and batches
     ("loader.batch_size=100", "loader.batch_size=100", "64 or less"),
+    ("trainer.accumulate_grad_batches=0", "trainer.accumulate_grad_batches=0", "at least 1"),
     ("dataset.image_size=10000000", "images of 10000000 pixels", "GB of memory", "fewer or smaller"),
     ("dataset.train=1000000000000000", "1000000000000112 images", "GB of memory"),
     ("method.queue_size=1000000000000", "A queue of 1000000000000 keys", "GB of memory", "a smaller method.queue_size"),
@@ -409,6 +411,7 @@ def test_a_folder_that_was_there_stays(command: Command) -> None:
     Path("mine").mkdir()
     refused(command("seed=-1", "hydra.run.dir=mine"), "seed=-1")
     refused(command("seed=-1", "hydra.run.dir=mine/ours/run"), "seed=-1")
+    refused(command("seed=-1", "hydra.run.dir=mine/ours/run", "hydra.output_subdir=.hydra"), "seed=-1")
     refused(command("-m", "method=moco,mocco", "hydra.sweep.dir=mine/ours/sweep"), "method=mocco")
     assert list(Path.cwd().rglob("*")) == [Path.cwd() / "mine"]
 

@@ -14,6 +14,7 @@ from support.tiny import MODEL, composed, trained
 
 from icl_msr import shards
 from icl_msr.cli.sharding import MANIFEST
+from icl_msr.core import randomness
 from icl_msr.core.config import build, check
 from icl_msr.data.files import FileSplit
 
@@ -49,6 +50,7 @@ def command(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch,
 def test_weights_from_shards_are_those_from_the_folder(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(randomness, "RUNS", 4)  # so that blocks of 8 have runs of 2
     root, to = photographs(tmp_path / "folder", 40), tmp_path / "shards"
     words = ["--to", str(to), "--images", "9", "dataset=imagefolder", f"dataset.root={root}", "dataset.image_size=16"]
     code, out, _ = command(capsys, monkeypatch, *words)
@@ -65,8 +67,11 @@ def test_weights_from_shards_are_those_from_the_folder(
     for source in (["dataset=imagefolder", f"dataset.root={root}"], ["dataset=shards", f"dataset.url={to}"]):
         data = build(check(composed(*source, "dataset.image_size=16", "dataset.resident_size=0")).dataset)
         assert isinstance(data.train, FileSplit)
-        module, _ = trained("regularizer=none", "loader.num_workers=0", "loader.block=512", data=data)
+        module, trainer = trained("regularizer=none", "loader.num_workers=0", "loader.block=8", data=data)
         weights.append(module.state_dict())
+        seen = [views.index for views in trainer.datamodule.epoch(0, torch.device("cpu"))]
+        assert torch.equal(torch.cat(seen), randomness.permutation(0, 0, 40, 8))
+        assert not torch.equal(torch.cat(seen), randomness.permutation(0, 0, 40))
     same(*weights)
 
 

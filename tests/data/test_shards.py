@@ -274,6 +274,31 @@ def test_an_index_goes_to_the_cache_where_the_folder_is_read_only(
     assert kept.stat().st_mtime_ns == before
 
 
+@pytest.mark.parametrize("kind", ["link", "above", "cut", "text"])
+def test_hostile_tars_are_refused_by_their_names(tmp_path: Path, kind: str) -> None:
+    foreign(tmp_path / "tars")
+    path = tmp_path / "tars/train-1.tar"
+    with tarfile.open(path, "w") as tar:
+        about = tarfile.TarInfo("../../x.png" if kind == "above" else "x.png")
+        about.type, about.linkname = (tarfile.SYMTYPE, "/etc/passwd") if kind == "link" else (tarfile.REGTYPE, "")
+        tar.addfile(about)
+    if kind in ("cut", "text"):
+        path.write_bytes(path.read_bytes()[:512] if kind == "cut" else b"hello" * 500)
+    with pytest.raises(UserError, match=rf"^{path} (holds|is cut short|is not a tar).*; take it out of the set"):
+        of_shards(tmp_path / "tars", "dataset.image_size=16")
+    assert not (tmp_path / "tars/train-1.tar.index").exists()
+
+
+def test_an_image_that_a_tar_has_damaged_is_refused_by_its_name(tmp_path: Path) -> None:
+    foreign(tmp_path / "tars")
+    with tarfile.open(tmp_path / "tars/train-1.tar", "w") as tar:
+        about = tarfile.TarInfo("x.png")
+        about.size = 5
+        tar.addfile(about, io.BytesIO(b"hello"))
+    with pytest.raises(UserError, match=r"train-1\.tar/x\.png is not an image of a known format"):
+        of_shards(tmp_path / "tars", "dataset.image_size=16", "dataset.test=train-1.tar")
+
+
 # The order
 
 
@@ -293,6 +318,7 @@ def test_blocks_mix_runs_of_neighbours() -> None:
 
 def test_two_ranks_see_blocks_as_one_does() -> None:
     one = EpochBatches(1030, 8, 1, block=4 * RUNS)
+    assert torch.equal(torch.cat([batch.positions for batch in one]), permutation(1, 0, 1030, 4 * RUNS)[:1024])
     ranks = [EpochBatches(1030, 8, 1, rank, 2, block=4 * RUNS) for rank in range(2)]
     for whole, *parts in zip(one, *ranks, strict=True):
         assert torch.equal(torch.cat([part.positions for part in parts]), whole.positions)
@@ -336,8 +362,12 @@ def test_ranges_come_from_pages_and_the_cache_keeps_its_bounds(
             assert sum(page.stat().st_size for page in pages if page.name != "ledger") <= 500
             assert all(page.name == "ledger" or len(page.name) == 40 for page in pages)
     assert store.fetched[:3] == [("a.tar", 0, 100), ("a.tar", 100, 200), ("a.tar", 200, 300)]
+    store.read(entry, 0, 10)
+    before = len(store.fetched)
+    store.read(entry, 0, 10)
+    assert len(store.fetched) == before
     assert store.read(replace(entry, version="2"), 0, 10) == data[:10]  # a new version is fetched anew
-    assert store.fetched[-1] == ("a.tar", 0, 100)
+    assert store.fetched[before:] == [("a.tar", 0, 100)]
     with pytest.raises(UserError, match=r"a\.tar is shorter than its index says"):
         store.read(entry, 1000, 51)
 
