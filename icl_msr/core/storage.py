@@ -171,8 +171,8 @@ def replacing(path: Path, advice: str) -> Iterator[IO[bytes]]:
             temporary.unlink(missing_ok=True)
         if said := unwritable(error, path.parent):
             cause, _, remedy = said.partition("; ")
-            kept = f"the previous {path.name}, if any, is kept"
-            raise UserError(f"{cause}; {kept}: {remedy} and {advice}.") from None
+            kept = f" the previous {path.name}, if any, is kept:" if path.parent.is_dir() else ""
+            raise UserError(f"{cause};{kept} {remedy} and {advice}.") from None
         raise
     with suppress(OSError):  # some network file systems cannot sync a folder
         folder = os.open(path.parent, os.O_RDONLY)
