@@ -74,15 +74,16 @@ def run_folder(root: str, name: str) -> str:
         words = " ".join(word for word in sys.argv[1:] if not word.startswith("hydra.run."))
         return f"{root}/slurm/{slurm.job()}-{name}-{sha256(words.encode()).hexdigest()[:6]}"
     if is_rank():
-        step = f"slurm/{slurm.job()}.{os.environ.get('SLURM_STEP_ID')}" if slurm.job() else f"torchrun/{torchrun_id()}"
-        return f"{root}/{step}-{name}"
+        return f"{root}/{_start()}-{name}"
     return new_folder(f"{root}/{datetime.now():%Y-%m-%d/%H-%M-%S}-{name}")
 
 
-def torchrun_id() -> str | None:
-    """Return the name of this start of torchrun, which all of its ranks know; None if it has no name of its own."""
-    name = os.environ.get("TORCHELASTIC_RUN_ID", "none")
-    return None if name == "none" else name
+def _start() -> str | None:
+    """Return a name that all processes of one start of torchrun or srun know, and no other start has."""
+    if (run := os.environ.get("TORCHELASTIC_RUN_ID", "none")) != "none":
+        return f"torchrun/{run}"
+    step = slurm.step(os.environ)
+    return f"slurm/{slurm.job()}.{step}" if step else None
 
 
 def require_common_folder(words: Sequence[str]) -> None:
@@ -92,7 +93,7 @@ def require_common_folder(words: Sequence[str]) -> None:
         SharedMistake: they cannot, and no word names one.
     """
     named = any(word.startswith("hydra.run.dir=") for word in words)
-    if is_rank() and not (named or slurm.job() or torchrun_id()):
+    if is_rank() and not (named or slurm.in_batch_job() or _start()):
         raise SharedMistake(
             "Several processes were started together, and none knows the others' folder; add hydra.run.dir=FOLDER."
         )

@@ -37,7 +37,7 @@ _STRICT = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, protected
 PLURAL = ("callbacks", "logger", "evaluation")
 """Groups in which a run may choose several options. Each is a mapping from names to nodes."""
 
-UNSEEN = ("loader.num_workers", "dataset.cache_gb")
+UNSEEN = ("loader.num_workers", "dataset.cache_gb", "hardware.requeue")
 """Keys that no result depends on, so that they may change when a run is continued."""
 
 MOVABLE = ("dataset.root", "dataset.path", "hardware.devices", "hardware.nodes")

@@ -9,6 +9,7 @@ import re
 from collections.abc import Mapping
 from zlib import crc32
 
+from icl_msr.core import slurm
 from icl_msr.core.errors import UserError
 
 VARIABLES = (
@@ -16,9 +17,6 @@ VARIABLES = (
     *("MASTER_ADDR", "MASTER_PORT"),
 )
 """The variables that mark a process as one of several ranks."""
-
-_SPECIAL_STEPS = 0xFFFFFFF0
-"""First number of SLURM's special steps, such as the batch script and the interactive shell. Each is one process."""
 
 
 def adopt() -> None:
@@ -56,11 +54,9 @@ def _of_open_mpi(known: Mapping[str, str]) -> dict[str, str]:
 
 
 def _of_slurm(known: Mapping[str, str]) -> dict[str, str]:
-    step = known.get("SLURM_STEP_ID", "")
-    if not step.isdecimal() or int(step) >= _SPECIAL_STEPS:
-        return {}
+    step = slurm.step(known)
     size = int(known.get("SLURM_STEP_NUM_TASKS") or known.get("SLURM_NTASKS") or 1)
-    if size == 1:
+    if step is None or size == 1:
         return {}
     nodes = int(known.get("SLURM_STEP_NUM_NODES") or known.get("SLURM_NNODES") or 1)
     node = int(known.get("SLURM_NODEID", 0))

@@ -4,6 +4,15 @@ import os
 import subprocess
 from collections.abc import Mapping
 
+_SPECIAL_STEPS = 0xFFFFFFF0
+"""First number of SLURM's special steps, such as the batch script and the interactive shell. Each is one process."""
+
+
+def step(known: Mapping[str, str]) -> str | None:
+    """Return the number of the step in which `srun` has started this process; None if it has not."""
+    number = known.get("SLURM_STEP_ID", "")
+    return number if number.isdecimal() and int(number) < _SPECIAL_STEPS else None
+
 
 def job() -> str | None:
     """Return the number of this SLURM job as scontrol takes it, `12_3` for a task of an array; None outside a job."""

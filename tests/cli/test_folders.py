@@ -67,6 +67,8 @@ def test_the_tasks_of_an_array_never_meet(place: pytest.MonkeyPatch) -> None:
 def test_ranks_agree_without_talking(place: pytest.MonkeyPatch) -> None:
     assert named(place, **STEP, **RANK) == "runs/slurm/12.3-moco-msr"
     assert named(place, **RANK, TORCHELASTIC_RUN_ID="a1") == "runs/torchrun/a1-moco-msr"
+    shell_of_salloc = {**STEP, "SLURM_STEP_ID": str(0xFFFFFFFA)}  # the same for each command that is typed there
+    assert named(place, **shell_of_salloc, **RANK, TORCHELASTIC_RUN_ID="a1") == "runs/torchrun/a1-moco-msr"
 
 
 def test_ranks_that_cannot_agree_are_refused(place: pytest.MonkeyPatch) -> None:

@@ -23,6 +23,7 @@ from support.programs import Programs, steps, until
 from support.tiny import DATA, MODEL
 from support.uploads import sent
 
+import icl_msr
 from icl_msr.cli import arrays, processes, sweeps
 from icl_msr.cli.command import Job, main
 from icl_msr.cli.job import run
@@ -554,6 +555,28 @@ def test_a_mistake_in_one_job(programs: Programs, tmp_path: Path) -> None:
         assert "[1/2] loader.batch_size=1000000: exit code 2 after" in program.out
         assert (f"[2/2] loader.batch_size=16: done before, {folder}/1" in program.out) == bool(attempt)
         assert "Jobs done: 1 of 2; the same command finishes the others." in program.out
+
+
+@pytest.mark.slow
+def test_two_commands_share_a_sweep(programs: Programs, tmp_path: Path) -> None:
+    """One of them is killed, and the other takes over what it has claimed."""
+    short = [*DATA, *MODEL, "method=simclr", "regularizer=none", "evaluation=none", "logger=csv", "~callbacks.online"]
+    own = ["trainer.max_epochs=3", "trainer.log_every_n_steps=1", "metric=loss", "hardware=cpu"]
+    slowly = "+callbacks.slowly._target_=support.slowly.Slowly"
+    words = ["-m", "seed=0,1,2", PROCESS, *short, *own, slowly, f"hydra.sweep.dir={tmp_path}/here"]
+    path = os.pathsep.join(str(Path(icl_msr.__file__).parents[1] / name) for name in (".", "tests"))
+    first = programs.start(*words, SLOWLY="4", PYTHONPATH=path)
+    until(lambda: steps(tmp_path / "here" / "0") > 1 or first.process.poll() is not None)
+    second = programs.start(*words, PYTHONPATH=path)
+    until(lambda: steps(tmp_path / "here" / "1") > 1 or second.process.poll() is not None)
+    first.send(signal.SIGKILL)
+    assert second.wait() == 0, second.err
+    lines = second.out.splitlines()
+    assert lines[0] == f"Joining {tmp_path}/here, which another process has begun."
+    begun = [line[:14] for line in lines if re.fullmatch(r"\[\d/3\] seed=\d: \S+/here/\d", line)]
+    assert begun == ["[2/3] seed=1: ", "[3/3] seed=2: ", "[1/3] seed=0: "]
+    assert lines[-1].startswith("Jobs done: 3 of 3.")
+    programs.gone(30)
 
 
 @pytest.mark.slow
