@@ -64,6 +64,7 @@ def export(run: Path, encoder: str, folder: Path, *, overwrite: bool) -> None:
     for file, part in encoders.items():
         if file.exists() and not overwrite and file.read_bytes() != weights(part):
             raise UserError(f"{file} holds other weights; add --overwrite to replace them, or --to ANOTHER_FOLDER.")
+    folder.mkdir(parents=True, exist_ok=True)
     export_encoder(backbone, folder, facts)
     for file in encoders:
         print(file, file.with_suffix(".json"), sep="\n")

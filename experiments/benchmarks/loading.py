@@ -205,7 +205,7 @@ def peers(python: str, shards: Path, folder: Path, workers: int) -> Iterator[dic
     try:
         yield {name: lambda name=name: ask(name) for name in answers.readline().strip().split(", ")}  # type: ignore[misc]
     finally:
-        process.kill()
+        lines.close()  # which ends them
         process.wait()
 
 

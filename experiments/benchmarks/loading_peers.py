@@ -4,6 +4,7 @@ It prints the names of the rows, then reads a name per line, reads an epoch, and
 """
 
 import argparse
+import multiprocessing
 import sys
 from collections.abc import Sequence
 from io import BytesIO
@@ -46,6 +47,8 @@ def main(words: Sequence[str] | None = None) -> None:
         chunk_bytes="16MB",
         num_workers=1,
     )
+
+    multiprocessing.set_start_method("fork", force=True)  # litdata chooses spawn, which cannot take local functions
 
     class Streaming(litdata.StreamingDataset):  # type: ignore[misc]
         def __getitem__(self, index: Any) -> tuple[Any, Any]:

@@ -145,6 +145,8 @@ def is_stored(archive: zipfile.ZipFile, path: Path) -> bool:
 def atomic_write(path: Path, content: bytes | str, advice: str = "repeat the command") -> None:
     """Write a file whole or not at all, even if the process is killed. Only one process may write it at a time.
 
+    The folder must exist: a deleted one is not made again, because what belongs to the file is lost.
+
     Raises:
         UserError: the folder cannot be written, for example because the disk is full. The old file, if any, is kept.
             `advice` says what to do once it can be written.
@@ -158,7 +160,6 @@ def replacing(path: Path, advice: str) -> Iterator[IO[bytes]]:
     """Yield a file beside `path` that replaces it once it is complete and on the disk."""
     temporary = path.with_name(f".{path.name}.tmp")  # one name, so that the next write replaces what a kill left
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
         temporary.unlink(missing_ok=True)  # it could be a link to another file
         with temporary.open("xb") as file:
             yield file
@@ -170,8 +171,8 @@ def replacing(path: Path, advice: str) -> Iterator[IO[bytes]]:
             temporary.unlink(missing_ok=True)
         if said := unwritable(error, path.parent):
             cause, _, remedy = said.partition("; ")
-            kept = f"the previous {path.name}, if any, is kept"
-            raise UserError(f"{cause}; {kept}: {remedy} and {advice}.") from None
+            kept = f" the previous {path.name}, if any, is kept:" if path.parent.is_dir() else ""
+            raise UserError(f"{cause};{kept} {remedy} and {advice}.") from None
         raise
     with suppress(OSError):  # some network file systems cannot sync a folder
         folder = os.open(path.parent, os.O_RDONLY)

@@ -121,6 +121,7 @@ class FeatureCache:
         # Several processes may write the same features. Each writes its own file, and the last one is kept.
         own = path.with_name(f"{path.name}.{os.getpid()}")
         with suppress(OSError, UserError):
+            path.parent.mkdir(parents=True, exist_ok=True)
             atomic_write(own, save({"features": features.contiguous()}))
             os.replace(own, path)
 

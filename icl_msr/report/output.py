@@ -42,6 +42,7 @@ def write_summary(summary: Summary, folder: Path) -> list[Path]:
         "report.html": summary_page(summary, folder.resolve()),
         "summary.tex": as_latex(summary),
     }
+    folder.mkdir(parents=True, exist_ok=True)
     for name, content in contents.items():
         atomic_write(folder / name, content)
     return [folder / name for name in contents]

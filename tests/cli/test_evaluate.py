@@ -42,6 +42,8 @@ FAST = ["hardware=cpu", "evaluation=light", "evaluation.untrained=false"]
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run of two steps that was never finished; `seed` 3, so that it is not the seed of anything else."""
     folder = tmp_path_factory.mktemp("runs") / "run"
+    for name in ("run", "exported"):
+        (folder.parent / name).mkdir()
     words = ("regularizer=none", "method=moco", "seed=3")
     keep = Checkpoints(folder / "checkpoints" / "last.ckpt", every_n_epochs=1, every_n_minutes=None)
     module, _ = trained(*words, callbacks=[keep], plugins=[AtomicCheckpoint()])
@@ -493,6 +495,7 @@ def test_a_run_whose_encoder_takes_other_images(runs: Path, tmp_path: Path, caps
     shutil.copytree(runs / "exported", tmp_path / "vit")
     backbone = foreign_encoder("timm", "vit_tiny_patch16_224", 32, None, 0)
     images = {"image_size": 32, "mean": [0.5] * 3, "std": [0.25] * 3, "dataset": "confounded"}
+    (tmp_path / "vit").mkdir()
     export_encoder(backbone, tmp_path / "vit", images)
     assert main([f"encoder={tmp_path}/vit", *DATA, "dataset.image_size=48", *FAST]) == 2
     err = capsys.readouterr().err

@@ -24,6 +24,7 @@ from icl_msr.data import stores as places
 from icl_msr.data.dataset import ArraySplit, Dataset
 from icl_msr.data.files import FileSplit
 from icl_msr.data.stores import Cache, Entry, Store
+from icl_msr.negatives.cached import texture_names
 from icl_msr.training.datamodule import EpochBatches
 
 
@@ -86,6 +87,7 @@ def same(one: Dataset, other: Dataset) -> None:
     )
     assert list(one.tests) == list(other.tests)
     assert one.trained_on() == other.trained_on()
+    assert not one.classes or texture_names(one) == texture_names(other)
     pairs = [(one.train, other.train), *zip(one.tests.values(), other.tests.values(), strict=True)]
     pairs += [(one.balanced, other.balanced)] if one.balanced and other.balanced else []
     for mine, its in pairs:

@@ -42,6 +42,7 @@ def test_images_that_are_there_twice_are_no_neighbours_of_themselves() -> None:
 def other(tmp_path: Path) -> Path:
     torch.manual_seed(0)
     about = {"image_size": 32, "mean": [0.5] * 3, "std": [0.25] * 3}
+    (tmp_path / "other").mkdir()
     export_encoder(tiny(32, weights=None), tmp_path / "other", about)
     return tmp_path / "other" / "encoder.safetensors"
 

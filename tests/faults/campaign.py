@@ -78,8 +78,6 @@ class Fault:
     module: str = "icl_msr.run"
     before: bool = False
     """Whether it is done before the command starts."""
-    lost: bool = False
-    """Whether what was trained is lost, so that the command begins again."""
 
 
 @dataclass
@@ -165,7 +163,7 @@ FAULTS = [
     *(Fault("start", f"tmpfs of {m} MB", partial(remount, f"size={m}m"), ROOM, before=True) for m in (1, 8)),
     *(Fault(phase, "disk full", fill, empty) for phase in WRITING),
     *(Fault(phase, "read-only", READ_ONLY, WRITABLE) for phase in WRITING),
-    *(Fault(phase, "folder deleted", delete, lost=True) for phase in WRITING),
+    *(Fault(phase, "folder deleted", delete) for phase in WRITING),
     *(Fault(phase, "ulimit -f 1", partial(limit, 1024)) for phase in WRITING),
     Fault("training", "disk full, W&B", fill, empty, words=(*RUN, "logger=[wandb,tensorboard]")),
     *(
@@ -258,8 +256,8 @@ def suffer(fault: Fault, scene: Scene, moments: random.Random) -> Row:
 
 def compared(whole: Path, continued: Path) -> str:
     """Return `equal` if weights, optimisers and curves of two runs are equal to the last bit, apart from times."""
-    one, other = (torch.load(run / "checkpoints/last.ckpt", weights_only=True) for run in (whole, continued))
     try:
+        one, other = (torch.load(run / "checkpoints/last.ckpt", weights_only=True) for run in (whole, continued))
         for key in ("state_dict", "optimizer_states", "lr_schedulers", "global_step"):
             same(one[key], other[key], key)
         if not (continued / "report.html").read_text().endswith("</html>"):

@@ -96,6 +96,7 @@ def test_the_content_is_on_the_disk_before_it_takes_the_place(tmp_path: Path, mo
     fsync, replace = os.fsync, os.replace
     monkeypatch.setattr(os, "fsync", lambda number: (did.append(os.readlink(f"/proc/self/fd/{number}")), fsync(number)))
     monkeypatch.setattr(os, "replace", lambda old, new: (did.append(f"-> {new}"), replace(old, new)))
+    (tmp_path / "new").mkdir()
     atomic_write(tmp_path / "new" / "a.json", "{}")
     assert did == [f"{tmp_path}/new/.a.json.tmp", f"-> {tmp_path}/new/a.json", f"{tmp_path}/new"]
 
@@ -149,6 +150,14 @@ def test_what_cannot_be_written_is_said(number: int, kind: type, file: Path, mon
         AtomicCheckpoint().save_checkpoint(checkpoint(2), file)
     assert list(file.parent.iterdir()) == [file]
     assert fill(file) == 1
+
+
+def test_a_deleted_folder_is_not_made_again(tmp_path: Path) -> None:
+    with pytest.raises(
+        UserError, match=rf"^{tmp_path}/gone was deleted while it was in use; keep it and repeat the command\.$"
+    ):
+        atomic_write(tmp_path / "gone" / "a.json", "{}")
+    assert not (tmp_path / "gone").exists()
 
 
 def test_text_and_bytes(tmp_path: Path) -> None:
