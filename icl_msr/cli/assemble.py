@@ -74,20 +74,15 @@ def assemble(settings: Settings, plan: Plan) -> Pieces:
     facts = {"classes": len(dataset.classes), "mean": dataset.mean, "std": dataset.std}
     method = build_as(Method, settings.method, backbone=backbone, **facts)  # type: ignore[type-abstract]
     require_meaning(settings, method, plan.world_size)
-<<<<<<< HEAD
-    require_sizes(method.backbone, dataset.image_size, augmentation, settings.loader.batch_size)
-=======
     negatives = build(settings.negatives)
-    require_sizes(method.backbone, negatives, dataset.image_size, augmentation)
->>>>>>> main
+    if negatives is not None and not hasattr(negatives, "alpha"):
+        raise UserError(f"{settings.negatives['_target_']} has no alpha, the weight of its negatives; choose another.")
+    require_sizes(method.backbone, negatives, dataset.image_size, augmentation, settings.loader.batch_size)
     untrained = copy.deepcopy(method.backbone)
     regularizer: Regularizer | None = None
     if settings.regularizer["_target_"] is not None:
         facts = {"channels": method.channels, "method_temperature": method.temperature}
         regularizer = build_as(Regularizer, settings.regularizer, **facts)  # type: ignore[type-abstract]
-    negatives = build(settings.negatives)
-    if negatives is not None and not hasattr(negatives, "alpha"):
-        raise UserError(f"{settings.negatives['_target_']} has no alpha, the weight of its negatives; choose another.")
     if plan.world_size > 1:
         global_batch_norm(method)
     optimization = make_optimization(settings)
@@ -129,40 +124,29 @@ def assemble(settings: Settings, plan: Plan) -> Pieces:
     return Pieces(dataset, untrained, module, data, evaluations, throughput, derived, unmapped)
 
 
-<<<<<<< HEAD
-def require_sizes(backbone: Backbone, image_size: int, augmentation: Augmentation, batch_size: int) -> None:
-=======
-def require_sizes(backbone: Backbone, negatives: Any, image_size: int, augmentation: Any) -> None:
->>>>>>> main
+def require_sizes(
+    backbone: Backbone, negatives: Any, image_size: int, augmentation: Augmentation, batch_size: int
+) -> None:
     """Check that the backbone takes the images that it will be measured on, and views of each size.
 
     A generator of negatives must take the first view.
 
     Raises:
-<<<<<<< HEAD
-        UserError: it cannot take them, or the views of a batch need more memory than there is.
-=======
-        UserError: one of them cannot take them.
->>>>>>> main
+        UserError: one of them cannot take them, or the views of a batch need more memory than there is.
     """
     sides = [recipe.size or image_size for recipe in augmentation.recipes]
     needed = 12.0 * batch_size * sum(side**2 for side in sides)  # three channels in float32
     require_memory(f"Views of {max(sides)} pixels of {batch_size} images", needed, "choose smaller or fewer ones")
     backbone.require_size(image_size, "set another dataset.image_size, or choose another backbone")
-<<<<<<< HEAD
     for size in sorted({*sides} - {image_size}):
-=======
-    views = [recipe.size or image_size for recipe in getattr(augmentation, "recipes", [])] or [image_size]
-    for size in sorted({*views} - {image_size}):
->>>>>>> main
         backbone.require_size(size, "change the size in augment.size or augment.views, or choose another backbone")
     if negatives is None or isinstance(negatives, CachedNegatives):
         return
     try:
-        negatives(torch.zeros(2, 3, views[0], views[0]), torch.arange(2))
+        negatives(torch.zeros(2, 3, sides[0], sides[0]), torch.arange(2))
     except Exception as error:
         raise UserError(
-            f"{type(negatives).__name__} cannot make negatives of views of {views[0]} pixels ({reason(error)}); choose "
+            f"{type(negatives).__name__} cannot make negatives of views of {sides[0]} pixels ({reason(error)}); choose "
             "larger views or other negatives."
         ) from None
 
