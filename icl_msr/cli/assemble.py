@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from pkgutil import resolve_name
+from typing import Any
 
 import pytorch_lightning as pl
 import torch
