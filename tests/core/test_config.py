@@ -47,7 +47,12 @@ MANDATORY = {
     "negatives=cached": ["negatives.folder=textures"],
     "evaluation=shape": ["evaluation.shape.stimuli=stimuli"],
     "evaluation=similarity": ["evaluation.similarity.other=timm:resnet18"],
+    "experiment=negatives/texture": ["dataset.root=images", "negatives.folder=textures"],
 }
+FOLDERS = ("icl_msr/imagenet", "icl_msr/coco", "negatives/")
+for choice in CHOICES:
+    if choice.removeprefix("experiment=").startswith(FOLDERS):
+        MANDATORY.setdefault(choice, ["dataset.root=images"])
 GROUPS = ["augment", "backbone", "callbacks", "dataset", "evaluation", "hardware", "logger", "method", "negatives"]
 GROUPS += ["optimizer", "schedule", "trainer"]
 
