@@ -28,6 +28,7 @@ from icl_msr.methods import Method
 from icl_msr.models.backbones import Backbone, evaluating
 from icl_msr.models.batchnorm import global_batch_norm
 from icl_msr.models.momentum import Queue
+from icl_msr.negatives.cached import CachedNegatives
 from icl_msr.regularizers import MetaSemanticRegularizer, Regularizer
 from icl_msr.training.checkpoint import AtomicCheckpoint
 from icl_msr.training.datamodule import DataModule
@@ -74,7 +75,8 @@ def assemble(settings: Settings, plan: Plan) -> Pieces:
     facts = {"classes": len(dataset.classes), "mean": dataset.mean, "std": dataset.std}
     method = build_as(Method, settings.method, backbone=backbone, **facts)  # type: ignore[type-abstract]
     require_meaning(settings, method, plan.world_size)
-    require_sizes(method.backbone, dataset.image_size, augmentation)
+    negatives = build(settings.negatives)
+    require_sizes(method.backbone, negatives, dataset.image_size, augmentation)
     untrained = copy.deepcopy(method.backbone)
     regularizer: Regularizer | None = build(
         settings.regularizer, channels=method.channels, method_temperature=method.temperature
@@ -98,7 +100,7 @@ def assemble(settings: Settings, plan: Plan) -> Pieces:
     data = DataModule(
         dataset,
         augmentation,
-        build(settings.negatives),
+        negatives,
         seed=settings.seed,
         channels_last=plan.channels_last,
         **settings.loader.model_dump(),
@@ -120,16 +122,27 @@ def assemble(settings: Settings, plan: Plan) -> Pieces:
     return Pieces(dataset, untrained, module, data, evaluations, throughput, derived, unmapped)
 
 
-def require_sizes(backbone: Backbone, image_size: int, augmentation: Any) -> None:
+def require_sizes(backbone: Backbone, negatives: Any, image_size: int, augmentation: Any) -> None:
     """Check that the backbone takes the images that it will be measured on, and views of each size.
 
+    A generator of negatives must take the first view.
+
     Raises:
-        UserError: it cannot take them.
+        UserError: one of them cannot take them.
     """
     backbone.require_size(image_size, "set another dataset.image_size, or choose another backbone")
-    views = {recipe.size for recipe in getattr(augmentation, "recipes", [])} - {None, image_size}
-    for size in sorted(views):
+    views = [recipe.size or image_size for recipe in getattr(augmentation, "recipes", [])] or [image_size]
+    for size in sorted({*views} - {image_size}):
         backbone.require_size(size, "change the size in augment.size or augment.views, or choose another backbone")
+    if negatives is None or isinstance(negatives, CachedNegatives):
+        return
+    try:
+        negatives(torch.zeros(2, 3, views[0], views[0]), torch.arange(2))
+    except Exception as error:
+        raise UserError(
+            f"{type(negatives).__name__} cannot make negatives of views of {views[0]} pixels ({reason(error)}); choose "
+            "larger views or other negatives."
+        ) from None
 
 
 def why_without_maps(backbone: Backbone, image_size: int) -> str | None:

@@ -135,7 +135,7 @@ def shards(
         data = _foreign(reader, _names(store, train, test), choice, classes, split, train_on, labelled is None, budget)
     if store.remote and limit < reader.bytes:
         note = f"{url} needs {reader.bytes / 1e9:.3g} GB and dataset.cache_gb is {cache_gb:g}: a larger cache, or "
-        data.notes = (*data.notes, note + "loader.block=16384, reads what lies together but once in an epoch.")
+        data.notes = (*data.notes, note + "loader.block=16384, fetches most of it once in an epoch.")
     if labelled is not None:
         data.labelled = replace(labelled_set(labelled, data.image_size), mean=data.mean, std=data.std)
     return data

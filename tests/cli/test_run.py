@@ -205,6 +205,8 @@ def unpooled(image_size: int, *, weights: None) -> Backbone:
         (["backbone._target_=torch.nn.Identity"], "and a Backbone is needed"),
         (["backbone=timm:vit_tiny_patch16_224", "augment.size=48"], "change the size in augment.size or augment.views"),
         (["backbone=timm:levit_128s"], "levit_128s cannot take images of 32 pixels"),
+        (["augment.size=1", "negatives=patch"], "cannot make negatives of views of 1 pixels"),
+        (["augment.size=1", "negatives=texture"], "cannot make negatives of views of 1 pixels"),
     ],
 )
 def test_a_backbone_is_tried_before_anything_is_written(words: list[str], sentence: str, tmp_path: Path) -> None:
