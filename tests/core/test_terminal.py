@@ -98,3 +98,10 @@ def test_memory(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_home_that_nobody_has(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", "/home/me")
     assert [str(expanded(path)) for path in ("~/a", "~nobody-here/a", "a")] == ["/home/me/a", "~nobody-here/a", "a"]
+
+
+def test_a_log_on_a_full_disk_stops_nothing() -> None:
+    with open("/dev/full", "wb") as full:
+        line = [sys.executable, "-m", "icl_msr.export", "--help"]
+        done = subprocess.run(line, stdout=full, stderr=subprocess.PIPE, check=False)
+    assert (done.returncode, done.stderr) == (0, b"")

@@ -92,8 +92,7 @@ class Row:
     @property
     def good(self) -> bool:
         """True if the command ended in a sentence or by the kill, and the rest was as without the fault."""
-        lines = 0 if self.code in (0, 137) else 1
-        told = self.said.count("\n") == lines and "Traceback" not in self.said
+        told = (self.code in (2, 75)) <= self.said.count("\n") <= 1 and "Traceback" not in self.said
         return told and self.code in self.fault.codes and self.after == "equal"
 
 
@@ -222,7 +221,8 @@ def reached(scene: Scene, phase: str) -> bool:
         return True
     if phase == "start":
         with suppress(OSError):
-            return "libtorch" in Path("/proc", str(scene.pid), "maps").read_text()
+            heavy = "/matplotlib/" if scene.module == "icl_msr.report" else "libtorch"
+            return heavy in Path("/proc", str(scene.pid), "maps").read_text()
         return True
     if phase == "training":
         return steps(scene.folder) >= 3
