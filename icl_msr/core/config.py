@@ -347,7 +347,8 @@ def _schema(
         optional = not whole or name in given or parameter.default is not parameter.empty
         if name in given and name not in keys:
             continue
-        annotation = Any if any(_nested("", keys.get(name))) else _held(parameter.annotation)
+        built = not _is_plain(parameter.annotation) and any(_nested("", keys.get(name)))
+        annotation = Any if built else _held(parameter.annotation)
         if parameter.default is None:
             annotation = Union[annotation, None]  # noqa: UP007  Any has no |
         fields[name] = (annotation, None if optional else ...)
@@ -355,6 +356,20 @@ def _schema(
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # a parameter may have the name of one of pydantic's methods
         return create_model(getattr(target, "__name__", str(target)), __config__=config, **fields)
+
+
+def _is_plain(annotation: Any) -> bool:
+    """Return whether an annotation allows only numbers, texts, truth values and null, which no node gives."""
+    origin, arguments = get_origin(annotation), get_args(annotation)
+    if origin in (Union, UnionType):
+        return all(map(_is_plain, arguments))
+    return origin is Literal or (arguments[0] if origin is Annotated else annotation) in (
+        int,
+        float,
+        str,
+        bool,
+        NoneType,
+    )
 
 
 def _held(annotation: Any) -> Any:

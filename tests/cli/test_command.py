@@ -90,6 +90,7 @@ BEFORE_ANYTHING_IS_BUILT = [
     ("method._target_=icl_msr.training.optimization.Optimization", "method.", "is missing"),
     # values
     ("method.temperature=-1", "method.temperature=-1", "greater than 0"),
+    ("method.hidden_dim={_target_:builtins.object}", "method.hidden_dim", "should be a whole number"),
     ("~bias_and_norm loader.batch_size=-1", "loader.batch_size=-1", "at least 2"),
     ("trainer.max_epochs=abc", "trainer.max_epochs", '"abc"', "a whole number"),
     ("trainer.gradient_clip_val=abc", "trainer.gradient_clip_val", "a number or null"),
