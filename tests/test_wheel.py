@@ -86,7 +86,7 @@ def test_a_run_its_encoder_and_its_report(python: Python, elsewhere: Path) -> No
     assert json.loads((elsewhere / "run" / "environment.json").read_text())["commit"] is None
     succeeds(python("-m", "icl_msr.run", "resume=run", "trainer.max_epochs=2"))
     again = succeeds(python("-m", "icl_msr.evaluate", "run=run", "evaluation=light"))
-    assert "run/" in again
+    assert "results  runs/" in again
     assert "load_file" in succeeds(python("-m", "icl_msr.export", "run", "--to", "exported"))
     assert os.listdir(elsewhere / "exported")
     assert "run/report.html" in succeeds(python("-m", "icl_msr.report", "run"))
