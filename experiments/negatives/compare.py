@@ -171,7 +171,7 @@ def main(words: Sequence[str] | None = None) -> None:
         cells = (f"{row['gram']:.2f}", f"{row['histogram']:.2f}", f"{row['class_read_percent']:.1f}")
         table.add_row(str(row["generator"]), *cells)
     Console(width=100).print(table)
-    lines = [[float(f"{v:.4g}") if isinstance(v, float) else v for v in row.values()] for row in rows]
+    lines = [[f"{v:.4g}" if isinstance(v, float) else v for v in row.values()] for row in rows]
     (options.to / "compare.csv").write_text(csv_text([rows[0], *lines]))
 
 

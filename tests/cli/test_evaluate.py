@@ -491,8 +491,7 @@ def test_results_are_not_overwritten(runs: Path, capsys: pytest.CaptureFixture[s
     assert "holds results or a run already" in capsys.readouterr().err
 
 
-def test_a_run_whose_encoder_takes_other_images(runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    shutil.copytree(runs / "exported", tmp_path / "vit")
+def test_a_run_whose_encoder_takes_other_images(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     backbone = foreign_encoder("timm", "vit_tiny_patch16_224", 32, None, 0)
     images = {"image_size": 32, "mean": [0.5] * 3, "std": [0.25] * 3, "dataset": "confounded"}
     (tmp_path / "vit").mkdir()

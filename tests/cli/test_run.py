@@ -202,7 +202,7 @@ def unpooled(image_size: int, *, weights: None) -> Backbone:
         ([f"backbone._target_={__name__}.wrong_width"], "features of 128 channels, and its `channels` says 64"),
         ([f"backbone._target_={__name__}.unpooled"], "shape (2, 8, 30, 30) for two images, and pooled features"),
         ([f"backbone._target_={__name__}.flat", "augment.size=16"], "Sequential cannot take images of 16 pixels"),
-        (["backbone._target_=torch.nn.Identity"], "and a Backbone is needed"),
+        (["backbone._target_=torch.nn.Identity"], "is not of the kind Backbone, which is needed here"),
         (["backbone=timm:vit_tiny_patch16_224", "augment.size=48"], "change the size in augment.size or augment.views"),
         (["backbone=timm:levit_128s"], "levit_128s cannot take images of 32 pixels"),
         (["augment.size=1", "negatives=patch"], "cannot make negatives of views of 1 pixels"),
