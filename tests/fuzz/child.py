@@ -123,16 +123,17 @@ def fault(line: Line, end: End) -> str | None:
     said = end.err.splitlines()
     if end.code == 2 and "-m" not in line.words and not (len(said) == 1 and said[0].rstrip()[-1:] in tuple(".?'\")")):
         return f"not one sentence: {end.err[:500]!r}"
-    places = [Path("here", p) for p in (["runs", ".cache"] if end.code != 2 else [".cache"])] + _places(line, end.code)
+    refused = end.code == 2 and "-m" not in line.words  # a sweep keeps the record of a job that was refused
+    places = [Path("here", p) for p in ([".cache"] if refused else ["runs", ".cache"])] + _places(line, refused)
     strays = [path for path in end.written if not any(path.is_relative_to(p) or p.is_relative_to(path) for p in places)]
     return f"exit code {end.code}, and written: {', '.join(map(str, strays[:5]))}" if strays else None
 
 
-def _places(line: Line, code: int) -> list[Path]:
+def _places(line: Line, refused: bool) -> list[Path]:
     """Return where a line may write, relative to its world: nowhere but a cache if it was refused."""
-    pattern = _CACHE if code == 2 else _PLACE
+    pattern = _CACHE if refused else _PLACE
     typed = [found[1] for word in line.words if (found := pattern.fullmatch(word))]
-    if code != 2:
+    if not refused:
         typed += [after for word, after in zip(line.words, line.words[1:], strict=False) if word in ("--to", "--out")]
         typed += line.words if line.door in ("export", "report") else ()
         typed += [f"{word}/.." for word in line.words if line.door == "report"]  # the summary is beside a run
