@@ -16,8 +16,8 @@ from icl_msr.core.config import OWNED, PLURAL, config_dir, no_keys
 from icl_msr.core.errors import UserError
 
 _KEY = re.compile(r"(?P<sign>[+~]*)(?P<group>\w+)\.(?P<name>[^.=]+)(?P<rest>.*)", re.DOTALL)
-_HOME = re.compile(r"(?<=[=,\[\s\"'])~(?=/)")
-"""A tilde that begins a path. A shell does not expand it after `key=`."""
+_HOME = re.compile(r"(?<=[=,\[\s\"'])~(?=[/,\]\s\"']|$)")
+"""A tilde that is or begins a path. A shell does not expand it after `key=`."""
 
 
 def overrides(typed: Sequence[str]) -> list[str]:

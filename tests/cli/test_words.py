@@ -79,3 +79,4 @@ def test_short_forms_and_flags(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_the_home_folder_is_that_of_the_user() -> None:
     assert overrides(["resume=~/run"]) == [f"resume={Path.home()}/run"]
+    assert overrides(["cache=~", "a=[~,'~']"]) == [f"cache={Path.home()}", f"a=[{Path.home()},'{Path.home()}']"]
