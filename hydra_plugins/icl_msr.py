@@ -1,4 +1,7 @@
-"""The launchers `hydra/launcher=serial`, `process` and `slurm`. Hydra finds launchers only in `hydra_plugins`."""
+"""The launchers `hydra/launcher=serial`, `process`, `slurm` and the sweeper `hydra/sweeper=optuna`.
+
+Hydra finds launchers and sweepers only in `hydra_plugins`.
+"""
 
 from collections.abc import Sequence
 from pkgutil import resolve_name
@@ -7,6 +10,8 @@ from typing import Any
 from hydra._internal.core_plugins.basic_launcher import BasicLauncher
 from hydra.core.utils import JobReturn
 from hydra.plugins.launcher import Launcher
+from hydra.plugins.sweeper import Sweeper
+from omegaconf import OmegaConf
 
 
 class SerialLauncher(BasicLauncher):
@@ -24,32 +29,44 @@ class SerialLauncher(BasicLauncher):
         return super().launch(jobs, initial_job_idx)
 
 
-class _Late(Launcher):
-    """A launcher whose class is imported when it is used, because every program that uses Hydra imports this file."""
+class _Late:
+    """A plug-in whose class is imported when it is used, because every program that uses Hydra imports this file."""
 
     named: str
 
     def __init__(self, **keys: Any):
-        self.keys = keys
+        self.keys: Any = OmegaConf.to_container(OmegaConf.create(keys), resolve=True)
 
     def setup(self, **given: Any) -> None:
-        """Make the launcher and pass on what Hydra gives."""
-        self.launcher = resolve_name(self.named)(**self.keys)
-        self.launcher.setup(**given)
+        """Make the plug-in and pass on what Hydra gives."""
+        self.made = resolve_name(self.named)(**self.keys)
+        self.made.setup(**given)
 
+
+class _LateLauncher(_Late, Launcher):
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> list[JobReturn]:
         """Run the jobs and return their metrics."""
-        answers: list[JobReturn] = self.launcher.launch(job_overrides, initial_job_idx)
+        answers: list[JobReturn] = self.made.launch(job_overrides, initial_job_idx)
         return answers
 
 
-class ProcessLauncher(_Late):
+class ProcessLauncher(_LateLauncher):
     """Runs each job in its own process."""
 
     named = "icl_msr.cli.sweeps.ProcessLauncher"
 
 
-class SlurmLauncher(_Late):
+class SlurmLauncher(_LateLauncher):
     """Submits the jobs to SLURM as an array."""
 
     named = "icl_msr.cli.arrays.SlurmLauncher"
+
+
+class OptunaSweeper(_Late, Sweeper):
+    """Lets Optuna choose the jobs."""
+
+    named = "icl_msr.cli.search.OptunaSweeper"
+
+    def sweep(self, arguments: list[str]) -> Any:
+        """Run the trials and return the best values."""
+        return self.made.sweep(arguments)

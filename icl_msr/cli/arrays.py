@@ -82,6 +82,7 @@ class SlurmLauncher:
             arrays = [*arrays, self._submit(new)]
             atomic_write(self.folder / "slurm.json", json.dumps({"arrays": arrays}) + "\n")
         if missing and not self.follow:
+            exit_codes.append(0)  # as far as this command can know
             print(f"SLURM has the jobs as {_named(arrays)}; the same command, with follow=true, waits for them.")
             return [job.answer(math.nan if (metric := job.metric()) is None else metric) for job in jobs]
         metrics = self._followed(missing, arrays)

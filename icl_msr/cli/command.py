@@ -23,6 +23,7 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, InterpolationResolutionError, OmegaConfBaseException
 from yaml import MarkedYAMLError, YAMLError
 
+from icl_msr.cli.elsewhere import Task
 from icl_msr.cli.footprint import Footprint, require_common_folder
 from icl_msr.cli.processes import hold_leash, in_folder, told
 from icl_msr.cli.sweeps import exit_codes, register_resolvers
@@ -58,7 +59,6 @@ def main(job: Job, arguments: Sequence[str] | None = None) -> int:
     register_resolvers()
     exit_codes.clear()
     Footprint.made.clear()
-    codes: list[int] = []
     said: set[str] = set()
 
     def refuse(message: str, shared: bool = True) -> int:
@@ -80,23 +80,23 @@ def main(job: Job, arguments: Sequence[str] | None = None) -> int:
     @wraps(job)  # Hydra names the job after its module
     def answered(config: DictConfig) -> float:
         sys.argv[1:] = typed  # ranks and the jobs of a sweep repeat the command
-        codes.append(0)
+        exit_codes.append(0)
         try:
             if saved is not None:
                 config = saved
             return job(checked(config), config)
         except UserError as mistake:
             # An error that leaves the job would make Hydra print its own message and stop the other jobs of a sweep.
-            codes[-1] = refuse(str(mistake), isinstance(mistake, SharedMistake))
+            exit_codes[-1] = refuse(str(mistake), isinstance(mistake, SharedMistake))
             return float("nan")
         except Exception as fault:
             folder = RunFolder(Path(HydraConfig.get().runtime.output_dir))
             if cause := unwritable(fault, folder.path):
-                codes[-1] = refuse(f"{cause} and {folder.advice}.", shared=False)
+                exit_codes[-1] = refuse(f"{cause} and {folder.advice}.", shared=False)
                 return float("nan")
             if sentence := about_the_machine(fault):
                 kept = f" What was trained is kept; {folder.advice}." if folder.checkpoint.exists() else ""
-                codes[-1] = refuse(sentence + kept, shared=False)
+                exit_codes[-1] = refuse(sentence + kept, shared=False)
                 return float("nan")
             if folder.checkpoint.exists():
                 fault.add_note(f"What was trained is kept; {folder.advice}.")
@@ -117,21 +117,22 @@ def main(job: Job, arguments: Sequence[str] | None = None) -> int:
             require_common_folder(words)
             words = spelled_out(words)
         sys.argv[1:] = words
-        hydra.main(version_base="1.3", config_path=str(config_dir()), config_name="config")(answered)()
+        hydra.main(version_base="1.3", config_path=str(config_dir()), config_name="config")(Task(answered))()
     except UserError as mistake:
         return refuse(str(mistake))
     except SystemExit as end:
-        if codes or end.code not in (1, 2):  # Hydra has printed what is wrong, with code 1, or a callback of ours
+        if exit_codes or end.code not in (1, 2):  # Hydra has printed what is wrong, with code 1, or a callback of ours
             raise
         return 2
     except Exception as mistake:
-        begun = codes or exit_codes  # after that, it is not a mistake of the user
-        if begun or not (isinstance(mistake, _MISTAKES) or _is_hydras(mistake)):
+        plugins = _of_plugin(mistake, typed)
+        known = plugins or isinstance(mistake, _MISTAKES) or _is_hydras(mistake)
+        if exit_codes or not known:  # once a job has begun, it is not a mistake of the user
             raise
-        return refuse(sentence(mistake, typed))
-    if not codes:  # a help text was printed, or the sweep had nothing to do
+        return refuse(plugins or sentence(mistake, typed))
+    if not exit_codes:  # a help text was printed, or the sweep had nothing to do
         Footprint.erase()
-    return max([*codes, *exit_codes], default=0)
+    return max(exit_codes, default=0)
 
 
 def _resumed(typed: Sequence[str]) -> tuple[DictConfig | None, Sequence[str]]:
@@ -175,8 +176,23 @@ def _is_hydras(error: BaseException) -> bool:
 
     Hydra raises many kinds of errors for what a user types.
     """
-    modules = [frame.f_globals.get("__name__", "") for frame, _ in walk_tb(error.__traceback__)]
+    modules = _modules(error)
     return "hydra.main" in modules and not any(name.startswith("icl_msr.") for name in modules[1:])
+
+
+def _of_plugin(error: BaseException, typed: Sequence[str]) -> str | None:
+    """Return the sentence about an error that somebody else's plug-in for Hydra has met; None about any other one."""
+    if isinstance(error, HydraException | OmegaConfBaseException):
+        return None
+    for kind, other in {"launcher": "process", "sweeper": "basic"}.items():
+        if any(re.match(rf"hydra_plugins\.\w*_{kind}\b", name) for name in _modules(error)):
+            chosen = next((word for word in typed if word.startswith(f"hydra/{kind}=")), f"hydra.{kind}")
+            return f"{chosen} has failed ({type(error).__name__}: {reason(error)}); type hydra/{kind}={other} instead."
+    return None
+
+
+def _modules(error: BaseException) -> list[str]:
+    return [frame.f_globals.get("__name__", "") for frame, _ in walk_tb(error.__traceback__)]
 
 
 def _check_flags(typed: Sequence[str]) -> None:
@@ -248,6 +264,8 @@ def sentence(error: Exception, typed: Sequence[str]) -> str:
     if isinstance(error, OSError) and error.filename:
         which = "hydra.sweep.dir" if _MULTIRUN & set(typed) else "hydra.run.dir"
         return f"{error.filename} cannot be written ({error.strerror}); choose another {which}."
+    if "does not support sweep type" in text:
+        return "interval(...) is a range, and this sweep tries values; write them out, or add hydra/sweeper=optuna."
     if several := re.search(r"Ambiguous value for argument '([^']*)'", text):
         return ambiguous(several[1])
     if twice := re.search(r"already at '([^']*)'", text):
@@ -263,7 +281,10 @@ def sentence(error: Exception, typed: Sequence[str]) -> str:
 
 
 def _no_choice(group: str, wrong: str, typed: Sequence[str]) -> str:
-    return f"{group}={wrong} does not exist; {suggestion(wrong, _choices(group, typed))}"
+    advice, kind = suggestion(wrong, _choices(group, typed)), group.removeprefix("hydra/")
+    if kind in ("launcher", "sweeper") and advice[-1] == ".":
+        advice = f"{advice[:-1]}, or install its plug-in: pip install hydra-{wrong}-{kind}."
+    return f"{group}={wrong} does not exist; {advice}"
 
 
 def _choices(group: str, typed: Sequence[str]) -> list[str]:

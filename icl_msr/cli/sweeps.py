@@ -9,7 +9,7 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from pathlib import Path
@@ -36,6 +36,9 @@ from icl_msr.core.storage import atomic_write, read_json
 
 _OURS = ("hydra.sweep.", "hydra.launcher.", "hydra.sweeper.", "hydra.mode", "hydra/launcher", "hydra/sweeper")
 """Overrides that concern the sweep and not its jobs."""
+
+RESULTS = "optimization_results.yaml"
+"""File in which a sweeper leaves the best jobs at its end. It has Hydra's name."""
 
 PATIENCE = 2.0
 """Seconds in which another process that begins the same sweep writes its record."""
@@ -82,17 +85,44 @@ def planned(context: HydraContext, sweep: DictConfig, job_overrides: Sequence[Se
     Raises:
         UserError: a key or value is wrong.
     """
-    jobs = []
-    for number, overrides in enumerate(job_overrides, first):
-        config = checked_job(context, sweep, overrides, number)
-        HydraConfig.instance().set_config(config)  # resolves ${hydra:...} in the folder's name
-        folder = RunFolder(Path(str(config.hydra.sweep.dir)) / str(config.hydra.sweep.subdir))
-        task = OmegaConf.masked_copy(config, [str(key) for key in config if key != "hydra"])
-        title = " ".join([f"[{number + 1}/{first + len(job_overrides)}]", *_varying(overrides)])
-        jobs.append(Job(number, list(overrides), task, folder, title))
+    last = max(first + len(job_overrides), sweep.hydra.sweeper.get("n_trials") or 0)
+    jobs = [plan(context, sweep, overrides, number, last) for number, overrides in enumerate(job_overrides, first)]
     for job in jobs:
         job.folder.path.mkdir(parents=True, exist_ok=True)
     return jobs
+
+
+def plan(context: HydraContext, sweep: DictConfig, overrides: Sequence[str], number: int, last: int) -> Job:
+    """Return a job of a sweep with `last` jobs, whose config is checked.
+
+    Raises:
+        UserError: a key or value is wrong.
+    """
+    config = checked_job(context, sweep, overrides, number)
+    HydraConfig.instance().set_config(config)  # resolves ${hydra:...} in the folder's name
+    folder = RunFolder(Path(str(config.hydra.sweep.dir)) / str(config.hydra.sweep.subdir))
+    task = OmegaConf.masked_copy(config, [str(key) for key in config if key != "hydra"])
+    return Job(number, list(overrides), task, folder, " ".join([f"[{number + 1}/{last}]", *varying(overrides)]))
+
+
+def execute(sweep: DictConfig, job: Job, running: list[Child], beside: int = 1, log: bool = False) -> int:
+    """Run a job of a sweep in a process of its own, and return the exit code as a shell gives it.
+
+    Args:
+        sweep: the config of the sweep.
+        job: the job.
+        running: the processes that this one passes signals on to; the job's is among them while it runs.
+        beside: the jobs that share this machine's processors.
+        log: whether the output goes to `job.log` in the job's folder.
+    """
+    words, environment = command_words(sweep, job), clean_environment(beside) | dashboard_variables(sweep, job)
+    with (job.folder.path / "job.log").open("ab") if log else nullcontext() as output:
+        process = Child(words, environment, output)
+    running.append(process)
+    code = process.wait()
+    running.remove(process)
+    process.leash.close()
+    return code if code >= 0 else 128 - code
 
 
 def command_words(sweep: DictConfig, job: Job) -> list[str]:
@@ -214,7 +244,8 @@ class ProcessLauncher:
 
     def _execute(self, job: Job) -> float:
         print(f"{job.title}: {job.folder}", flush=True)
-        began, code, metric = time.monotonic(), self._exit_code(job), math.nan
+        began, metric = time.monotonic(), math.nan
+        code = execute(self.config, job, self.running, self.jobs, log=self.jobs > 1)
         seconds, end, left = time.monotonic() - began, f"exit code {code}", ""
         if code == 0:
             metric = job.folder.metric()
@@ -228,21 +259,6 @@ class ProcessLauncher:
             left = f"; about {_clock(mean(self.seconds) * waiting / self.jobs)} left"
         print(f"{job.title}: {end} after {_clock(seconds)}{left}", flush=True)
         return metric
-
-    def _exit_code(self, job: Job) -> int:
-        """Run the job's process and return its exit code, as a shell gives it."""
-        words, environment = command_words(self.config, job), clean_environment(self.jobs)
-        environment |= dashboard_variables(self.config, job)
-        if self.jobs == 1:
-            process = Child(words, environment)
-        else:
-            with (job.folder.path / "job.log").open("ab") as log:
-                process = Child(words, environment, log)
-        self.running.append(process)
-        code = process.wait()
-        self.running.remove(process)
-        process.leash.close()
-        return code if code >= 0 else 128 - code
 
 
 def checked_job(context: HydraContext, sweep: DictConfig, overrides: Sequence[str], number: int) -> DictConfig:
@@ -279,9 +295,10 @@ class SweepRecord(Callback):
         self.lock = os.open(self.folder, os.O_RDONLY)
         if self._joins():
             print(f"Joining {self.folder}, which another process has begun.", flush=True)
-        elif _is_shared():
+        else:
             (self.folder / "claims").unlink(missing_ok=True)  # jobs that have failed are tried again
-            _locks(self.lock, fcntl.LOCK_SH)
+            if _is_shared():
+                _locks(self.lock, fcntl.LOCK_SH)
         if (self.folder / "sweep.json").exists():
             print(f"Continuing {self.folder}; jobs done so far: {self._state()[0]}.", flush=True)
         self._write(finished=False)
@@ -291,10 +308,13 @@ class SweepRecord(Callback):
         done, all_jobs = self._state()
         if not all_jobs:
             refuse("The sweep has no jobs, because a list or a pattern in it gives no values; write them out.")
-        self._write(finished=done == all_jobs)
-        rest = "" if done == all_jobs else "; the same command finishes the others"
+        finished = done == all_jobs or (self.folder / RESULTS).exists()
+        self._write(finished)
+        rest = "" if finished else "; the same command finishes the others"
         compare = f" Compare them: python -m icl_msr.report {self.folder}" if done else ""
         print(f"Jobs done: {done} of {all_jobs}{rest}.{compare}", flush=True)
+        if not (finished or exit_codes):  # the processes of another launcher have their exit codes
+            exit_codes.append(1)
         os.close(self.lock)
 
     def _joins(self) -> bool:
@@ -312,7 +332,7 @@ class SweepRecord(Callback):
         return False
 
     def _state(self) -> tuple[int, int]:
-        jobs = [RunFolder(path) for path in self.folder.iterdir() if path.is_dir()]
+        jobs = [RunFolder(path) for path in self.folder.iterdir() if path.is_dir() and path.name[:1] != "."]
         return sum(job.done for job in jobs), len(jobs)
 
     def _write(self, finished: bool) -> None:
@@ -363,11 +383,11 @@ def job_type(overrides: Sequence[str]) -> str | None:
     A job in its own process reads it from W&B's variable.
     """
     named = [word for word in overrides if not word.startswith("seed=")]
-    changed = [word for word in _varying(overrides) if word in named]
+    changed = [word for word in varying(overrides) if word in named]
     return os.environ.get("WANDB_JOB_TYPE") or ",".join(changed or named)[:_LONGEST] or None
 
 
-def _varying(overrides: Sequence[str]) -> list[str]:
+def varying(overrides: Sequence[str]) -> list[str]:
     """Return the overrides that a sweep changes from job to job: those that were not typed in this form."""
     typed = {in_short(word) for word in sys.argv[1:]}
     return [word for word in overrides if not typed & {in_short(word), word.removesuffix("=null")}]  # of ~key
