@@ -28,6 +28,7 @@ from icl_msr.core.terminal import complain
 try:
     import optuna
     from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
+    from optuna.samplers import BaseSampler
     from optuna.storages import JournalStorage
     from optuna.storages.journal import JournalFileBackend
     from optuna.trial import FrozenTrial, TrialState
@@ -35,9 +36,6 @@ except ImportError:
     raise UserError(
         "hydra/sweeper=optuna needs Optuna, which is not installed; type: pip install 'icl-msr[optuna]'."
     ) from None
-
-Space = dict[str, BaseDistribution]
-"""The values that each key may have."""
 
 
 class OptunaSweeper:
@@ -139,18 +137,16 @@ class OptunaSweeper:
                 self.study.tell(trial.number, state=TrialState.FAIL)
         if not (trials := self.study.get_trials(states=[TrialState.RUNNING])):
             for number in range(len(self.study.trials), self.n_trials)[: self.n_jobs]:
-                seed = (
-                    None if self.seed is None else int(np.random.SeedSequence((self.seed, number)).generate_state(1)[0])
-                )
-                self.study.sampler = build_as(optuna.samplers.BaseSampler, self.sampler, seed=seed)
+                self.study.sampler = self._sampler(number)
                 self.study.ask(self.space)
             trials = self.study.get_trials(states=[TrialState.RUNNING])
         return trials
 
-    def _sampler(self, number: int) -> optuna.samplers.BaseSampler:
+    def _sampler(self, number: int) -> BaseSampler:
         """Return a sampler for one trial."""
         seed = None if self.seed is None else int(np.random.SeedSequence((self.seed, number)).generate_state(1)[0])
-        return build_as(optuna.samplers.BaseSampler, self.sampler, seed=seed)  # type: ignore[type-abstract]
+        sampler: BaseSampler = build_as(BaseSampler, self.sampler, seed=seed)  # type: ignore[type-abstract]
+        return sampler
 
     def _accepted(self, trial: FrozenTrial) -> Job | None:
         """Return the job of a trial; None if its config is refused, which is a failed trial.
@@ -229,17 +225,20 @@ def values(override: Override) -> BaseDistribution:
     """
     value = override.value()
     try:
+        more: dict[str, Any]
         if isinstance(value, IntervalSweep):
             ends, more = (value.start, value.end), {"log": "log" in value.tags}
         elif isinstance(value, RangeSweep):
             numbers = sorted(value.range())
+            if not numbers:
+                raise ValueError("it is empty")
             ends, more = (numbers[0], numbers[-1]), {"step": abs(value.step)}
         else:
             return CategoricalDistribution(list(override.sweep_string_iterator()))
         whole = all(isinstance(end, int) for end in ends)
         kind: Callable[..., BaseDistribution] = IntDistribution if whole else FloatDistribution
         return kind(*ends, **more)
-    except (ValueError, IndexError, TypeError) as error:
+    except (ValueError, TypeError) as error:
         raise UserError(f"{override.input_line} gives nothing to choose from ({reason(error)}); correct it.") from None
 
 

@@ -11,101 +11,26 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 from hydra.core.plugins import Plugins
 from hydra.plugins.sweeper import Sweeper
 from hydra.types import HydraContext, TaskFunction
-from omegaconf import DictConfig, OmegaConf
-from support.inprocess import loggers_put_back
+from omegaconf import DictConfig
+from support.jobs import began, only
 from support.programs import Programs, steps, until
 from support.tiny import DATA, MODEL
 from support.uploads import sent
 
 import icl_msr
-from icl_msr.cli import arrays, processes, sweeps
-from icl_msr.cli.command import Job, main
-from icl_msr.cli.job import run
-from icl_msr.cli.processes import clean_environment, in_folder
-from icl_msr.cli.sweeps import checked_job, job_type, sweep_folder
+from icl_msr.cli import arrays, sweeps
+from icl_msr.cli.processes import in_folder
+from icl_msr.cli.sweeps import job_type, sweep_folder
 from icl_msr.core.config import config_dir
 from icl_msr.core.folder import RunFolder
-from icl_msr.core.saved import as_yaml
 
 # ---------------------------------------------------------------------------------------------- jobs without a program
-
-FAKE = """
-import json, os, signal, sys, time
-from pathlib import Path
-from icl_msr.cli.processes import hold_leash
-
-hold_leash()
-*words, last = sys.argv[1:]
-folder = Path(last.partition("=")[2].strip("'"))
-seed = next(word.partition("=")[2] for word in words if word.startswith("seed="))
-(folder / "environment").write_text(json.dumps(dict(os.environ)))
-with (folder / "began").open("a") as file:
-    file.write(f"{time.monotonic()} ")
-print(f"job {seed} at work", flush=True)
-exec(os.environ.get(f"JOB{seed}", ""))
-
-(folder / "config.yaml").write_text(Path(os.environ["CONFIGS"], folder.name).read_text())
-(folder / "results.json").write_text(json.dumps({"seed": 0, "metric": {"name": "a", "value": float(seed) / 10}}))
-"""
-
-
-class Answer(NamedTuple):
-    code: int
-    out: list[str]
-    err: list[str]
-
-
-@pytest.fixture
-def command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Iterator[Any]:
-    """`python -m icl_msr.run -m` in this process, with jobs that are done at once. `JOB<seed>` is their trouble."""
-    home, configs = tmp_path / "home", tmp_path / "configs"
-    home.mkdir()
-    configs.mkdir()
-    (home / "fake_job.py").write_text(FAKE)
-
-    def noted(context: HydraContext, sweep: DictConfig, overrides: Sequence[str], number: int) -> DictConfig:
-        config = checked_job(context, sweep, overrides, number)
-        task = OmegaConf.masked_copy(config, [str(key) for key in config if key != "hydra"])
-        (configs / str(number)).write_text(as_yaml(task))  # as a run does; composing again takes a second
-        return config
-
-    monkeypatch.setattr(sweeps, "checked_job", noted)
-    monkeypatch.setenv("CONFIGS", str(configs))
-    for name in os.environ.keys() - clean_environment().keys():
-        monkeypatch.delenv(name)
-    monkeypatch.setenv("PYTHONPATH", str(home))
-    monkeypatch.setattr(processes, "MODULE", "fake_job")
-    monkeypatch.setattr(sys, "argv", ["icl_msr.run"])
-    monkeypatch.chdir(tmp_path)
-
-    def call(*words: str, job: Job = run) -> Answer:
-        try:
-            code = main(job, ["-m", *words])
-        except SystemExit as end:
-            code = end.code if isinstance(end.code, int) else 1
-        out, err = capfd.readouterr()
-        return Answer(code, out.splitlines(), err.splitlines())
-
-    with loggers_put_back():
-        yield call
-
-
-def began(folder: Path) -> int:
-    """How often a job has been started."""
-    return len((folder / "began").read_text().split()) if (folder / "began").exists() else 0
-
-
-def only(root: Path) -> Path:
-    """The only sweep below."""
-    (folder,) = (root / "runs" / "sweeps").iterdir()
-    return folder
-
 
 PROCESS = "hydra/launcher=process"
 

@@ -89,7 +89,7 @@ def test_there_are_choices_of_every_group() -> None:
     groups = check(composed()).groups()
     assert groups.keys() == {"regularizer", *GROUPS}
     assert set(PLURAL) <= groups.keys()
-    assert groups.keys() <= {file.parts[0] for file in OURS} <= groups.keys() | {"experiment"}
+    assert groups.keys() <= {file.parts[0] for file in OURS} <= groups.keys() | {"experiment", "sweep"}
 
 
 LAUNCHERS = [("process", ProcessLauncher), ("serial", BasicLauncher), ("slurm", SlurmLauncher)]
@@ -101,6 +101,7 @@ def test_launchers_fit_their_targets_too(choice: str, target: type) -> None:
         "hydra/launcher/process.yaml",
         "hydra/launcher/serial.yaml",
         "hydra/launcher/slurm.yaml",
+        "hydra/sweeper/optuna.yaml",
     }
     GlobalHydra.instance().clear()
     with initialize_config_dir(str(config_dir()), version_base="1.3"):
