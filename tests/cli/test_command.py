@@ -58,7 +58,7 @@ BEFORE_ANYTHING_IS_BUILT = [
     ("method=null", "method=null", "choose one of", "moco"),
     ("method=", "method=", "choose one of", "moco"),
     ("experiment=cifar10/simcl", "experiment=cifar10/simcl", "cifar10/simclr"),
-    ("hydra/launcher=joblib", "hydra/launcher=joblib", "basic, process, serial"),
+    ("hydra/launcher=ray", "hydra/launcher=ray", "process, serial", "pip install hydra-ray-launcher"),
     ("hydra.searchpath=[pkg://nothere.conf] method=mine", "hydra.searchpath", "pkg://nothere.conf"),
     ("hydra.searchpath=[file:///no/such]", "hydra.searchpath", "file:///no/such"),
     ("metod=simclr", "metod", "did you mean method?"),

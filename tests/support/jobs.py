@@ -27,13 +27,14 @@ hold_leash()
 *words, last = sys.argv[1:]
 folder = Path(last.partition("=")[2].strip("'"))
 seed = next(word.partition("=")[2] for word in words if word.startswith("seed="))
-(folder / "environment").write_text(json.dumps(dict(os.environ)))
+(folder / "environment").write_text(json.dumps({**os.environ, "WORDS": words}))
 with (folder / "began").open("a") as file:
     file.write(f"{time.monotonic()} ")
 print(f"job {seed} at work", flush=True)
 exec(os.environ.get(f"JOB{seed}", ""))
 
-(folder / "config.yaml").write_text(Path(os.environ["CONFIGS"], folder.name).read_text())
+known = Path(os.environ["CONFIGS"], folder.name)
+(folder / "config.yaml").write_text(known.read_text() if known.exists() else "")
 results = {"seed": 0, "metric": {"name": "a", "value": float(seed) / 10}, "wall_time_s": 10 - float(seed)}
 (folder / "results.json").write_text(json.dumps(results))
 """
