@@ -53,7 +53,10 @@ def describe(settings: Settings, plan: Plan, dataset: Dataset, folder: RunFolder
     choices = {
         group: str(chosen[group]) if group in chosen else _named(node) for group, node in settings.groups().items()
     }
-    name = "-".join(choices[group] for group in ("method", "regularizer", "negatives", "dataset", "backbone"))
+    groups = ["method", "regularizer", "negatives", "background", "dataset", "backbone"]
+    if choices["background"] == "none":
+        groups.remove("background")
+    name = "-".join(choices[group] for group in groups)
     place = {"group": sweep_group(), "job_type": job_type(HydraConfig.get().overrides.task)}
     return {
         "name": name,
