@@ -48,7 +48,7 @@ _LONGEST_TYPE, _LONGEST_NAME = 64, 128
 """W&B's limits for a job type and for the name of a run, in characters."""
 
 _IN_A_NAME = ("method", "regularizer", "negatives", "background", "dataset", "backbone")
-"""The groups whose choices are in the name of every run."""
+"""The groups whose choices are in the name of every run; the background is only if it is changed."""
 
 _SWEPT = "ICL_MSR_SWEPT"
 """The variable that tells the process of a job what its sweep varies."""
