@@ -97,7 +97,8 @@ class Background:
             return 255 * uniforms(key, others[0].numel(), first=_NOISE).view(others.shape)
         if self.fill == "colour":
             return (255 * colour)[:, :, None, None].expand(others.shape)
-        return cleared(others, boxes, everywhere=self.fill == "tiles").float()
+        wider = boxes + boxes.new_tensor([-1, -1, 1, 1])  # the pixels at the edge of an object are mixed with it
+        return cleared(others, wider.clamp(0, others.shape[-1]), everywhere=self.fill == "tiles").float()
 
 
 def widest(boxes: Tensor, size: int) -> Tensor:

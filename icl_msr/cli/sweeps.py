@@ -47,8 +47,8 @@ PAUSE = 1.0
 _LONGEST_TYPE, _LONGEST_NAME = 64, 128
 """W&B's limits for a job type and for the name of a run, in characters."""
 
-_IN_A_NAME = ("method", "regularizer", "negatives", "dataset", "backbone")
-"""The groups whose choices are in the name of every run."""
+_IN_A_NAME = ("method", "regularizer", "negatives", "background", "dataset", "backbone")
+"""The groups whose choices are in the name of every run; the background is only if it is changed."""
 
 _SWEPT = "ICL_MSR_SWEPT"
 """The variable that tells the process of a job what its sweep varies."""
@@ -392,7 +392,8 @@ def run_name(choices: Mapping[str, str], overrides: Sequence[str], seed: int) ->
 
 def short_name(choices: Mapping[str, str]) -> str:
     """Return the name of runs with these choices of the groups."""
-    return "-".join(choices[group] for group in _IN_A_NAME)
+    plain = choices.get("background", "none") == "none"  # few runs have another one
+    return "-".join(choices[group] for group in _IN_A_NAME if group != "background" or not plain)
 
 
 def _cut(text: str, longest: int) -> str:

@@ -60,7 +60,9 @@ def test_a_swap_is_that_of_a_loop(fill):
     others, behind = images.flip(0), boxes.flip(0)
     found = background(fill=fill)(images, masks, others, behind, key)
     for i, image in enumerate(images):
-        new = slowly_cleared(others[i], behind[i].tolist(), everywhere=fill == "tiles")
+        x0, y0, x1, y1 = behind[i].tolist()
+        wider = (max(x0 - 1, 0), max(y0 - 1, 0), min(x1 + 1, SIZE), min(y1 + 1, SIZE))
+        new = slowly_cleared(others[i], wider, everywhere=fill == "tiles")
         for y in range(SIZE):
             for x in range(SIZE):
                 expected = image if masks[i, y, x] else new
