@@ -12,7 +12,8 @@ from icl_msr.augment import colour, geometry
 from icl_msr.core.randomness import keys, uniforms
 
 
-def _ascending(interval: list[float]) -> list[float]:
+def ascending(interval: list[float]) -> list[float]:
+    """Check that the first number is not larger than the second, for pydantic."""
     if interval[0] > interval[1]:
         raise ValueError(f"the first number of {interval} must not be larger than the second")
     return interval
@@ -34,7 +35,7 @@ def _changes(view: dict[str, Any]) -> dict[str, Any]:
     return view
 
 
-Interval = Annotated[list[PositiveFloat], Field(min_length=2, max_length=2), AfterValidator(_ascending)]
+Interval = Annotated[list[PositiveFloat], Field(min_length=2, max_length=2), AfterValidator(ascending)]
 Strengths = Annotated[list[NonNegativeFloat], Field(min_length=4, max_length=4), AfterValidator(_strengths)]
 Probability = Annotated[float, Field(ge=0, le=1)]
 Changes = Annotated[dict[str, Any], AfterValidator(_changes)]

@@ -18,7 +18,7 @@ from pytorch_lightning.callbacks import Callback, Checkpoint
 from pytorch_lightning.loggers import Logger
 from pytorch_lightning.strategies import DDPStrategy, Strategy
 
-from icl_msr.augment import Augmentation
+from icl_msr.augment import Augmentation, Background
 from icl_msr.core.config import Settings, build, build_as, require_kind, suggestion
 from icl_msr.core.errors import UserError, reason
 from icl_msr.core.folder import RunFolder
@@ -79,10 +79,11 @@ def assemble(settings: Settings, plan: Plan) -> Pieces:
     if negatives is not None and not hasattr(negatives, "alpha"):
         raise UserError(f"{settings.negatives['_target_']} has no alpha, the weight of its negatives; choose another.")
     require_sizes(method.backbone, negatives, dataset.image_size, augmentation, settings.loader.batch_size)
+    background = None if settings.background["_target_"] is None else build_as(Background, settings.background)
     untrained = copy.deepcopy(method.backbone)
     regularizer: Regularizer | None = None
     if settings.regularizer["_target_"] is not None:
-        facts = {"channels": method.channels, "method_temperature": method.temperature}
+        facts = {"channels": method.channels, "method_temperature": method.temperature, "dataset": dataset}
         regularizer = build_as(Regularizer, settings.regularizer, **facts)  # type: ignore[type-abstract]
     if plan.world_size > 1:
         global_batch_norm(method)
@@ -103,7 +104,15 @@ def assemble(settings: Settings, plan: Plan) -> Pieces:
     loader = settings.loader.model_dump()
     if settings.loader.whole_images is None:
         loader["whole_images"] = regularizer is not None
-    data = DataModule(dataset, augmentation, negatives, seed=settings.seed, channels_last=plan.channels_last, **loader)
+    data = DataModule(
+        dataset,
+        augmentation,
+        negatives,
+        seed=settings.seed,
+        channels_last=plan.channels_last,
+        background=background,
+        **loader,
+    )
     evaluations = [build_as(Measures, node) for node in settings.evaluation.values()]  # type: ignore[type-abstract]
     online = any(resolve_name(node["_target_"]) is OnlineEvaluation for node in settings.callbacks.values())
     watched = LOGGED if online and dataset.evaluated.classified else LOGGED[:2]

@@ -5,7 +5,6 @@ import resource
 import subprocess
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -17,7 +16,7 @@ from rich.console import Console
 
 from icl_msr import __version__
 from icl_msr.cli.assemble import Pieces
-from icl_msr.cli.sweeps import job_type, sweep_group
+from icl_msr.cli.sweeps import job_type, run_name, short_name, sweep_group
 from icl_msr.core.config import Settings, fingerprint
 from icl_msr.core.errors import UserError, reason
 from icl_msr.core.folder import RunFolder
@@ -33,7 +32,8 @@ from icl_msr.report import tables, write_report
 from icl_msr.report.runs import Run
 from icl_msr.report.words import answer, faint_meta_signal
 from icl_msr.training.hardware import Plan
-from icl_msr.training.loggers import Dashboard
+from icl_msr.training.loggers import About, Dashboard
+from icl_msr.training.pictures import make_scene
 
 
 def describe(settings: Settings, plan: Plan, dataset: Dataset, folder: RunFolder) -> dict[str, Any]:
@@ -53,16 +53,40 @@ def describe(settings: Settings, plan: Plan, dataset: Dataset, folder: RunFolder
     choices = {
         group: str(chosen[group]) if group in chosen else _named(node) for group, node in settings.groups().items()
     }
-    name = "-".join(choices[group] for group in ("method", "regularizer", "negatives", "dataset", "backbone"))
-    place = {"group": sweep_group(), "job_type": job_type(HydraConfig.get().overrides.task)}
+    typed = HydraConfig.get().overrides.task
     return {
-        "name": name,
-        **place,
+        "name": short_name(choices),
+        "run_name": run_name(choices, typed, settings.seed),
+        "group": sweep_group(),
+        "job_type": job_type(typed),
         **now,
         "choices": choices,
         "images": image_facts(dataset),
         "data": dataset.trained_on(),
     }
+
+
+def about(settings: Settings, plan: Plan, pieces: Pieces, facts: Mapping[str, Any], resumed_at: int | None) -> About:
+    """Return what dashboards show of a run: the config, and facts that a user compares runs by."""
+    method = list(pieces.module.method.parameters())
+    derived = {
+        **pieces.derived,
+        "ranks": plan.world_size,
+        "batch_per_rank": settings.loader.batch_size // plan.world_size,
+        "parameters": sum(p.numel() for p in pieces.module.method.backbone.parameters()),
+        "trained_parameters": sum(p.numel() for p in method if p.requires_grad),
+    }
+    others = ("name", "run_name", "group", "job_type", "choices", "images", "data", "continued")
+    environment = {key: value for key, value in facts.items() if key not in others}
+    data = {"name": pieces.dataset.name, **facts.get("data", {}), "classes": len(pieces.dataset.classes)}
+    known = {"choices": facts["choices"], "derived": derived, "environment": environment, "data": data}
+    return About(
+        name=facts.get("run_name") or facts["name"],
+        group=facts["group"],
+        job_type=facts["job_type"],
+        config=settings.model_dump() | known,
+        resumed_at=resumed_at,
+    )
 
 
 def _named(node: Mapping[str, Any]) -> str:
@@ -99,12 +123,12 @@ def evaluate(settings: Settings, plan: Plan, pieces: Pieces, folder: RunFolder, 
 def scene_of(pieces: Pieces, plan: Plan, results: Results) -> Scene:
     """Return the input of a run's pictures."""
     module = pieces.module.to(plan.device)
-    return Scene(
-        dataset=replace(pieces.dataset.evaluated, mean=pieces.dataset.mean, std=pieces.dataset.std),
+    return make_scene(
+        module,
+        pieces.dataset,
+        lambda: next(pieces.data.epoch(0, module.device)),
         features=results.features.get(TRAINED, {}),
-        batch=lambda: next(pieces.data.epoch(0, module.device)),
-        backbone=module.method.backbone if pieces.without_maps is None else None,
-        strata=module.regularizer.strata if isinstance(module.regularizer, MetaSemanticRegularizer) else None,
+        maps=pieces.without_maps is None,
     )
 
 

@@ -19,7 +19,7 @@ from rich.console import Console
 from rich.text import Text
 
 from icl_msr.cli.assemble import Pieces, assemble, in_words, make_loggers, make_trainer
-from icl_msr.cli.conclude import conclude, describe, evaluate, peak_memory_mb, scene_of
+from icl_msr.cli.conclude import about, conclude, describe, evaluate, peak_memory_mb, scene_of
 from icl_msr.cli.processes import in_folder, requeued, require_processes, run_ranks
 from icl_msr.core.config import MOVABLE, UNSEEN, Settings, build_as
 from icl_msr.core.distributed import join, leave
@@ -36,7 +36,7 @@ from icl_msr.models.checkpoint import read_checkpoint
 from icl_msr.report import has_page, write_report
 from icl_msr.report.runs import flatten, read_curves
 from icl_msr.training.hardware import Hardware, Plan
-from icl_msr.training.loggers import About, Dashboard
+from icl_msr.training.loggers import Dashboard
 from icl_msr.training.module import Pretraining
 
 
@@ -92,19 +92,12 @@ def carry_out(
     resumed_at = resume_point(settings, pieces, folder, console)
     trainer = make_trainer(settings, plan, folder, pieces)
     facts = describe(settings, plan, pieces.dataset, folder)
-    about = About(
-        name=facts["name"],
-        group=facts["group"],
-        job_type=facts["job_type"],
-        config=settings.model_dump(),
-        resumed_at=resumed_at,
-    )
-    loggers = make_loggers(settings, folder, about)
+    loggers = make_loggers(settings, folder, about(settings, plan, pieces, facts, resumed_at))
     if is_first():
         folder.results.unlink(missing_ok=True)  # results from before more epochs were asked for
         folder.write_facts(facts)
         atomic_write(folder.config, as_yaml(config))
-    console.print(Text.assemble((about.name, "bold"), f" on {plan}\n{in_words(pieces.derived)}\n{folder}"))
+    console.print(Text.assemble((facts["name"], "bold"), f" on {plan}\n{in_words(pieces.derived)}\n{folder}"))
 
     for remark in [*pieces.dataset.remarks(), *(pieces.dataset.labelled.remarks() if pieces.dataset.labelled else [])]:
         console.print(remark, style="yellow")
@@ -125,7 +118,7 @@ def carry_out(
             return math.nan
         results = evaluate(settings, plan, pieces, folder, facts["choices"])
         outcome = Outcome(
-            name=about.name,
+            name=facts["name"],
             choices=facts["choices"],
             seed=settings.seed,
             train_on=settings.dataset.get("train_on", "full"),

@@ -7,7 +7,7 @@ import math
 import os
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -15,6 +15,7 @@ from datetime import datetime, timedelta
 from pathlib import Path
 from statistics import mean
 from typing import Any
+from zlib import crc32
 
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.utils import JobReturn, JobStatus
@@ -43,8 +44,14 @@ PATIENCE = 2.0
 PAUSE = 1.0
 """Seconds between two looks at jobs that other processes run."""
 
-_LONGEST = 64
-"""W&B's limit for a job type, in characters."""
+_LONGEST_TYPE, _LONGEST_NAME = 64, 128
+"""W&B's limits for a job type and for the name of a run, in characters."""
+
+_IN_A_NAME = ("method", "regularizer", "negatives", "background", "dataset", "backbone")
+"""The groups whose choices are in the name of every run; the background is only if it is changed."""
+
+_SWEPT = "ICL_MSR_SWEPT"
+"""The variable that tells the process of a job what its sweep varies."""
 
 
 exit_codes: list[int] = []
@@ -102,8 +109,9 @@ def command_words(sweep: DictConfig, job: Job) -> list[str]:
 
 
 def dashboard_variables(sweep: DictConfig, job: Job) -> dict[str, str]:
-    """Return the variables by which W&B groups the runs of a sweep, unless the user has set them."""
+    """Return the variables by which W&B names and groups the runs of a sweep, unless the user has set them."""
     variables = {"WANDB_RUN_GROUP": Path(str(sweep.hydra.sweep.dir)).name, "WANDB_JOB_TYPE": job_type(job.overrides)}
+    variables[_SWEPT] = swept(job.overrides)
     return {name: value for name, value in variables.items() if value and name not in os.environ}
 
 
@@ -364,11 +372,43 @@ def job_type(overrides: Sequence[str]) -> str | None:
     """
     named = [word for word in overrides if not word.startswith("seed=")]
     changed = [word for word in _varying(overrides) if word in named]
-    return os.environ.get("WANDB_JOB_TYPE") or ",".join(changed or named)[:_LONGEST] or None
+    return os.environ.get("WANDB_JOB_TYPE") or _cut(",".join(changed or named), _LONGEST_TYPE) or None
+
+
+def swept(overrides: Sequence[str]) -> str:
+    """Return what a sweep of Hydra or of W&B varies, without the seed and the choices that every name has.
+
+    A job in its own process reads it from a variable.
+    """
+    words = [in_short(word) for word in _varying(overrides) if word.partition("=")[0] not in ("seed", *_IN_A_NAME)]
+    return os.environ.get(_SWEPT) or " ".join(words)
+
+
+def run_name(choices: Mapping[str, str], overrides: Sequence[str], seed: int) -> str:
+    """Return a run's name on dashboards: its choices, what a sweep varies beside them, and the seed."""
+    name = " ".join(filter(None, (short_name(choices), swept(overrides))))
+    return _cut(name, _LONGEST_NAME - len(f" seed={seed}")) + f" seed={seed}"
+
+
+def short_name(choices: Mapping[str, str]) -> str:
+    """Return the name of runs with these choices of the groups."""
+    plain = choices.get("background", "none") == "none"  # few runs have another one
+    return "-".join(choices[group] for group in _IN_A_NAME if group != "background" or not plain)
+
+
+def _cut(text: str, longest: int) -> str:
+    """Return a text of at most `longest` characters. Different texts stay different."""
+    return text if len(text) <= longest else f"{text[: longest - 9]}~{crc32(text.encode()):08x}"
 
 
 def _varying(overrides: Sequence[str]) -> list[str]:
-    """Return the overrides that a sweep changes from job to job: those that were not typed in this form."""
+    """Return the overrides that a sweep changes from job to job: those that were not typed in this form.
+
+    In a sweep of W&B, they are those whose values the server has chosen.
+    """
+    if file := os.environ.get("WANDB_SWEEP_PARAM_PATH"):
+        chosen = OmegaConf.load(file)
+        return [word for word in overrides if word.partition("=")[0] in chosen]
     typed = {in_short(word) for word in sys.argv[1:]}
     return [word for word in overrides if not typed & {in_short(word), word.removesuffix("=null")}]  # of ~key
 

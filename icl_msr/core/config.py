@@ -46,7 +46,7 @@ MOVABLE = ("dataset.root", "dataset.path", "hardware.devices", "hardware.nodes")
 
 GIVEN: dict[str, tuple[str, ...]] = {
     "method": ("backbone", "classes", "mean", "std"),
-    "regularizer": ("channels", "method_temperature"),
+    "regularizer": ("channels", "method_temperature", "dataset"),
     "optimizer": ("params",),
     "schedule": ("optimizer", "total_steps", "steps_per_epoch", "global_batch"),
     "backbone": ("image_size",),
@@ -110,6 +110,7 @@ class Settings(BaseModel):
     hardware: Node
     negatives: Node
     augment: Node
+    background: Node
     backbone: Node
     dataset: Node
     evaluation: dict[str, Any]

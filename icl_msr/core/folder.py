@@ -34,6 +34,7 @@ _FACTS: dict[str, Any] = {
     "data": dict[str, Any],
     "command": str,
     "name": str,
+    "run_name": str,
 }
 """Types of the facts in environment.json that the program reads again."""
 

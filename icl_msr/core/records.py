@@ -6,6 +6,7 @@ The report, the dashboards and a sweeper read records. No other code has to know
 
 import json
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass, replace
 from functools import lru_cache
@@ -23,6 +24,11 @@ TRAINED, UNTRAINED = "trained", "untrained"
 """Names of the encoder that is evaluated, and of the untrained one that it is compared with."""
 CHANCE = "chance"
 """A name in place of a split, for the accuracy of guessing."""
+
+
+def dashboard_name(name: str) -> str:
+    """Return the name of a number with letters, digits, underscores and slashes only, which every dashboard takes."""
+    return re.sub(r"[^\w/]+", "_", name.replace(" - ", "_minus_").replace("%", "pct"))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,6 +91,11 @@ class Measurement:
         kind, metric = "" if usual else self.kind, "" if self.metric == "accuracy" else self.metric
         parts = (kind, metric, self.classifier or "", self.fitted_on, self.splits, *self.factors.values())
         return "/".join(str(part) for part in parts if part != "")
+
+    @property
+    def dashboard_name(self) -> str:
+        """The name of this number on a dashboard. A difference ends in its unit, points."""
+        return dashboard_name(f"{self.name}_points" if self.unit == "points" else self.name)
 
     @property
     def identity(self) -> Self:
@@ -274,8 +285,15 @@ class Records:
         return [r for r in self.measurements if r.value is not None and r.unit != "count" and r.kind not in hidden]
 
     def numbers(self) -> dict[str, float]:
-        """Return the findings on the trained encoder by name, for sweepers and dashboards."""
-        return {r.name: r.value for r in self.findings() if r.encoder == TRAINED and r.value is not None}
+        """Return the findings on the trained encoder by the name that a user types."""
+        return {r.name: value for r, value in self._trained()}
+
+    def dashboard_numbers(self) -> dict[str, float]:
+        """Return the findings on the trained encoder by their name on a dashboard."""
+        return {r.dashboard_name: value for r, value in self._trained()}
+
+    def _trained(self) -> list[tuple[Measurement, float]]:
+        return [(r, r.value) for r in self.findings() if r.encoder == TRAINED and r.value is not None]
 
     def rows(self) -> dict[str, list[dict[str, Any]]]:
         """Return flat rows by kind."""
@@ -338,9 +356,10 @@ class Outcome:
         return about | self.records.to_json()
 
     def numbers(self) -> dict[str, float]:
-        """Return all numbers by name: logged values, those of `Records.numbers`, the cost and the metric."""
+        """Return all numbers by their name on a dashboard: logged values, findings, the cost and the metric."""
         cost = {name: getattr(self, name) for name in ("images_per_second", "peak_memory_mb", "wall_time_s")}
-        found = {**self.final, **self.records.numbers(), **cost, "metric": self.metric.get("value")}
+        final = {dashboard_name(name): value for name, value in self.final.items()}
+        found = {**final, **self.records.dashboard_numbers(), **cost, "metric": self.metric.get("value")}
         return {name: value for name, value in found.items() if value is not None}
 
     @classmethod

@@ -30,6 +30,7 @@ KINDS: dict[str, Kinds] = {
     "regularizer": {"icl_msr.regularizers": "torch.nn.Module"},
     "negatives": {"icl_msr.negatives": "builtins.object"},
     "augment": {"icl_msr.augment": CALLABLE},
+    "background": {"icl_msr.augment": CALLABLE},
     "optimizer": {"torch.optim": "torch.optim.Optimizer", "timm.optim": "torch.optim.Optimizer"},
     "schedule": {
         "torch.optim.lr_scheduler": "torch.optim.lr_scheduler.LRScheduler",

@@ -246,13 +246,19 @@ def von_mises_fisher_weights(first: Tensor, second: Tensor, sigma: float) -> Ten
 
 @full_precision
 def debiased(
-    first: Tensor, second: Tensor, temperature: float, tau_plus: float, negatives: NonSemantic | None = None
+    first: Tensor,
+    second: Tensor,
+    temperature: float,
+    tau_plus: float,
+    negatives: NonSemantic | None = None,
+    beta: float = 0.0,
 ) -> Tensor:
-    """Return the debiased contrastive loss: NT-Xent corrected for false negatives (Chuang et al. 2020, eq. 7, 8).
+    """Return NT-Xent corrected for false negatives, and with hard negatives if beta > 0 (Chuang et al. 2020, eq. 7, 8).
 
     A share tau+ of the n = 2M - 2 other views is expected to show the anchor's own class. Their contribution is
     estimated from the positive and subtracted from S, the sum over the others:
     n g = max((S - tau+ n exp(z.z+ / tau)) / (1 - tau+), n exp(-1 / tau)).
+    With beta, the terms of S have weights exp(beta z.z_k / tau) of mean 1 (Robinson et al. 2021, eq. 4).
 
     Args:
         first, second: (N, D) embeddings of the two views.
@@ -260,12 +266,16 @@ def debiased(
         tau_plus: tau+, 0 <= tau+ < 1. With 0 the loss is NT-Xent.
         negatives: m further logits for each of the two anchors of an image. They are never false negatives, so they are
             added to n g uncorrected (ours).
+        beta: concentration on hard negatives. With 0 all have the same weight.
 
     Returns:
         () mean over the 2N anchors of -log exp(z.z+ / tau) / (exp(z.z+ / tau) + n g).
     """
     for_it, against = two_view_log_odds(first, second, temperature, None)
     n = 2 * world_size() * len(first) - 2
+    if beta > 0:
+        harder, weights = (two_view_log_odds(first, second, temperature / k, None)[1] for k in (1 + beta, beta))
+        against = harder - weights + math.log(n)
     least = against.new_full((), math.log(n) - 1 / temperature)
     log_share = for_it + against.new_full((), tau_plus * n).log() - against
     # If the share is 1 or more, the lower bound applies. -1 keeps the unused branch finite.

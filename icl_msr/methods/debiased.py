@@ -1,9 +1,9 @@
-"""Debiased contrastive learning: Chuang et al. NeurIPS 2020 (arXiv 2007.00224)."""
+"""Debiased contrastive learning: Chuang et al. NeurIPS 2020 (arXiv 2007.00224); Robinson et al. ICLR 2021 with beta."""
 
 from collections.abc import Sequence
 from typing import Annotated
 
-from pydantic import Field, PositiveFloat, PositiveInt
+from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt
 from torch import Tensor
 
 from icl_msr.losses.contrastive import debiased
@@ -14,6 +14,9 @@ from icl_msr.models.heads import mlp
 
 class Debiased(Method):
     """SimCLR that corrects for negatives of the anchor's class, whose expected share is tau+.
+
+    With beta it also weights the negatives by how hard they are, as in Robinson et al., "Contrastive Learning with Hard
+    Negative Samples" (arXiv 2010.04592).
 
     The "DCL" in the ImageNet-100 table of ICL-MSR is this method and not the decoupled `dcl`. Non-semantic negatives go
     through the online encoder without gradient (ours).
@@ -27,12 +30,13 @@ class Debiased(Method):
         embedding_dim: PositiveInt,
         temperature: PositiveFloat,
         tau_plus: Annotated[float, Field(ge=0, lt=1)],
+        beta: NonNegativeFloat,
     ):
         super().__init__(backbone, mlp(backbone.channels, hidden_dim, embedding_dim))
         self.temperature: float = temperature
-        self.tau_plus = tau_plus
+        self.tau_plus, self.beta = tau_plus, beta
 
     def loss(self, embeddings: Sequence[Tensor], targets: Targets, step: Step) -> Tensor:
-        """Return L_Debiased with one positive (eq. 8, M = 1)."""
+        """Return L_Debiased with one positive (eq. 8, M = 1), and hard negatives if beta > 0."""
         first, second = embeddings
-        return debiased(first, second, self.temperature, self.tau_plus, targets.negatives)
+        return debiased(first, second, self.temperature, self.tau_plus, targets.negatives, self.beta)

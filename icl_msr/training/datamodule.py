@@ -20,11 +20,13 @@ from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2 import functional as F
 from typing_extensions import override
 
-from icl_msr.augment import Augmentation
+from icl_msr.augment import Augmentation, Background
+from icl_msr.augment.background import NARROWEST, widest
 from icl_msr.core.errors import UserError
 from icl_msr.core.randomness import keys, permutation
 from icl_msr.core.signals import SIGNALS
 from icl_msr.core.views import AlphaMode, AlphaSchedule, NonSemantic, Views
+from icl_msr.data.crops import boxes_around
 from icl_msr.data.dataset import ArraySplit, Dataset, Split, normalise
 from icl_msr.data.files import FileSplit
 from icl_msr.negatives.cached import CachedNegatives
@@ -34,6 +36,9 @@ SHARED_MEMORY = Path("/dev/shm")
 
 NEGATIVES = -2
 """The view number of the negatives' keys."""
+
+BACKGROUNDS = 1 << 10
+"""The view number of the keys of the first view's background; those of the other views follow."""
 
 _DECODED = 16  # photographs that a worker holds in memory at once
 
@@ -150,6 +155,7 @@ class DataModule(pl.LightningDataModule):
             that workers decode. Batches of images in memory always do.
         reduced_jpeg: whether a large JPEG is decoded at 1/2, 1/4 or 1/8 of its sides, if every crop and the whole image
             are then still as large as they are needed. It is faster, and changes the pixels a little.
+        background: the change of some views' backgrounds, or None.
     """
 
     def __init__(
@@ -165,6 +171,7 @@ class DataModule(pl.LightningDataModule):
         block: PositiveInt | None = None,
         whole_images: bool = True,
         reduced_jpeg: bool = False,
+        background: Background | None = None,
     ) -> None:
         super().__init__()
         self.dataset, self.augmentation, self.negatives = dataset, augmentation, negatives
@@ -178,6 +185,10 @@ class DataModule(pl.LightningDataModule):
             self._textures = negatives.open(dataset)
             self._first_view = replace(augmentation, views=augmentation.views[:1])
         self._labels = dataset.train.labels
+        self.background = background
+        if background is not None:
+            background.require(len(augmentation.recipes))
+            self._objects = _objects(dataset)
 
     @override
     def train_dataloader(self) -> "_TrainLoader":
@@ -247,9 +258,11 @@ class DataModule(pl.LightningDataModule):
         """Return the views of a batch, on the device of its index."""
         data, index = self.dataset, batch.positions
         images = self._images("train", data.train, index) if batch.crops is None else batch.images
-        source: Tensor | Sequence[Tensor] | None = images if batch.crops is None else batch.crops
-        assert source is not None
-        views = self._augmented(self.augmentation, source, batch)
+        sources: Tensor | Sequence[Tensor] | None = images if batch.crops is None else batch.crops
+        if self.background is not None and images is not None:
+            sources = self._on_backgrounds(self.background, images, batch)
+        assert sources is not None
+        views = self._augmented(self.augmentation, sources, batch)
         negatives, of, log = None, self.negatives, dict[str, Tensor]()
         if of is not None:
             if isinstance(of, CachedNegatives):
@@ -278,14 +291,74 @@ class DataModule(pl.LightningDataModule):
             cropped=batch.crops is not None,
         )
 
+    def _on_backgrounds(self, background: Background, images: Tensor, batch: Batch) -> list[Tensor]:
+        """Return the whole images of each view, with the objects of some views on other backgrounds."""
+        index, (masks, boxes, able) = batch.positions, self._objects
+        sources = [images] * len(self.augmentation.recipes)
+        for view in background.views:
+            key = keys(self.seed, batch.epoch, index, BACKGROUNDS + view)
+            donors = background.donors(self._moved("able", able, index.device), index, key)
+            others, behind = (
+                self._images("train", self.dataset.train, donors),
+                self._moved("boxes", boxes, index.device),
+            )
+            sources[view] = background(
+                images, self._moved("masks", masks, index.device)[index], others, behind[donors], key
+            )
+        return sources
+
     def _images(self, name: str, split: Split | None, index: Tensor) -> Tensor:
-        if name not in self._resident or self._resident[name].device != index.device:
-            assert isinstance(split, ArraySplit)
-            self._resident[name] = split.images.to(index.device)
-        return self._resident[name][index]
+        assert isinstance(split, ArraySplit)
+        return self._moved(name, split.images, index.device)[index]
+
+    def _moved(self, name: str, tensor: Tensor, device: torch.device) -> Tensor:
+        """Return a tensor on the device, where it stays under this name."""
+        if name not in self._resident or self._resident[name].device != device:
+            self._resident[name] = tensor.to(device)
+        return self._resident[name]
 
     def _laid_out(self, images: Tensor) -> Tensor:
         return images.contiguous(memory_format=self.format)
+
+
+class _Objects(NamedTuple):
+    """The places of the objects in the training images."""
+
+    masks: Tensor
+    """Masks, bool (N, S, S)."""
+    boxes: Tensor
+    """Boxes around the masks, int64 (N, 4)."""
+    able: Tensor
+    """Positions of the images with a strip of background that is wide enough to be given to others, int64 (M,)."""
+
+
+def _objects(dataset: Dataset) -> _Objects:
+    """Return the places of the objects in the training images.
+
+    Raises:
+        UserError: they are not known, the images are not in memory, or too few of them show a background.
+    """
+    train, size = dataset.train, dataset.image_size
+    if isinstance(train, FileSplit) and train.located and train.region == "full":
+        gigabytes = 4e-9 * size**2 * sum(map(len, [train, *dataset.tests.values()]))
+        raise UserError(
+            f"background needs the training images in memory, and {dataset.name} decodes them in training; type "
+            f"dataset.resident_size={size} dataset.memory_budget_gb={gigabytes:.2g}, or background=none."
+        )
+    if not isinstance(train, ArraySplit) or train.masks is None:
+        raise UserError(
+            f"background needs to know where the objects are, and the training images of {dataset.name} have no masks "
+            "or boxes; type background=none, or a data set that has them, such as dataset=confounded, or "
+            "dataset=imagefolder with dataset.masks=<folder> or dataset.boxes=<table>."
+        )
+    boxes = boxes_around(train.masks)
+    able = (widest(boxes, size) >= NARROWEST * size).nonzero()[:, 0]
+    if len(able) < 2:
+        raise UserError(
+            f"background needs two training images with a background, and in {dataset.name} the objects fill all but "
+            f"{len(able)} of them; type background=none."
+        )
+    return _Objects(train.masks, boxes, able)
 
 
 class _TrainLoader:

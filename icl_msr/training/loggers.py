@@ -2,18 +2,21 @@
 
 import csv
 import io
+import json
 import os
+import re
 import secrets
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, Protocol, runtime_checkable
+from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
 
+import numpy as np
 from pytorch_lightning.loggers import TensorBoardLogger
 from pytorch_lightning.loggers.logger import Logger
 from pytorch_lightning.utilities import rank_zero_only
@@ -23,9 +26,12 @@ from icl_msr.core import slurm
 from icl_msr.core.errors import PREEMPTED, UserError, reason
 from icl_msr.core.folder import RunFolder
 from icl_msr.core.ranks import is_first
-from icl_msr.core.records import Outcome
+from icl_msr.core.records import Outcome, dashboard_name
 from icl_msr.core.storage import atomic_write, read_json, readable
 from icl_msr.core.tables import Table, csv_text, inert
+
+STEP = "trainer/global_step"
+"""Name of the horizontal axis of W&B's curves: optimiser steps."""
 
 MODES = ("online", "offline", "disabled")
 """Allowed values of the variable `WANDB_MODE`."""
@@ -33,9 +39,17 @@ MODES = ("online", "offline", "disabled")
 PATIENCE = 30.0
 """Seconds to wait for W&B's server before the run is kept offline."""
 
-
 SERVICE_IDLE = "5s"
 """Time after which W&B's service ends when no process uses it."""
+
+VARIABLES = {
+    **{"project": "WANDB_PROJECT", "entity": "WANDB_ENTITY", "dir": "WANDB_DIR", "id": "WANDB_RUN_ID"},
+    **{"name": "WANDB_NAME", "group": "WANDB_RUN_GROUP", "job_type": "WANDB_JOB_TYPE"},
+}
+"""Arguments of `wandb.init`, and the variables that are used instead of our values if the user has set them."""
+
+CHECKOUT = Path(__file__).parents[2]
+"""The folder of this package's repository, unless the package is installed."""
 
 
 @dataclass(frozen=True)
@@ -43,19 +57,33 @@ class About:
     """The facts about a run that a dashboard shows."""
 
     name: str
+    """The choices of the run, what its sweep varies, and the seed."""
     group: str | None
     """Name of the sweep; None outside a sweep."""
     job_type: str | None
     """The settings without the seed."""
     config: dict[str, Any]
-    """The composed config."""
+    """The composed config, and the facts `choices`, `derived`, `environment` and `data`."""
     resumed_at: int | None
     """Optimiser steps done when the run was continued; None for a fresh start."""
 
 
+class Picture(NamedTuple):
+    """A picture for a dashboard."""
+
+    file: Path
+    caption: str
+
+
 @runtime_checkable
 class Dashboard(Protocol):
-    """A logger that also takes the results of a finished run. Lightning's own loggers take only curves."""
+    """A logger that also takes pictures and the results of a finished run. Lightning's own take only curves."""
+
+    def show(self, pictures: Mapping[str, Picture], step: int) -> None:
+        """Log pictures by name while the run trains. The files may be gone afterwards."""
+
+    def histograms(self, values: Mapping[str, np.ndarray[Any, Any]], step: int) -> None:
+        """Log the distributions of finite values by name while the run trains."""
 
     def conclude(self, folder: Path) -> None:
         """Log the results and the pictures of a finished run."""
@@ -120,11 +148,13 @@ class MetricsFile(Logger):
         return text.getvalue()
 
 
-def figures(folder: Path) -> dict[str, tuple[Path, str]]:
-    """Return the run's pictures: a mapping from name to file and caption."""
+def figures(folder: Path) -> dict[str, Picture]:
+    """Return the pictures in the folder of a run by their names on a dashboard."""
     file = folder / "figures" / "captions.json"
     captions = read_json(file, "remove it") if file.exists() else {}
-    return {Path(file).stem: (folder / "figures" / file, caption) for file, caption in captions.items()}
+    return {
+        f"pictures/{Path(name).stem}": Picture(folder / "figures" / name, caption) for name, caption in captions.items()
+    }
 
 
 class WeightsAndBiases(Logger):
@@ -150,6 +180,8 @@ class WeightsAndBiases(Logger):
         self.folder, self.about = folder, about
         self.project, self.entity, self.artifacts = project, entity, artifacts
         self.run: Any = None
+        self.best: Path | None = None
+        """The checkpoint that a `ModelCheckpoint` of Lightning has found to be the best one."""
         self.lost = False
         wanted: str = os.environ.get("WANDB_MODE") or mode
         if wanted not in ("auto", *MODES):
@@ -174,15 +206,39 @@ class WeightsAndBiases(Logger):
         # One point of every curve.
         if self._listens():
             with self._forgiving():
-                self.run.log({**metrics, "trainer/global_step": step})
+                named = {dashboard_name(name): value for name, value in metrics.items()}
+                self.run.log({**named, STEP: step})
 
     @override
     def log_hyperparams(self, *_: Any, **__: Any) -> None:
         # The config was sent at the start.
         pass
 
+    @override
+    def after_save_checkpoint(self, checkpoint_callback: Any) -> None:
+        if checkpoint_callback.monitor:
+            self.best = Path(checkpoint_callback.best_model_path)
+
+    def show(self, pictures: Mapping[str, Picture], step: int) -> None:
+        """Send pictures while the run trains."""
+        if self._listens():
+            with self._forgiving():
+                self.run.log({**_images(pictures), STEP: step})
+
+    def histograms(self, values: Mapping[str, np.ndarray[Any, Any]], step: int) -> None:
+        """Send distributions of values while the run trains."""
+        if self._listens():
+            import wandb
+
+            with self._forgiving():
+                found = {
+                    dashboard_name(name): wandb.Histogram(np_histogram=np.histogram(array, 64))
+                    for name, array in values.items()
+                }
+                self.run.log({**found, STEP: step})
+
     def conclude(self, folder: Path) -> None:
-        """Send the summary, the pictures, the tables and the artifacts of a finished run."""
+        """Send the summary, the pictures, the report, the tables and the artifacts of a finished run."""
         if self._listens():
             with self._forgiving():
                 self._conclude(folder)
@@ -191,7 +247,8 @@ class WeightsAndBiases(Logger):
         """End the W&B run with the exit code. A run that will be continued is marked as preempted."""
         if self.run is not None:
             with self._forgiving():
-                if exit_code == PREEMPTED:
+                # The agent of a sweep ends runs by a signal too, and the server would start them again.
+                if exit_code == PREEMPTED and (slurm.job() or "WANDB_SWEEP_ID" not in os.environ):
                     self.run.mark_preempting()
                 self.run.finish(exit_code=exit_code)
         self.run = None
@@ -226,20 +283,20 @@ class WeightsAndBiases(Logger):
             with readable(side_file, "remove it, and the run has a new id"):
                 identity = side_file.read_text().strip()
         silent = wandb.Settings(silent=True)
+        ours: dict[str, Any] = {
+            **{"project": self.project, "entity": self.entity, "dir": self.folder, "id": identity},
+            **{"name": self.about.name, "group": self.about.group, "job_type": self.about.job_type},
+        }
+        in_checkout = (CHECKOUT / ".git").exists() and not wandb.env.disable_git()
         begin = partial(
             wandb.init,
-            project=self.project,
-            entity=self.entity,
-            dir=self.folder,
-            id=identity,
-            name=self.about.name,
-            group=self.about.group,
-            job_type=self.about.job_type,
+            **{key: value for key, value in ours.items() if not os.environ.get(VARIABLES[key])},
             config=self.about.config,
             settings=wandb.Settings(
                 silent=True,
                 console="off",
-                disable_git=True,
+                disable_git=not in_checkout,
+                git_root=str(CHECKOUT) if in_checkout else None,
                 init_timeout=PATIENCE,
                 finish_timeout=60 * PATIENCE,
                 finish_timeout_raises=True,
@@ -264,8 +321,19 @@ class WeightsAndBiases(Logger):
         if self.run is None:
             self.run = begin(mode="offline")
         atomic_write(side_file, self.run.id)
-        self.run.define_metric("trainer/global_step")
-        self.run.define_metric("*", step_metric="trainer/global_step", step_sync=True)
+        if in_checkout:
+            self._save_diff()
+        self.run.define_metric(STEP)
+        self.run.define_metric("*", step_metric=STEP, step_sync=True)
+
+    def _save_diff(self) -> None:
+        """Save what differs from the commit. W&B itself would look for a repository around the run's folder."""
+        git = ["git", "-C", str(CHECKOUT), "diff", "HEAD"]
+        found = subprocess.run(git, capture_output=True, check=False)
+        if found.stdout:
+            file = Path(self.run.dir) / "diff.patch"
+            file.write_bytes(found.stdout)
+            self.run.save(str(file), base_path=self.run.dir, policy="now")
 
     def _conclude(self, folder: Path) -> None:
         import wandb
@@ -273,23 +341,47 @@ class WeightsAndBiases(Logger):
         run = self.run
         outcome = Outcome.load(folder)
         run.summary.update(outcome.numbers())
-        run.log({name: wandb.Image(str(file), caption=caption) for name, (file, caption) in figures(folder).items()})
+        run.log(_images(figures(folder)))
+        if (page := folder / "report.html").exists():
+            run.log({"report": wandb.Html(str(page), inject=False)})
         for kind, rows in outcome.records.rows().items():
             table = Table.of(kind, rows)
             run.log(
                 {f"records/{kind}": wandb.Table(columns=list(table.heads), data=table.data, allow_mixed_types=True)}
             )
         if self.artifacts:
-            files = {"checkpoint": ("checkpoints/last.ckpt",), "encoder": ("encoder.safetensors", "encoder.json")}
-            for kind, names in files.items():
-                there = [folder / name for name in names if (folder / name).exists()]  # a run may keep no checkpoint
-                if not there:
-                    continue
-                artifact = wandb.Artifact(f"{kind}-{run.id}", type="model" if kind == "checkpoint" else kind)
+            self._log_artifacts(folder, outcome)
+
+    def _log_artifacts(self, folder: Path, outcome: Outcome) -> None:
+        import wandb
+
+        config = self.about.config
+        known = {"metric": outcome.metric, "seed": outcome.seed, "choices": dict(outcome.choices)}
+        known |= {key: config.get(key) for key in ("data", "environment")}
+
+        def log(name: str, kind: str, files: Sequence[Path], *aliases: str) -> None:
+            there = [file for file in files if file.exists()]  # a run may keep no checkpoint
+            if there:
+                artifact = wandb.Artifact(f"{name}-{self.run.id}", kind, metadata=known)
                 for file in there:
-                    kept = self._keep(file)
-                    artifact.add_file(str(kept), name=kept.name, policy="immutable")
-                run.log_artifact(artifact)
+                    artifact.add_file(str(self._keep(file)), name=file.name, policy="immutable")
+                self.run.log_artifact(artifact, aliases=list(aliases))
+
+        last = folder / "checkpoints" / "last.ckpt"
+        best = self.best if self.best and self.best.exists() and self.best != last else None
+        if best:
+            log("checkpoint", "model", [best], "best")
+        ends = ("last",) if best else ("best", "last")
+        log("checkpoint", "model", [last], *ends)
+        log("encoder", "encoder", [folder / "encoder.safetensors", folder / "encoder.json"], *ends)
+        log("report", "report", [folder / "report.html", folder / "results.json"], "last")
+        if data := config.get("data"):
+            name = re.sub(r"[^\w.-]", "_", data["name"])
+            artifact = wandb.Artifact(f"data-{name}", "dataset", metadata=data)
+            with artifact.new_file("data.json") as file:
+                json.dump(data, file, indent=2)
+            # `use_artifact` refuses an offline run, and waits for the upload of another one.
+            self.run._log_artifact(artifact, use_after_commit=True)
 
     def _keep(self, file: Path) -> Path:
         """Link the current file under a second name. A continued run may replace it before it is uploaded."""
@@ -300,6 +392,12 @@ class WeightsAndBiases(Logger):
         except OSError:  # the file system has no hard links
             shutil.copy(file, kept)
         return kept
+
+
+def _images(pictures: Mapping[str, Picture]) -> dict[str, Any]:
+    import wandb
+
+    return {name: wandb.Image(str(file), caption=caption) for name, (file, caption) in pictures.items()}
 
 
 def _start_service_apart() -> None:
@@ -328,14 +426,25 @@ class TensorBoard(TensorBoardLogger):
             ) from None
 
     @rank_zero_only
-    def conclude(self, folder: Path) -> None:
-        """Write the final numbers and the pictures."""
+    def show(self, pictures: Mapping[str, Picture], step: int | None = None) -> None:
+        """Write pictures."""
         from matplotlib.image import imread
 
+        for name, picture in pictures.items():
+            self.experiment.add_image(name, imread(picture.file)[..., :3], step, dataformats="HWC")
+
+    @rank_zero_only
+    def histograms(self, values: Mapping[str, np.ndarray[Any, Any]], step: int) -> None:
+        """Write distributions of values."""
+        for name, array in values.items():
+            self.experiment.add_histogram(name, array, step)
+
+    @rank_zero_only
+    def conclude(self, folder: Path) -> None:
+        """Write the final numbers and the pictures."""
         for name, value in Outcome.load(folder).numbers().items():
             self.experiment.add_scalar(f"final/{name}", value)
-        for name, (file, _) in figures(folder).items():
-            self.experiment.add_image(name, imread(file)[..., :3], dataformats="HWC")
+        self.show(figures(folder))
 
     @rank_zero_only
     def close(self, exit_code: int) -> None:

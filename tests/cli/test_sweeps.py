@@ -28,7 +28,7 @@ from icl_msr.cli import arrays, processes, sweeps
 from icl_msr.cli.command import Job, main
 from icl_msr.cli.job import run
 from icl_msr.cli.processes import clean_environment, in_folder
-from icl_msr.cli.sweeps import checked_job, job_type, sweep_folder
+from icl_msr.cli.sweeps import checked_job, job_type, run_name, sweep_folder
 from icl_msr.core.config import config_dir
 from icl_msr.core.folder import RunFolder
 from icl_msr.core.saved import as_yaml
@@ -372,9 +372,52 @@ def test_what_a_run_is_called(monkeypatch: pytest.MonkeyPatch) -> None:
     assert job_type([*fixed, "seed=1"]) == "dataset.train=64,trainer.max_epochs=1"
     assert job_type(["seed=1"]) is None
     assert job_type([]) is None
-    assert job_type([f"a={'b' * 99}"]) == f"a={'b' * 62}"
+    long = [job_type([f"a={'b' * 99}{end}"]) for end in "cd"]
+    assert long[0] != long[1]
+    assert all(name and len(name) == 64 and name.startswith(f"a={'b' * 53}") for name in long)
     monkeypatch.setenv("WANDB_JOB_TYPE", "baseline")
     assert job_type([*fixed, "seed=1"]) == "baseline"
+
+
+CHOICES = {"method": "moco", "regularizer": "msr", "negatives": "none", "dataset": "confounded", "backbone": "tiny"}
+CALLED = "moco-msr-none-confounded-tiny"
+
+
+@pytest.mark.parametrize(
+    ("typed", "job", "name"),
+    [
+        (
+            ["-m", "regularizer.lam=1,2", "seed=0,1"],
+            ["regularizer.lam=2", "seed=1"],
+            f"{CALLED} regularizer.lam=2 seed=1",
+        ),
+        (["-m", "method=moco,byol", "seed=1"], ["method=moco", "seed=1"], f"{CALLED} seed=1"),
+        (["-m", "seed=0,1", "trainer.max_epochs=1"], ["seed=1", "trainer.max_epochs=1"], f"{CALLED} seed=1"),
+        (["regularizer.lam=2"], ["regularizer.lam=2"], f"{CALLED} seed=1"),
+    ],
+)
+def test_a_run_is_named_after_what_its_sweep_varies(
+    typed: list[str], job: list[str], name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["icl_msr.run", *typed])
+    assert run_name(CHOICES, job, 1) == name
+    monkeypatch.setenv("ICL_MSR_SWEPT", "optimizer.lr=0.1")  # of the process that started the job
+    assert run_name(CHOICES, job, 1) == f"{CALLED} optimizer.lr=0.1 seed=1"
+    monkeypatch.setenv("ICL_MSR_SWEPT", "a" * 200)
+    assert len(run_name(CHOICES, job, 12)) == 128
+    assert run_name(CHOICES, job, 12).endswith(" seed=12")
+
+
+def test_a_run_of_an_agent_is_named_after_what_the_server_chose(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    chosen = tmp_path / "config.yaml"
+    chosen.write_text("wandb_version: 1\n\nmethod.temperature:\n  value: 0.1\nseed:\n  value: 3\n")
+    monkeypatch.setenv("WANDB_SWEEP_PARAM_PATH", str(chosen))
+    words = ["trainer.max_epochs=1", "method.temperature=0.1", "seed=3"]
+    monkeypatch.setattr(sys, "argv", ["icl_msr.run", *words])
+    assert run_name(CHOICES, words, 3) == f"{CALLED} method.temperature=0.1 seed=3"
+    assert job_type(words) == "method.temperature=0.1"
 
 
 # --------------------------------------------------------------------------------------------- jobs as a SLURM array

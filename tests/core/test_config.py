@@ -53,8 +53,8 @@ FOLDERS = ("icl_msr/imagenet", "icl_msr/coco", "negatives/")
 for choice in CHOICES:
     if choice.removeprefix("experiment=").startswith(FOLDERS):
         MANDATORY.setdefault(choice, ["dataset.root=images"])
-GROUPS = ["augment", "backbone", "callbacks", "dataset", "evaluation", "hardware", "logger", "method", "negatives"]
-GROUPS += ["optimizer", "schedule", "trainer"]
+GROUPS = ["augment", "backbone", "background", "callbacks", "dataset", "evaluation", "hardware", "logger", "method"]
+GROUPS += ["negatives", "optimizer", "schedule", "trainer"]
 
 
 @pytest.mark.parametrize("choice", CHOICES)

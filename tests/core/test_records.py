@@ -49,6 +49,25 @@ def test_a_name_as_a_user_types_it(record: Measurement, name: str) -> None:
     assert record.name == name
 
 
+@pytest.mark.parametrize(
+    ("record", "name"),
+    [
+        (accuracy("mixed_rand", 0.5, fitted_on="balanced"), "linear/balanced/mixed_rand"),
+        (accuracy("test", 0.5, "linear-0.5%"), "linear_0_5pct/train/test"),
+        (gap("only_bg", "chance", 3.0, "knn-dino"), "knn_dino/train/only_bg_minus_chance_points"),
+        (FOG, "corruption/linear_moco_10pct/train/clean/fog/3"),
+    ],
+)
+def test_a_name_on_a_dashboard_is_plain_and_has_its_unit(record: Measurement, name: str) -> None:
+    assert record.dashboard_name == name
+
+
+def test_an_outcome_has_the_names_of_dashboards() -> None:
+    found = outcome(gap("full", "fg", 3.0), accuracy("a", 0.1, encoder="untrained"), final={"lr-Adam/pg 1": 0.5})
+    found.wall_time_s, found.metric = 2.0, {"name": "x", "value": None}
+    assert found.numbers() == {"lr_Adam/pg_1": 0.5, "linear/train/full_minus_fg_points": 3.0, "wall_time_s": 2.0}
+
+
 def test_rows_are_flat_and_read_again() -> None:
     row = FOG.row()
     assert row == {

@@ -33,6 +33,7 @@ RATES = {
     "dcl": (512, 0.06 * 512 / 128),
     # the authors' code
     "debiased": (256, 1e-3),
+    "hcl": (256, 1e-3),
     "cmc": (256, 0.03),
     # ours
     "supervised": (128, 0.1),

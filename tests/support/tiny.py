@@ -51,14 +51,19 @@ def pieces(
     method = build(settings.method, backbone=backbone, classes=len(data.classes), mean=data.mean, std=data.std)
     module = Pretraining(
         method,
-        build(settings.regularizer, channels=method.channels, method_temperature=method.temperature),
+        build(settings.regularizer, channels=method.channels, method_temperature=method.temperature, dataset=data),
         make_optimization(settings),
         seed=settings.seed,
         batch_size=settings.loader.batch_size,
     )
     views = [build(settings.augment), build(settings.negatives)]
     keys = settings.loader.model_dump()
-    return settings, module, DataModule(data, *views, seed=settings.seed, channels_last=False, **keys)
+    background = build(settings.background)
+    return (
+        settings,
+        module,
+        DataModule(data, *views, seed=settings.seed, channels_last=False, background=background, **keys),
+    )
 
 
 def trained(

@@ -22,6 +22,9 @@ class Sent:
     summary: dict[str, Any] = field(default_factory=dict)
     definitions: list[Any] = field(default_factory=list)
     artifacts: dict[str, Any] = field(default_factory=dict)
+    """The last artifact of each type."""
+    every_artifact: list[Any] = field(default_factory=list)
+    files: list[str] = field(default_factory=list)
     preempting: bool = False
     exit_code: int | None = None
 
@@ -75,6 +78,9 @@ def read(file: Path) -> Sent:
                 one.definitions.append(record.metric)
             case "artifact":
                 one.artifacts[record.artifact.type] = record.artifact
+                one.every_artifact.append(record.artifact)
+            case "files":
+                one.files += [file.path for file in record.files.files]
             case "preempting":
                 one.preempting = True
             case "exit":

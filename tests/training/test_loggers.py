@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import re
 import subprocess
 import sys
 import threading
@@ -30,10 +31,11 @@ from icl_msr.cli import job as program
 from icl_msr.cli.job import closing
 from icl_msr.core.errors import UserError
 from icl_msr.core.records import Outcome, Records
+from icl_msr.evaluation.pictures import PICTURES
 from icl_msr.report.__main__ import main as report
-from icl_msr.training.loggers import About, MetricsFile, TensorBoard, WeightsAndBiases
+from icl_msr.training import loggers
+from icl_msr.training.loggers import STEP, About, MetricsFile, TensorBoard, WeightsAndBiases
 
-STEP = "trainer/global_step"
 FRESH = About(name="a-run", group=None, job_type=None, config={"seed": 0}, resumed_at=None)
 
 
@@ -111,8 +113,31 @@ def test_the_config_is_nested_as_composed(story: Story) -> None:
     saved = OmegaConf.to_container(OmegaConf.load(story.folder / "config.yaml"), resolve=True)
     assert isinstance(saved, dict)
     saved["trainer"]["max_epochs"] = 1  # of the time before it was continued
-    assert {key: value for key, value in story.first.config.items() if key != "_wandb"} == saved
+    assert {key: story.first.config[key] for key in saved} == saved
     assert story.continued.config["trainer"]["max_epochs"] == 2
+
+
+def test_the_config_has_the_facts_that_runs_are_compared_by(story: Story) -> None:
+    config, results = story.first.config, story.results
+    assert config["choices"] == results["choices"]
+    ours = {"ranks": 1, "batch_per_rank": 8, "parameters": results["parameters"]}
+    trained = config["derived"].pop("trained_parameters")
+    assert config["derived"] == results["derived"] | ours
+    assert trained > results["parameters"]  # the projector is trained too
+    saved = json.loads((story.folder / "environment.json").read_text())
+    assert {"commit", "torch", "hardware", "command", "config_hash"} <= config["environment"].keys()
+    assert all(saved[key] == value for key, value in config["environment"].items())
+    assert config["data"] == {**saved["data"], "name": "confounded", "classes": 10}
+    assert set(config) == {
+        *OmegaConf.load(story.folder / "config.yaml"),
+        *("choices", "derived", "environment", "data", "_wandb"),
+    }
+
+
+def test_names_have_neither_blanks_nor_hyphens(story: Story) -> None:
+    logged = {name for row in story.first.history for name in row} | set(story.first.summary)
+    assert "knn_dino/balanced/mixed_same_minus_mixed_rand_points" in logged
+    assert all(re.fullmatch(r"\w+(/\w+)*", name) for name in logged)
 
 
 def test_curves_are_drawn_over_the_global_step(story: Story) -> None:
@@ -149,9 +174,9 @@ def test_the_summary_has_the_final_numbers(story: Story) -> None:
     assert summary["metric"] == results["metric"]["value"] == story.sweep.values[0]
     records = Records.from_json(results)
     for row in records.where("accuracy", encoder="trained"):
-        assert summary["/".join((str(row.classifier), row.fitted_on, row.split))] == row.value
+        assert summary[f"knn_dino/{row.fitted_on}/{row.split}"] == row.value
     for row in records.where("gap", encoder="trained"):
-        assert summary["/".join((str(row.classifier), row.fitted_on, f"{row.split} - {row.minus}"))] == row.value
+        assert summary[f"knn_dino/{row.fitted_on}/{row.split}_minus_{row.minus}_points"] == row.value
     for name in ("images_per_second", "peak_memory_mb", "wall_time_s"):
         assert summary[name] == results[name]
     for name in ("loss", "online/knn"):
@@ -161,9 +186,9 @@ def test_the_summary_has_the_final_numbers(story: Story) -> None:
 def test_pictures_are_logged(story: Story) -> None:
     captions = json.loads((story.folder / "figures" / "captions.json").read_text())
     for part in (story.first, story.continued):
-        row = next(row for row in part.history if "views" in row)
+        row = next(row for row in part.history if "pictures/views" in row)
         for file, caption in captions.items():
-            logged = row[Path(file).stem]
+            logged = row[f"pictures/{Path(file).stem}"]
             assert (logged["_type"], logged["caption"]) == ("image-file", caption)
             assert imread(part.folder / "files" / logged["path"]).ndim == 3
     shown = part.folder / "files" / logged["path"]
@@ -194,11 +219,42 @@ def test_artifacts_stay_as_they_were(story: Story) -> None:
     assert files["last.ckpt"].samefile(story.folder / "checkpoints" / "last.ckpt")
 
 
+def test_artifacts_say_what_they_are(story: Story) -> None:
+    saved = json.loads((story.folder / "environment.json").read_text())
+    for part in (story.first, story.continued):
+        aliases = {kind: set(artifact.aliases) for kind, artifact in part.artifacts.items() if kind != "run_table"}
+        whole = {"latest", "best", "last"}
+        assert aliases == {"model": whole, "encoder": whole, "report": {"latest", "last"}, "dataset": {"latest"}}
+        for kind in ("model", "encoder", "report"):
+            metadata = json.loads(part.artifacts[kind].metadata)
+            assert metadata["metric"]["name"] == "knn-dino/balanced/mixed_rand"
+            assert metadata["choices"] == saved["choices"]
+            assert metadata["environment"]["commit"] == saved["commit"]
+        assert [entry.path for entry in part.artifacts["report"].manifest.contents] == ["report.html", "results.json"]
+    metric = json.loads(story.first.artifacts["model"].metadata)["metric"]
+    assert metric == story.results["metric"]
+
+
+def test_the_data_set_is_an_input(story: Story) -> None:
+    for part in (story.first, story.continued):
+        artifact = part.artifacts["dataset"]
+        assert (artifact.name, artifact.use_after_commit) == ("data-confounded", True)
+        assert json.loads(artifact.metadata) == part.config["data"]
+        assert not part.artifacts["model"].use_after_commit
+    assert story.first.artifacts["dataset"].digest == story.continued.artifacts["dataset"].digest  # one version
+
+
+def test_the_report_is_shown(story: Story) -> None:
+    shown = next(row["report"] for row in story.continued.history if "report" in row)
+    page = story.continued.folder / "files" / shown["path"]
+    assert page.read_bytes() == (story.folder / "report.html").read_bytes()
+
+
 def test_a_job_knows_its_sweep(story: Story) -> None:
     for part, lam in ((story.first, 1.0), (story.refused, 0.5), (story.continued, 1.0)):
         assert part.run.run_group == "sweep"
         assert part.run.job_type == f"regularizer.lam={lam}"
-        assert part.run.display_name == "moco-msr-patch-confounded-tiny"
+        assert part.run.display_name == f"moco-msr-patch-confounded-tiny regularizer.lam={lam} seed=0"
 
 
 def test_the_end_is_recorded(story: Story) -> None:
@@ -250,6 +306,8 @@ def test_only_the_first_rank_writes(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     for logger in (wandb_logger(tmp_path), MetricsFile(tmp_path, FRESH), TensorBoard(tmp_path, FRESH)):
         logger.log_metrics({"loss": 1.0}, 0)
         if not isinstance(logger, MetricsFile):
+            logger.show(loggers.figures(story.folder), 0)
+            logger.histograms({"gradients/a": np.ones(3)}, 0)
             logger.conclude(story.folder)
             logger.close(0)
     assert list(tmp_path.iterdir()) == []
@@ -311,6 +369,68 @@ def test_wandb_may_fail_at_the_start_and_at_the_end(
     logger.conclude(story.folder)
     logger.close(0)
     assert (logger.version, capsys.readouterr().err) == (None, "")
+
+
+@pytest.fixture
+def fresh_service() -> Iterator[None]:
+    """W&B reads its variables once."""
+    wandb.teardown()
+    yield
+    wandb.teardown()
+
+
+def test_variables_come_before_our_values(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fresh_service: None) -> None:
+    said = {"PROJECT": "theirs", "NAME": "a-name", "RUN_ID": "anid", "DIR": str(tmp_path / "there")}
+    said |= {"TAGS": "one,two", "NOTES": "a note", "RUN_GROUP": "a-group", "JOB_TYPE": "a-type", "ENTITY": "us"}
+    for name, value in said.items():
+        monkeypatch.setenv(f"WANDB_{name}", value)
+    (tmp_path / "run").mkdir()
+    (tmp_path / "there").mkdir()
+    logger = wandb_logger(tmp_path / "run")
+    logger.log_metrics({"loss": 1.0}, 0)
+    logger.close(0)
+    (only,) = sent(tmp_path / "there")
+    run = only.run
+    assert (run.project, run.display_name, run.run_id, run.entity) == ("theirs", "a-name", "anid", "us")
+    assert (list(run.tags), run.notes, run.run_group, run.job_type) == (["one", "two"], "a note", "a-group", "a-type")
+    assert (tmp_path / "run" / "wandb_id").read_text() == "anid"
+
+
+@pytest.mark.parametrize("disabled", [False, True])
+def test_the_state_of_the_code_is_saved(
+    disabled: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fresh_service: None
+) -> None:
+    if disabled:
+        monkeypatch.setenv("WANDB_DISABLE_GIT", "true")
+    home = tmp_path / "checkout"
+    home.mkdir()
+    git = ("git", "-C", str(home), "-c", "user.name=a", "-c", "user.email=a@b.c")
+    (home / "code.py").write_text("one\n")
+    for words in (["init", "-q"], ["add", "code.py"], ["commit", "-q", "-m", "one"]):
+        subprocess.run([*git, *words], check=True)
+    commit = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
+    monkeypatch.setattr(loggers, "CHECKOUT", home)
+    for number, text in enumerate(("one\n", "two\n")):
+        (home / "code.py").write_text(text)
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        wandb_logger(folder).close(0)
+        (only,) = sent(folder)
+        assert only.run.git.commit == ("" if disabled else commit)
+        assert ("diff.patch" in only.files) == (text == "two\n" and not disabled)
+    if not disabled:
+        difference = (only.folder / "files" / "diff.patch").read_text()
+        assert "-one\n+two\n" in difference
+
+
+def test_the_best_checkpoint_is_kept_beside_the_last_one(tmp_path: Path) -> None:
+    best = "{_target_: pytorch_lightning.callbacks.ModelCheckpoint, monitor: loss, mode: max, filename: highest}"
+    few = ("regularizer=none", "negatives=none", "evaluation=none", "~callbacks.online", "metric=loss")
+    done = finish(tmp_path, *few, "logger=wandb", f"+callbacks.best={best}")
+    (only,) = sent(done.folder)
+    kept = {entry.path: set(one.aliases) for one in only.every_artifact for entry in one.manifest.contents}
+    assert kept["highest.ckpt"] == {"latest", "best"}
+    assert kept["last.ckpt"] == kept["encoder.safetensors"] == {"latest", "last"}
 
 
 @pytest.fixture
@@ -528,12 +648,12 @@ def test_tensorboard_shows_curves_final_numbers_and_pictures(tmp_path: Path, sto
     logger.conclude(story.folder)
     logger.close(0)
     found = events(tmp_path / "tensorboard")
-    assert set(found.Tags()["images"]) == {"views", "negatives", "strata", "weights", "neighbours", "map"}
+    assert set(found.Tags()["images"]) == {f"pictures/{Path(name).stem}" for name in PICTURES}
     picture = imread(story.folder / "figures" / "views.png")
-    (shown,) = found.Images("views")
+    (shown,) = found.Images("pictures/views")
     assert (shown.height, shown.width) == picture.shape[:2]
     row = Outcome.load(story.folder).records.where("accuracy", encoder="trained")[0]
-    name = "/".join((str(row.classifier), row.fitted_on, row.split))
+    name = f"knn_dino/{row.fitted_on}/{row.split}"
     assert scalars(found, f"final/{name}") == [(0, pytest.approx(row.value))]
 
 
