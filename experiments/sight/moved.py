@@ -11,6 +11,7 @@ import argparse
 import csv
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from omegaconf import OmegaConf
@@ -29,7 +30,10 @@ def features(backbone: Backbone, dataset: Dataset, split: str, images: int) -> T
     """Return the features (N, c) of the first images of a test split."""
     index = torch.arange(min(images, len(dataset.tests[split])))
     with evaluating(backbone):
-        parts = [backbone(normalise(dataset.tests[split].load(i), dataset.mean, dataset.std)) for i in index.split(500)]
+        parts = [
+            backbone(normalise(dataset.tests[split].load(i), dataset.mean, dataset.std))
+            for i in torch.split(index, 500)
+        ]
     return torch.cat(parts)
 
 
@@ -45,6 +49,10 @@ def moved(backbone: Backbone, dataset: Dataset, images: int) -> dict[str, float]
     return found
 
 
+def _node(config: Any) -> Any:
+    return OmegaConf.to_container(config, resolve=True)
+
+
 def main(words: Sequence[str] | None = None) -> None:
     """Write and print a line for each run, and one for an untrained encoder."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -56,26 +64,26 @@ def main(words: Sequence[str] | None = None) -> None:
     folders = sorted(options.study.glob("*/*/encoder.safetensors")) if options.study else []
     if not folders and not options.tiny:
         parser.error("name a folder that holds <row>/<seed>/encoder.safetensors")
-    rows = []
+    rows: list[list[Any]] = []
+    config: Any
     if options.tiny:
         from icl_msr.core.compose import compose
 
         config = compose(["dataset.train=16", "dataset.balanced=16", "dataset.test=32", "dataset.cache=null"])
-        node = OmegaConf.to_container(config.dataset, resolve=True)
-        dataset: Dataset = build(node)  # type: ignore[arg-type]
-        backbone = build(OmegaConf.to_container(config.backbone), image_size=dataset.image_size)  # type: ignore[arg-type]
+        dataset: Dataset = build(_node(config.dataset))
+        backbone = build(_node(config.backbone), image_size=dataset.image_size)
         rows.append(["untrained", 0, *moved(backbone, dataset, 32).values()])
     for number, file in enumerate(folders):
         config = OmegaConf.load(file.parent / "config.yaml")
         if not number:
-            dataset = build(OmegaConf.to_container(config.dataset, resolve=True))  # type: ignore[arg-type]
+            dataset = build(_node(config.dataset))
         torch.manual_seed(config.seed)
-        backbone = build(OmegaConf.to_container(config.backbone), image_size=dataset.image_size)  # type: ignore[arg-type]
+        backbone = build(_node(config.backbone), image_size=dataset.image_size)
         if not number:
             rows.append(["untrained", config.seed, *moved(backbone, dataset, options.images).values()])
         backbone.net.load_state_dict(load_file(file))
         rows.append([file.parts[-3], config.seed, *moved(backbone, dataset, options.images).values()])
-    lines = [["row", "seed", *SPLITS], *rows]
+    lines: list[list[Any]] = [["row", "seed", *SPLITS], *rows]
     for line in lines:
         print(*line)
     if options.to is not None:
