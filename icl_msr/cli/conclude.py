@@ -81,7 +81,7 @@ def about(settings: Settings, plan: Plan, pieces: Pieces, facts: Mapping[str, An
     data = {"name": pieces.dataset.name, **facts.get("data", {}), "classes": len(pieces.dataset.classes)}
     known = {"choices": facts["choices"], "derived": derived, "environment": environment, "data": data}
     return About(
-        name=facts.get("run_name", facts["name"]),
+        name=facts.get("run_name") or facts["name"],
         group=facts["group"],
         job_type=facts["job_type"],
         config=settings.model_dump() | known,

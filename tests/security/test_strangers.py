@@ -238,10 +238,9 @@ def stop(*given: Any) -> float:
     settings, _, plan, pieces, folder, console = given
     job.resume_point(settings, pieces, folder, console)
     assemble.make_trainer(settings, plan, folder, pieces)
-    job.describe(settings, plan, pieces.dataset, folder)
+    facts = job.describe(settings, plan, pieces.dataset, folder)
     assemble.make_optimization(settings)
-    about = job.About(name="x", group=None, job_type=None, config={}, resumed_at=None)
-    assemble.make_loggers(settings, folder, about)
+    assemble.make_loggers(settings, folder, job.about(settings, plan, pieces, facts, None))
     return 0.0
 
 
