@@ -101,6 +101,9 @@ def assemble(settings: Settings, plan: Plan) -> Pieces:
     if plan.compile:
         for part in filter(lambda part: isinstance(part, Backbone), method.modules()):
             part.compile(dynamic=False)
+    loader = settings.loader.model_dump()
+    if settings.loader.whole_images is None:
+        loader["whole_images"] = regularizer is not None
     data = DataModule(
         dataset,
         augmentation,
@@ -108,7 +111,7 @@ def assemble(settings: Settings, plan: Plan) -> Pieces:
         seed=settings.seed,
         channels_last=plan.channels_last,
         background=background,
-        **settings.loader.model_dump(),
+        **loader,
     )
     evaluations = [build_as(Measures, node) for node in settings.evaluation.values()]  # type: ignore[type-abstract]
     online = any(resolve_name(node["_target_"]) is OnlineEvaluation for node in settings.callbacks.values())

@@ -87,6 +87,8 @@ class Loader(BaseModel):
     batch_size: Annotated[int, Field(ge=2)]
     num_workers: NonNegativeInt
     block: PositiveInt | None = None
+    whole_images: bool | None = None
+    reduced_jpeg: bool = False
 
 
 class Settings(BaseModel):

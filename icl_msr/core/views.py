@@ -6,6 +6,8 @@ from typing import Literal
 
 from torch import Tensor
 
+from icl_msr.core.errors import UserError
+
 AlphaMode = Literal["exponent", "weight"]
 AlphaSchedule = Literal["constant", "linear", "cosine"]
 
@@ -45,8 +47,8 @@ class Views:
     All images are float and normalised with the data set's mean and standard deviation.
     """
 
-    images: Tensor
-    """(N, C, H, W) the un-augmented images X, which the meta semantic regularizer reads."""
+    whole: Tensor | None
+    """The un-augmented `images`, or None if the data module leaves them out."""
     views: list[Tensor]
     """V tensors (N, C, h, w): independent augmentations X^1, X^2, ... of the same N images."""
     index: Tensor
@@ -55,3 +57,17 @@ class Views:
     """(N,) int64 class labels, read only by online monitors and by the method `supervised`."""
     negatives: NonSemantic | None = None
     """Non-semantic negatives of each image, made from its first view."""
+
+    @property
+    def images(self) -> Tensor:
+        """(N, C, H, W) the un-augmented images X, which the meta semantic regularizer reads.
+
+        Raises:
+            UserError: the data module leaves them out.
+        """
+        if self.whole is None:
+            raise UserError(
+                "Batches of photographs hold the un-augmented images only if a regularizer is chosen; "
+                "set loader.whole_images=true."
+            )
+        return self.whole

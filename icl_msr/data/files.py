@@ -114,11 +114,18 @@ class FileSplit:
             if encoded is not None:
                 encoded.prepare(index)
 
-    def image(self, i: int) -> Tensor:
-        """Return the region of image i in its own resolution, uint8 (3, H, W). Random crops are cut from it."""
-        image = read_image(self.source(i), self.files[i])
+    def size(self, i: int) -> tuple[int, int]:
+        """Return height and width of the whole image i in pixels. Only the header of its file is read."""
+        return read_size(self.source(i), self.files[i])
+
+    def image(self, i: int, reduction: int = 1) -> Tensor:
+        """Return the region of image i in its own resolution, uint8 (3, H, W). Random crops are cut from it.
+
+        A whole image may be smaller by the factor `reduction`; see `read_image`.
+        """
         if self.region == "full":
-            return image
+            return read_image(self.source(i), self.files[i], reduction)
+        image = read_image(self.source(i), self.files[i])
         mask = self.mask(i, image)
         if self.region in CUT_OUT:
             box = boxes_around(mask[None])
@@ -152,7 +159,7 @@ class FileSplit:
         if self.located:
             fits = self._mask if self.mask_files is not None else self._box
             with ThreadPoolExecutor(cores()) as pool:
-                for _ in pool.map(lambda i: fits(i, *read_size(self.source(i), self.files[i])), range(len(self))):
+                for _ in pool.map(lambda i: fits(i, *self.size(i)), range(len(self))):
                     pass
 
     def square(self, image: Tensor) -> Tensor:

@@ -48,7 +48,7 @@ _CHUNK = 256  # images that a thread decodes before it reports
 _PART = 4096  # images of an array that are handled at once
 
 
-def read_image(source: Path | bytes, name: str) -> Tensor:
+def read_image(source: Path | bytes, name: str, reduction: int = 1) -> Tensor:
     """Decode an image file, or its bytes, to uint8 (3, H, W), by the rules of the table in data/README.md.
 
     This is the only decoder of the package, so an image has the same bytes on every path. Pillow reads the header and
@@ -57,6 +57,8 @@ def read_image(source: Path | bytes, name: str) -> Tensor:
     Args:
         source: the path of the file, or its content.
         name: the name of the file in an error message.
+        reduction: 1, 2, 4 or 8. A JPEG is decoded to this fraction of its sides, rounded up, in a fraction of the time.
+            Images of other formats keep their size.
 
     Raises:
         UserError: the file is missing, cut short, or no image.
@@ -64,10 +66,17 @@ def read_image(source: Path | bytes, name: str) -> Tensor:
     with _named(name):
         data = source if isinstance(source, bytes) else read_regular(source, LARGEST)
         image = _open(data)
-        pixels = _jpeg(data) if _plain_jpeg(image) else None
+        if reduction > 1:
+            image.draft(None, (image.width // reduction, image.height // reduction))
+        pixels = _jpeg(data) if reduction == 1 and _plain_jpeg(image) else None
         if pixels is None:
             pixels = _upright(torch.from_numpy(_rgb(image)).permute(2, 0, 1), image)
-        return pixels.contiguous()
+        return packed(pixels)
+
+
+def packed(image: Tensor) -> Tensor:
+    """Return an image (C, H, W) with the channels of a pixel side by side in memory. Resizing is faster so."""
+    return image.permute(1, 2, 0).contiguous().permute(2, 0, 1)
 
 
 def read_mask(source: Path | bytes, name: str, values: MaskValues = None) -> Tensor:

@@ -151,6 +151,10 @@ class DataModule(pl.LightningDataModule):
         seed: seed of the order, the views and the negatives.
         channels_last: memory format of all images that reach the backbone.
         block: images that are mixed at a time, for a data set that is read from afar. None mixes all.
+        whole_images: whether the batches hold the un-augmented images, which regularizers need, if they are photographs
+            that workers decode. Batches of images in memory always do.
+        reduced_jpeg: whether a large JPEG is decoded at 1/2, 1/4 or 1/8 of its sides, if every crop and the whole image
+            are then still as large as they are needed. It is faster, and changes the pixels a little.
         background: the change of some views' backgrounds, or None.
     """
 
@@ -165,11 +169,14 @@ class DataModule(pl.LightningDataModule):
         seed: NonNegativeInt,
         channels_last: bool,
         block: PositiveInt | None = None,
+        whole_images: bool = True,
+        reduced_jpeg: bool = False,
         background: Background | None = None,
     ) -> None:
         super().__init__()
         self.dataset, self.augmentation, self.negatives = dataset, augmentation, negatives
         self.batch_size, self.num_workers, self.seed, self.block = batch_size, num_workers, seed, block
+        self.whole_images, self.reduced_jpeg = whole_images, reduced_jpeg
         self.format = torch.channels_last if channels_last else torch.contiguous_format
         self._training: _TrainLoader | None = None
         self._resident: dict[str, Tensor] = {}
@@ -186,7 +193,7 @@ class DataModule(pl.LightningDataModule):
     @override
     def train_dataloader(self) -> "_TrainLoader":
         # The loader of this rank.
-        self._training = self._loader()
+        self._training = self._loader(self.whole_images)
         return self._training
 
     @override
@@ -200,14 +207,15 @@ class DataModule(pl.LightningDataModule):
     def on_exception(self, exception: BaseException) -> None:
         self.teardown("fit")
 
-    def _loader(self) -> "_TrainLoader":
+    def _loader(self, whole_images: bool = True) -> "_TrainLoader":
         trainer = self.trainer
         assert trainer is not None
         train = self.dataset.train
         source: TorchDataset[Any] = _Indices()
         if isinstance(train, FileSplit):
             textures = self._textures if isinstance(self._textures, FileSplit) else None
-            source = _Crops(train, textures, self.augmentation, self.seed, self.dataset.image_size)
+            sizes = [recipe.size or self.dataset.image_size for recipe in self.augmentation.recipes]
+            source = _Crops(train, textures, self.augmentation, sizes, self.seed, whole_images, self.reduced_jpeg)
         fixed = bool(trainer.overfit_batches)  # type: ignore[attr-defined]
         batches = EpochBatches(
             len(train), self.batch_size, self.seed, trainer.global_rank, trainer.world_size, fixed, self.block
@@ -229,7 +237,10 @@ class DataModule(pl.LightningDataModule):
         return _TrainLoader(loader, batches, trainer)
 
     def epoch(self, epoch: int, device: torch.device, batches: int | None = None) -> Iterator[Views]:
-        """Yield the batches of an epoch again, as this rank trained on them. The trainer's position does not change."""
+        """Yield the batches of an epoch again, as this rank trained on them, with their un-augmented images.
+
+        The trainer's position does not change.
+        """
         loader = self._loader()
         loader.batches.epoch = epoch
         for batch in itertools.islice(loader.loader, batches):
@@ -246,27 +257,26 @@ class DataModule(pl.LightningDataModule):
     def views(self, batch: Batch) -> Views:
         """Return the views of a batch, on the device of its index."""
         data, index = self.dataset, batch.positions
-        images = self._images("train", data.train, index) if batch.images is None else batch.images
-        sources: Tensor | Sequence[Tensor] = images if batch.crops is None else batch.crops
-        if self.background is not None:
+        images = self._images("train", data.train, index) if batch.crops is None else batch.images
+        sources: Tensor | Sequence[Tensor] | None = images if batch.crops is None else batch.crops
+        if self.background is not None and images is not None:
             sources = self._on_backgrounds(self.background, images, batch)
+        assert sources is not None
         views = self._augmented(self.augmentation, sources, batch)
         negatives, of, log = None, self.negatives, dict[str, Tensor]()
         if of is not None:
             if isinstance(of, CachedNegatives):
                 textures = batch.textures
-                source = self._images("textures", self._textures, index) if textures is None else [textures]
-                rows = self._augmented(self._first_view, source, batch)[0][:, None]
+                found = self._images("textures", self._textures, index) if textures is None else [textures]
+                rows = self._augmented(self._first_view, found, batch)[0][:, None]
             else:
                 made = of(views[0], keys(self.seed, batch.epoch, index, NEGATIVES))
                 rows, log = made if isinstance(made, tuple) else (made, log)
             rows = self._laid_out(rows.flatten(0, 1)).view_as(rows)
             negatives = NonSemantic(rows, of.alpha, of.repulsion, of.alpha_mode, of.alpha_schedule, log)
-        whole = normalise(images, data.mean, data.std)
+        whole = None if images is None else self._laid_out(normalise(images, data.mean, data.std))
         self._labels = self._labels.to(index.device)
-        return Views(
-            self._laid_out(whole), [self._laid_out(view) for view in views], index, self._labels[index], negatives
-        )
+        return Views(whole, [self._laid_out(view) for view in views], index, self._labels[index], negatives)
 
     def _augmented(self, augmentation: Augmentation, images: Tensor | Sequence[Tensor], batch: Batch) -> list[Tensor]:
         data = self.dataset
@@ -394,6 +404,11 @@ def _as_it_is(batch: Any) -> Any:
     return batch
 
 
+def _stacked(images: list[Tensor]) -> Tensor:
+    """Stack images (C, H, W) to (N, C, H, W). The channels of a pixel stay side by side in memory."""
+    return torch.stack([image.permute(1, 2, 0) for image in images]).permute(0, 3, 1, 2)
+
+
 def _too_small_for(needed: int) -> bool:
     """Return whether less than `needed` bytes of shared memory are free, and warn. A worker would wait for ever."""
     if not SHARED_MEMORY.is_dir():
@@ -419,16 +434,27 @@ class _Crops(TorchDataset[Any]):
     """Decodes the images of a batch in a worker and cuts their crops. Textures are cut as the first view."""
 
     def __init__(
-        self, split: FileSplit, textures: FileSplit | None, augmentation: Augmentation, seed: int, size: int
+        self,
+        split: FileSplit,
+        textures: FileSplit | None,
+        augmentation: Augmentation,
+        sizes: Sequence[int],
+        seed: int,
+        whole_images: bool,
+        reduced_jpeg: bool,
     ) -> None:
-        self.split, self.textures, self.augmentation, self.seed = split, textures, augmentation, seed
-        self.sizes = [recipe.size or size for recipe in augmentation.recipes]
+        self.split, self.textures, self.augmentation, self.sizes, self.seed = split, textures, augmentation, sizes, seed
+        self.whole_images, self.reduced_jpeg = whole_images, reduced_jpeg
         self.piped = False
         """True if batches go to the trainer through pipes, which takes two more copies than shared memory."""
 
     def bytes_of(self, images: int) -> int:
         """Return the memory that the pixels of this many images take, in bytes."""
-        sides = [self.split.image_size, *self.sizes, *([self.sizes[0]] if self.textures is not None else [])]
+        sides = [*self.sizes]
+        if self.whole_images:
+            sides.append(self.split.image_size)
+        if self.textures is not None:
+            sides.append(self.sizes[0])
         return 3 * images * sum(side**2 for side in sides)
 
     def __getitem__(self, batch: Batch) -> Batch | UserError:
@@ -441,26 +467,42 @@ class _Crops(TorchDataset[Any]):
             for split in (self.split, *([self.textures] if self.textures is not None else [])):
                 split.prepare(positions)
             for part in (positions[k : k + _DECODED] for k in range(0, len(positions), _DECODED)):
-                decoded = [self.split.image(i) for i in part.tolist()]
-                images += [self.split.square(image) for image in decoded]
-                for view, cut in enumerate(self._cut(decoded, part, batch.epoch, self.sizes)):
+                decoded, boxes = self._decoded(self.split, part, batch.epoch)
+                if self.whole_images:
+                    images += [self.split.square(image) for image in decoded]
+                for view, cut in enumerate(self._cut(decoded, boxes, self.sizes)):
                     crops[view] += cut
                 if self.textures is not None:
-                    decoded = [self.textures.image(i) for i in part.tolist()]
-                    textures += self._cut(decoded, part, batch.epoch, self.sizes[:1])[0]
+                    textures += self._cut(*self._decoded(self.textures, part, batch.epoch), self.sizes[:1])[0]
         except UserError as error:
             return error
         done = batch._replace(
-            images=torch.stack(images),
-            crops=[torch.stack(view) for view in crops],
-            textures=torch.stack(textures) if textures else None,
+            images=_stacked(images) if images else None,
+            crops=[_stacked(view) for view in crops],
+            textures=_stacked(textures) if textures else None,
         )
         return done.as_arrays() if self.piped else done
 
-    def _cut(self, decoded: list[Tensor], index: Tensor, epoch: int, sizes: Sequence[int]) -> list[list[Tensor]]:
+    def _decoded(self, split: FileSplit, index: Tensor, epoch: int) -> tuple[list[Tensor], Tensor]:
+        """Return the images at `index` (n,), and the crops of their views in pixels, (V, n, 4) int64."""
+        reduced = self.reduced_jpeg and split is self.split and split.region == "full"
+        decoded = [] if reduced else [split.image(i) for i in index.tolist()]
+        shape = torch.tensor([split.size(i) for i in index.tolist()] if reduced else [i.shape[1:] for i in decoded])
+        boxes = torch.stack(self.augmentation.crop_parameters(index, *shape.T, seed=self.seed, epoch=epoch))
+        if reduced:
+            room = (boxes[:, :, 2:].amin(-1) / torch.tensor(self.sizes)[:, None]).amin(0)
+            if self.whole_images:
+                room = room.minimum(shape.amin(1) / split.image_size)
+            steps = room.log2().floor().clamp(0, 3).exp2().long().tolist()
+            decoded = [split.image(i, step) for i, step in zip(index.tolist(), steps, strict=True)]
+            scale = torch.tensor([image.shape[1:] for image in decoded]) / shape
+            start, end = boxes[:, :, :2], boxes[:, :, :2] + boxes[:, :, 2:]
+            start, end = (start * scale).round().long(), (end * scale).round().long()
+            boxes = torch.cat([start, end - start], dim=-1)
+        return decoded, boxes
+
+    def _cut(self, decoded: list[Tensor], boxes: Tensor, sizes: Sequence[int]) -> list[list[Tensor]]:
         """Return the crops of the first views, one view per size."""
-        shape = torch.tensor([image.shape[1:] for image in decoded])
-        boxes = self.augmentation.crop_parameters(index, *shape.T, seed=self.seed, epoch=epoch)
         return [
             [
                 F.resized_crop(image, *box, [size, size], InterpolationMode(recipe.interpolation), antialias=True)

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from PIL import Image, ImageOps
 from PIL.PngImagePlugin import PngInfo
 from support.tiny import composed
@@ -203,6 +204,20 @@ def test_jpeg_has_pillows_bytes_with_and_without_torchcodec(monkeypatch, mode, o
     slow = shown(data)
     assert np.abs(slow - expected).max() == 0
     assert np.abs(fast - expected).max() <= 1
+
+
+def test_a_jpeg_can_be_decoded_at_a_fraction_of_its_sides():
+    image = Image.fromarray(pixels(9, 12, 3)).resize((401, 300), Image.Resampling.BICUBIC)
+    turned = Image.Exif()
+    turned[0x0112] = 6
+    jpeg, png = encoded(image, "JPEG", quality=95), encoded(image, "PNG")
+    for reduction in (2, 4, 8):
+        small = read_image(jpeg, "small", reduction)
+        means = F.avg_pool2d(read_image(jpeg, "whole").float(), reduction, ceil_mode=True)
+        assert (means - small).abs().mean() < 2
+        upright = read_image(encoded(image, "JPEG", quality=95, exif=turned), "turned", reduction)
+        assert torch.equal(upright, small.rot90(-1, (1, 2)))
+    assert read_image(png, "png", 4).shape == (3, 300, 401)
 
 
 def test_formats_that_run_programs_are_no_images(tmp_path):

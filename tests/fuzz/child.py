@@ -121,9 +121,9 @@ def fault(line: Line, end: End) -> str | None:
     if end.code not in CODES:
         return f"exit code {end.code}: {end.err[-300:]!r}"
     said = end.err.splitlines()
-    if end.code == 2 and "-m" not in line.words and not (len(said) == 1 and said[0].rstrip()[-1:] in tuple(".?'\")")):
+    refused = end.code == 2 and not {"-m", "--multirun"} & {*line.words}  # a sweep keeps the record of a refused job
+    if refused and not (len(said) == 1 and said[0].rstrip()[-1:] in tuple(".?'\")")):
         return f"not one sentence: {end.err[:500]!r}"
-    refused = end.code == 2 and "-m" not in line.words  # a sweep keeps the record of a job that was refused
     places = [Path("here", p) for p in ([".cache"] if refused else ["runs", ".cache"])] + _places(line, refused)
     strays = [path for path in end.written if not any(path.is_relative_to(p) or p.is_relative_to(path) for p in places)]
     return f"exit code {end.code}, and written: {', '.join(map(str, strays[:5]))}" if strays else None

@@ -198,6 +198,44 @@ def test_crops_of_photographs_fit_any_size(tmp_path):
         torch.testing.assert_close(view, expected, atol=0.02, rtol=0)
 
 
+def test_photographs_without_a_regularizer_leave_the_whole_images_out(files, tmp_path):
+    data = module(files, whole_images=False)
+    ((_, views), *_) = fit(data, tmp_path)
+    ((_, full), *_) = fit(module(files), tmp_path)
+    assert all(torch.equal(a, b) for a, b in zip(views.views, full.views, strict=True))
+    with pytest.raises(UserError, match=r"loader\.whole_images=true"):
+        views.images  # noqa: B018
+    assert next(data.epoch(0, torch.device("cpu"))).images.shape == full.images.shape
+
+
+@pytest.mark.parametrize("whole_images", [True, False])
+def test_large_jpegs_may_be_decoded_smaller(tmp_path, monkeypatch, whole_images):
+    reductions = []
+
+    def image(self, i, reduction=1, true=FileSplit.image):
+        reductions.append(reduction)
+        return true(self, i, reduction)
+
+    monkeypatch.setattr(FileSplit, "image", image)
+    coarse = np.random.default_rng(0).integers(0, 256, (4, 9, 12, 3), dtype=np.uint8)
+    sides = [(901, 1203), (640, 500), (450, 300), (40, 60)]
+    for i, (height, width) in enumerate(sides):
+        Image.fromarray(coarse[i]).resize((width, height), Image.Resampling.BICUBIC).save(tmp_path / f"{i}.jpg")
+    split = FileSplit([str(tmp_path / f"{i}.jpg") for i in range(4)], torch.zeros(4, dtype=torch.int64), 32)
+    keys = {"whole_images": whole_images, "augmentation": augmentation(views=2)}
+    ((_, small),) = fit(module(split, reduced_jpeg=True, **keys), tmp_path)
+    found = dict(zip(small.index.tolist(), reductions, strict=True))
+    assert found[0] > 1
+    assert found[3] == 1
+    ((_, full),) = fit(module(split, **keys), tmp_path)
+    pairs = list(zip(small.views, full.views, strict=True))
+    if whole_images:
+        pairs.append((small.images, full.images))
+    for a, b in pairs:
+        assert (a - b).abs().mean() < 0.1  # of a standard deviation
+        assert not torch.equal(a, b)
+
+
 @pytest.mark.parametrize("num_workers", [0, 1])
 def test_a_broken_image_stops_training_in_one_sentence(files, tmp_path, num_workers):
     (tmp_path / "cut.png").write_bytes(Path(files.files[0]).read_bytes()[:200])
