@@ -8,7 +8,6 @@ are alive. No probe is fitted, so the number belongs to the encoder alone.
 """
 
 import argparse
-import csv
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from icl_msr.core.config import build
+from icl_msr.core.tables import csv_text
 from icl_msr.data.dataset import Dataset, normalise
 from icl_msr.models.backbones import Backbone, evaluating
 
@@ -87,8 +87,7 @@ def main(words: Sequence[str] | None = None) -> None:
     for line in lines:
         print(*line)
     if options.to is not None:
-        with options.to.open("w", newline="") as table:
-            csv.writer(table, lineterminator="\n").writerows(lines)
+        options.to.write_text(csv_text(lines))
 
 
 if __name__ == "__main__":

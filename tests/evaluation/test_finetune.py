@@ -215,7 +215,7 @@ def test_photographs_are_cut_in_their_own_resolution(make: Make, photos: Dataset
     batches = [torch.tensor([3, 1, 15]), torch.tensor([0, 8])]
     ours = list(augmented(photos, batches, augmentation, seed=7, epoch=2, device=torch.device("cpu")))
     assert isinstance(photos.train, FileSplit)
-    workers = _Crops(photos.train, None, augmentation, 7, 16)
+    workers = _Crops(photos.train, None, augmentation, [16], 7, whole_images=False, reduced_jpeg=False)
     for batch, images in zip(batches, ours, strict=True):
         cut = workers[Batch(2, batch)]
         assert isinstance(cut, Batch)

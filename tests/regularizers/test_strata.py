@@ -92,7 +92,7 @@ def diagnostics_of_a_rank() -> dict[str, Tensor]:
     regularizer = make_regularizer(method)
     if torch.distributed.is_initialized():
         rows = slice(4, 8) if torch.distributed.get_rank() else slice(0, 4)
-        parts: Any = {name: getattr(views, name)[rows] for name in ("images", "index", "labels")}
+        parts: Any = {name: getattr(views, name)[rows] for name in ("whole", "index", "labels")}
         views = replace(views, views=[view[rows] for view in views.views], **parts)
     found = regularizer.diagnostics(views.images, method(views, method.targets(views), STEP).pairs)
     return dict(zip(found, average(list(found.values())), strict=True))
