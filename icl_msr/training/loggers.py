@@ -321,6 +321,8 @@ class WeightsAndBiases(Logger):
         if self.run is None:
             self.run = begin(mode="offline")
         atomic_write(side_file, self.run.id)
+        # W&B's service links its log, which lies in the folder of the process's first run. A run's folder holds itself.
+        (Path(self.run.dir).parent / "logs" / "debug-core.log").unlink(missing_ok=True)
         if in_checkout:
             self._save_diff()
         self.run.define_metric(STEP)

@@ -25,6 +25,8 @@ class Sent:
     """The last artifact of each type."""
     every_artifact: list[Any] = field(default_factory=list)
     files: list[str] = field(default_factory=list)
+    stats: set[str] = field(default_factory=set)
+    """Names of the machine's numbers."""
     preempting: bool = False
     exit_code: int | None = None
 
@@ -79,6 +81,8 @@ def read(file: Path) -> Sent:
             case "artifact":
                 one.artifacts[record.artifact.type] = record.artifact
                 one.every_artifact.append(record.artifact)
+            case "stats":
+                one.stats |= {item.key for item in record.stats.item}
             case "files":
                 one.files += [file.path for file in record.files.files]
             case "preempting":

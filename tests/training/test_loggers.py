@@ -14,6 +14,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -30,6 +31,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from icl_msr.cli import job as program
 from icl_msr.cli.job import closing
 from icl_msr.core.errors import UserError
+from icl_msr.core.folder import RunFolder
 from icl_msr.core.records import Outcome, Records
 from icl_msr.evaluation.pictures import PICTURES
 from icl_msr.report.__main__ import main as report
@@ -268,6 +270,8 @@ def test_a_continued_run_keeps_its_identity(story: Story) -> None:
 
 
 def test_everything_lies_in_the_run_folder(story: Story) -> None:
+    for job in (story.folder, story.sweep.folder / "1"):  # the service of the first job serves the second one
+        RunFolder(job).require_inside()
     assert {"wandb", "wandb_id"} <= {path.name for path in story.folder.iterdir()}
     assert len(list((story.folder / "wandb").glob("offline-run-*"))) == 2
     assert os.environ["WANDB_DATA_DIR"] == str(story.folder / "wandb")
@@ -507,11 +511,12 @@ def test_with_an_account_the_run_is_sent_and_taken_up_again(tmp_path: Path, monk
 
     def init(**keys: Any) -> Any:
         calls.append(keys)
-        return SimpleNamespace(id=keys["id"], define_metric=lambda *_, **__: None)
+        return SimpleNamespace(id=keys["id"], dir=str(tmp_path / "wandb" / "files"), define_metric=Mock(), save=Mock())
 
     monkeypatch.delenv("WANDB_MODE")
     monkeypatch.setattr(wandb, "login", lambda **_: True)
     monkeypatch.setattr(wandb, "init", init)
+    (tmp_path / "wandb" / "files").mkdir(parents=True)
     facts = about(group="a-sweep", job_type="method=moco")
     ids = [wandb_logger(tmp_path, facts).version]
     ids += [wandb_logger(tmp_path, about(resumed_at=3)).version]
