@@ -29,7 +29,7 @@ from icl_msr.cli.processes import hold_leash, in_folder, told
 from icl_msr.cli.sweeps import exit_codes, register_resolvers
 from icl_msr.cli.words import ambiguous, for_sweep, overrides, path_in, spelled_out, unreadable
 from icl_msr.core import trust
-from icl_msr.core.compose import compose, hydra_for_itself
+from icl_msr.core.compose import VERSION_BASE, compose, hydra_for_itself
 from icl_msr.core.config import MOVABLE, UNSEEN, Settings, check, config_dir, no_keys, suggestion, unfilled
 from icl_msr.core.errors import SharedMistake, UserError, reason
 from icl_msr.core.folder import RunFolder
@@ -117,7 +117,7 @@ def main(job: Job, arguments: Sequence[str] | None = None) -> int:
             require_common_folder(words)
             words = spelled_out(words)
         sys.argv[1:] = words
-        hydra.main(version_base="1.3", config_path=str(config_dir()), config_name="config")(Task(answered))()
+        hydra.main(config_path=str(config_dir()), config_name="config", **VERSION_BASE)(Task(answered))()
     except UserError as mistake:
         return refuse(str(mistake))
     except SystemExit as end:

@@ -93,7 +93,6 @@ class OptunaSweeper:
         words = [*(f"{key}={value}" for key, value in self.params.items()), *arguments]
         parser = OverridesParser.create(config_loader=self.context.config_loader)
         overrides = {override.get_key_element(): override for override in parser.parse_overrides(words)}
-        overrides.pop("sweep", None)  # its file is read already
         self.space = {key: values(override) for key, override in overrides.items() if override.is_sweep_override()}
         self.fixed = {key: str(override.input_line) for key, override in overrides.items() if key not in self.space}
         self.order = list(overrides)

@@ -17,6 +17,7 @@ from statistics import mean
 from typing import Any
 from zlib import crc32
 
+import omegaconf
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.utils import JobReturn, JobStatus
 from hydra.experimental.callback import Callback
@@ -279,7 +280,7 @@ def checked_job(context: HydraContext, sweep: DictConfig, overrides: Sequence[st
     """
     config = context.config_loader.load_sweep_config(sweep, job_words(sweep, overrides))
     with open_dict(config):
-        config.hydra.job.id = config.hydra.job.num = number
+        config.hydra.job.num, config.hydra.job.id = number, str(number)
     with known_to_hydra(config):
         check(OmegaConf.masked_copy(config, [str(key) for key in config if key != "hydra"]))
     return config
@@ -313,6 +314,9 @@ class SweepRecord(Callback):
 
     def on_multirun_end(self, config: DictConfig, **_: Any) -> None:
         """Print how many jobs are done and how to go on."""
+        if sys.exception():  # Hydra 1.4 calls this after an error too
+            os.close(self.lock)
+            return
         done, all_jobs = self._state()
         if not all_jobs:
             refuse("The sweep has no jobs, because a list or a pattern in it gives no values; write them out.")
@@ -374,8 +378,10 @@ def sweep_folder(root: str) -> str:
 
 def register_resolvers() -> None:
     """Register `${run_folder:<root>,<name>}` and `${sweep_folder:<root>}`, which give all jobs of a sweep the same."""
-    OmegaConf.register_new_resolver("run_folder", run_folder, replace=True, use_cache=True)
-    OmegaConf.register_new_resolver("sweep_folder", sweep_folder, replace=True, use_cache=True)
+    before = omegaconf.__version__.startswith("2.3.")  # later versions warn of this name
+    register: Any = OmegaConf.register_new_resolver if before else OmegaConf.register_resolver
+    register("run_folder", run_folder, replace=True, use_cache=True)
+    register("sweep_folder", sweep_folder, replace=True, use_cache=True)
 
 
 def sweep_group() -> str | None:

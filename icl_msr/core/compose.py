@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import hydra
 from hydra import initialize_config_dir
@@ -11,6 +12,9 @@ from omegaconf import DictConfig
 
 from icl_msr.core.config import config_dir
 
+VERSION_BASE: dict[str, Any] = {"version_base": "1.3"} if hydra.__version__.startswith("1.3.") else {}
+"""The argument by which Hydra 1.3 behaves as of today. Hydra 1.4 warns of it."""
+
 
 @contextmanager
 def hydra_for_itself() -> Iterator[GlobalHydra]:
@@ -19,7 +23,7 @@ def hydra_for_itself() -> Iterator[GlobalHydra]:
     before = state.hydra
     state.clear()
     try:
-        with initialize_config_dir(str(config_dir()), version_base="1.3"):
+        with initialize_config_dir(str(config_dir()), **VERSION_BASE):
             yield state
     finally:
         state.hydra = before
