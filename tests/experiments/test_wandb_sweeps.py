@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import yaml
+from support.programs import steps, until
 from support.tiny import DATA, MODEL, composed
 from support.wandb_server import Server, serving
 
@@ -43,13 +44,23 @@ def server() -> Iterator[Server]:
         yield known
 
 
+def logged_in(home: Path, server: Server) -> dict[str, str]:
+    """Return the variables of somebody who has an account."""
+    ours = {name: value for name, value in os.environ.items() if not name.startswith(("WANDB_", "SLURM_"))}
+    ours |= {"WANDB_BASE_URL": server.url, "WANDB_API_KEY": "0" * 40, "HOME": str(home), "OMP_NUM_THREADS": "1"}
+    return ours | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "WANDB_ERROR_REPORTING": "false"}
+
+
 def run(tmp_path: Path, server: Server, *command: str, **more: str) -> "subprocess.CompletedProcess[str]":
     """Run a command as somebody who is logged in."""
-    ours = {name: value for name, value in os.environ.items() if not name.startswith(("WANDB_", "SLURM_"))}
-    ours |= {"WANDB_BASE_URL": server.url, "WANDB_API_KEY": "0" * 40, "HOME": str(tmp_path), "OMP_NUM_THREADS": "1"}
-    ours |= {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "WANDB_ERROR_REPORTING": "false"}
     done = subprocess.run(
-        command, cwd=tmp_path, env=ours | more, capture_output=True, text=True, check=False, timeout=500
+        command,
+        cwd=tmp_path,
+        env=logged_in(tmp_path, server) | more,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=500,
     )
     assert done.returncode == 0, done.stdout + done.stderr
     return done
@@ -88,6 +99,21 @@ def test_the_parts_of_an_offline_run_are_synced_as_one(server: Server, tmp_path:
     ((name, lines),) = server.history.items()
     assert name == (tmp_path / "run" / "wandb_id").read_text()
     assert [line["trainer/global_step"] for line in lines if "loss" in line] == [0, 1, 2, 3, 4, 5]
+
+
+@pytest.mark.slow
+def test_a_preempted_run_is_synced_whole(server: Server, tmp_path: Path) -> None:
+    words = [*SMALL, "regularizer=none", "evaluation=none", "~callbacks.online", "metric=loss", "trainer.max_epochs=60"]
+    command = [sys.executable, "-m", "icl_msr.run", *words, "hydra.run.dir=run"]
+    offline = {"WANDB_MODE": "offline"}
+    with subprocess.Popen(command, cwd=tmp_path, env=logged_in(tmp_path, server) | offline) as first:
+        until(lambda: steps(tmp_path / "run") > 5 or first.poll())
+        first.terminate()
+    assert first.returncode == 75
+    run(tmp_path, server, *command, **offline)
+    run(tmp_path, server, "wandb", "sync", "run/wandb")
+    ((_, lines),) = server.history.items()
+    assert [line["trainer/global_step"] for line in lines if "loss" in line] == list(range(180))
 
 
 @pytest.mark.slow

@@ -303,6 +303,14 @@ def test_the_dashboard_learns_how_the_run_ended(error: BaseException | None, cod
     assert logger.run is None
 
 
+def test_an_agent_that_stops_a_run_does_not_get_it_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    logger = wandb_logger(tmp_path)
+    monkeypatch.setenv("WANDB_SWEEP_ID", "asweep")
+    logger.close(75)
+    (only,) = sent(tmp_path)
+    assert (only.exit_code, only.preempting) == (75, False)
+
+
 def test_only_the_first_rank_writes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, story: Story) -> None:
     monkeypatch.setenv("RANK", "1")
     monkeypatch.setenv("WORLD_SIZE", "2")
