@@ -1,6 +1,7 @@
 """Dashboards of W&B: the same files each time, without a server."""
 
 import json
+import random
 import re
 import sys
 from collections.abc import Iterator
@@ -19,6 +20,7 @@ def test_dashboards_are_the_same_files_each_time(
 ) -> None:
     monkeypatch.setenv("WANDB_MODE", "offline")
     for folder in ("a", "b"):
+        random.random()  # the state of the generator is another one each time
         assert main(["--to", str(tmp_path / folder)]) == 0
     assert "nothing is saved there" in capsys.readouterr().out
     for name in ("workspace-run", "workspace-sweep", "report"):
