@@ -205,8 +205,12 @@ def peers(python: str, shards: Path, folder: Path, workers: int) -> Iterator[dic
     try:
         yield {name: lambda name=name: ask(name) for name in answers.readline().strip().split(", ")}  # type: ignore[misc]
     finally:
-        lines.close()  # which ends them
-        process.wait()
+        lines.close()  # which ends them, but for workers that wait for each other
+        try:
+            process.wait(10)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
 
 
 def main(words: Sequence[str] | None = None) -> None:

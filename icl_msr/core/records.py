@@ -356,10 +356,17 @@ class Outcome:
         return about | self.records.to_json()
 
     def numbers(self) -> dict[str, float]:
-        """Return all numbers by their name on a dashboard: logged values, findings, the cost and the metric."""
-        cost = {name: getattr(self, name) for name in ("images_per_second", "peak_memory_mb", "wall_time_s")}
+        """Return all numbers by the name that a user types: logged values, findings, the cost and the metric."""
+        return self._with_cost(self.final, self.records.numbers())
+
+    def dashboard_numbers(self) -> dict[str, float]:
+        """Return all numbers by their name on a dashboard."""
         final = {dashboard_name(name): value for name, value in self.final.items()}
-        found = {**final, **self.records.dashboard_numbers(), **cost, "metric": self.metric.get("value")}
+        return self._with_cost(final, self.records.dashboard_numbers())
+
+    def _with_cost(self, final: Mapping[str, float | None], findings: Mapping[str, float]) -> dict[str, float]:
+        cost = {name: getattr(self, name) for name in ("images_per_second", "peak_memory_mb", "wall_time_s")}
+        found = {**final, **findings, **cost, "metric": self.metric.get("value")}
         return {name: value for name, value in found.items() if value is not None}
 
     @classmethod

@@ -342,7 +342,7 @@ class WeightsAndBiases(Logger):
 
         run = self.run
         outcome = Outcome.load(folder)
-        run.summary.update(outcome.numbers())
+        run.summary.update(outcome.dashboard_numbers())
         run.log(_images(figures(folder)))
         if (page := folder / "report.html").exists():
             run.log({"report": wandb.Html(str(page), inject=False)})
@@ -444,7 +444,7 @@ class TensorBoard(TensorBoardLogger):
     @rank_zero_only
     def conclude(self, folder: Path) -> None:
         """Write the final numbers and the pictures."""
-        for name, value in Outcome.load(folder).numbers().items():
+        for name, value in Outcome.load(folder).dashboard_numbers().items():
             self.experiment.add_scalar(f"final/{name}", value)
         self.show(figures(folder))
 

@@ -137,6 +137,14 @@ def test_several_objectives(command: Command) -> None:
     assert [line[:16] for line in answer.out[-5:-1]] == ["Best of 4 trials"] * 4
 
 
+def test_an_objective_has_the_name_that_results_have(command: Command) -> None:
+    objectives = "hydra.sweeper.objectives=[metric,'-knn a - b']"
+    answer = command(*WORDS, SEEDS, "hydra.sweeper.n_trials=2", objectives)
+    assert (answer.code, answer.err) == (0, [])
+    for seed in seeds():
+        assert any(f"metric {seed / 10:.4f}, knn a - b {seed}.0000 in here/" in line for line in answer.out[-3:-1])
+
+
 def test_the_first_trial_finds_a_wrong_objective(command: Command) -> None:
     answer = command(*WORDS, SEEDS, "hydra.sweeper.objectives=[metrik]")
     assert answer.code == 2

@@ -62,10 +62,12 @@ def test_a_name_on_a_dashboard_is_plain_and_has_its_unit(record: Measurement, na
     assert record.dashboard_name == name
 
 
-def test_an_outcome_has_the_names_of_dashboards() -> None:
+def test_an_outcome_has_names_to_type_and_names_of_dashboards() -> None:
     found = outcome(gap("full", "fg", 3.0), accuracy("a", 0.1, encoder="untrained"), final={"lr-Adam/pg 1": 0.5})
     found.wall_time_s, found.metric = 2.0, {"name": "x", "value": None}
-    assert found.numbers() == {"lr_Adam/pg_1": 0.5, "linear/train/full_minus_fg_points": 3.0, "wall_time_s": 2.0}
+    assert found.numbers() == {"lr-Adam/pg 1": 0.5, "linear/train/full - fg": 3.0, "wall_time_s": 2.0}
+    plain = {"lr_Adam/pg_1": 0.5, "linear/train/full_minus_fg_points": 3.0, "wall_time_s": 2.0}
+    assert found.dashboard_numbers() == plain
 
 
 def test_rows_are_flat_and_read_again() -> None:
