@@ -3,7 +3,7 @@
 python experiments/benchmarks/loading.py [--images 1024] [--workers 2] [--rounds 5] [--peers PYTHON] [--tiny]
 
 The source is JPEG files of 400 x 500 pixels; the work is two views of 224 px of each, in batches of 64. All rows decode
-an image once and cut two random crops from it. Ours also cuts the centre square.
+an image once and cut two random crops from it.
 
 * bare: the functions that decode and cut, in as many processes, without a loader; and those that only decode;
 * ours, from a folder, shards, a Hugging Face table, and S3 on this machine (moto), with an empty and with a full cache;
@@ -126,6 +126,7 @@ def ours(*words: str, workers: int, before: Call | None = None) -> Call:
         num_workers=workers,
         seed=0,
         channels_last=True,
+        whole_images=False,
     )
     assert isinstance(data.dataset.train, FileSplit)
     data.trainer = pl.Trainer(accelerator="cpu", logger=False, enable_checkpointing=False, enable_model_summary=False)
