@@ -171,15 +171,15 @@ def _resample(image, x0, columns, y, stop, top, down, row_taps, left, across, co
     for c in range(3):
         for row in range(y, stop):
             line = lines[c * _ROWS + row - y]
-            pixels = image[c, top[row]]
+            pixels = image[c, top[row], x0 : x0 + columns]
             weight = down[0, row] / np.float32(255)
             for x in range(columns):
-                line[x] = weight * np.float32(pixels[x0 + x])
+                line[x] = weight * np.float32(pixels[x])
             for k in range(1, row_taps):
-                pixels = image[c, top[row] + k]
+                pixels = image[c, top[row] + k, x0 : x0 + columns]
                 weight = down[k, row] / np.float32(255)
                 for x in range(columns):
-                    line[x] += weight * np.float32(pixels[x0 + x])
+                    line[x] += weight * np.float32(pixels[x])
     for x in range(columns):
         for lane in range(_LANES):
             tile[x, lane] = lines[lane, x]
@@ -313,13 +313,15 @@ def _bell(sigma, size, bell):
 @_compiled
 def _blur_line(line, n, step, offset, bell, radius, result):
     """Blur the values offset .. offset + n - 1 of a line, whose neighbours are `step` apart."""
-    weight = bell[0]
+    weight, values = bell[0], line[offset : offset + n]
     for p in range(n):
-        result[p] = weight * line[offset + p]
+        result[p] = weight * values[p]
     for k in range(1, radius + 1):
         weight = bell[k]
+        before = line[offset - k * step : offset - k * step + n]
+        after = line[offset + k * step : offset + k * step + n]
         for p in range(n):
-            result[p] += weight * (line[offset + p - k * step] + line[offset + p + k * step])
+            result[p] += weight * (before[p] + after[p])
 
 
 @_compiled
@@ -329,24 +331,28 @@ def _blur_rows(red, green, blue, size, bell, radius, wide, blurred):
     for c, plane in enumerate((red, green, blue)):
         for y in range(rows):
             line = wide[c, y * pitch : (y + 1) * pitch]
-            for x in range(size):
-                line[radius + x] = plane[y * size + x]
+            _copy(plane[y * size : (y + 1) * size], line[radius : radius + size])
             for k in range(1, radius + 1):
                 line[radius - k] = line[radius + k]
                 line[radius + size - 1 + k] = line[radius + size - 1 - k]
         _blur_line(wide[c], rows * pitch - 2 * radius, 1, radius, bell, radius, blurred[c])
         for y in range(rows):
-            for x in range(size):
-                plane[y * size + x] = blurred[c, y * pitch + x]
+            _copy(blurred[c, y * pitch : y * pitch + size], plane[y * size : (y + 1) * size])
+
+
+@_compiled
+def _copy(values, to):
+    for p in range(len(values)):
+        to[p] = values[p]
 
 
 @_compiled
 def _reflect(view, size, halo, radius):
+    last = halo + size - 1
     for c in range(3):
         for k in range(1, radius + 1):
-            for x in range(size):
-                view[c, (halo - k) * size + x] = view[c, (halo + k) * size + x]
-                view[c, (halo + size - 1 + k) * size + x] = view[c, (halo + size - 1 - k) * size + x]
+            for source, target in ((halo + k, halo - k), (last - k, last + k)):
+                _copy(view[c, source * size : (source + 1) * size], view[c, target * size : (target + 1) * size])
 
 
 @_compiled
@@ -358,11 +364,11 @@ def _blur_columns(view, offset, n, size, bell, radius, blurred):
 @_compiled
 def _write(red, green, blue, scale, shift, last, out, offset, area):
     if last:
+        line = out[3 * offset : 3 * (offset + len(red))]
         for p in range(len(red)):
-            q = 3 * (offset + p)
-            out[q] = red[p] * scale[0] + shift[0]
-            out[q + 1] = green[p] * scale[1] + shift[1]
-            out[q + 2] = blue[p] * scale[2] + shift[2]
+            line[3 * p] = red[p] * scale[0] + shift[0]
+            line[3 * p + 1] = green[p] * scale[1] + shift[1]
+            line[3 * p + 2] = blue[p] * scale[2] + shift[2]
     else:
         for c, plane in enumerate((red, green, blue)):
             factor, term = scale[c], shift[c]
