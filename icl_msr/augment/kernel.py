@@ -1,14 +1,19 @@
-"""Views on a CPU: compiled code (Numba) makes each view in one go, from the bytes of its image to normalised values.
+"""Views on a CPU: compiled code makes each view in one go, from the bytes of its image to normalised values.
 
-The definitions are those of `passes`, which is the oracle in the tests. A view is made in tiles of a few rows that stay
-in the fastest cache. An image is resampled from its bytes, by the taps that are not zero: first its rows, then, in a
-tile that is transposed, its columns. So neighbours in memory always share a tap, and every loop turns into vector
-instructions. The contrast needs the mean gray of the whole view. So the tiles are visited twice, and a third time for
-the columns of a blur.
+The definitions are those of `passes`, which the tests compare it with. A view is made in tiles of a few rows that stay
+in the fastest cache. An image is resampled from its bytes, by the taps that are not zero: first the rows and then, in a
+tile that is transposed, the columns. So values that share a tap are neighbours in memory, and every loop becomes vector
+instructions. Contrast needs the mean gray of the whole view. So the tiles are visited twice, and a third time to blur
+the columns. Numba infers the types of the functions and compiles them.
 """
 
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import cache
 from math import ceil, exp, floor, log, sqrt
+from pickle import UnpicklingError
+from time import perf_counter
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,56 +22,81 @@ from torch import Tensor
 
 from icl_msr.augment.colour import BRIGHTNESS, CONTRAST, HUE, SATURATION
 from icl_msr.augment.passes import Parameters
+from icl_msr.core.ranks import is_first
 
 _ROWS = 8
+"""Rows of a tile."""
 _LANES = 3 * _ROWS
 _FAINT = 1e-6
-"""The Gaussian of a blur ends where it is less than this share of its peak."""
+"""A blur ends where its Gaussian is less than this share of its peak."""
 
-_compiled = njit(nogil=True, fastmath=True, error_model="numpy", cache=True)
-_ZERO, _HALF, _ONE, _TWO, _SIX, _THIRD = map(np.float32, (0, 0.5, 1, 2, 6, 1 / 3))
+_TYPES = (
+    "void(uint8[:,:,:,::1], int64[:,::1], bool_[::1], bool_, float32[:,::1], int64[:,::1], bool_[::1], float32[::1], "
+    "bool_[::1], float32[::1], float32[::1], bool_, float32[:,::1], int64, int64, int64)"
+)
+_OPTIONS: dict[str, Any] = {"nogil": True, "fastmath": True, "error_model": "numpy"}
+_part = njit(**_OPTIONS)
+
+_ZERO, _THIRD, _ONE, _TWO, _SIX = map(np.float32, (0, 1 / 3, 1, 2, 6))
 _TINY = np.float32(1e-12)
 _RED, _GREEN, _BLUE = map(np.float32, (0.2989, 0.587, 0.114))
 
 
-def render(images: Tensor, parameters: Parameters, scale: Tensor, shift: Tensor, out: Tensor) -> None:
-    """Write views to `out`; see `passes.render`. Images are uint8, and everything is on a CPU."""
-    n, _, size, _ = out.shape
-    last = not out.is_contiguous()
-    flat = (out.permute(0, 2, 3, 1) if last else out).view(n, -1).numpy()
+def render(
+    images: Tensor, parameters: Parameters, size: int, scale: Tensor, shift: Tensor, memory_format: torch.memory_format
+) -> Tensor:
+    """Return views as `passes.render` does. The images are uint8, and everything is on the CPU."""
+    n, last = len(images), memory_format == torch.channels_last
+    # NumPy asks the system for huge pages. With small ones, a large batch takes a third longer.
+    out = np.empty((n, size, size, 3) if last else (n, 3, size, size), np.float32)
+    no = torch.zeros(n, dtype=torch.bool)
 
-    def array(values: Tensor | None, neutral: Tensor) -> np.ndarray:
-        return (neutral if values is None else values).contiguous().numpy()
+    def array(values: Tensor | None, otherwise: Tensor) -> Any:
+        return (otherwise if values is None else values).contiguous().numpy()
 
-    none = torch.zeros(n)
-    whole = torch.tensor([[0, 0, images.shape[2], images.shape[3]]]).expand(n, -1)
-    words = (
+    work = (
         images.contiguous().numpy(),
-        array(parameters.boxes, whole),
-        array(parameters.flip, none.bool()),
+        array(parameters.boxes, torch.tensor([[0, 0, *images.shape[2:]]]).expand(n, -1)),
+        parameters.flip.numpy(),
         parameters.interpolation == "bicubic",
         array(parameters.factors, torch.tensor([[1.0, 1.0, 1.0, 0.0]]).expand(n, -1)),
         array(parameters.order, torch.arange(4).expand(n, -1)),
-        array(parameters.gray, none.bool()),
-        array(parameters.sigma, none),
-        array(parameters.solarize, none.bool()),
+        array(parameters.gray, no),
+        array(parameters.sigma, no.float()),
+        array(parameters.solarize, no),
         scale.flatten().numpy(),
         shift.flatten().numpy(),
-        size,
         last,
-        flat,
+        out.reshape(n, 3 * size * size),
+        size,
     )
-    threads = min(torch.get_num_threads(), n)
-    if threads == 1:
-        _render(*words, 0, n)
-        return
-    ends = [n * k // threads for k in range(threads + 1)]
-    with ThreadPoolExecutor(threads) as pool:
-        list(pool.map(lambda start, end: _render(*words, start, end), ends[:-1], ends[1:]))
+    code, threads = _compiled(), min(torch.get_num_threads(), n)
+    if threads <= 1:
+        code(*work, 0, n)
+    else:
+        ends = [n * k // threads for k in range(threads + 1)]
+        with ThreadPoolExecutor(threads) as pool:
+            list(pool.map(lambda start, end: code(*work, start, end), ends[:-1], ends[1:]))
+    views = torch.from_numpy(out)
+    return views.permute(0, 3, 1, 2) if last else views
 
 
-@_compiled
-def _render(images, boxes, flip, cubic, factors, order, gray, sigma, solarize, scale, shift, size, last, out, start, end):
+@cache
+def _compiled() -> Callable[..., None]:
+    """Return `_render` as machine code, which is compiled once for a kind of processor and kept on the disk."""
+    began = perf_counter()
+    try:
+        code = njit(_TYPES, cache=True, **_OPTIONS)(_render)
+    except (OSError, RuntimeError, EOFError, UnpicklingError):  # it can neither be read nor kept, as on a full disk
+        code = njit(_TYPES, **_OPTIONS)(_render)
+    if (seconds := perf_counter() - began) > 2 and is_first():
+        print(f"The code that makes views was compiled for this machine ({seconds:.0f} s).", flush=True)
+    return code
+
+
+def _render(
+    images, boxes, flip, cubic, factors, order, gray, sigma, solarize, scale, shift, last, out, size, start, end
+):
     """Make the views start .. end - 1."""
     _, _, height, width = images.shape
     most = 4 * (max(height, width) // size + 1) + 2
@@ -77,7 +107,9 @@ def _render(images, boxes, flip, cubic, factors, order, gray, sigma, solarize, s
         np.empty((width, _LANES), np.float32),
         np.empty((size, _LANES), np.float32),
     )
-    halo = _radius(sigma[start:end].max(), size)
+    halo = 0
+    for i in range(start, end):
+        halo = max(halo, _radius(sigma[i], size))
     view = np.zeros((3, (size + 2 * halo) * size), np.float32)
     wide = np.zeros((3, _ROWS * (size + 2 * halo)), np.float32)
     blurred = np.empty((3, _ROWS * (size + 2 * halo)), np.float32)
@@ -94,7 +126,9 @@ def _render(images, boxes, flip, cubic, factors, order, gray, sigma, solarize, s
         total = 0.0
         for y in range(0, size, _ROWS):
             stop = min(y + _ROWS, size)
-            _resample(images[i], x0, columns, y, stop, top, down, row_taps, left, across, column_taps, lines, tile, sums)
+            _resample(
+                images[i], x0, columns, y, stop, top, down, row_taps, left, across, column_taps, lines, tile, sums
+            )
             _spread(sums, y, stop, size, halo, view)
             lo, hi = (halo + y) * size, (halo + stop) * size
             red, green, blue = view[0, lo:hi], view[1, lo:hi], view[2, lo:hi]
@@ -132,7 +166,7 @@ def _render(images, boxes, flip, cubic, factors, order, gray, sigma, solarize, s
                 _write(red, green, blue, scale, shift, last, out[i], y * size, size * size)
 
 
-@_compiled
+@_part
 def _filter(distance, cubic):
     x = abs(distance)
     if not cubic:
@@ -142,9 +176,9 @@ def _filter(distance, cubic):
     return ((2.5 - 0.5 * x) * x - 4) * x + 2 if x < 2 else 0.0
 
 
-@_compiled
+@_part
 def _taps(start, length, size, mirrored, cubic, first, weights):
-    """Write the first pixel and the weights of the pixels that make each of `size` pixels; return the number of taps."""
+    """Write the first tap of each of `size` pixels and the weights of all, and return the number of taps."""
     step = length / size
     stretch = max(step, 1.0)
     reach = (2 if cubic else 1) * stretch - 1e-9
@@ -166,7 +200,7 @@ def _taps(start, length, size, mirrored, cubic, first, weights):
     return taps
 
 
-@_compiled
+@_part
 def _resample(image, x0, columns, y, stop, top, down, row_taps, left, across, column_taps, lines, tile, sums):
     for c in range(3):
         for row in range(y, stop):
@@ -196,7 +230,7 @@ def _resample(image, x0, columns, y, stop, top, down, row_taps, left, across, co
                 result[lane] += weight * pixel[lane]
 
 
-@_compiled
+@_part
 def _spread(sums, y, stop, size, halo, view):
     for c in range(3):
         for row in range(y, stop):
@@ -205,17 +239,17 @@ def _spread(sums, y, stop, size, halo, view):
                 line[x] = sums[x, c * _ROWS + row - y]
 
 
-@_compiled
+@_part
 def _clamp(value):
     return min(max(value, _ZERO), _ONE)
 
 
-@_compiled
+@_part
 def _luma(red, green, blue):
     return _RED * red + _GREEN * green + _BLUE * blue
 
 
-@_compiled
+@_part
 def _change(operation, factor, mean, red, green, blue):
     if operation == HUE:
         if factor != 0:
@@ -238,7 +272,7 @@ def _change(operation, factor, mean, red, green, blue):
                 blue[p] = _clamp(factor * b + rest)
 
 
-@_compiled
+@_part
 def _scale_colours(factor, red, green, blue):
     for p in range(len(red)):
         red[p] = _clamp(factor * red[p])
@@ -246,7 +280,7 @@ def _scale_colours(factor, red, green, blue):
         blue[p] = _clamp(factor * blue[p])
 
 
-@_compiled
+@_part
 def _gray_sum(red, green, blue):
     total = _ZERO
     for p in range(len(red)):
@@ -254,14 +288,14 @@ def _gray_sum(red, green, blue):
     return total
 
 
-@_compiled
+@_part
 def _shade(turns):
     """Return how much of the chroma a colour lacks."""
     part = turns - np.floor(turns)
     return _clamp(_TWO - _SIX * abs(part - _THIRD))
 
 
-@_compiled
+@_part
 def _rotate_hue(shift, red, green, blue):
     for p in range(len(red)):
         r, g, b = red[p], green[p], blue[p]
@@ -275,7 +309,7 @@ def _rotate_hue(shift, red, green, blue):
         blue[p] = value - chroma * _shade(turns + np.float32(7 / 6))
 
 
-@_compiled
+@_part
 def _make_gray(red, green, blue):
     for p in range(len(red)):
         gray = _luma(red[p], green[p], blue[p])
@@ -284,7 +318,7 @@ def _make_gray(red, green, blue):
         blue[p] = gray
 
 
-@_compiled
+@_part
 def _solarize(red, green, blue):
     for p in range(len(red)):
         red[p] = min(red[p], _ONE - red[p])
@@ -292,12 +326,12 @@ def _solarize(red, green, blue):
         blue[p] = min(blue[p], _ONE - blue[p])
 
 
-@_compiled
+@_part
 def _radius(sigma, size):
     return min(floor(sigma * sqrt(-2 * log(_FAINT))), size - 1)
 
 
-@_compiled
+@_part
 def _bell(sigma, size, bell):
     """Write one half of a Gaussian, from its peak on, and return its radius in pixels."""
     radius = _radius(sigma, size)
@@ -310,7 +344,7 @@ def _bell(sigma, size, bell):
     return radius
 
 
-@_compiled
+@_part
 def _blur_line(line, n, step, offset, bell, radius, result):
     """Blur the values offset .. offset + n - 1 of a line, whose neighbours are `step` apart."""
     weight, values = bell[0], line[offset : offset + n]
@@ -324,7 +358,7 @@ def _blur_line(line, n, step, offset, bell, radius, result):
             result[p] += weight * (before[p] + after[p])
 
 
-@_compiled
+@_part
 def _blur_rows(red, green, blue, size, bell, radius, wide, blurred):
     pitch = size + 2 * radius
     rows = len(red) // size
@@ -340,13 +374,13 @@ def _blur_rows(red, green, blue, size, bell, radius, wide, blurred):
             _copy(blurred[c, y * pitch : y * pitch + size], plane[y * size : (y + 1) * size])
 
 
-@_compiled
+@_part
 def _copy(values, to):
     for p in range(len(values)):
         to[p] = values[p]
 
 
-@_compiled
+@_part
 def _reflect(view, size, halo, radius):
     last = halo + size - 1
     for c in range(3):
@@ -355,13 +389,13 @@ def _reflect(view, size, halo, radius):
                 _copy(view[c, source * size : (source + 1) * size], view[c, target * size : (target + 1) * size])
 
 
-@_compiled
+@_part
 def _blur_columns(view, offset, n, size, bell, radius, blurred):
     for c in range(3):
         _blur_line(view[c], n, size, offset, bell, radius, blurred[c])
 
 
-@_compiled
+@_part
 def _write(red, green, blue, scale, shift, last, out, offset, area):
     if last:
         line = out[3 * offset : 3 * (offset + len(red))]

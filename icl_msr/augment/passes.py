@@ -35,25 +35,31 @@ class Parameters(NamedTuple):
 
     def part(self, images: slice) -> "Parameters":
         """Return the parameters of some images."""
-        return Parameters(*(value[images] if isinstance(value, Tensor) else value for value in self))
+        return Parameters._make(value[images] if isinstance(value, Tensor) else value for value in self)
 
 
-def render(images: Tensor, parameters: Parameters, scale: Tensor, shift: Tensor, out: Tensor) -> None:
-    """Write a view of each image, times `scale` plus `shift`.
+def render(
+    images: Tensor, parameters: Parameters, size: int, scale: Tensor, shift: Tensor, memory_format: torch.memory_format
+) -> Tensor:
+    """Return a view of each image, times `scale` plus `shift`: float32 (N, 3, size, size).
 
     Args:
         images: uint8 (N, 3, H, W), or float32 from 0 to 255.
         parameters: of the views.
+        size: of the views, in pixels.
         scale: (3, 1, 1), the factors of each channel, for values in [0, 1].
         shift: (3, 1, 1).
-        out: float32 (N, 3, s, s), contiguous or channels_last.
+        memory_format: of the views.
     """
-    step = max(1, _PIXELS // out.shape[-1] ** 2) if images.device.type == "cpu" else len(images)
+    device = images.device
+    views = torch.empty(len(images), 3, size, size, device=device, memory_format=memory_format)
+    step = max(1, _PIXELS // size**2) if device.type == "cpu" else len(images)
     for start in range(0, len(images), step):
         part = slice(start, start + step)
-        with torch.autocast(images.device.type, enabled=False):
-            view = _view(images[part], parameters.part(part), out.shape[-1])
-        torch.addcmul(shift, view, scale, out=out[part])
+        with torch.autocast(device.type, enabled=False):
+            view = _view(images[part], parameters.part(part), size)
+        torch.addcmul(shift, view, scale, out=views[part])
+    return views
 
 
 def _view(images: Tensor, of: Parameters, size: int) -> Tensor:

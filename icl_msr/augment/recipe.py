@@ -47,10 +47,7 @@ _BOX, _FLIP, _JITTER, _FACTORS, _ORDER = slice(0, 22), 22, 23, slice(24, 28), sl
 _GRAY, _BLUR, _SIGMA, _SOLARIZE, NUMBERS = 32, 33, 34, 35, 36
 
 
-Renderer = Callable[[Tensor, Parameters, Tensor, Tensor, Tensor], None]
-
-
-def _renderer(images: Tensor) -> Renderer:
+def _renderer(images: Tensor) -> Callable[[Tensor, Parameters, int, Tensor, Tensor, torch.memory_format], Tensor]:
     """Return what makes the views: compiled code for bytes on a CPU, if Numba is installed, or else passes of torch."""
     if images.device.type == "cpu" and images.dtype == torch.uint8:
         with suppress(ImportError):
@@ -179,6 +176,7 @@ class Augmentation(Recipe):
         mean: Sequence[float],
         std: Sequence[float],
         cropped: bool = False,
+        memory_format: torch.memory_format = torch.contiguous_format,
     ) -> list[Tensor]:
         """Return V normalised views, float32 (N, 3, s, s), on the device of the images.
 
@@ -191,6 +189,7 @@ class Augmentation(Recipe):
             mean: of the channels, for values in [0, 1].
             std: of the channels, for values in [0, 1].
             cropped: True if `crop_parameters` cut out the images and they were resized, but not flipped.
+            memory_format: of the views.
         """
         device = index.device
         scale = 1 / colour.channels(tuple(std), device)
@@ -201,7 +200,6 @@ class Augmentation(Recipe):
             numbers = uniforms(keys(seed, epoch, index, view), NUMBERS)
             boxes = None if cropped else recipe.boxes(numbers, source.shape[2], source.shape[3])
             side = source.shape[3] if cropped else recipe.size or size
-            out = torch.empty(len(index), 3, side, side, device=device)
-            _renderer(source)(source, recipe.parameters(numbers, boxes), scale, shift, out)
-            views.append(out)
+            render = _renderer(source)
+            views.append(render(source, recipe.parameters(numbers, boxes), side, scale, shift, memory_format))
         return views
