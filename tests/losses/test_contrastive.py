@@ -26,6 +26,7 @@ from icl_msr.losses.contrastive import (
     von_mises_fisher_weights,
     with_non_semantic,
 )
+from icl_msr.losses.hard_negatives import HCL
 from icl_msr.losses.regression import repulsion, squared_distance
 
 
@@ -35,6 +36,7 @@ def random(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Te
 
 A, B, BANK, ROWS = random(7, 5), random(7, 5, seed=1), random(11, 5, seed=2), random(7, 3, 5, seed=3)
 NEGATIVES = NonSemantic(ROWS, alpha=2.0, repulsion=0.25)
+HARD = HCL(beta=1.0).at(0, 0.0)
 
 
 @pytest.mark.parametrize("temperature", [0.07, 0.5])
@@ -228,7 +230,7 @@ WITH_NEGATIVES = {
     "neighbour_nce": lambda negatives: neighbour_nce(B, A, 0.3, negatives),
     "decoupled": lambda negatives: decoupled(A, B, 0.3, None, negatives),
     "debiased": lambda negatives: debiased(A, B, 0.3, 0.1, negatives),
-    "hard": lambda negatives: debiased(A, B, 0.3, 0.1, negatives, 1.0),
+    "hard": lambda negatives: debiased(A, B, 0.3, 0.1, negatives, HARD),
 }
 
 
@@ -296,7 +298,7 @@ LOSSES = {
     "nearest": lambda a, b: nearest(a, b),
     "decoupled": lambda a, b: decoupled(a, b, 0.07, 0.5),
     "debiased": lambda a, b: debiased(a, b, 0.07, 0.1),
-    "hard": lambda a, b: debiased(a, b, 0.07, 0.1, None, 1.0),
+    "hard": lambda a, b: debiased(a, b, 0.07, 0.1, None, HARD),
     "squared_distance": lambda a, b: squared_distance(a, b),
 }
 
