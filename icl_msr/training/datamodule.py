@@ -4,7 +4,7 @@ import itertools
 import shutil
 import signal
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -413,7 +413,9 @@ def _as_it_is(batch: Any) -> Any:
 def _empty(images: int, size: int, shared: bool) -> Tensor:
     """Return room for images (N, 3, S, S) uint8. The channels of a pixel lie side by side in memory."""
     room = torch.empty(images, size, size, 3, dtype=torch.uint8)
-    return (room.share_memory_() if shared else room).permute(0, 3, 1, 2)
+    if shared:
+        room.share_memory_()  # type: ignore[no-untyped-call]
+    return room.permute(0, 3, 1, 2)
 
 
 def _too_small_for(needed: int) -> bool:
@@ -477,7 +479,8 @@ class _Crops(TorchDataset[Any]):
                 part = slice(first, first + _DECODED)
                 decoded, boxes = self._decoded(self.split, positions[part], batch.epoch)
                 if room.images is not None:
-                    _write(room.images[part], map(self.split.square, decoded))
+                    for row, image in zip(room.images[part], decoded, strict=True):
+                        row.copy_(self.split.square(image))
                 self._cut(room.crops or [], part, decoded, boxes)
                 if self.textures is not None and room.textures is not None:
                     self._cut([room.textures], part, *self._decoded(self.textures, positions[part], batch.epoch))
@@ -528,17 +531,6 @@ class _Crops(TorchDataset[Any]):
     def _cut(self, rooms: Sequence[Tensor], part: slice, decoded: list[Tensor], boxes: Tensor) -> None:
         """Write the crops of the first views into their rooms, one view per room."""
         for room, of_view, recipe in zip(rooms, boxes.tolist(), self.augmentation.recipes, strict=False):
-            how = [room.shape[2:], InterpolationMode(recipe.interpolation)]
-            _write(
-                room[part],
-                (
-                    F.resized_crop(image, *box, *how, antialias=True)
-                    for image, box in zip(decoded, of_view, strict=True)
-                ),
-            )
-
-
-def _write(room: Tensor, images: Iterable[Tensor]) -> None:
-    """Write images (C, H, W) into the rows of a tensor (N, C, H, W)."""
-    for row, image in zip(room, images, strict=True):
-        row.copy_(image)
+            size, mode = list(room.shape[2:]), InterpolationMode(recipe.interpolation)
+            for row, image, box in zip(room[part], decoded, of_view, strict=True):
+                row.copy_(F.resized_crop(image, *box, size, mode, antialias=True))
