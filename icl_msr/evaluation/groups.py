@@ -43,7 +43,7 @@ WORST = Layout(
     kind="groups",
     title="Accuracy on the worst group, %",
     rows=("split", "classifier", "fitted_on", "encoder"),
-    labels={"split": "images of", "fitted_on": "fitted on", "worst": "worst group", "weighted": "average"},
+    labels={"split": "images of", "fitted_on": "fitted on", "worst": "worst group", "weighted": "weighted average"},
     details={
         "average": "over images",
         "weighted": "over groups, weighted as in train",

@@ -44,6 +44,14 @@ class Bootstrap:
         centre = first.float().mean() - second.float().mean()
         return _interval(centre, self._means(first) - self._means(second, stream=1))
 
+    def ratio(self, first: Tensor, second: Tensor) -> Interval:
+        """Return the mean of `first` (n,) divided by the mean of `second` (n,), with its interval, drawn together.
+
+        A resample whose second mean is zero is left out.
+        """
+        above, below = self._means(first), self._means(second)
+        return _interval(first.float().mean() / second.float().mean(), (above / below)[below != 0])
+
     def of_parts(self, parts: Sequence[Tensor], combine: Callable[[Tensor], Tensor]) -> Interval:
         """Return a statistic of the means of several sets of images, with its interval.
 

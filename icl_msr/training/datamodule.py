@@ -289,6 +289,7 @@ class DataModule(pl.LightningDataModule):
             mean=data.mean,
             std=data.std,
             cropped=batch.crops is not None,
+            memory_format=self.format,
         )
 
     def _on_backgrounds(self, background: Background, images: Tensor, batch: Batch) -> list[Tensor]:
