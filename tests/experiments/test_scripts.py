@@ -16,7 +16,7 @@ SCRIPTS = sorted(
     for file in (ROOT / "experiments").rglob("*.py")
     if "examples" not in file.parts and not file.name.startswith("train_") and "__main__" in file.read_text()
 )
-"""`test_examples.py` runs the examples whole. The scripts train_* are other libraries', in an environment of their own."""
+"""`test_examples.py` runs the examples. The scripts train_* need other libraries in an environment of their own."""
 
 WORDS: dict[str, list[str]] = {
     "experiments.study": ["run", str(ROOT / "experiments" / "msr"), "--dry"],
