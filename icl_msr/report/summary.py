@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from icl_msr.core.records import ACCURACY, CHANCE, GAP, MEANINGS, TRAINED, UNTRAINED, Classifier, Measurement
-from icl_msr.report.runs import GAIN, Failed, Run, find_runs, flatten
+from icl_msr.core.saved import flatten
+from icl_msr.report.runs import GAIN, Failed, Run, find_runs
 from icl_msr.report.words import LOSSES, main_classifiers
 
 CONDITIONS = [("full", "full"), ("full", "fg"), ("fg", "fg"), ("fg", "full")]
