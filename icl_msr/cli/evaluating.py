@@ -203,7 +203,7 @@ def labels(order: Order, dataset: Dataset) -> dict[str, str]:
     subject = order.subject
     choices = {"encoder": subject.name} if subject.config is None else dict(subject.choices or {})
     measured_on = order.choices["dataset"]
-    if not order.own_data and measured_on in ("imagefolder", "arrays"):
+    if not order.own_data and measured_on in ("imagefolder", "arrays", "wilds"):
         measured_on = f"{measured_on} {dataset.name}"
     if subject.config is not None and not order.own_data:
         choices["pretrained_on"] = choices.get("dataset", "")

@@ -54,7 +54,7 @@ class Views:
     index: Tensor
     """(N,) int64 position of each image in the training split."""
     labels: Tensor
-    """(N,) int64 class labels, read only by online monitors and by the method `supervised`."""
+    """(N,) int64 class labels, read only by online monitors and by the methods `supervised` and `supcon`."""
     negatives: NonSemantic | None = None
     """Non-semantic negatives of each image, made from its first view."""
 

@@ -11,6 +11,8 @@ challenge (Xiao et al., "Noise or Signal", ICLR 2021):
     only_bg      the background of `original` without the object; the label is still the object's class
     fg           `original` cropped to the square box around the object
 
+The attribute of the groups is the background: of the class's own family, or of another one. So there are 2 K groups.
+
 Neither colour nor size nor place says anything about class or family. A background is darker than a bright object and
 brighter than a dark one, the same way in all splits. Every number comes from `icl_msr.core.randomness` and float64
 arithmetic that is rounded to uint8 at the end, so that a seed gives the same bytes everywhere.
@@ -47,7 +49,7 @@ from icl_msr.core.randomness import integers, keys, permutation, uniforms
 from icl_msr.core.storage import read_arrays, require_local
 from icl_msr.core.terminal import progress_bar
 from icl_msr.data.crops import boxes_around, crop_to_boxes, square_boxes
-from icl_msr.data.dataset import ArraySplit, Dataset
+from icl_msr.data.dataset import ArraySplit, Attribute, Dataset
 
 VERSION = 1
 """Version of the generator. It is raised when any pixel changes, which invalidates the cached sets."""
@@ -371,6 +373,8 @@ def confounded(
     splits = {name: ArraySplit(arrays[name], plan[name].labels, arrays[f"{name}_masks"]) for name in plan}
     splits["only_bg"].masks = None
     splits["fg"] = _cut(splits["original"])
+    seen = {name: plan[name] for name in plan if plan[name].has_objects}
+    foreign = {name: (s.families != s.labels).long() for name, s in seen.items() if s.families is not None}
     return Dataset(
         name="confounded",
         classes=list(SHAPES)[:classes],
@@ -380,6 +384,7 @@ def confounded(
         tests={name: split for name, split in splits.items() if name not in ("train", "balanced")},
         mean=MEAN,
         std=STD,
+        attribute=Attribute("background", ["own background", "other background"], foreign),
     )
 
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 from unicodedata import normalize
 
+import torch
 from torch import Tensor
 
 from icl_msr.augment.colour import channels
@@ -49,6 +50,17 @@ class ArraySplit:
         return self.images[index]
 
 
+@dataclass(frozen=True)
+class Attribute:
+    """A property of the images beside their class, such as the background. A class and a value make a group."""
+
+    name: str
+    values: Sequence[str]
+    """The names of the values; value k is the k-th."""
+    of: Mapping[str, Tensor]
+    """The value of each image, (N,) int64, by split: `train`, `balanced` or a test split; -1 if it is not known."""
+
+
 @dataclass
 class Dataset:
     """The splits of one data set.
@@ -74,6 +86,8 @@ class Dataset:
     """Sentences that a user should read before training; see `remarks`."""
     labelled: "Dataset | None" = None
     """The data set that evaluation and the online monitors use instead, if the images of this one have no labels."""
+    attribute: Attribute | None = None
+    """The property that makes groups of the images, together with the class; see `groups`."""
 
     def __post_init__(self) -> None:
         """Check that every label has a class; only training images may have none, -1."""
@@ -125,6 +139,26 @@ class Dataset:
         elif isinstance(self.train, ArraySplit):
             content = self.train.images.cpu().contiguous().numpy()
         return {**about, "content": f"{zlib.crc32(content):08x}"}
+
+    @property
+    def group_names(self) -> list[str]:
+        """The names of the groups, such as `waterbird, land`; group g is the g-th. Empty without an attribute."""
+        values = () if self.attribute is None else self.attribute.values
+        return [f"{name}, {value}" for name in self.classes for value in values]
+
+    def groups(self, split: str) -> Tensor | None:
+        """Return the group of each image of a split, int64 (N,) on the CPU; None if the groups are not known.
+
+        `split` is `train`, `balanced` or a test split. -1 marks an image without a class or without a known value.
+        """
+        if self.attribute is None or split not in self.attribute.of:
+            return None
+        own = {"train": self.train, "balanced": self.balanced}
+        of_split = own[split] if split in own else self.tests[split]
+        assert of_split is not None
+        labels, values = of_split.labels.cpu(), self.attribute.of[split]
+        known = (labels >= 0) & (values >= 0)
+        return torch.where(known, labels * len(self.attribute.values) + values, -1)
 
     @property
     def evaluated(self) -> "Dataset":

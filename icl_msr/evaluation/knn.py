@@ -5,6 +5,7 @@ Results do not depend on the chunk size or the device. Distances are computed in
 one with the smallest number wins (as in scikit-learn).
 """
 
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -12,7 +13,7 @@ from typing import Literal
 
 import torch
 from torch import Tensor
-from torch.nn.functional import normalize, one_hot
+from torch.nn.functional import one_hot, pad
 
 PresetName = Literal["wmse", "icl", "instdisc", "dino"]
 
@@ -37,47 +38,116 @@ PRESETS: Mapping[str, Preset] = MappingProxyType(
     }
 )
 
-_SPARE = 16
-"""Number of candidates beyond k; see `neighbours`."""
+_SPARE, _BLOCK = 16, 16
+"""Number of candidates beyond k, and of bank images in a block; see `_candidates`."""
 
 
 def neighbours(
-    bank: Tensor, queries: Tensor, k: int, *, normalised: bool, chunk_bytes: int = 2**26
+    bank: Tensor, queries: Tensor, k: int, *, normalised: bool, chunk_bytes: int = 2**27
 ) -> tuple[Tensor, Tensor]:
     """Return Euclidean distances float64 (N, k) and positions int64 (N, k) of the k bank images nearest to each query.
 
     Neighbours are sorted, the nearest first. `bank` (M, c) and `queries` (N, c) are on one device; `k` is clipped to M.
     The (chunk, M) distances take about `chunk_bytes` bytes at a time.
+
+    On the CPU, products in float32 find candidates, and their distances are computed again in float64. Queries for
+    which the rounding errors of float32 could hide a neighbour are compared with the whole bank in float64.
     """
-    size = len(bank)
-    k = min(k, size)
-    bank, queries = bank.double(), queries.double()
+    bank, queries = (features.to(torch.float64, copy=True) for features in (bank, queries))
     if normalised:
-        bank, queries = normalize(bank), normalize(queries)
-    bank_norms = bank.square().sum(1)
-    levels = 2.0 ** min(36, 62 - size.bit_length())
-    distances, positions = [], []
-    for chunk in torch.split(queries, max(1, chunk_bytes // (8 * size))):
-        norms = chunk.square().sum(1, keepdim=True)
-        largest = (norms.sqrt() + bank_norms.max().sqrt()).square().clamp_min(torch.finfo(torch.float64).tiny)
-        squared = torch.addmm(bank_norms, chunk, bank.T, alpha=-2)  # without the query's norm: it changes no order
-        candidates = squared.topk(min(k + _SPARE, size), largest=False)
-        code = _code(*candidates, norms, levels / largest, size).sort().values
-        nearest = code[:, :k]
-        # Images as near as the last candidate may be missing. If the k-th is as near as that, all images are compared.
-        tied = (code[:, k - 1] // size == code[:, -1] // size).nonzero()[:, 0]
-        if candidates.indices.shape[1] < size and len(tied):
-            everyone = torch.arange(size, device=bank.device)
-            code = _code(squared[tied], everyone, norms[tied], levels / largest[tied], size)
-            nearest[tied] = code.topk(k, largest=False).values
-        distances.append(((nearest // size) * (largest / levels)).sqrt())
-        positions.append(nearest % size)
-    return torch.cat(distances), torch.cat(positions)
+        bank.div_(_norms(bank).clamp_min(1e-12)[:, None])
+        queries.div_(_norms(queries).clamp_min(1e-12)[:, None])
+    centre = bank[:: max(1, len(bank) // 1000)].mean(0)  # distances stay as they are, and rounding errors shrink
+    bank.sub_(centre)
+    queries.sub_(centre)
+    rows = max(1, chunk_bytes // (4 * len(bank)))
+    search = _Search(bank, min(k, len(bank)), min(rows, len(queries)))
+    found = [search(chunk) for chunk in torch.split(queries, rows)]
+    return torch.cat([distances for distances, _ in found]), torch.cat([positions for _, positions in found])
 
 
-def _code(squared: Tensor, positions: Tensor, norms: Tensor, scale: Tensor, size: int) -> Tensor:
+class _Search:
+    """The k images of a bank float64 (M, c) that are nearest to each of at most `rows` queries."""
+
+    def __init__(self, bank: Tensor, k: int, rows: int):
+        self.bank, self.k, self.norms = bank, k, _norms(bank).square()
+        self.rounds = bank.device.type == "cpu"
+        if self.rounds:  # rows whose products with (-2 query, 1) are distances, up to a multiple of a block
+            self.coarse = bank.new_zeros(-(-len(bank) // _BLOCK) * _BLOCK, bank.shape[1] + 1, dtype=torch.float32)
+            self.coarse[: len(bank), :-1] = bank
+            self.coarse[: len(bank), -1] = self.norms
+            self.coarse[len(bank) :, -1] = torch.inf
+            self.room = self.coarse.new_empty(rows, len(self.coarse))
+
+    def __call__(self, queries: Tensor) -> tuple[Tensor, Tensor]:
+        """Return sorted distances float64 and positions int64, both (N, k)."""
+        size = len(self.bank)
+        norms = _norms(queries).square()[:, None]
+        largest = (norms.sqrt() + self.norms.max().sqrt()).square().clamp_min(torch.finfo(torch.float64).tiny)
+        scale = 2.0 ** min(36, 62 - size.bit_length()) / largest
+        if self.rounds:
+            nearest, sure = self._refined(queries, norms, largest, scale)
+        else:
+            nearest, sure = norms.new_empty(len(queries), self.k, dtype=torch.int64), norms[:, 0] < 0
+        rest = ~sure
+        if rest.any():
+            squared = torch.addmm(self.norms, queries[rest], self.bank.T, alpha=-2).add_(norms[rest])
+            code = _code(squared, torch.arange(size, device=self.bank.device), scale[rest], size)
+            nearest[rest] = code.topk(self.k, largest=False).values
+        return (nearest // size / scale).sqrt(), nearest % size
+
+    def _refined(self, queries: Tensor, norms: Tensor, largest: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the codes (N, k) of the nearest of the candidates, and whether no other image can be as near (N,)."""
+        size, channels = self.bank.shape
+        count = min(self.k + _SPARE, size)
+        everyone = torch.mm(pad(-2 * queries.float(), (0, 1), value=1.0), self.coarse.T, out=self.room[: len(queries)])
+        rough, positions = _candidates(everyone, count)
+        positions.clamp_(max=size - 1)
+        squared = self.norms[positions] - 2 * _products(queries, self.bank, positions)
+        # The largest error of sums in float32, in any order. Where a setting lowers the precision, it is exceeded.
+        error = 2.0**-24 * (channels + 4) * largest[:, 0]
+        sure = (squared - rough).abs().amax(1) <= error
+        nearest = _code(squared.add_(norms), positions, scale, size).sort().values[:, : self.k]
+        if count < size:
+            others = ((rough.amax(1) - error + norms[:, 0]) * scale[:, 0]).round()  # no other image is nearer
+            sure &= others > nearest[:, -1] // size
+        return nearest, sure
+
+
+def _norms(features: Tensor) -> Tensor:
+    norms: Tensor = torch.linalg.vector_norm(features, dim=1)
+    return norms
+
+
+def _candidates(values: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """Return the k smallest values of each row (N, M), in any order, and their positions. Blocks divide M.
+
+    The values lie in the k blocks with the smallest minima, so two small parts of a row are sorted.
+    """
+    blocks = values.shape[1] // _BLOCK
+    if blocks < 4 * k:
+        few = values.topk(k, largest=False, sorted=False)
+        return few.values, few.indices
+    minima = values.view(-1, _BLOCK, blocks).amin(1)
+    chosen = minima.topk(k, largest=False, sorted=False).indices
+    positions = (chosen[:, None] + blocks * torch.arange(_BLOCK)[:, None]).flatten(1)
+    smallest = values.gather(1, positions).topk(k, largest=False, sorted=False)
+    return smallest.values, positions.gather(1, smallest.indices)
+
+
+def _products(queries: Tensor, bank: Tensor, positions: Tensor) -> Tensor:
+    """Return the products (N, k) of queries (N, c) and the bank images (M, c) at `positions` (N, k)."""
+    rows, k = positions.shape
+    begins = torch.arange(0, rows * k + 1, k)
+    with warnings.catch_warnings(action="ignore"):  # sparse tensors are in beta
+        pattern = torch.sparse_csr_tensor(begins, positions.flatten(), bank.new_zeros(rows * k), (rows, len(bank)))
+    products: Tensor = torch.sparse.sampled_addmm(pattern, queries, bank.T, beta=0.0).values().view(rows, k)
+    return products
+
+
+def _code(squared: Tensor, positions: Tensor, scale: Tensor, size: int) -> Tensor:
     """Return an integer for the rounded distance and the position among `size`, so that no two candidates are equal."""
-    return (squared + norms).clamp_(min=0).mul_(scale).round_().long().mul_(size).add_(positions)
+    return squared.clamp_(min=0).mul_(scale).round_().long().mul_(size).add_(positions)
 
 
 def vote(distances: Tensor, labels: Tensor, preset: Preset, classes: int) -> Tensor:

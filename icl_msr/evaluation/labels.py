@@ -105,12 +105,7 @@ def balanced_part(dataset: Dataset, fraction: float, seed: int) -> Part:
     known = int((counts > 0).sum())
     exact = fraction * labelled / known
     each = max(1, round(exact))
-    # Images are grouped by class in a random order, and the first of each group are chosen.
-    order = permutation(seed, _PART, len(labels))
-    order = order[labels[order] >= 0]
-    order = order[labels[order].argsort(stable=True)]
-    place = torch.arange(len(order)) - (counts.cumsum(0) - counts)[labels[order]]
-    index = order[place < each].sort().values
+    index = some_of_each(labels, each, permutation(seed, _PART, len(labels)))
     notes = []
     if exact < 1:
         notes.append(
@@ -122,6 +117,18 @@ def balanced_part(dataset: Dataset, fraction: float, seed: int) -> Part:
     if int(counts[counts > 0].min()) < each:
         notes.append(f"classes with fewer than {each} images give all they have")
     return Part(index, fraction, f"seed {seed}", "; ".join(notes))
+
+
+def some_of_each(kinds: Tensor, each: int, order: Tensor) -> Tensor:
+    """Return the positions (int64, ascending) of up to `each` images of every kind, the first ones of an order (N,).
+
+    `kinds` is int64 (N,); images of a negative kind are left out.
+    """
+    order = order[kinds[order] >= 0]
+    order = order[kinds[order].argsort(stable=True)]
+    counts = kinds[order].bincount()
+    place = torch.arange(len(order)) - (counts.cumsum(0) - counts)[kinds[order]]
+    return order[place < each].sort().values
 
 
 def listed_part(dataset: Dataset, fraction: float, file: Path) -> Part:

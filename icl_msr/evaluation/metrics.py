@@ -1,5 +1,6 @@
 """Accuracies and their differences, with 95 % percentile bootstrap intervals over images."""
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import NamedTuple
@@ -42,6 +43,24 @@ class Bootstrap:
             return self.mean(first.float() - second.float())
         centre = first.float().mean() - second.float().mean()
         return _interval(centre, self._means(first) - self._means(second, stream=1))
+
+    def ratio(self, first: Tensor, second: Tensor) -> Interval:
+        """Return the mean of `first` (n,) divided by the mean of `second` (n,), with its interval, drawn together.
+
+        A resample whose second mean is zero is left out.
+        """
+        above, below = self._means(first), self._means(second)
+        return _interval(first.float().mean() / second.float().mean(), (above / below)[below != 0])
+
+    def of_parts(self, parts: Sequence[Tensor], combine: Callable[[Tensor], Tensor]) -> Interval:
+        """Return a statistic of the means of several sets of images, with its interval.
+
+        `parts` are values (n,), with an n of its own for each set. Each set is resampled by itself. `combine` maps
+        means (parts, resamples) to the statistic (resamples,), such as the smallest.
+        """
+        centre = combine(torch.stack([part.float().mean().cpu() for part in parts])[:, None])
+        resampled = torch.stack([self._means(part, stream) for stream, part in enumerate(parts)])
+        return _interval(centre[0], combine(resampled))
 
     def _means(self, values: Tensor, stream: int = 0) -> Tensor:
         """Return the mean of each resample, (resamples,). Sums of whole numbers are exact in float32."""

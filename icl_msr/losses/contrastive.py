@@ -7,7 +7,7 @@ the local anchors.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import wraps
 from typing import Any, ParamSpec
 
@@ -170,6 +170,39 @@ def nt_xent(first: Tensor, second: Tensor, temperature: float, negatives: NonSem
     """
     for_it, against = two_view_log_odds(first, second, temperature, negatives)
     return (torch.logaddexp(for_it, against) - for_it).mean()
+
+
+@full_precision
+def supervised_contrastive(
+    views: Sequence[Tensor], labels: Tensor, classes: int, temperature: float, negatives: NonSemantic | None = None
+) -> Tensor:
+    """Return the supervised contrastive loss, with the mean outside the logarithm (L_out; Khosla et al. 2020, eq. 2).
+
+    The positives of an anchor are all other views of its class in the global batch. All other views are in its
+    denominator. An image without a label is a class of its own (ours), so that without labels the loss is NT-Xent.
+
+    Args:
+        views: V times (N, D), the embeddings of each view.
+        labels: (N,) int64, below `classes`; -1: unlabelled.
+        classes: number of classes.
+        temperature: tau > 0.
+        negatives: m further logits for each of the V anchors of an image.
+
+    Returns:
+        () mean over the V N local anchors.
+    """
+    n, rows = len(labels), [unit(view) for view in views]
+    own, labels, anchors = own_rows(n, labels.device), gather(labels), torch.cat(rows)
+    everyone = torch.cat([gather(view) for view in rows])  # (V M, D)
+    images = len(labels)
+    group = torch.where(labels < 0, classes + torch.arange(images, device=labels.device), labels)
+    mine, theirs = group[own[:, 0]].repeat(len(rows)), group.repeat(len(rows))
+    sums = everyone.new_zeros(classes + images, everyone.shape[1]).index_add(0, theirs, everyone)
+    others = torch.bincount(theirs, minlength=len(sums))[mine] - 1
+    for_it = ((sums[mine] - anchors) * anchors).sum(1) / others / temperature
+    own = torch.cat([own + view * images for view in range(len(rows))])
+    everything = log_sum_exp(anchors, everyone, temperature, own)
+    return (with_non_semantic(everything, anchors, temperature, negatives) - for_it).mean()
 
 
 @full_precision

@@ -17,6 +17,7 @@ from icl_msr.methods.ressl import ReSSL
 from icl_msr.methods.simclr import SimCLR
 from icl_msr.methods.simsiam import SimSiam
 from icl_msr.methods.ssl_hsic import SSLHSIC
+from icl_msr.methods.supcon import SupCon
 from icl_msr.methods.supervised import Supervised
 from icl_msr.methods.swav import SwAV
 from icl_msr.methods.vicreg import VICReg
@@ -44,6 +45,7 @@ __all__ = [
     "SimCLR",
     "SimSiam",
     "Step",
+    "SupCon",
     "Supervised",
     "SwAV",
     "Targets",

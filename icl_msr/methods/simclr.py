@@ -1,7 +1,9 @@
 """SimCLR: Chen et al. A Simple Framework for Contrastive Learning. ICML 2020 (arXiv 2002.05709)."""
 
+import itertools
 from collections.abc import Sequence
 
+import torch
 from pydantic import PositiveFloat, PositiveInt
 from torch import Tensor
 
@@ -14,8 +16,13 @@ from icl_msr.models.heads import mlp
 class SimCLR(Method):
     """Attracts the two views of an image and repels all other views in the batch.
 
+    With more than two views, the loss is the mean over all pairs of views, as in the code of W-MSE.
+    `augment.views=[{},{},{},{}]` makes four views. Regularizers see the first two.
+
     Non-semantic negatives go through the online encoder without gradient (ours: SimCLR has no key encoder).
     """
+
+    takes = (2, 16)
 
     def __init__(
         self,
@@ -30,6 +37,6 @@ class SimCLR(Method):
         self.temperature: float = temperature
 
     def loss(self, embeddings: Sequence[Tensor], targets: Targets, step: Step) -> Tensor:
-        """Return NT-Xent (eq. 1)."""
-        first, second = embeddings
-        return nt_xent(first, second, self.temperature, targets.negatives)
+        """Return NT-Xent (eq. 1), averaged over the pairs of views."""
+        losses = [nt_xent(*pair, self.temperature, targets.negatives) for pair in itertools.combinations(embeddings, 2)]
+        return torch.stack(losses).mean()

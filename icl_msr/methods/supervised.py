@@ -26,11 +26,7 @@ class Supervised(Method):
     }
 
     def __init__(self, backbone: Backbone, classes: int):
-        if classes < 2:
-            raise UserError(
-                f"method=supervised learns to tell classes apart, and the data set has {classes or 'no'} "
-                f"class{'' if classes == 1 else 'es'}; choose another dataset, or a method that needs no labels."
-            )
+        require_classes("supervised", classes)
         super().__init__(backbone)
         self.classifier = nn.Linear(backbone.channels, classes)
 
@@ -50,6 +46,19 @@ class Supervised(Method):
     def pairs(self, features: Sequence[Tensor], embeddings: Sequence[Tensor], targets: Targets) -> list[Pair]:
         """Return an empty list, because no image is compared with another."""
         return []
+
+
+def require_classes(method: str, classes: int) -> None:
+    """Check that a method can tell classes apart.
+
+    Raises:
+        UserError: there are fewer than two.
+    """
+    if classes < 2:
+        raise UserError(
+            f"method={method} learns to tell classes apart, and the data set has {classes or 'no'} "
+            f"class{'' if classes == 1 else 'es'}; choose another dataset, or a method that needs no labels."
+        )
 
 
 @full_precision

@@ -41,6 +41,7 @@ MANDATORY = {
     "dataset=imagenet9": ["dataset.root=images"],
     "dataset=tiny_imagenet": ["dataset.root=images"],
     "dataset=oxford_pets": ["dataset.root=images"],
+    "dataset=wilds": ["dataset.root=images"],
     "dataset=huggingface": ["dataset.name=images"],
     "dataset=shards": ["dataset.url=shards"],
     "backbone=timm": ["backbone.name=resnet18"],

@@ -64,6 +64,22 @@ def test_more_ties_than_candidates(k: int) -> None:
     assert torch.equal(positions, every[:, :k])
 
 
+@pytest.mark.parametrize("spread", [1.0, 1e-5])
+@pytest.mark.parametrize("rough", [False, True])
+def test_neighbours_are_those_of_float64(spread: float, rough: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where float32 cannot tell images apart, and where a setting makes its products rougher."""
+    noise = torch.Generator().manual_seed(0)
+    bank, queries = (spread * torch.randn(n, 8, generator=noise, dtype=torch.float64) for n in (3000, 50))
+    bank[:, 0] += torch.tensor([3.0, 6.0]).repeat(1500)  # two groups, so that a shift of all images does not help
+    if rough:
+        exact = torch.mm
+        monkeypatch.setattr(torch, "mm", lambda a, b, out: out.copy_(exact(a.bfloat16(), b.bfloat16())))
+    order = torch.cdist(queries, bank).sort()
+    distances, positions = neighbours(bank, queries, 20, normalised=False)
+    assert torch.equal(positions, order.indices[:, :20])
+    torch.testing.assert_close(distances, order.values[:, :20])
+
+
 def test_distances_are_euclidean_and_k_is_clipped(blobs: Blobs) -> None:
     bank, queries = blobs(30, seed=1)[0], blobs(20, seed=2)[0]
     distances, positions = neighbours(bank, queries, 99, normalised=False)

@@ -35,6 +35,7 @@ RATES = {
     "debiased": (256, 1e-3),
     "hcl": (256, 1e-3),
     "cmc": (256, 0.03),
+    "supcon": (1024, 0.5),
     # ours
     "supervised": (128, 0.1),
     "random": (256, 3e-3),
