@@ -132,10 +132,11 @@ def crop(images: Tensor, boxes: Tensor, size: int, flip: Tensor, interpolation: 
 def blurring(sigma: Tensor, size: int) -> Tensor:
     """Return matrices float32 (N, size, size) of a Gaussian blur with reflected borders; sigma (N,) in pixels.
 
-    The Gaussian is not cut off at a kernel size. Sigma 0 gives the identity.
+    The Gaussian is not cut off at a kernel size, but at size - 1 pixels. Sigma 0 gives the identity.
     """
     distance = torch.arange(2 * size, device=sigma.device)
     bell = torch.exp(-distance.square() / (2 * sigma[:, None].square().clamp(min=1e-6)))
+    bell[:, size:] = 0
     bell = bell.where(bell > 1e-12, 0)  # less does not count in float32, and a CPU is slow with denormal numbers
     around = torch.cat([bell[:, 1:size].flip(1), bell[:, :size]], 1)  # of each distance from 1 - size to size - 1
     weights = around.unfold(1, size, 1).flip(1)  # bell[|row - column|]

@@ -1,6 +1,7 @@
 """Recipes of views and augmentations. An augmentation has one recipe per view."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, fields
 from typing import Annotated, Any, get_type_hints
 
@@ -8,7 +9,8 @@ import torch
 from pydantic import AfterValidator, ConfigDict, Field, NonNegativeFloat, PositiveFloat, PositiveInt, create_model
 from torch import Tensor
 
-from icl_msr.augment import colour, geometry
+from icl_msr.augment import colour, geometry, passes
+from icl_msr.augment.passes import Parameters
 from icl_msr.core.randomness import keys, uniforms
 
 
@@ -43,8 +45,16 @@ Changes = Annotated[dict[str, Any], AfterValidator(_changes)]
 # Positions of the random numbers of a key, by purpose. Results of old runs depend on them: append, never renumber.
 _BOX, _FLIP, _JITTER, _FACTORS, _ORDER = slice(0, 22), 22, 23, slice(24, 28), slice(28, 32)
 _GRAY, _BLUR, _SIGMA, _SOLARIZE, NUMBERS = 32, 33, 34, 35, 36
-_PIXELS = 2**16
-"""Number of pixels that a CPU works on at a time, so that they stay in its cache."""
+
+
+def _renderer(images: Tensor) -> Callable[[Tensor, Parameters, int, Tensor, Tensor, torch.memory_format], Tensor]:
+    """Return what makes the views: compiled code for bytes on a CPU, if Numba is installed, or else passes of torch."""
+    if images.device.type == "cpu" and images.dtype == torch.uint8:
+        with suppress(ImportError):
+            from icl_msr.augment import kernel  # here, because few programs make views
+
+            return kernel.render
+    return passes.render
 
 
 @dataclass(kw_only=True)
@@ -83,34 +93,29 @@ class Recipe:
         """Return the part of each image that the view shows: int64 (N, 4), see `geometry.random_boxes`."""
         return geometry.random_boxes(numbers[:, _BOX], height, width, self.scale, self.ratio)
 
-    def draw(self, images: Tensor, numbers: Tensor, boxes: Tensor | None, size: int) -> Tensor:
-        """Return a view of each image, float32 (N, 3, size, size) in [0, 1].
+    def parameters(self, numbers: Tensor, boxes: Tensor | None) -> Parameters:
+        """Return the parameters of a view of each image.
 
         Args:
-            images: uint8 (N, 3, H, W).
             numbers: float32 (N, NUMBERS), uniform in [0, 1).
-            boxes: int64 (N, 4), the crops. None: the images are already cropped, and H = W = size.
-            size: in pixels.
+            boxes: int64 (N, 4), the crops. None: the images are already cropped.
         """
-        flip = numbers[:, _FLIP] < self.flip
-        if boxes is None:
-            view = torch.where(flip[:, None, None, None], images.flip(-1), images).float().div_(255)
-        else:
-            view = geometry.crop(images, boxes, size, flip, self.interpolation).div_(255)
-            if self.interpolation == "bicubic":  # it overshoots at edges
-                view.clamp_(0, 1)
-        if self.jitter_probability > 0:
-            jittered = numbers[:, _JITTER] < self.jitter_probability
-            view = colour.jitter(view, self._factors(numbers[:, _FACTORS], jittered), numbers[:, _ORDER].argsort(1))
-        if self.gray > 0 and colour.applies(chosen := numbers[:, _GRAY] < self.gray):
-            view = colour.grayscale(view, chosen)
-        if self.blur > 0 and colour.applies(chosen := numbers[:, _BLUR] < self.blur):
-            sigma = self.sigma[0] + (self.sigma[1] - self.sigma[0]) * numbers[:, _SIGMA]
-            matrix = geometry.blurring(sigma * chosen, size)
-            view = geometry.separable(view, matrix, matrix)
-        if self.solarize > 0 and colour.applies(chosen := numbers[:, _SOLARIZE] < self.solarize):
-            view = colour.solarize(view, chosen)
-        return view
+
+        def chosen(number: int, probability: float) -> Tensor | None:
+            return numbers[:, number] < probability if probability > 0 else None
+
+        jittered, blurred = chosen(_JITTER, self.jitter_probability), chosen(_BLUR, self.blur)
+        sigma = self.sigma[0] + (self.sigma[1] - self.sigma[0]) * numbers[:, _SIGMA]
+        return Parameters(
+            boxes=boxes,
+            interpolation=self.interpolation,
+            flip=numbers[:, _FLIP] < self.flip,
+            factors=None if jittered is None else self._factors(numbers[:, _FACTORS], jittered),
+            order=None if jittered is None else numbers[:, _ORDER].argsort(1),
+            gray=chosen(_GRAY, self.gray),
+            sigma=None if blurred is None else sigma * blurred,
+            solarize=chosen(_SOLARIZE, self.solarize),
+        )
 
     def _factors(self, numbers: Tensor, jittered: Tensor) -> Tensor:
         columns = []
@@ -171,6 +176,7 @@ class Augmentation(Recipe):
         mean: Sequence[float],
         std: Sequence[float],
         cropped: bool = False,
+        memory_format: torch.memory_format = torch.contiguous_format,
     ) -> list[Tensor]:
         """Return V normalised views, float32 (N, 3, s, s), on the device of the images.
 
@@ -183,6 +189,7 @@ class Augmentation(Recipe):
             mean: of the channels, for values in [0, 1].
             std: of the channels, for values in [0, 1].
             cropped: True if `crop_parameters` cut out the images and they were resized, but not flipped.
+            memory_format: of the views.
         """
         device = index.device
         scale = 1 / colour.channels(tuple(std), device)
@@ -193,12 +200,6 @@ class Augmentation(Recipe):
             numbers = uniforms(keys(seed, epoch, index, view), NUMBERS)
             boxes = None if cropped else recipe.boxes(numbers, source.shape[2], source.shape[3])
             side = source.shape[3] if cropped else recipe.size or size
-            result = torch.empty(len(index), 3, side, side, device=device)
-            step = max(1, _PIXELS // side**2) if device.type == "cpu" else len(index)
-            for start in range(0, len(index), step):
-                part = slice(start, start + step)
-                with torch.autocast(device.type, enabled=False):
-                    drawn = recipe.draw(source[part], numbers[part], None if boxes is None else boxes[part], side)
-                torch.addcmul(shift, drawn, scale, out=result[part])
-            views.append(result)
+            render = _renderer(source)
+            views.append(render(source, recipe.parameters(numbers, boxes), side, scale, shift, memory_format))
         return views

@@ -109,6 +109,7 @@ class Settings(BaseModel):
     schedule: Node
     hardware: Node
     negatives: Node
+    hard_negatives: Node
     augment: Node
     background: Node
     backbone: Node

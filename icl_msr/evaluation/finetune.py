@@ -111,7 +111,7 @@ def fine_tune(
             batches = index[permutation(seed, epoch, len(index))].tensor_split(steps)
             views = augmented(dataset, batches, recipe.augmentation, seed=seed, epoch=epoch, device=device)
             for batch, images in zip(batches, views, strict=True):
-                logits = model(images.contiguous(memory_format=torch.channels_last))
+                logits = model(images)
                 loss = cross_entropy(logits, labels[batch.to(device)])
                 optimizer.zero_grad()
                 loss.backward()  # type: ignore[no-untyped-call]
@@ -150,6 +150,7 @@ def augmented(
             mean=dataset.mean,
             std=dataset.std,
             cropped=isinstance(split, FileSplit),
+            memory_format=torch.channels_last,
         )[0]
 
 

@@ -3,7 +3,7 @@
 import base64
 import itertools
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -64,13 +64,20 @@ def _section(table: Table, outcome: Outcome) -> Section:
     return Section(table, " ".join(SAID[table.name](records)) if table.name in SAID else "", drawn)
 
 
-def summary_page(summary: Summary, folder: Path) -> str:
-    """Return the HTML page of many runs. Links to the runs' pages are relative to `folder`, where the page will lie."""
+def summary_page(summary: Summary, folder: Path, pictures: Mapping[str, Mapping[str, Path]]) -> str:
+    """Return the HTML page of many runs.
+
+    Args:
+        summary: the content.
+        folder: where the page will lie. Links to the runs' pages are relative to it.
+        pictures: PNG files by data set and title.
+    """
     datasets = {
         dataset: {
             "tables": dataset_tables(summary, dataset),
             "plots": [_comparison(record, rows) for record in headline(rows)],
             "races": _races(rows),
+            "pictures": [(title, _png(file)) for title, file in pictures.get(dataset, {}).items()],
             "comparison": comparison(rows),
             "everything": everything_table(rows),
         }

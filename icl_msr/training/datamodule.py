@@ -14,7 +14,7 @@ import torch
 from lightning_fabric.utilities import move_data_to_device
 from pydantic import NonNegativeInt, PositiveInt
 from torch import Tensor
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, get_worker_info
 from torch.utils.data import Dataset as TorchDataset
 from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2 import functional as F
@@ -41,6 +41,7 @@ BACKGROUNDS = 1 << 10
 """The view number of the keys of the first view's background; those of the other views follow."""
 
 _DECODED = 16  # photographs that a worker holds in memory at once
+_AHEAD = 2  # batches that a worker makes before the trainer has taken the first of them
 
 
 class Batch(NamedTuple):
@@ -63,6 +64,10 @@ class Batch(NamedTuple):
     def as_tensors(self) -> "Batch":
         """Return the batch with tensors; the inverse of `as_arrays`."""
         return self._each(torch.as_tensor)
+
+    def unshared(self) -> "Batch":
+        """Return the batch with a copy of each tensor in shared memory, into which a worker will write again."""
+        return self._each(lambda pixels: pixels.clone() if pixels.is_shared() else pixels)
 
     def _each(self, change: Callable[[Any], Any]) -> "Batch":
         return self._replace(
@@ -223,13 +228,14 @@ class DataModule(pl.LightningDataModule):
         workers = self.num_workers if isinstance(train, FileSplit) else 0
         if isinstance(source, _Crops) and workers:
             ranks_here = trainer.world_size // trainer.num_nodes
-            source.piped = _too_small_for(source.bytes_of(batches.share) * (2 * workers + 1) * ranks_here)
+            source.piped = _too_small_for(source.bytes_of(batches.share) * (_AHEAD + 1) * workers * ranks_here)
         loader = DataLoader(
             source,
             batch_size=None,
             sampler=batches,
             collate_fn=_as_it_is,  # the default would turn arrays into tensors in the worker
             num_workers=workers,
+            prefetch_factor=_AHEAD if workers else None,
             persistent_workers=workers > 0,
             worker_init_fn=_leave_signals,
             pin_memory=trainer.strategy.root_device.type == "cuda",
@@ -246,7 +252,7 @@ class DataModule(pl.LightningDataModule):
         for batch in itertools.islice(loader.loader, batches):
             if isinstance(batch, UserError):
                 raise batch
-            yield self.views(move_data_to_device(batch.as_tensors(), device))
+            yield self.views(move_data_to_device(batch.as_tensors().unshared(), device))
 
     @override
     def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
@@ -289,6 +295,7 @@ class DataModule(pl.LightningDataModule):
             mean=data.mean,
             std=data.std,
             cropped=batch.crops is not None,
+            memory_format=self.format,
         )
 
     def _on_backgrounds(self, background: Background, images: Tensor, batch: Batch) -> list[Tensor]:
@@ -380,7 +387,7 @@ class _TrainLoader:
         for batch in self.loader:
             if isinstance(batch, UserError):
                 raise batch
-            yield batch.as_tensors()
+            yield batch.as_tensors().unshared()
 
     def close(self) -> None:
         """Delete the DataLoader and so end its workers."""
@@ -404,9 +411,12 @@ def _as_it_is(batch: Any) -> Any:
     return batch
 
 
-def _stacked(images: list[Tensor]) -> Tensor:
-    """Stack images (C, H, W) to (N, C, H, W). The channels of a pixel stay side by side in memory."""
-    return torch.stack([image.permute(1, 2, 0) for image in images]).permute(0, 3, 1, 2)
+def _empty(images: int, size: int, shared: bool) -> Tensor:
+    """Return room for images (N, 3, S, S) uint8. The channels of a pixel lie side by side in memory."""
+    room = torch.empty(images, size, size, 3, dtype=torch.uint8)
+    if shared:
+        room.share_memory_()  # type: ignore[no-untyped-call]
+    return room.permute(0, 3, 1, 2)
 
 
 def _too_small_for(needed: int) -> bool:
@@ -447,6 +457,8 @@ class _Crops(TorchDataset[Any]):
         self.whole_images, self.reduced_jpeg = whole_images, reduced_jpeg
         self.piped = False
         """True if batches go to the trainer through pipes, which takes two more copies than shared memory."""
+        self._rooms: list[Batch] = []
+        self._turn = 0
 
     def bytes_of(self, images: int) -> int:
         """Return the memory that the pixels of this many images take, in bytes."""
@@ -459,29 +471,45 @@ class _Crops(TorchDataset[Any]):
 
     def __getitem__(self, batch: Batch) -> Batch | UserError:
         """Return the batch with its pixels. An error is returned, since a worker would wrap it in a traceback."""
-        images: list[Tensor] = []
-        crops: list[list[Tensor]] = [[] for _ in self.sizes]
-        textures: list[Tensor] = []
         positions = batch.positions
+        room = self._room(len(positions))
         try:
             for split in (self.split, *([self.textures] if self.textures is not None else [])):
                 split.prepare(positions)
-            for part in (positions[k : k + _DECODED] for k in range(0, len(positions), _DECODED)):
-                decoded, boxes = self._decoded(self.split, part, batch.epoch)
-                if self.whole_images:
-                    images += [self.split.square(image) for image in decoded]
-                for view, cut in enumerate(self._cut(decoded, boxes, self.sizes)):
-                    crops[view] += cut
-                if self.textures is not None:
-                    textures += self._cut(*self._decoded(self.textures, part, batch.epoch), self.sizes[:1])[0]
+            for first in range(0, len(positions), _DECODED):
+                part = slice(first, first + _DECODED)
+                decoded, boxes = self._decoded(self.split, positions[part], batch.epoch)
+                if room.images is not None:
+                    for row, image in zip(room.images[part], decoded, strict=True):
+                        row.copy_(self.split.square(image))
+                self._cut(room.crops or [], part, decoded, boxes)
+                if self.textures is not None and room.textures is not None:
+                    self._cut([room.textures], part, *self._decoded(self.textures, positions[part], batch.epoch))
         except UserError as error:
             return error
-        done = batch._replace(
-            images=_stacked(images) if images else None,
-            crops=[_stacked(view) for view in crops],
-            textures=_stacked(textures) if textures else None,
-        )
+        done = room._replace(epoch=batch.epoch, positions=positions)
         return done.as_arrays() if self.piped else done
+
+    def _room(self, images: int) -> Batch:
+        """Return a batch with room for its pixels.
+
+        A worker writes into the same few pieces of shared memory in turn, since new memory is slow to get. A piece is
+        free again when its turn comes: the trainer has copied it before it asked for one batch more.
+        """
+        shared = get_worker_info() is not None and not self.piped
+        turn, self._turn = self._turn, (self._turn + 1) % (_AHEAD + 1)
+        if shared and turn < len(self._rooms):
+            return self._rooms[turn]
+        room = Batch(
+            epoch=0,
+            positions=torch.empty(0),
+            images=_empty(images, self.split.image_size, shared) if self.whole_images else None,
+            crops=[_empty(images, size, shared) for size in self.sizes],
+            textures=None if self.textures is None else _empty(images, self.sizes[0], shared),
+        )
+        if shared:
+            self._rooms.append(room)
+        return room
 
     def _decoded(self, split: FileSplit, index: Tensor, epoch: int) -> tuple[list[Tensor], Tensor]:
         """Return the images at `index` (n,), and the crops of their views in pixels, (V, n, 4) int64."""
@@ -501,12 +529,9 @@ class _Crops(TorchDataset[Any]):
             boxes = torch.cat([start, end - start], dim=-1)
         return decoded, boxes
 
-    def _cut(self, decoded: list[Tensor], boxes: Tensor, sizes: Sequence[int]) -> list[list[Tensor]]:
-        """Return the crops of the first views, one view per size."""
-        return [
-            [
-                F.resized_crop(image, *box, [size, size], InterpolationMode(recipe.interpolation), antialias=True)
-                for image, box in zip(decoded, of_view.tolist(), strict=True)
-            ]
-            for size, of_view, recipe in zip(sizes, boxes, self.augmentation.recipes, strict=False)
-        ]
+    def _cut(self, rooms: Sequence[Tensor], part: slice, decoded: list[Tensor], boxes: Tensor) -> None:
+        """Write the crops of the first views into their rooms, one view per room."""
+        for room, of_view, recipe in zip(rooms, boxes.tolist(), self.augmentation.recipes, strict=False):
+            size, mode = list(room.shape[2:]), InterpolationMode(recipe.interpolation)
+            for row, image, box in zip(room[part], decoded, of_view, strict=True):
+                row.copy_(F.resized_crop(image, *box, size, mode, antialias=True))

@@ -6,13 +6,19 @@ import torchvision.transforms.v2.functional as F
 import yaml
 from pydantic import TypeAdapter, ValidationError
 
-from icl_msr.augment import Augmentation
+from icl_msr.augment import Augmentation, passes
 from icl_msr.augment.recipe import Changes, Interval, Strengths
 from icl_msr.core.randomness import keys, uniforms
 from icl_msr.data.dataset import normalise
 
 CONF = Path(__file__).parents[2] / "conf/augment"
 MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.25, 0.3)
+
+
+@pytest.fixture(params=["compiled code", "passes"], autouse=True)
+def _renderer(request, monkeypatch):
+    if request.param == "passes":
+        monkeypatch.setattr("icl_msr.augment.recipe._renderer", lambda images: passes.render)
 
 
 def recipe(name="small", **changes):

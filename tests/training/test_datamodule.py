@@ -187,6 +187,23 @@ def test_files_give_the_views_of_arrays(files, resident, tmp_path, num_workers):
             assert (a - b).abs().max() <= 1.001 * grey_level
 
 
+def test_a_batch_is_the_trainers_own_while_workers_write_the_next_ones(files, tmp_path):
+    """A worker writes into three pieces of shared memory in turn, and an epoch has more batches than that."""
+    held = {}
+    for workers in (0, 1, 2):
+        data = module(files, num_workers=workers, batch_size=2)
+        fit(data, tmp_path)
+        loader = data.train_dataloader()
+        data.trainer.fit_loop.epoch_loop.batch_progress.current.ready = 0
+        held[workers] = list(loader)
+        assert len(held[workers]) > 6
+        data.teardown("fit")
+    for workers in (1, 2):
+        for mine, other in zip(held[workers], held[0], strict=True):
+            assert torch.equal(mine.images, other.images)
+            assert all(map(torch.equal, mine.crops, other.crops))
+
+
 def test_crops_of_photographs_fit_any_size(tmp_path):
     for i, size in enumerate([(70, 40, 3), (33, 90, 3), (64, 64, 3), (40, 50, 3)]):
         Image.fromarray(np.full(size, 60 * i, dtype=np.uint8)).save(tmp_path / f"{i}.jpg")

@@ -30,7 +30,7 @@ class MetricsFile(Logger):
         self.columns: list[str] = ["epoch", "step"]
         if is_first():
             done = about.resumed_at or 0
-            self._write([row for row in self._rows() if "step" in row and int(row["step"]) < done])
+            self._write([row for row in self._rows() if "step" in row and float(row["step"]) < done])
 
     @override
     @property
