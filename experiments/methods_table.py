@@ -13,13 +13,18 @@ from hydra import compose, initialize_config_dir
 from icl_msr.core.config import config_dir
 
 PAPER = {"msr": {"simclr"}, "patch": {"moco"}, "texture": {"moco"}}
-"""Pairs that a paper gives the formula of: ICL-MSR and Ge et al."""
+PAPER |= {"hcl": {"debiased"}, "mochi": {"moco"}, "synco": {"moco"}}
+"""Pairs that a paper gives the formula of."""
 
 REPORTED = {"msr": {"byol", "cmc", "swav", "debiased", "lmcl", "ressl"}}
 """Pairs that a paper only reports numbers of. Their formula is ours, and so are all other combinations."""
 
 COLUMNS = [("regularizer", "msr"), ("negatives", "patch"), ("negatives", "texture")]
+COLUMNS += [("hard_negatives", "hcl"), ("hard_negatives", "mochi"), ("hard_negatives", "synco")]
 """`cached` counts as `texture`. `phase` is ours in every method."""
+
+SYNTHETIC = ("mochi", "synco")
+"""Hard negatives that are made from others."""
 
 PAGE = Path(__file__).parents[1] / "icl_msr" / "methods" / "README.md"
 BEGIN, END = "<!-- methods: written by experiments/methods_table.py -->", "<!-- end of methods -->"
@@ -32,7 +37,7 @@ def choices(group: str) -> list[str]:
 
 def table() -> str:
     """Return Markdown: one row per method, one column per regularizer or negatives, then the reasons of refusals."""
-    reasons: list[str] = []
+    reasons: dict[str, list[str]] = {}
     lines = [" | ".join(["| `method=`", "what", *(f"`{group}={name}`" for group, name in COLUMNS)]) + " |"]
     lines.append("|---" * (2 + len(COLUMNS)) + "|")
     with initialize_config_dir(str(config_dir()), version_base="1.3"):
@@ -42,7 +47,7 @@ def table() -> str:
             title = str(importlib.import_module(kind.__module__).__doc__).strip().replace("\n", " ").rstrip(".")
             cells = [
                 "refused"
-                if group in kind.refuses
+                if group in kind.refuses or (column in SYNTHETIC and "synthetic" in kind.refuses)
                 else "paper"
                 if method in PAPER.get(column, ())
                 else "reported"
@@ -51,8 +56,11 @@ def table() -> str:
                 for group, column in COLUMNS
             ]
             lines.append(" | ".join([f"| `{method}`", title, *cells]) + " |")
-            reasons += [f"* `{method}` with a `{group}`: {reason}" for group, reason in kind.refuses.items()]
-    return "\n".join([*lines, "", "Refused:", "", *reasons])
+            for group, reason in kind.refuses.items():
+                shown = "synthetic hard negative" if group == "synthetic" else f"`{group}`"
+                reasons.setdefault(f"with a {shown}: {reason}", []).append(f"`{method}`")
+    refused = [f"* {', '.join(methods)} {reason}" for reason, methods in reasons.items()]
+    return "\n".join([*lines, "", "Refused:", "", *refused])
 
 
 def written(page: str) -> str:

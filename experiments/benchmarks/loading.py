@@ -130,7 +130,7 @@ def ours(*words: str, workers: int, before: Call | None = None) -> Call:
     )
     assert isinstance(data.dataset.train, FileSplit)
     data.trainer = pl.Trainer(accelerator="cpu", logger=False, enable_checkpointing=False, enable_model_summary=False)
-    loader, numbers = data._loader(), count()
+    loader, numbers = data.train_dataloader(), count()
 
     def epoch() -> None:
         if before is not None:

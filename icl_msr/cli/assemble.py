@@ -26,6 +26,7 @@ from icl_msr.core.memory import require_memory
 from icl_msr.core.ranks import is_rank
 from icl_msr.data.dataset import Dataset
 from icl_msr.evaluation.suite import Evaluation, Measures
+from icl_msr.losses.hard_negatives import HardNegatives
 from icl_msr.methods import Method
 from icl_msr.models.backbones import Backbone, evaluating
 from icl_msr.models.batchnorm import global_batch_norm
@@ -74,6 +75,8 @@ def assemble(settings: Settings, plan: Plan) -> Pieces:
     augmentation = build_as(Augmentation, settings.augment)
     facts = {"classes": len(dataset.classes), "mean": dataset.mean, "std": dataset.std}
     method = build_as(Method, settings.method, backbone=backbone, **facts)  # type: ignore[type-abstract]
+    if settings.hard_negatives["_target_"] is not None:
+        method.hard_negatives = build_as(HardNegatives, settings.hard_negatives)  # type: ignore[type-abstract]
     require_meaning(settings, method, plan.world_size)
     negatives = build(settings.negatives)
     if negatives is not None and not hasattr(negatives, "alpha"):
@@ -194,9 +197,12 @@ def require_meaning(settings: Settings, method: Method, ranks: int) -> None:
     Raises:
         UserError: a group, the number of views or the batch size does not fit the method.
     """
+    groups = settings.groups()
     for group, why in method.refuses.items():
-        if getattr(settings, group)["_target_"] is not None:
+        if group in groups and groups[group]["_target_"] is not None:
             raise UserError(f"{group}: {why}")
+    if method.hard_negatives is not None and method.hard_negatives.synthetic and "synthetic" in method.refuses:
+        raise UserError(f"hard_negatives: {method.refuses['synthetic']}")
     views = len(settings.augment.get("views", [None] * method.takes[0]))
     fewest, most = method.takes
     if not fewest <= views <= most:

@@ -51,8 +51,11 @@ PAUSE = 1.0
 _LONGEST_TYPE, _LONGEST_NAME = 64, 128
 """W&B's limits for a job type and for the name of a run, in characters."""
 
-_IN_A_NAME = ("method", "regularizer", "negatives", "background", "dataset", "backbone")
-"""The groups whose choices are in the name of every run; the background is only if it is changed."""
+_IN_A_NAME = ("method", "regularizer", "negatives", "hard_negatives", "background", "dataset", "backbone")
+"""The groups whose choices are in the name of every run."""
+
+_IF_CHOSEN = ("hard_negatives", "background")
+"""Those that are in the name only if they are not `none`, as in few runs."""
 
 _SWEPT = "ICL_MSR_SWEPT"
 """The variable that tells the process of a job what its sweep varies."""
@@ -418,8 +421,8 @@ def run_name(choices: Mapping[str, str], overrides: Sequence[str], seed: int) ->
 
 def short_name(choices: Mapping[str, str]) -> str:
     """Return the name of runs with these choices of the groups."""
-    plain = choices.get("background", "none") == "none"  # few runs have another one
-    return "-".join(choices[group] for group in _IN_A_NAME if group != "background" or not plain)
+    plain = {group for group in _IF_CHOSEN if choices.get(group, "none") == "none"}
+    return "-".join(choices[group] for group in _IN_A_NAME if group not in plain)
 
 
 def _cut(text: str, longest: int) -> str:

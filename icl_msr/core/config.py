@@ -89,6 +89,7 @@ class Loader(BaseModel):
     block: PositiveInt | None = None
     whole_images: bool | None = None
     reduced_jpeg: bool = False
+    sampler: Literal["uniform", "group_balanced"] = "uniform"
 
 
 class Settings(BaseModel):
@@ -109,6 +110,7 @@ class Settings(BaseModel):
     schedule: Node
     hardware: Node
     negatives: Node
+    hard_negatives: Node
     augment: Node
     background: Node
     backbone: Node

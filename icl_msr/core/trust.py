@@ -29,6 +29,7 @@ KINDS: dict[str, Kinds] = {
     "method": {"icl_msr.methods": "icl_msr.methods.Method"},
     "regularizer": {"icl_msr.regularizers": "torch.nn.Module"},
     "negatives": {"icl_msr.negatives": "builtins.object"},
+    "hard_negatives": {"icl_msr.losses": "icl_msr.losses.hard_negatives.HardNegatives"},
     "augment": {"icl_msr.augment": CALLABLE},
     "background": {"icl_msr.augment": CALLABLE},
     "optimizer": {"torch.optim": "torch.optim.Optimizer", "timm.optim": "torch.optim.Optimizer"},

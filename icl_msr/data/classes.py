@@ -13,7 +13,7 @@ from torch import Tensor
 from icl_msr.core.config import suggestion
 from icl_msr.core.errors import UserError
 from icl_msr.core.storage import expanded, readable
-from icl_msr.data.listing import Listing
+from icl_msr.data.listing import Listing, is_number
 
 LISTS = Path(__file__).parent / "lists"
 """The class lists that come with the package."""
@@ -139,7 +139,7 @@ class ImageClasses:
     def _table(self, path: Path, places: Sequence[str]) -> Mapping[str, str]:
         """Return the class of each image, by the name that the file gives it."""
         lines = [line for line in path.read_text(encoding="utf-8-sig", errors="replace").splitlines() if line.strip()]
-        if all(line.strip().isdecimal() for line in lines):
+        if all(is_number(line.strip()) for line in lines):
             return self._numbered(path, [int(line) for line in lines], places)
         with readable(path, "correct it"):
             rows = list(csv.reader(lines)) if path.suffix == ".csv" else [line.split() for line in lines]
@@ -158,9 +158,9 @@ class ImageClasses:
 
     def _name(self, path: Path, word: str) -> str:
         if word.isdecimal() and word not in self.there:
-            if int(word) >= len(self.there):
+            if not is_number(word) or int(word) >= len(self.there):
                 raise UserError(
-                    f"{path} has the class {word}, and the {len(self.there)} training folders count from 0; name "
+                    f"{path} has the class {word:.30}, and the {len(self.there)} training folders count from 0; name "
                     "classes by their folders."
                 )
             return self.there[int(word)]

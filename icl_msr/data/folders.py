@@ -18,7 +18,7 @@ from icl_msr.core.storage import expanded
 from icl_msr.data.classes import ImageClasses, chosen_classes, listed_classes
 from icl_msr.data.dataset import Dataset
 from icl_msr.data.files import FileSplit, of_files
-from icl_msr.data.listing import SUFFIXES, Listing
+from icl_msr.data.listing import SUFFIXES, Listing, is_number
 from icl_msr.data.objects import BoxesOf, Objects
 from icl_msr.data.sources import MaskValues, TrainOn
 from icl_msr.data.unlabelled import unlabelled_files
@@ -360,7 +360,7 @@ def _shifted_images(
         raise UserError(f"dataset.renamed leads to {wrong[0]}, which is not a class; {suggestion(wrong[0], classes)}")
     listing = Listing(folder, follow_links=listing.follow_links)
     found = listing.folders(folder)
-    if all(path.name.isdecimal() for path in found) and not all(name.isdecimal() for name in classes):
+    if all(is_number(path.name) for path in found) and not all(is_number(name) for name in classes):
         if len(found) != len(classes):
             raise UserError(
                 f"{folder} has {len(found)} numbered classes and the training folder {len(classes)}, so they cannot be "
@@ -394,14 +394,14 @@ def _corrupted(listing: Listing, folder: Path) -> dict[str, str]:
     listing = Listing(folder, follow_links=listing.follow_links)
     for path in listing.folders(folder):
         inner = listing.folders(path)
-        corruptions = [path] if any(inside.name.isdecimal() for inside in inner) else inner
+        corruptions = [path] if any(is_number(inside.name) for inside in inner) else inner
         for corruption in corruptions:
             for severity in listing.folders(corruption):
                 name = f"{corruption.name}_{severity.name}"
                 if name in found:
                     raise UserError(f"{folder} has the corruption {name} twice; take one of them away.")
                 found[name] = str(severity.resolve())
-    if not all(name.rpartition("_")[2].isdecimal() for name in found) or not found:
+    if not all(is_number(name.rpartition("_")[2]) for name in found) or not found:
         raise UserError(
             f"{folder} has no <corruption>/<severity>/<class> folders; set dataset.corrupted to ImageNet-C."
         )

@@ -12,7 +12,7 @@ from icl_msr.core.errors import UserError
 from icl_msr.core.storage import expanded
 from icl_msr.data.dataset import Dataset
 from icl_msr.data.files import FileSplit, of_files
-from icl_msr.data.listing import Listing, named_file
+from icl_msr.data.listing import Listing, is_number, named_file
 from icl_msr.data.sources import TrainOn
 
 
@@ -152,8 +152,6 @@ def _table(path: Path, columns: int) -> Sequence[Sequence[str]]:
     if not rows:
         raise UserError(f"{path} is empty; set dataset.root to the folder as it was unpacked.")
     for number, row in enumerate(rows, 1):
-        if len(row) < columns or not all(
-            word.isdecimal() for word in row[columns - (4 if columns > 4 else 1) : columns]
-        ):
+        if len(row) < columns or not all(map(is_number, row[columns - (4 if columns > 4 else 1) : columns])):
             raise UserError(f"Row {number} of {path} is not as published: {' '.join(row)}.")
     return rows

@@ -1,6 +1,7 @@
 """Find the images and folders below a folder, and count the entries that are skipped."""
 
 import os
+import re
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -132,3 +133,8 @@ def _suffix(entry: "os.DirEntry[str]") -> str:
 
 
 _OUT = "links that lead out of it"
+
+
+def is_number(word: str) -> bool:
+    """Return whether a word of a file is a whole number that can be an index or a class: nine digits at most."""
+    return re.fullmatch(r"\d{1,9}", word) is not None

@@ -22,7 +22,7 @@ from icl_msr.data import tars
 from icl_msr.data.classes import listed_classes
 from icl_msr.data.dataset import ArraySplit, Dataset, Split, numbered_classes
 from icl_msr.data.files import FileSplit, of_files, of_shown
-from icl_msr.data.listing import SUFFIXES
+from icl_msr.data.listing import SUFFIXES, is_number
 from icl_msr.data.sources import LARGEST, MaskValues, Region, TrainOn, cores, progress_bar
 from icl_msr.data.stores import Cache, Entry, Store
 from icl_msr.data.unlabelled import labelled_set
@@ -428,7 +428,7 @@ def _text(sample: tars.Sample, label: str) -> str | int | None:
         value = _json(sample).get(label.removeprefix("json."))
         return value if isinstance(value, str | int) and not isinstance(value, bool) else None
     text = sample.texts.get(label, "").strip()
-    return int(text) if re.fullmatch(r"-?\d{1,9}", text) else text or None
+    return int(text) if is_number(text.removeprefix("-")) else text or None
 
 
 def _label(sample: tars.Sample, label: str, number: Mapping[str, int], where: str) -> int:

@@ -20,7 +20,7 @@ from icl_msr.core.errors import UserError
 from icl_msr.core.storage import expanded, readable
 from icl_msr.data.dataset import Attribute, Dataset
 from icl_msr.data.files import FileSplit, of_files
-from icl_msr.data.listing import named_file
+from icl_msr.data.listing import is_number, named_file
 
 SPLITS = {"0": "train", "1": "val", "2": "test", "train": "train", "val": "val", "test": "test"}
 """Splits by the number, or the name, that a table has for them."""
@@ -157,7 +157,7 @@ def _rows(path: Path, columns: Sequence[str]) -> list[dict[str, str]]:
 def _numbered(rows: Sequence[Mapping[str, str]], column: str, layout: Layout) -> tuple[list[str], Tensor]:
     """Return the names of the values of a column in order, and the number of each row's value, int64 (N,)."""
     there = {row[column] for row in rows}
-    whole = all(value.removeprefix("-").isdecimal() for value in there)
+    whole = all(is_number(value.removeprefix("-")) for value in there)
     order = sorted(there, key=int) if whole else sorted(there)
     known = layout.names.get(column, {})
     place = {value: k for k, value in enumerate(order)}

@@ -9,7 +9,7 @@ the local anchors.
 import math
 from collections.abc import Callable, Sequence
 from functools import wraps
-from typing import Any, ParamSpec
+from typing import Any, ParamSpec, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -23,6 +23,23 @@ Arguments = ParamSpec("Arguments")
 
 CHUNK = 2**21
 """Number of similarities that are held in memory at a time."""
+
+
+class HardSum(Protocol):
+    """A sum over each anchor's negatives that makes them harder; see `icl_msr.losses.hard_negatives`."""
+
+    def __call__(
+        self, anchors: Tensor, bank: Tensor, temperature: float, numbers: Tensor, left_out: Tensor | None
+    ) -> Tensor:
+        """Return the logarithm of the sum over the negatives of each anchor, (A,), in the place of `log_sum_exp`.
+
+        Args:
+            anchors, bank: (A, D) and (K, D), of unit length.
+            temperature: tau > 0.
+            numbers: (A,) int64, the number of each anchor in the global batch.
+            left_out: (A, e) int64, columns of the bank that are no negatives of an anchor; None: all are.
+        """
+        ...
 
 
 def full_precision(loss: Callable[Arguments, Tensor]) -> Callable[Arguments, Tensor]:
@@ -105,6 +122,8 @@ def log_odds(
     temperature: float,
     negatives: NonSemantic | None,
     left_out: Tensor | None = None,
+    hard: HardSum | None = None,
+    views: int = 1,
 ) -> tuple[Tensor, Tensor]:
     """Return the logarithms of the positive's exponential and of the sum of the negatives' exponentials, (N,) each.
 
@@ -114,9 +133,17 @@ def log_odds(
         anchors, positives: (N, D), of unit length, as are the rows of the bank.
         bank, temperature, left_out: see `log_sum_exp`.
         negatives: m further negatives for each anchor.
+        hard: the sum over the bank; None: `log_sum_exp`.
+        views: V, if the anchors are V views of N / V images, one view after the other.
     """
     for_it = (anchors * positives).sum(1) / temperature
-    against = log_sum_exp(anchors, bank, temperature, left_out)
+    if hard is None:
+        against = log_sum_exp(anchors, bank, temperature, left_out)
+    else:
+        images = len(anchors) // views
+        own = own_rows(images, anchors.device)[:, 0]
+        numbers = torch.cat([own + view * images * world_size() for view in range(views)])
+        against = hard(anchors, bank, temperature, numbers, left_out)
     return for_it, with_non_semantic(against, anchors, temperature, negatives)
 
 
@@ -144,7 +171,7 @@ def with_non_semantic(against: Tensor, anchors: Tensor, temperature: float, nega
 
 
 def two_view_log_odds(
-    first: Tensor, second: Tensor, temperature: float, negatives: NonSemantic | None
+    first: Tensor, second: Tensor, temperature: float, negatives: NonSemantic | None, hard: HardSum | None = None
 ) -> tuple[Tensor, Tensor]:
     """Return `log_odds` of the anchors of both views, (2N,). The negatives are the 2M - 2 views of the other images."""
     n = len(first)
@@ -153,22 +180,29 @@ def two_view_log_odds(
     own = own_rows(n, first.device)
     own = torch.cat([own, own + len(everyone) // 2], dim=1).repeat(2, 1)
     anchors, positives = torch.cat([first, second]), torch.cat([second, first])
-    return log_odds(anchors, positives, everyone, temperature, negatives, own)
+    return log_odds(anchors, positives, everyone, temperature, negatives, own, hard, views=2)
 
 
 @full_precision
-def nt_xent(first: Tensor, second: Tensor, temperature: float, negatives: NonSemantic | None = None) -> Tensor:
+def nt_xent(
+    first: Tensor,
+    second: Tensor,
+    temperature: float,
+    negatives: NonSemantic | None = None,
+    hard: HardSum | None = None,
+) -> Tensor:
     """Return NT-Xent of SimCLR: each view against the 2M - 1 other views of the global batch (Chen et al. 2020, eq. 1).
 
     Args:
         first, second: (N, D) embeddings of the two views.
         temperature: tau > 0.
         negatives: m further logits for each of the two anchors of an image.
+        hard: the sum over the negatives; None: the ordinary one.
 
     Returns:
         () mean over the 2N local anchors.
     """
-    for_it, against = two_view_log_odds(first, second, temperature, negatives)
+    for_it, against = two_view_log_odds(first, second, temperature, negatives, hard)
     return (torch.logaddexp(for_it, against) - for_it).mean()
 
 
@@ -207,7 +241,12 @@ def supervised_contrastive(
 
 @full_precision
 def info_nce(
-    anchors: Tensor, positives: Tensor, bank: Tensor, temperature: float, negatives: NonSemantic | None = None
+    anchors: Tensor,
+    positives: Tensor,
+    bank: Tensor,
+    temperature: float,
+    negatives: NonSemantic | None = None,
+    hard: HardSum | None = None,
 ) -> Tensor:
     """Return InfoNCE against a bank of negatives (MoCo; He et al. 2020, eq. 1; Ge et al. 2021, eq. 3).
 
@@ -216,29 +255,37 @@ def info_nce(
         bank: (K, D) negatives shared by all anchors.
         temperature: tau > 0.
         negatives: m further logits for each anchor.
+        hard: the sum over the negatives; None: the ordinary one.
 
     Returns:
         () mean over the anchors of -log softmax([q.k+, q.bank, alpha q.t] / tau) at q.k+.
     """
-    for_it, against = log_odds(unit(anchors), unit(positives), unit(bank), temperature, negatives)
+    for_it, against = log_odds(unit(anchors), unit(positives), unit(bank), temperature, negatives, hard=hard)
     return (torch.logaddexp(for_it, against) - for_it).mean()
 
 
 @full_precision
-def in_batch_nce(anchors: Tensor, keys: Tensor, temperature: float, negatives: NonSemantic | None = None) -> Tensor:
+def in_batch_nce(
+    anchors: Tensor,
+    keys: Tensor,
+    temperature: float,
+    negatives: NonSemantic | None = None,
+    hard: HardSum | None = None,
+) -> Tensor:
     """Return InfoNCE against the keys of the other images on all ranks (MoCo v3; Chen, Xie and He 2021, eq. 1).
 
     Args:
         anchors, keys: (N, D); an anchor's positive is the key in its row.
         temperature: tau > 0.
         negatives: m further logits for each anchor.
+        hard: the sum over the negatives; None: the ordinary one.
 
     Returns:
         () mean over the anchors.
     """
     keys = unit(keys)
     own = own_rows(len(keys), keys.device)
-    for_it, against = log_odds(unit(anchors), keys, gather(keys), temperature, negatives, own)
+    for_it, against = log_odds(unit(anchors), keys, gather(keys), temperature, negatives, own, hard)
     return (torch.logaddexp(for_it, against) - for_it).mean()
 
 
@@ -249,6 +296,7 @@ def decoupled(
     temperature: float,
     sigma: float | None = None,
     negatives: NonSemantic | None = None,
+    hard: HardSum | None = None,
 ) -> Tensor:
     """Return NT-Xent without the positive in the denominator (DCL; Yeh et al. 2021, eq. 6).
 
@@ -257,11 +305,12 @@ def decoupled(
         temperature: tau > 0.
         sigma: width of the von Mises-Fisher weights of the positives (DCLW). None: every positive has weight 1.
         negatives: m further logits for each of the two anchors of an image.
+        hard: the sum over the negatives; None: the ordinary one.
 
     Returns:
         () mean over the 2N anchors of log sum_k exp(z.z_k / tau) - w z.z+ / tau; it may be negative.
     """
-    for_it, against = two_view_log_odds(first, second, temperature, negatives)
+    for_it, against = two_view_log_odds(first, second, temperature, negatives, hard)
     if sigma is not None:
         for_it = von_mises_fisher_weights(first, second, sigma).repeat(2) * for_it
     return (against - for_it).mean()
@@ -284,14 +333,13 @@ def debiased(
     temperature: float,
     tau_plus: float,
     negatives: NonSemantic | None = None,
-    beta: float = 0.0,
+    hard: HardSum | None = None,
 ) -> Tensor:
-    """Return NT-Xent corrected for false negatives, and with hard negatives if beta > 0 (Chuang et al. 2020, eq. 7, 8).
+    """Return NT-Xent corrected for false negatives (Chuang et al. 2020, eq. 7, 8).
 
     A share tau+ of the n = 2M - 2 other views is expected to show the anchor's own class. Their contribution is
     estimated from the positive and subtracted from S, the sum over the others:
     n g = max((S - tau+ n exp(z.z+ / tau)) / (1 - tau+), n exp(-1 / tau)).
-    With beta, the terms of S have weights exp(beta z.z_k / tau) of mean 1 (Robinson et al. 2021, eq. 4).
 
     Args:
         first, second: (N, D) embeddings of the two views.
@@ -299,16 +347,13 @@ def debiased(
         tau_plus: tau+, 0 <= tau+ < 1. With 0 the loss is NT-Xent.
         negatives: m further logits for each of the two anchors of an image. They are never false negatives, so they are
             added to n g uncorrected (ours).
-        beta: concentration on hard negatives. With 0 all have the same weight.
+        hard: S; None: the ordinary sum. The terms of another one must have weights of mean 1 (Robinson et al. 2021).
 
     Returns:
         () mean over the 2N anchors of -log exp(z.z+ / tau) / (exp(z.z+ / tau) + n g).
     """
-    for_it, against = two_view_log_odds(first, second, temperature, None)
+    for_it, against = two_view_log_odds(first, second, temperature, None, hard)
     n = 2 * world_size() * len(first) - 2
-    if beta > 0:
-        harder, weights = (two_view_log_odds(first, second, temperature / k, None)[1] for k in (1 + beta, beta))
-        against = harder - weights + math.log(n)
     least = against.new_full((), math.log(n) - 1 / temperature)
     log_share = for_it + against.new_full((), tau_plus * n).log() - against
     # If the share is 1 or more, the lower bound applies. -1 keeps the unused branch finite.
@@ -320,7 +365,11 @@ def debiased(
 
 @full_precision
 def neighbour_nce(
-    neighbours: Tensor, predictions: Tensor, temperature: float, negatives: NonSemantic | None = None
+    neighbours: Tensor,
+    predictions: Tensor,
+    temperature: float,
+    negatives: NonSemantic | None = None,
+    hard: HardSum | None = None,
 ) -> Tensor:
     """Return InfoNCE with a nearest neighbour in the anchor's place (NNCLR; Dwibedi et al. 2021, eq. 3).
 
@@ -331,13 +380,14 @@ def neighbour_nce(
         temperature: tau > 0.
         negatives: m further logits for each anchor. They are compared with the prediction (ours): a neighbour has no
             gradient, so nothing would be pushed away from them.
+        hard: the sum over the negatives; None: the ordinary one.
 
     Returns:
         () mean over the anchors.
     """
     predictions = unit(predictions)
     own = own_rows(len(predictions), predictions.device)
-    for_it, against = log_odds(unit(neighbours), predictions, gather(predictions), temperature, None, own)
+    for_it, against = log_odds(unit(neighbours), predictions, gather(predictions), temperature, None, own, hard)
     against = with_non_semantic(against, predictions, temperature, negatives)
     return (torch.logaddexp(for_it, against) - for_it).mean()
 

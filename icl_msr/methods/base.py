@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from icl_msr.core.views import NonSemantic, Views
+from icl_msr.losses.contrastive import HardSum
+from icl_msr.losses.hard_negatives import HardNegatives
 from icl_msr.models.backbones import Backbone
 from icl_msr.models.batchnorm import frozen_statistics
 from icl_msr.models.momentum import MomentumEncoder, Queue
@@ -114,8 +116,13 @@ class Method(nn.Module, ABC):
     """Views that the momentum encoder encodes."""
     apart = False
     """True if each view is a batch of its own, with its own statistics in BatchNorm. By default, all views are one."""
-    refuses: Mapping[str, str] = {}
-    """Config groups (`regularizer`, `negatives`) that this method cannot use, each with the reason and the remedy."""
+    refuses: Mapping[str, str] = {
+        "hard_negatives": "this method has no sum over negatives that could be made harder; add hard_negatives=none, "
+        "or choose a method that has one, such as simclr or moco.",
+    }
+    """Config groups (`regularizer`, `negatives`, `hard_negatives`) that this method cannot use, each with the reason
+    and the remedy. `synthetic` refuses those hard negatives that are made from others. A method whose loss uses `hard`
+    refuses no hard negatives."""
 
     def __init__(self, backbone: Backbone, projector: nn.Module | None = None):
         super().__init__()
@@ -123,6 +130,8 @@ class Method(nn.Module, ABC):
         self.projector: nn.Module = nn.Identity() if projector is None else projector
         self.momentum_encoder: MomentumEncoder | None = None
         self.queue: Queue | None = None
+        self.hard_negatives: HardNegatives | None = None
+        """What the loss does with its negatives, chosen for the run."""
 
     @property
     def channels(self) -> int:
@@ -164,6 +173,10 @@ class Method(nn.Module, ABC):
     @abstractmethod
     def loss(self, embeddings: Sequence[Tensor], targets: Targets, step: Step) -> Tensor:
         """Return L_ct (). The loss may read buffers and must not write any."""
+
+    def hard(self, step: Step) -> HardSum | None:
+        """Return the sum over the negatives at this step, for the losses of `icl_msr.losses.contrastive`."""
+        return None if self.hard_negatives is None else self.hard_negatives.at(step.index, step.epoch)
 
     def pairs(self, features: Sequence[Tensor], embeddings: Sequence[Tensor], targets: Targets) -> list[Pair]:
         """Return the compared pairs of anchors and keys. By default, each global view is compared with the other."""

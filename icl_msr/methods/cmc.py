@@ -1,6 +1,6 @@
 """CMC: Tian, Krishnan and Isola. Contrastive Multiview Coding. ECCV 2020 (arXiv 1906.05849)."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import torch
@@ -27,6 +27,8 @@ class CMC(Method):
 
     takes = (1, 2)
     backbone: LabBackbone
+
+    refuses: Mapping[str, str] = {}
 
     def __init__(
         self,
@@ -65,10 +67,10 @@ class CMC(Method):
         in_l = in_ab = targets.negatives
         if targets.negatives is not None:
             in_l, in_ab = (replace(targets.negatives, rows=rows) for rows in targets.negatives.rows.chunk(2, dim=2))
-        losses = []
+        losses, hard = [], self.hard(step)
         for light, colour in by_view(embeddings):
-            losses.append(info_nce(light, colour, self.queue_ab.keys, self.temperature, in_ab))
-            losses.append(info_nce(colour, light, self.queue_l.keys, self.temperature, in_l))
+            losses.append(info_nce(light, colour, self.queue_ab.keys, self.temperature, in_ab, hard))
+            losses.append(info_nce(colour, light, self.queue_l.keys, self.temperature, in_l, hard))
         return torch.stack(losses).mean()
 
     def pairs(self, features: Sequence[Tensor], embeddings: Sequence[Tensor], targets: Targets) -> list[Pair]:

@@ -1,6 +1,6 @@
 """DCL and DCLW: Yeh et al. Decoupled Contrastive Learning. ECCV 2022 (arXiv 2110.06848)."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from pydantic import PositiveFloat, PositiveInt
 from torch import Tensor
@@ -18,6 +18,8 @@ class DCL(Method):
     A number for `sigma` selects DCLW. Non-semantic negatives go through the online encoder without gradient (ours).
     """
 
+    refuses: Mapping[str, str] = {}
+
     def __init__(
         self,
         backbone: Backbone,
@@ -34,4 +36,4 @@ class DCL(Method):
     def loss(self, embeddings: Sequence[Tensor], targets: Targets, step: Step) -> Tensor:
         """Return L_DC, or L_DCW (eq. 6, 7)."""
         first, second = embeddings
-        return decoupled(first, second, self.temperature, self.sigma, targets.negatives)
+        return decoupled(first, second, self.temperature, self.sigma, targets.negatives, self.hard(step))

@@ -1,9 +1,9 @@
-"""Debiased contrastive learning: Chuang et al. NeurIPS 2020 (arXiv 2007.00224); Robinson et al. ICLR 2021 with beta."""
+"""Debiased contrastive learning: Chuang et al. NeurIPS 2020 (arXiv 2007.00224)."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Annotated
 
-from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt
+from pydantic import Field, PositiveFloat, PositiveInt
 from torch import Tensor
 
 from icl_msr.losses.contrastive import debiased
@@ -15,12 +15,18 @@ from icl_msr.models.heads import mlp
 class Debiased(Method):
     """SimCLR that corrects for negatives of the anchor's class, whose expected share is tau+.
 
-    With beta it also weights the negatives by how hard they are, as in Robinson et al., "Contrastive Learning with Hard
-    Negative Samples" (arXiv 2010.04592).
+    With `hard_negatives=hcl` it is Robinson et al., "Contrastive Learning with Hard Negative Samples" (ICLR 2021, arXiv
+    2010.04592).
 
     The "DCL" in the ImageNet-100 table of ICL-MSR is this method and not the decoupled `dcl`. Non-semantic negatives go
     through the online encoder without gradient (ours).
     """
+
+    refuses: Mapping[str, str] = {
+        "synthetic": "debiased contrastive learning subtracts the expected share of the anchor's class from the sum "
+        "over the negatives, and a synthetic one has no class; add hard_negatives=none or hcl, or choose another "
+        "method.",
+    }
 
     def __init__(
         self,
@@ -30,13 +36,12 @@ class Debiased(Method):
         embedding_dim: PositiveInt,
         temperature: PositiveFloat,
         tau_plus: Annotated[float, Field(ge=0, lt=1)],
-        beta: NonNegativeFloat,
     ):
         super().__init__(backbone, mlp(backbone.channels, hidden_dim, embedding_dim))
         self.temperature: float = temperature
-        self.tau_plus, self.beta = tau_plus, beta
+        self.tau_plus = tau_plus
 
     def loss(self, embeddings: Sequence[Tensor], targets: Targets, step: Step) -> Tensor:
-        """Return L_Debiased with one positive (eq. 8, M = 1), and hard negatives if beta > 0."""
+        """Return L_Debiased with one positive (eq. 8, M = 1)."""
         first, second = embeddings
-        return debiased(first, second, self.temperature, self.tau_plus, targets.negatives, self.beta)
+        return debiased(first, second, self.temperature, self.tau_plus, targets.negatives, self.hard(step))

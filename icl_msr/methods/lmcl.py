@@ -1,6 +1,6 @@
 """LMCL: Chen et al. Large-Margin Contrastive Learning with Distance Polarization Regularizer. ICML 2021 (PMLR 139)."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Annotated
 
 from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt
@@ -23,6 +23,8 @@ class LMCL(Method):
     the values of the thresholds and of the weight. Non-semantic negatives go through the online encoder without
     gradient and enter only NT-Xent (ours).
     """
+
+    refuses: Mapping[str, str] = {}
 
     def __init__(
         self,
@@ -49,4 +51,4 @@ class LMCL(Method):
         """Return NT-Xent + lambda R (eq. 9)."""
         first, second = embeddings
         penalty = polarization(first, second, self.delta_plus, self.delta_minus)
-        return nt_xent(first, second, self.temperature, targets.negatives) + self.weight * penalty
+        return nt_xent(first, second, self.temperature, targets.negatives, self.hard(step)) + self.weight * penalty

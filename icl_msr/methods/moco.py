@@ -1,6 +1,6 @@
 """MoCo v2: He et al. Momentum Contrast. CVPR 2020 (arXiv 1911.05722); Chen et al. 2020 (arXiv 2003.04297)."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from pydantic import PositiveFloat, PositiveInt
 from torch import Tensor
@@ -22,6 +22,8 @@ class MoCo(Method):
     online_views, target_views = slice(1), slice(1, 2)
     queue: Queue
 
+    refuses: Mapping[str, str] = {}
+
     def __init__(
         self,
         backbone: Backbone,
@@ -42,4 +44,4 @@ class MoCo(Method):
     def loss(self, embeddings: Sequence[Tensor], targets: Targets, step: Step) -> Tensor:
         """Return InfoNCE over the queue (eq. 1)."""
         (query,), (key,) = embeddings, targets.embeddings
-        return info_nce(query, key, self.queue.keys, self.temperature, targets.negatives)
+        return info_nce(query, key, self.queue.keys, self.temperature, targets.negatives, self.hard(step))

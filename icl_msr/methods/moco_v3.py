@@ -1,6 +1,6 @@
 """MoCo v3: Chen et al. An Empirical Study of Training Self-Supervised Vision Transformers. ICCV 2021 (2104.02057)."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from pydantic import PositiveFloat, PositiveInt
 from torch import Tensor, nn
@@ -17,6 +17,8 @@ class MoCoV3(Method):
 
     Non-semantic negatives go through the momentum encoder (ours, after Ge et al. 2021).
     """
+
+    refuses: Mapping[str, str] = {}
 
     def __init__(
         self,
@@ -43,8 +45,8 @@ class MoCoV3(Method):
         """Return ctr(q1, k2) + ctr(q2, k1), each scaled by 2 tau (algorithm 1)."""
         (first, second), (key_first, key_second) = embeddings, targets.embeddings
         return (2 * self.temperature) * (
-            in_batch_nce(first, key_second, self.temperature, targets.negatives)
-            + in_batch_nce(second, key_first, self.temperature, targets.negatives)
+            in_batch_nce(first, key_second, self.temperature, targets.negatives, self.hard(step))
+            + in_batch_nce(second, key_first, self.temperature, targets.negatives, self.hard(step))
         )
 
     def frozen(self, step: Step) -> Iterable[nn.Parameter]:

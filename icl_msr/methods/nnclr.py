@@ -1,6 +1,6 @@
 """NNCLR: Dwibedi et al. With a Little Help from My Friends. ICCV 2021 (arXiv 2104.14548)."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from pydantic import PositiveFloat, PositiveInt
@@ -18,6 +18,11 @@ class NNCLR(Method):
 
     Non-semantic negatives go through the online encoder and projector without gradient and repel the prediction (ours).
     """
+
+    refuses: Mapping[str, str] = {
+        "synthetic": "nnclr compares stored neighbours, which have no gradient, and neither has a synthetic negative, "
+        "so that it would push nothing away; add hard_negatives=none or hcl, or choose another method.",
+    }
 
     def __init__(
         self,
@@ -43,8 +48,8 @@ class NNCLR(Method):
         p_first, p_second, z_first, z_second = embeddings
         support = self.support.keys
         return (
-            neighbour_nce(nearest(z_first, support), p_second, self.temperature, targets.negatives)
-            + neighbour_nce(nearest(z_second, support), p_first, self.temperature, targets.negatives)
+            neighbour_nce(nearest(z_first, support), p_second, self.temperature, targets.negatives, self.hard(step))
+            + neighbour_nce(nearest(z_second, support), p_first, self.temperature, targets.negatives, self.hard(step))
         ) / 2
 
     def pairs(self, features: Sequence[Tensor], embeddings: Sequence[Tensor], targets: Targets) -> list[Pair]:

@@ -18,6 +18,8 @@ class RandomEncoder(Method):
         "choose another method.",
         "negatives": "a random encoder is not trained, so it takes no negatives; add negatives=none, or choose another "
         "method.",
+        "hard_negatives": "a random encoder is not trained, so it has no negatives; add hard_negatives=none, or choose "
+        "another method.",
     }
 
     def __init__(self, backbone: Backbone):

@@ -1,6 +1,6 @@
 """ReLIC: Mitrovic et al. Representation Learning via Invariant Causal Mechanisms. ICLR 2021 (arXiv 2010.07922)."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from pydantic import NonNegativeFloat, PositiveFloat, PositiveInt
 from torch import Tensor
@@ -20,6 +20,8 @@ class ReLIC(Method):
     (as in BYOL). Both directions are averaged. Non-semantic negatives go through the target network and enter only the
     discrimination.
     """
+
+    refuses: Mapping[str, str] = {}
 
     def __init__(
         self,
@@ -41,7 +43,7 @@ class ReLIC(Method):
         """Return instance discrimination + alpha KL of the two distributions (section 3)."""
         (first, second), (key_first, key_second) = embeddings, targets.embeddings
         discrimination = (
-            in_batch_nce(first, key_second, self.temperature, targets.negatives)
-            + in_batch_nce(second, key_first, self.temperature, targets.negatives)
+            in_batch_nce(first, key_second, self.temperature, targets.negatives, self.hard(step))
+            + in_batch_nce(second, key_first, self.temperature, targets.negatives, self.hard(step))
         ) / 2
         return discrimination + self.alpha * invariance(first, second, key_first, key_second, self.temperature)

@@ -1,7 +1,7 @@
 """SimCLR: Chen et al. A Simple Framework for Contrastive Learning. ICML 2020 (arXiv 2002.05709)."""
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from pydantic import PositiveFloat, PositiveInt
@@ -23,6 +23,7 @@ class SimCLR(Method):
     """
 
     takes = (2, 16)
+    refuses: Mapping[str, str] = {}
 
     def __init__(
         self,
@@ -38,5 +39,5 @@ class SimCLR(Method):
 
     def loss(self, embeddings: Sequence[Tensor], targets: Targets, step: Step) -> Tensor:
         """Return NT-Xent (eq. 1), averaged over the pairs of views."""
-        losses = [nt_xent(*pair, self.temperature, targets.negatives) for pair in itertools.combinations(embeddings, 2)]
-        return torch.stack(losses).mean()
+        pairs, negatives, hard = itertools.combinations(embeddings, 2), targets.negatives, self.hard(step)
+        return torch.stack([nt_xent(*pair, self.temperature, negatives, hard) for pair in pairs]).mean()

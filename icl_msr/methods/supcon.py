@@ -25,6 +25,8 @@ class SupCon(Method):
     refuses: Mapping[str, str] = {
         "regularizer": "regularizers repel all other images of a batch, also those of the same class, which supcon "
         "attracts; add regularizer=none, or choose another method.",
+        "hard_negatives": "the other views in a denominator of supcon are positives too; add hard_negatives=none, or "
+        "choose another method.",
     }
 
     def __init__(

@@ -23,6 +23,8 @@ class Supervised(Method):
         "add regularizer=none, or choose another method.",
         "negatives": "supervised training compares an image with classes and with no other image, so a negative has no "
         "place in it; add negatives=none, or choose another method.",
+        "hard_negatives": "supervised training compares an image with no other image; add hard_negatives=none, or "
+        "choose another method.",
     }
 
     def __init__(self, backbone: Backbone, classes: int):

@@ -7,14 +7,14 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
 import pytorch_lightning as pl
 import torch
 from lightning_fabric.utilities import move_data_to_device
 from pydantic import NonNegativeInt, PositiveInt
 from torch import Tensor
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, get_worker_info
 from torch.utils.data import Dataset as TorchDataset
 from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2 import functional as F
@@ -23,7 +23,7 @@ from typing_extensions import override
 from icl_msr.augment import Augmentation, Background
 from icl_msr.augment.background import NARROWEST, widest
 from icl_msr.core.errors import UserError
-from icl_msr.core.randomness import keys, permutation
+from icl_msr.core.randomness import integers, keys, permutation
 from icl_msr.core.signals import SIGNALS
 from icl_msr.core.views import AlphaMode, AlphaSchedule, NonSemantic, Views
 from icl_msr.data.crops import boxes_around
@@ -40,7 +40,11 @@ NEGATIVES = -2
 BACKGROUNDS = 1 << 10
 """The view number of the keys of the first view's background; those of the other views follow."""
 
+GROUPS = -6
+"""The view number of the keys that order the groups of a balanced epoch."""
+
 _DECODED = 16  # photographs that a worker holds in memory at once
+_AHEAD = 2  # batches that a worker makes before the trainer has taken the first of them
 
 
 class Batch(NamedTuple):
@@ -63,6 +67,10 @@ class Batch(NamedTuple):
     def as_tensors(self) -> "Batch":
         """Return the batch with tensors; the inverse of `as_arrays`."""
         return self._each(torch.as_tensor)
+
+    def unshared(self) -> "Batch":
+        """Return the batch with a copy of each tensor in shared memory, into which a worker will write again."""
+        return self._each(lambda pixels: pixels.clone() if pixels.is_shared() else pixels)
 
     def _each(self, change: Callable[[Any], Any]) -> "Batch":
         return self._replace(
@@ -90,6 +98,28 @@ class Negatives(Protocol):
         ...
 
 
+def group_balanced(groups: Tensor, seed: int, epoch: int) -> Tensor:
+    """Return an order of N images in which every group is drawn equally often: int64 (N,), on the CPU.
+
+    The order is made of rounds of one image per group, in random order. The images of a group are taken one after the
+    other, in random order, and again from the first. So an image comes back as late as it can, and images of large
+    groups are left out of an epoch.
+
+    Args:
+        groups: int64 (N,), the group of each image; those of group -1 are never drawn.
+        seed, epoch: of the order.
+    """
+    order = permutation(seed, epoch, len(groups))
+    order = order[groups[order] >= 0]
+    names, group, counts = torch.unique(groups[order], return_inverse=True, return_counts=True)
+    members = order[group.argsort(stable=True)]
+    first = counts.cumsum(0) - counts
+    rounds = torch.arange(-(-len(groups) // len(names)))
+    images = members[first + rounds[:, None] % counts]  # (rounds, groups)
+    shuffled = integers(keys(seed, epoch, rounds, GROUPS), len(names)).argsort(dim=1, stable=True)
+    return images.gather(1, shuffled).flatten()[: len(groups)]
+
+
 class EpochBatches:
     """Yields a rank's part of every batch of an epoch. It depends only on the seed and the epoch.
 
@@ -105,6 +135,7 @@ class EpochBatches:
         world_size: int = 1,
         fixed: bool = False,
         block: int | None = None,
+        groups: Tensor | None = None,
     ) -> None:
         if batch_size > length:
             raise UserError(
@@ -121,6 +152,8 @@ class EpochBatches:
         """True if every epoch has the order of the first one, as `Trainer(overfit_batches=...)` asks for."""
         self.block = block
         """The images that are mixed at a time; None mixes all. See `permutation`."""
+        self.groups = groups
+        """The group of each image, if groups are to be drawn equally often. See `group_balanced`."""
         self.epoch = 0
         self.first = 0
         """The first batch of the epoch to yield. A resumed run skips the batches that it has seen."""
@@ -129,7 +162,11 @@ class EpochBatches:
         return self.length // self.batch_size
 
     def __iter__(self) -> Iterator[Batch]:
-        order = permutation(self.seed, 0 if self.fixed else self.epoch, self.length, self.block)
+        epoch = 0 if self.fixed else self.epoch
+        if self.groups is None:
+            order = permutation(self.seed, epoch, self.length, self.block)
+        else:
+            order = group_balanced(self.groups, self.seed, epoch)
         for batch in range(self.first, len(self)):
             start = batch * self.batch_size + self.rank * self.share
             yield Batch(self.epoch, order[start : start + self.share])
@@ -156,6 +193,7 @@ class DataModule(pl.LightningDataModule):
         reduced_jpeg: whether a large JPEG is decoded at 1/2, 1/4 or 1/8 of its sides, if every crop and the whole image
             are then still as large as they are needed. It is faster, and changes the pixels a little.
         background: the change of some views' backgrounds, or None.
+        sampler: `group_balanced` draws every group of the data set equally often. An epoch keeps its number of batches.
     """
 
     def __init__(
@@ -172,6 +210,7 @@ class DataModule(pl.LightningDataModule):
         whole_images: bool = True,
         reduced_jpeg: bool = False,
         background: Background | None = None,
+        sampler: Literal["uniform", "group_balanced"] = "uniform",
     ) -> None:
         super().__init__()
         self.dataset, self.augmentation, self.negatives = dataset, augmentation, negatives
@@ -185,6 +224,7 @@ class DataModule(pl.LightningDataModule):
             self._textures = negatives.open(dataset)
             self._first_view = replace(augmentation, views=augmentation.views[:1])
         self._labels = dataset.train.labels
+        self.groups = None if sampler == "uniform" else _groups(dataset, batch_size, block)
         self.background = background
         if background is not None:
             background.require(len(augmentation.recipes))
@@ -218,18 +258,26 @@ class DataModule(pl.LightningDataModule):
             source = _Crops(train, textures, self.augmentation, sizes, self.seed, whole_images, self.reduced_jpeg)
         fixed = bool(trainer.overfit_batches)  # type: ignore[attr-defined]
         batches = EpochBatches(
-            len(train), self.batch_size, self.seed, trainer.global_rank, trainer.world_size, fixed, self.block
+            len(train),
+            self.batch_size,
+            self.seed,
+            trainer.global_rank,
+            trainer.world_size,
+            fixed,
+            self.block,
+            self.groups,
         )
         workers = self.num_workers if isinstance(train, FileSplit) else 0
         if isinstance(source, _Crops) and workers:
             ranks_here = trainer.world_size // trainer.num_nodes
-            source.piped = _too_small_for(source.bytes_of(batches.share) * (2 * workers + 1) * ranks_here)
+            source.piped = _too_small_for(source.bytes_of(batches.share) * (_AHEAD + 1) * workers * ranks_here)
         loader = DataLoader(
             source,
             batch_size=None,
             sampler=batches,
             collate_fn=_as_it_is,  # the default would turn arrays into tensors in the worker
             num_workers=workers,
+            prefetch_factor=_AHEAD if workers else None,
             persistent_workers=workers > 0,
             worker_init_fn=_leave_signals,
             pin_memory=trainer.strategy.root_device.type == "cuda",
@@ -246,7 +294,7 @@ class DataModule(pl.LightningDataModule):
         for batch in itertools.islice(loader.loader, batches):
             if isinstance(batch, UserError):
                 raise batch
-            yield self.views(move_data_to_device(batch.as_tensors(), device))
+            yield self.views(move_data_to_device(batch.as_tensors().unshared(), device))
 
     @override
     def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
@@ -362,6 +410,34 @@ def _objects(dataset: Dataset) -> _Objects:
     return _Objects(train.masks, boxes, able)
 
 
+def _groups(dataset: Dataset, batch_size: int, block: int | None) -> Tensor:
+    """Return the group of each training image.
+
+    Raises:
+        UserError: the groups are not known, or images must be read in blocks.
+    """
+    groups = dataset.groups("train")
+    if groups is None or not (groups >= 0).any():
+        raise UserError(
+            f"loader.sampler=group_balanced needs the group of each training image, and {dataset.name} has none; "
+            "choose dataset=confounded or dataset=wilds, or type loader.sampler=uniform."
+        )
+    if block is not None:
+        raise UserError(
+            "loader.sampler=group_balanced reads images from everywhere, and loader.block reads them in blocks; type "
+            "loader.block=null, or loader.sampler=uniform."
+        )
+    counts = groups[groups >= 0].bincount()
+    counts = counts[counts > 0]
+    if batch_size > (room := int(counts.min() - 1) * len(counts) + 1):
+        warnings.warn(
+            f"The smallest of the {len(counts)} groups has {counts.min()} training images, so that a batch of "
+            f"{batch_size} may hold an image more than once; batches of up to {room} do not.",
+            stacklevel=2,
+        )
+    return groups
+
+
 class _TrainLoader:
     """A DataLoader that begins at the trainer's position.
 
@@ -381,7 +457,7 @@ class _TrainLoader:
         for batch in self.loader:
             if isinstance(batch, UserError):
                 raise batch
-            yield batch.as_tensors()
+            yield batch.as_tensors().unshared()
 
     def close(self) -> None:
         """Delete the DataLoader and so end its workers."""
@@ -405,9 +481,12 @@ def _as_it_is(batch: Any) -> Any:
     return batch
 
 
-def _stacked(images: list[Tensor]) -> Tensor:
-    """Stack images (C, H, W) to (N, C, H, W). The channels of a pixel stay side by side in memory."""
-    return torch.stack([image.permute(1, 2, 0) for image in images]).permute(0, 3, 1, 2)
+def _empty(images: int, size: int, shared: bool) -> Tensor:
+    """Return room for images (N, 3, S, S) uint8. The channels of a pixel lie side by side in memory."""
+    room = torch.empty(images, size, size, 3, dtype=torch.uint8)
+    if shared:
+        room.share_memory_()  # type: ignore[no-untyped-call]
+    return room.permute(0, 3, 1, 2)
 
 
 def _too_small_for(needed: int) -> bool:
@@ -448,6 +527,8 @@ class _Crops(TorchDataset[Any]):
         self.whole_images, self.reduced_jpeg = whole_images, reduced_jpeg
         self.piped = False
         """True if batches go to the trainer through pipes, which takes two more copies than shared memory."""
+        self._rooms: list[Batch] = []
+        self._turn = 0
 
     def bytes_of(self, images: int) -> int:
         """Return the memory that the pixels of this many images take, in bytes."""
@@ -460,29 +541,45 @@ class _Crops(TorchDataset[Any]):
 
     def __getitem__(self, batch: Batch) -> Batch | UserError:
         """Return the batch with its pixels. An error is returned, since a worker would wrap it in a traceback."""
-        images: list[Tensor] = []
-        crops: list[list[Tensor]] = [[] for _ in self.sizes]
-        textures: list[Tensor] = []
         positions = batch.positions
+        room = self._room(len(positions))
         try:
             for split in (self.split, *([self.textures] if self.textures is not None else [])):
                 split.prepare(positions)
-            for part in (positions[k : k + _DECODED] for k in range(0, len(positions), _DECODED)):
-                decoded, boxes = self._decoded(self.split, part, batch.epoch)
-                if self.whole_images:
-                    images += [self.split.square(image) for image in decoded]
-                for view, cut in enumerate(self._cut(decoded, boxes, self.sizes)):
-                    crops[view] += cut
-                if self.textures is not None:
-                    textures += self._cut(*self._decoded(self.textures, part, batch.epoch), self.sizes[:1])[0]
+            for first in range(0, len(positions), _DECODED):
+                part = slice(first, first + _DECODED)
+                decoded, boxes = self._decoded(self.split, positions[part], batch.epoch)
+                if room.images is not None:
+                    for row, image in zip(room.images[part], decoded, strict=True):
+                        row.copy_(self.split.square(image))
+                self._cut(room.crops or [], part, decoded, boxes)
+                if self.textures is not None and room.textures is not None:
+                    self._cut([room.textures], part, *self._decoded(self.textures, positions[part], batch.epoch))
         except UserError as error:
             return error
-        done = batch._replace(
-            images=_stacked(images) if images else None,
-            crops=[_stacked(view) for view in crops],
-            textures=_stacked(textures) if textures else None,
-        )
+        done = room._replace(epoch=batch.epoch, positions=positions)
         return done.as_arrays() if self.piped else done
+
+    def _room(self, images: int) -> Batch:
+        """Return a batch with room for its pixels.
+
+        A worker writes into the same few pieces of shared memory in turn, since new memory is slow to get. A piece is
+        free again when its turn comes: the trainer has copied it before it asked for one batch more.
+        """
+        shared = get_worker_info() is not None and not self.piped
+        turn, self._turn = self._turn, (self._turn + 1) % (_AHEAD + 1)
+        if shared and turn < len(self._rooms):
+            return self._rooms[turn]
+        room = Batch(
+            epoch=0,
+            positions=torch.empty(0),
+            images=_empty(images, self.split.image_size, shared) if self.whole_images else None,
+            crops=[_empty(images, size, shared) for size in self.sizes],
+            textures=None if self.textures is None else _empty(images, self.sizes[0], shared),
+        )
+        if shared:
+            self._rooms.append(room)
+        return room
 
     def _decoded(self, split: FileSplit, index: Tensor, epoch: int) -> tuple[list[Tensor], Tensor]:
         """Return the images at `index` (n,), and the crops of their views in pixels, (V, n, 4) int64."""
@@ -502,12 +599,9 @@ class _Crops(TorchDataset[Any]):
             boxes = torch.cat([start, end - start], dim=-1)
         return decoded, boxes
 
-    def _cut(self, decoded: list[Tensor], boxes: Tensor, sizes: Sequence[int]) -> list[list[Tensor]]:
-        """Return the crops of the first views, one view per size."""
-        return [
-            [
-                F.resized_crop(image, *box, [size, size], InterpolationMode(recipe.interpolation), antialias=True)
-                for image, box in zip(decoded, of_view.tolist(), strict=True)
-            ]
-            for size, of_view, recipe in zip(sizes, boxes, self.augmentation.recipes, strict=False)
-        ]
+    def _cut(self, rooms: Sequence[Tensor], part: slice, decoded: list[Tensor], boxes: Tensor) -> None:
+        """Write the crops of the first views into their rooms, one view per room."""
+        for room, of_view, recipe in zip(rooms, boxes.tolist(), self.augmentation.recipes, strict=False):
+            size, mode = list(room.shape[2:]), InterpolationMode(recipe.interpolation)
+            for row, image, box in zip(room[part], decoded, of_view, strict=True):
+                row.copy_(F.resized_crop(image, *box, size, mode, antialias=True))

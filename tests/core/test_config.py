@@ -55,7 +55,7 @@ for choice in CHOICES:
     if choice.removeprefix("experiment=").startswith(FOLDERS):
         MANDATORY.setdefault(choice, ["dataset.root=images"])
 GROUPS = ["augment", "backbone", "background", "callbacks", "dataset", "evaluation", "hardware", "logger", "method"]
-GROUPS += ["negatives", "optimizer", "schedule", "trainer"]
+GROUPS += ["hard_negatives", "negatives", "optimizer", "schedule", "trainer"]
 
 
 @pytest.mark.parametrize("choice", CHOICES)

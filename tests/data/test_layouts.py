@@ -83,6 +83,11 @@ def test_a_ground_truth_that_does_not_fit_is_refused(imagenet):
     for content, words in (
         ("ILSVRC2012_val_00000001.JPEG 0\n", "has no class for .*00000002"),
         ("ILSVRC2012_val_00000001.JPEG 7\n", "has the class 7, and the 3 training folders count from 0"),
+        (
+            f"ILSVRC2012_val_00000001.JPEG {'9' * 5000}\n",
+            "has the class 9{30}, and the 3 training folders count from 0",
+        ),
+        (f"{'9' * 5000}\n", "is not the name of a file and its class"),
         ("ILSVRC2012_val_00000001.JPEG\n", "is not the name of a file and its class"),
         ("1\n2\n", r"put .*meta\.mat beside it"),
     ):
@@ -162,9 +167,10 @@ def test_tiny_imagenet_200_with_its_boxes(tiny_imagenet):
     assert data.tests["full"].boxes.tolist() == [[0, 0, 32, 21 + k] for k in range(3)]
     plain = opened("dataset=imagefolder", f"dataset.root={tiny_imagenet}")
     assert plain.tests["test"].labels.tolist() == [2, 1, 0]
-    (tiny_imagenet / "val/val_annotations.txt").write_text("val_0.JPEG\tn01440764\t0\tx\t1\t2\n")
-    with pytest.raises(UserError, match=r"Row 1 of .*val_annotations\.txt is not as published"):
-        opened("dataset=tiny_imagenet", f"dataset.root={tiny_imagenet}")
+    for word in ("x", "9" * 5000):
+        (tiny_imagenet / "val/val_annotations.txt").write_text(f"val_0.JPEG\tn01440764\t0\t{word}\t1\t2\n")
+        with pytest.raises(UserError, match=r"Row 1 of .*val_annotations\.txt is not as published"):
+            opened("dataset=tiny_imagenet", f"dataset.root={tiny_imagenet}")
 
 
 def test_tables_of_tiny_imagenet_name_every_image_once(tiny_imagenet):

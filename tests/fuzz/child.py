@@ -41,7 +41,7 @@ MAINS: dict[str, Callable[[Sequence[str]], int]] = {
 }
 CODES = (0, 2, 75, 130)
 SECONDS = 120
-"""A child that takes longer is killed."""
+"""A child that computes longer, or waits five times as long, is killed. One that trains has ten times as much."""
 MEMORY = 8 << 30
 """Bytes that a child may use, so that no line can take the machine down."""
 _PLACE = re.compile(
@@ -187,7 +187,9 @@ def _live(line: Line, place: Path, out: Path, err: Path, stops: bool) -> NoRetur
         os.chdir(place / "here")
         os.environ |= {"HOME": str(place / "home"), "WANDB_MODE": "offline", "TQDM_DISABLE": "1"}
         resource.setrlimit(resource.RLIMIT_DATA, (MEMORY, MEMORY))
-        signal.alarm(SECONDS if stops else 5 * SECONDS)
+        seconds = SECONDS if stops else 10 * SECONDS
+        resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds + 10))
+        signal.alarm(5 * seconds)
         socket.socket.connect = _no_network  # type: ignore[method-assign]
         ProcessLauncher._exit_code = lambda *_: 75  # type: ignore[method-assign]
         job.run_ranks = evaluating.run_ranks = lambda *_: 75

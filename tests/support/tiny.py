@@ -49,6 +49,7 @@ def pieces(
     data = data or dataset()
     backbone = build(settings.backbone, image_size=data.image_size)
     method = build(settings.method, backbone=backbone, classes=len(data.classes), mean=data.mean, std=data.std)
+    method.hard_negatives = build(settings.hard_negatives)
     module = Pretraining(
         method,
         build(settings.regularizer, channels=method.channels, method_temperature=method.temperature, dataset=data),
