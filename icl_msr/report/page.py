@@ -11,10 +11,11 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from icl_msr.core.records import ACCURACY, GAP, MEANINGS, TRAINED, UNTRAINED, Measurement, Outcome
+from icl_msr.core.saved import flatten
 from icl_msr.core.tables import Table
 from icl_msr.report import plots, words
 from icl_msr.report.plots import Dot, Plot, Series
-from icl_msr.report.runs import GAIN, Curve, Run, flatten
+from icl_msr.report.runs import GAIN, Curve, Run
 from icl_msr.report.summary import Configuration, Statistic, Summary, comparison, heading, headline
 from icl_msr.report.summary_tables import dataset_tables, everything_table, runs_table
 from icl_msr.report.tables import charts, tables

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 from icl_msr.core.figures import Overlays, grid
 from icl_msr.core.records import ACCURACY, CHANCE, GAP, MEANINGS, TRAINED, UNTRAINED, Classifier, Measurement
-from icl_msr.report.runs import GAIN, Failed, Run, find_runs, flatten
+from icl_msr.core.saved import flatten
+from icl_msr.report.runs import GAIN, Failed, Run, find_runs
 from icl_msr.report.words import LOSSES, main_classifiers
 
 if TYPE_CHECKING:
