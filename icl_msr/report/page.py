@@ -89,10 +89,11 @@ def summary_page(summary: Summary, folder: Path, pictures: Mapping[str, Mapping[
         for run in configuration.runs
         if (run.path / "report.html").exists()
     }
+    best = [(trial, os.path.relpath(Path(trial.folder) / "report.html", folder)) for trial in summary.best]
     return (
         _environment()
         .get_template("summary.html")
-        .render(summary=summary, datasets=datasets, runs=runs_table(summary, links))
+        .render(summary=summary, datasets=datasets, best=best, runs=runs_table(summary, links))
     )
 
 

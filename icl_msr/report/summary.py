@@ -2,7 +2,7 @@
 
 import statistics
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,6 +11,7 @@ from icl_msr.core.figures import Overlays, grid
 from icl_msr.core.records import ACCURACY, CHANCE, GAP, MEANINGS, TRAINED, UNTRAINED, Classifier, Measurement
 from icl_msr.core.saved import flatten
 from icl_msr.report.runs import GAIN, Failed, Run, find_runs
+from icl_msr.report.searches import Trial, best_trials
 from icl_msr.report.words import LOSSES, main_classifiers
 
 if TYPE_CHECKING:
@@ -90,6 +91,8 @@ class Summary:
     """Runs that are left out because a newer run has the same configuration and seed."""
     against: str | None = None
     """The baseline of all configurations; see `differences.compare`."""
+    best: list[Trial] = field(default_factory=list)
+    """The best trials of the searches among the folders."""
 
     def by_dataset(self) -> dict[str, list[Configuration]]:
         """Return the configurations by data set. Accuracies on different data never share a table."""
@@ -111,7 +114,9 @@ def summarise(paths: Iterable[Path], against: str | None = None) -> Summary:
     Raises:
         UserError: a path does not exist, or the folders hold no run.
     """
-    runs, failed = find_runs(list(paths))
+    paths = list(paths)
+    runs, failed = find_runs(paths)
+    trials, damaged = best_trials([*paths, *(run.path.parent for run in runs)])
     groups: dict[tuple[Any, ...], dict[int, Run]] = {}
     superseded = []
     for run in sorted(runs, key=lambda run: (run.path / "results.json").stat().st_mtime):
@@ -126,7 +131,8 @@ def summarise(paths: Iterable[Path], against: str | None = None) -> Summary:
         columns = _differing([seeds[0] for seeds in same_data])
         configurations += [Configuration(runs, _labels(runs[0], columns), _statistics(runs)) for runs in same_data]
     configurations.sort(key=lambda c: (c.dataset, *(_order(value) for value in c.labels.values())))
-    return Summary(configurations, _join_conditions(configurations), failed, superseded, against)
+    joined = _join_conditions(configurations)
+    return Summary(configurations, joined, [*failed, *damaged], superseded, against, trials)
 
 
 FURTHER = {
