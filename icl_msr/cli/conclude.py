@@ -192,7 +192,7 @@ def provenance(plan: Plan) -> dict[str, Any]:
         "commit": commit.stdout.strip() or None,
         "icl_msr": __version__,
         "python": platform.python_version(),
-        "torch": torch.__version__,
+        "torch": str(torch.__version__),  # a subclass of str otherwise
         "torchvision": version("torchvision"),
         "lightning": version("pytorch_lightning"),
         "hardware": str(plan),

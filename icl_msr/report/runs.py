@@ -188,17 +188,6 @@ def _run_folders(path: Path) -> Iterator[Path]:
             yield Path(folder)
 
 
-def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Return a nested mapping as a flat one with dotted keys."""
-    flat: dict[str, Any] = {}
-    for key, value in tree.items():
-        if isinstance(value, dict) and value:
-            flat |= flatten(value, f"{prefix}{key}.")
-        else:
-            flat[f"{prefix}{key}"] = value
-    return flat
-
-
 def _optional(file: Path) -> dict[str, Any]:
     """Return the mapping in a JSON file; an empty one if there is no such file."""
     try:
