@@ -51,7 +51,7 @@ $(VENV)-peers/installed: experiments/benchmarks/peers.txt pyproject.toml constra
 	$(VENV)-peers/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -r $< --editable '.[dev]'
 	@touch $@
 
-bench: $(VENV)-peers/installed ## Measure the speed of the hot paths, and against other libraries, as ratios (20 minutes)
+bench: $(VENV)-peers/installed ## Measure the speed of the hot paths, and against other libraries, as ratios (40 minutes)
 	$(VENV)-peers/bin/python -m experiments.benchmarks.speed
 	NO_ALBUMENTATIONS_UPDATE=1 $(VENV)-peers/bin/python -m experiments.benchmarks.peers
 

@@ -1,7 +1,12 @@
 """Timing for all benchmarks. Rounds alternate in one process, so that a busy machine slows all pieces alike."""
 
+import ctypes
+import gc
+import re
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
+from pathlib import Path
 
 import torch
 
@@ -38,3 +43,23 @@ def stopwatch(call: Callable[[], object], device: torch.device | None = None) ->
     if device is not None and device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter() - start
+
+
+def peak_memory(call: Callable[[], object]) -> float | None:
+    """Return the megabytes that a call adds to this process at its peak; None where the system cannot tell."""
+    try:
+        gc.collect()
+        with suppress(AttributeError):  # libraries of C other than glibc
+            ctypes.CDLL(None).malloc_trim(0)
+        Path("/proc/self/clear_refs").write_text("5")  # forgets the peak so far
+    except OSError:
+        return None
+    before = _resident("VmRSS")
+    call()
+    return _resident("VmHWM") - before
+
+
+def _resident(kind: str) -> float:
+    found = re.search(rf"{kind}:\s+(\d+) kB", Path("/proc/self/status").read_text())
+    assert found is not None
+    return int(found[1]) / 1024

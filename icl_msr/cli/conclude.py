@@ -5,6 +5,7 @@ import resource
 import subprocess
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -123,13 +124,14 @@ def evaluate(settings: Settings, plan: Plan, pieces: Pieces, folder: RunFolder, 
 def scene_of(pieces: Pieces, plan: Plan, results: Results) -> Scene:
     """Return the input of a run's pictures."""
     module = pieces.module.to(plan.device)
-    return make_scene(
+    scene = make_scene(
         module,
         pieces.dataset,
         lambda: next(pieces.data.epoch(0, module.device)),
         features=results.features.get(TRAINED, {}),
         maps=pieces.without_maps is None,
     )
+    return replace(scene, overlays=results.overlays)
 
 
 def conclude(
@@ -190,7 +192,7 @@ def provenance(plan: Plan) -> dict[str, Any]:
         "commit": commit.stdout.strip() or None,
         "icl_msr": __version__,
         "python": platform.python_version(),
-        "torch": torch.__version__,
+        "torch": str(torch.__version__),  # a subclass of str otherwise
         "torchvision": version("torchvision"),
         "lightning": version("pytorch_lightning"),
         "hardware": str(plan),

@@ -178,8 +178,9 @@ def write(
         wall_time_s=seconds,
         records=results.records,
     )
+    scene = Scene(dataset, results.features.get(TRAINED, {}), overlays=results.overlays)
     with stoppable(folder.farewell_of_evaluation):
-        conclude(folder, outcome, Scene(dataset, results.features.get(TRAINED, {})), [], console)
+        conclude(folder, outcome, scene, [], console)
 
 
 def _config(order: Order, trained: Mapping[str, Any]) -> dict[str, Any]:

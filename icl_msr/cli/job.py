@@ -27,14 +27,14 @@ from icl_msr.core.errors import UserError
 from icl_msr.core.folder import RunFolder
 from icl_msr.core.ranks import is_first, is_rank
 from icl_msr.core.records import Outcome, chosen_metric
-from icl_msr.core.saved import WRITTEN, as_yaml
+from icl_msr.core.saved import WRITTEN, as_yaml, flatten
 from icl_msr.core.signals import stoppable
 from icl_msr.core.storage import FULL, atomic_write
 from icl_msr.core.terminal import plain_console
 from icl_msr.data.dataset import Dataset
 from icl_msr.models.checkpoint import read_checkpoint
 from icl_msr.report import has_page, write_report
-from icl_msr.report.runs import flatten, read_curves
+from icl_msr.report.runs import read_curves
 from icl_msr.training.hardware import Hardware, Plan
 from icl_msr.training.loggers import Dashboard
 from icl_msr.training.module import Pretraining

@@ -89,6 +89,7 @@ class Loader(BaseModel):
     block: PositiveInt | None = None
     whole_images: bool | None = None
     reduced_jpeg: bool = False
+    sampler: Literal["uniform", "group_balanced"] = "uniform"
 
 
 class Settings(BaseModel):

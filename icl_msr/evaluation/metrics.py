@@ -45,12 +45,18 @@ class Bootstrap:
         return _interval(centre, self._means(first) - self._means(second, stream=1))
 
     def ratio(self, first: Tensor, second: Tensor) -> Interval:
-        """Return the mean of `first` (n,) divided by the mean of `second` (n,), with its interval, drawn together.
+        """Return the mean of `first` (n,) divided by the mean of `second` (n,), with its interval, drawn together."""
+        return self.jointly([first, second], lambda means: means[0] / means[1])
 
-        A resample whose second mean is zero is left out.
+    def jointly(self, columns: Sequence[Tensor], combine: Callable[[Tensor], Tensor]) -> Interval:
+        """Return a statistic of the means of several values of the same images, which are drawn together.
+
+        `columns` are values (n,). `combine` maps means (columns, resamples) to the statistic (resamples,). Resamples
+        for which it is not finite are left out.
         """
-        above, below = self._means(first), self._means(second)
-        return _interval(first.float().mean() / second.float().mean(), (above / below)[below != 0])
+        centre = combine(torch.stack([column.float().mean().cpu() for column in columns])[:, None])
+        resampled = combine(torch.stack([self._means(column) for column in columns]))
+        return _interval(centre[0], resampled[resampled.isfinite()])
 
     def of_parts(self, parts: Sequence[Tensor], combine: Callable[[Tensor], Tensor]) -> Interval:
         """Return a statistic of the means of several sets of images, with its interval.

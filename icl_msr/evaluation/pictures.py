@@ -6,16 +6,16 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 import torch
 import torch.nn.functional as F
 from matplotlib.figure import Figure
-from matplotlib.patches import Rectangle
 from torch import Tensor
 
 from icl_msr.core.errors import UserError, reason
-from icl_msr.core.figures import plain
+from icl_msr.core.figures import Overlays, grid, plain
 from icl_msr.core.folder import RunFolder
 from icl_msr.core.storage import atomic_write, replacing
 from icl_msr.core.views import Views
@@ -169,6 +169,8 @@ class Scene:
     backbone: Backbone | None = None
     strata: Callable[[Tensor], Tensor] | None = None
     """Maps normalised images to A(X), (N, S, c)."""
+    overlays: Overlays | None = None
+    """Maps of the encoders over test images."""
 
     @cached_property
     def views(self) -> Views | None:
@@ -221,11 +223,26 @@ def _map(scene: Scene, path: Path) -> str | None:
     return map_figure(scene.dataset, features, scene.split, path)
 
 
+def _attention(scene: Scene, path: Path) -> str | None:
+    found = scene.overlays
+    if found is None:
+        return None
+    rows = {
+        f"{kind}, {encoder}": (found.images, maps) for kind, by in found.maps.items() for encoder, maps in by.items()
+    }
+    _save(grid({"image": found.images, **rows}, outlines=found.masks), path)
+    return (
+        "Where the last feature map is strong (Eigen-CAM, which knows no class) and what a linear probe takes for "
+        "the class from (Grad-CAM). Each map is scaled by itself; the line is the outline of the object."
+    )
+
+
 PICTURES: dict[str, Callable[[Scene, Path], str | None]] = {
     "views.png": _views,
     "negatives.png": _negatives,
     "strata.png": _strata,
     "weights.png": _weights,
+    "attention.png": _attention,
     "neighbours.png": _neighbours,
     "map.png": _map,
 }
@@ -267,27 +284,13 @@ def pixels(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tenso
 def _grid(
     rows: Mapping[str, Tensor | tuple[Tensor, Tensor]], path: Path, marks: Mapping[str, Tensor] | None = None
 ) -> None:
-    """Draw a row per name and a column per image. A pair of images and maps is drawn as an overlay."""
-    columns = max(len(r[0] if isinstance(r, tuple) else r) for r in rows.values())
-    size = (columns * 0.9 + 1.1, len(rows) * 0.93)
-    figure = Figure(figsize=size, dpi=110)
-    axes = figure.add_axes(
-        (1.1 / size[0], 0.01, 0.995 - 1.1 / size[0], 0.98)
-    )  # one Axes for all images: one for each would take a second
-    axes.set_axis_off()
-    for line, (name, row) in enumerate(rows.items()):
-        axes.text(-0.09, line + 0.5, plain(name), ha="right", va="center", fontsize=9)
-        images, maps = row if isinstance(row, tuple) else (row, None)
-        for column in range(len(images)):
-            place = (column + 0.03, column + 0.97, line + 0.97, line + 0.03)
-            image = images[column].permute(1, 2, 0).cpu().numpy()
-            if maps is None:
-                axes.imshow(image, extent=place)
-            else:
-                axes.imshow(image.mean(axis=2), cmap="gray", vmin=0, vmax=255, extent=place)
-                axes.imshow(maps[column].cpu().numpy(), cmap="inferno", alpha=0.6, vmin=0, vmax=1, extent=place)
-            if marks and name in marks:
-                colour = "#009e73" if marks[name][column] else "#bbbbbb"
-                axes.add_patch(Rectangle((place[0], place[3]), 0.94, 0.94, fill=False, edgecolor=colour, linewidth=2))
-    axes.set(xlim=(0, columns), ylim=(len(rows), 0), aspect="auto")
-    _save(figure, path)
+    """Draw images (n, 3, H, W) by row, or pairs of images and maps (n, h, w), with frames as in `figures.grid`."""
+
+    def drawn(images: Tensor) -> Any:
+        return images.permute(0, 2, 3, 1).cpu().numpy()
+
+    shown = {
+        name: (drawn(row[0]), row[1].cpu().numpy()) if isinstance(row, tuple) else drawn(row)
+        for name, row in rows.items()
+    }
+    _save(grid(shown, marks={name: chosen.cpu().numpy() for name, chosen in (marks or {}).items()}), path)

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from icl_msr.core.config import suggestion
 from icl_msr.core.errors import UserError
+from icl_msr.core.figures import Overlays
 from icl_msr.core.folder import RunFolder
 from icl_msr.core.records import (
     ACCURACY,
@@ -95,12 +96,16 @@ class Results:
     writes them for paired comparisons between runs."""
     features: dict[str, dict[str, Tensor]] = field(default_factory=dict)
     """Features float32 (N, c) on the CPU, by encoder and split (`train`, `balanced` and the test splits)."""
+    overlays: Overlays | None = None
+    """Maps over some test images. `save` writes them, so that a summary can show those of several encoders."""
 
     def save(self, folder: Path) -> None:
-        """Write `predictions.npz`, and each list as a text file with one name per line."""
+        """Write `predictions.npz`, `overlays.npz`, and each list as a text file with one name per line."""
         advice = RunFolder(folder).advice
         with replacing(folder / "predictions.npz", advice) as whole:
             np.savez_compressed(whole, **self.predictions)  # type: ignore[arg-type]
+        if self.overlays is not None:
+            self.overlays.save(folder, advice)
         for file, names in self.lists.items():
             atomic_write(folder / file, "\n".join(names) + "\n", advice)
 
@@ -110,6 +115,7 @@ class Results:
         self.lists = self.lists | other.lists | self.lists
         self.predictions = self.predictions | other.predictions | self.predictions
         self.features = self.features | other.features | self.features
+        self.overlays = self.overlays or other.overlays
 
 
 class Extractor(Protocol):

@@ -2,9 +2,11 @@
 
 import json
 import os
+import re
 import sys
 from dataclasses import asdict
 from functools import partial
+from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +14,7 @@ from icl_msr.core.storage import atomic_write
 from icl_msr.core.tables import Table
 from icl_msr.report.differences import compare
 from icl_msr.report.page import summary_page
-from icl_msr.report.summary import Statistic, Summary
+from icl_msr.report.summary import Statistic, Summary, overlays
 from icl_msr.report.summary_tables import dataset_tables, everything, flat_differences, flat_summary
 
 if TYPE_CHECKING:
@@ -34,18 +36,29 @@ def print_summary(summary: Summary, console: "Console") -> None:
 
 
 def write_summary(summary: Summary, folder: Path) -> list[Path]:
-    """Write `summary.csv`, `.md`, `.json`, `report.html` and `summary.tex` into the folder, and return their paths."""
+    """Write `summary.csv`, `.md`, `.json`, `report.html` and `summary.tex` into the folder, and return their paths.
+
+    Maps over the same images, if there are any, become pictures such as `grad-cam-confounded.png`.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    pictures: dict[str, dict[str, Path]] = {}
+    for dataset, rows in summary.by_dataset().items():
+        for kind, figure in overlays(rows).items():
+            file = folder / (re.sub(r"\W+", "-", f"{kind} {dataset}").lower() + ".png")
+            drawn = BytesIO()
+            figure.savefig(drawn, format="png", dpi=220)  # for slides
+            atomic_write(file, drawn.getvalue())
+            pictures.setdefault(dataset, {})[kind] = file
     contents = {
         "summary.csv": flat_summary(summary).csv(),
         "summary.md": as_markdown(summary),
         "summary.json": as_json(summary),
-        "report.html": summary_page(summary, folder.resolve()),
+        "report.html": summary_page(summary, folder.resolve(), pictures),
         "summary.tex": as_latex(summary),
     }
-    folder.mkdir(parents=True, exist_ok=True)
     for name, content in contents.items():
         atomic_write(folder / name, content)
-    return [folder / name for name in contents]
+    return [*(folder / name for name in contents), *(file for found in pictures.values() for file in found.values())]
 
 
 def send(summary: Summary, folder: Path, project: str) -> None:

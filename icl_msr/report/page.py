@@ -3,7 +3,7 @@
 import base64
 import itertools
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,10 +11,11 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from icl_msr.core.records import ACCURACY, GAP, MEANINGS, TRAINED, UNTRAINED, Measurement, Outcome
+from icl_msr.core.saved import flatten
 from icl_msr.core.tables import Table
 from icl_msr.report import plots, words
 from icl_msr.report.plots import Dot, Plot, Series
-from icl_msr.report.runs import GAIN, Curve, Run, flatten
+from icl_msr.report.runs import GAIN, Curve, Run
 from icl_msr.report.summary import Configuration, Statistic, Summary, comparison, heading, headline
 from icl_msr.report.summary_tables import dataset_tables, everything_table, runs_table
 from icl_msr.report.tables import charts, tables
@@ -63,13 +64,20 @@ def _section(table: Table, outcome: Outcome) -> Section:
     return Section(table, " ".join(SAID[table.name](records)) if table.name in SAID else "", drawn)
 
 
-def summary_page(summary: Summary, folder: Path) -> str:
-    """Return the HTML page of many runs. Links to the runs' pages are relative to `folder`, where the page will lie."""
+def summary_page(summary: Summary, folder: Path, pictures: Mapping[str, Mapping[str, Path]]) -> str:
+    """Return the HTML page of many runs.
+
+    Args:
+        summary: the content.
+        folder: where the page will lie. Links to the runs' pages are relative to it.
+        pictures: PNG files by data set and title.
+    """
     datasets = {
         dataset: {
             "tables": dataset_tables(summary, dataset),
             "plots": [_comparison(record, rows) for record in headline(rows)],
             "races": _races(rows),
+            "pictures": [(title, _png(file)) for title, file in pictures.get(dataset, {}).items()],
             "comparison": comparison(rows),
             "everything": everything_table(rows),
         }

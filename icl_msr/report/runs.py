@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from icl_msr.core.errors import UserError
+from icl_msr.core.figures import Overlays
 from icl_msr.core.folder import RunFolder
 from icl_msr.core.records import TRAINED, UNTRAINED, Measurement, Outcome
 from icl_msr.core.saved import read
@@ -99,13 +100,20 @@ class Run:
         pictures = [Picture(there[name], str(captions.get(name, ""))) for name in names]
         return [picture for picture in pictures if picture.file.read_bytes().startswith(b"\x89PNG")]
 
+    @cached_property
+    def overlays(self) -> Overlays | None:
+        """Maps of the encoders over test images; None if there are none."""
+        with suppress(FileNotFoundError), readable(self.path / Overlays.FILE, WITHOUT):
+            return Overlays.load(self.path)
+        return None
+
     def require_whole(self) -> None:
         """Read the files that a table over several runs needs.
 
         Raises:
             UserError: one of them is damaged.
         """
-        _ = self.config, self.environment, self.curves
+        _ = self.config, self.environment, self.curves, self.overlays
         file = self.path / "predictions.npz"
         with suppress(FileNotFoundError), readable(file, WITHOUT):
             read_arrays(file)
@@ -178,17 +186,6 @@ def _run_folders(path: Path) -> Iterator[Path]:
         if is_run(Path(folder)):
             inner.clear()
             yield Path(folder)
-
-
-def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Return a nested mapping as a flat one with dotted keys."""
-    flat: dict[str, Any] = {}
-    for key, value in tree.items():
-        if isinstance(value, dict) and value:
-            flat |= flatten(value, f"{prefix}{key}.")
-        else:
-            flat[f"{prefix}{key}"] = value
-    return flat
 
 
 def _optional(file: Path) -> dict[str, Any]:

@@ -5,11 +5,16 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from icl_msr.core.figures import Overlays, grid
 from icl_msr.core.records import ACCURACY, CHANCE, GAP, MEANINGS, TRAINED, UNTRAINED, Classifier, Measurement
-from icl_msr.report.runs import GAIN, Failed, Run, find_runs, flatten
+from icl_msr.core.saved import flatten
+from icl_msr.report.runs import GAIN, Failed, Run, find_runs
 from icl_msr.report.words import LOSSES, main_classifiers
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 CONDITIONS = [("full", "full"), ("full", "fg"), ("fg", "fg"), ("fg", "full")]
 """Pairs (pre-trained on, tested on), in the order of the paper."""
@@ -208,6 +213,31 @@ def comparison(rows: list[Configuration]) -> str:
         f"When {MEANINGS[gap.split, gap.minus]}, {least.label} loses least on average, {least.metrics[gap]} points, "
         f"and {most.label} most, {most.metrics[gap]} points."
     )
+
+
+def overlays(rows: list[Configuration]) -> dict[str, "Figure"]:
+    """Draw, for each kind of map, the same images with the maps of every configuration, and of the untrained encoder.
+
+    The first seed of a configuration stands for it. Those that were measured on other images are left out.
+    """
+    found = {row.label or row.runs[0].outcome.name: row.runs[0].overlays for row in rows}
+    known = {label: one for label, one in found.items() if one is not None}
+    first = next(iter(known.values()), None)
+    alike = {} if first is None else {label: one for label, one in known.items() if _pixels(one) == _pixels(first)}
+    if first is None or len(alike) < 2:
+        return {}
+    figures = {}
+    for kind in first.maps:
+        maps = {label: one.maps[kind][TRAINED] for label, one in alike.items() if TRAINED in one.maps.get(kind, {})}
+        if UNTRAINED in first.maps[kind]:
+            maps[UNTRAINED] = first.maps[kind][UNTRAINED]
+        pairs = {label: (first.images, own) for label, own in maps.items()}
+        figures[kind] = grid({"image": first.images, **pairs}, outlines=first.masks)
+    return figures
+
+
+def _pixels(of: Overlays) -> tuple[Any, bytes]:
+    return of.images.shape, of.images.tobytes()
 
 
 def _dataset(run: Run) -> str:

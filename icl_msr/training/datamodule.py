@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
 import pytorch_lightning as pl
 import torch
@@ -23,7 +23,7 @@ from typing_extensions import override
 from icl_msr.augment import Augmentation, Background
 from icl_msr.augment.background import NARROWEST, widest
 from icl_msr.core.errors import UserError
-from icl_msr.core.randomness import keys, permutation
+from icl_msr.core.randomness import integers, keys, permutation
 from icl_msr.core.signals import SIGNALS
 from icl_msr.core.views import AlphaMode, AlphaSchedule, NonSemantic, Views
 from icl_msr.data.crops import boxes_around
@@ -39,6 +39,9 @@ NEGATIVES = -2
 
 BACKGROUNDS = 1 << 10
 """The view number of the keys of the first view's background; those of the other views follow."""
+
+GROUPS = -6
+"""The view number of the keys that order the groups of a balanced epoch."""
 
 _DECODED = 16  # photographs that a worker holds in memory at once
 _AHEAD = 2  # batches that a worker makes before the trainer has taken the first of them
@@ -95,6 +98,28 @@ class Negatives(Protocol):
         ...
 
 
+def group_balanced(groups: Tensor, seed: int, epoch: int) -> Tensor:
+    """Return an order of N images in which every group is drawn equally often: int64 (N,), on the CPU.
+
+    The order is made of rounds of one image per group, in random order. The images of a group are taken one after the
+    other, in random order, and again from the first. So an image comes back as late as it can, and images of large
+    groups are left out of an epoch.
+
+    Args:
+        groups: int64 (N,), the group of each image; those of group -1 are never drawn.
+        seed, epoch: of the order.
+    """
+    order = permutation(seed, epoch, len(groups))
+    order = order[groups[order] >= 0]
+    names, group, counts = torch.unique(groups[order], return_inverse=True, return_counts=True)
+    members = order[group.argsort(stable=True)]
+    first = counts.cumsum(0) - counts
+    rounds = torch.arange(-(-len(groups) // len(names)))
+    images = members[first + rounds[:, None] % counts]  # (rounds, groups)
+    shuffled = integers(keys(seed, epoch, rounds, GROUPS), len(names)).argsort(dim=1, stable=True)
+    return images.gather(1, shuffled).flatten()[: len(groups)]
+
+
 class EpochBatches:
     """Yields a rank's part of every batch of an epoch. It depends only on the seed and the epoch.
 
@@ -110,6 +135,7 @@ class EpochBatches:
         world_size: int = 1,
         fixed: bool = False,
         block: int | None = None,
+        groups: Tensor | None = None,
     ) -> None:
         if batch_size > length:
             raise UserError(
@@ -126,6 +152,8 @@ class EpochBatches:
         """True if every epoch has the order of the first one, as `Trainer(overfit_batches=...)` asks for."""
         self.block = block
         """The images that are mixed at a time; None mixes all. See `permutation`."""
+        self.groups = groups
+        """The group of each image, if groups are to be drawn equally often. See `group_balanced`."""
         self.epoch = 0
         self.first = 0
         """The first batch of the epoch to yield. A resumed run skips the batches that it has seen."""
@@ -134,7 +162,11 @@ class EpochBatches:
         return self.length // self.batch_size
 
     def __iter__(self) -> Iterator[Batch]:
-        order = permutation(self.seed, 0 if self.fixed else self.epoch, self.length, self.block)
+        epoch = 0 if self.fixed else self.epoch
+        if self.groups is None:
+            order = permutation(self.seed, epoch, self.length, self.block)
+        else:
+            order = group_balanced(self.groups, self.seed, epoch)
         for batch in range(self.first, len(self)):
             start = batch * self.batch_size + self.rank * self.share
             yield Batch(self.epoch, order[start : start + self.share])
@@ -161,6 +193,7 @@ class DataModule(pl.LightningDataModule):
         reduced_jpeg: whether a large JPEG is decoded at 1/2, 1/4 or 1/8 of its sides, if every crop and the whole image
             are then still as large as they are needed. It is faster, and changes the pixels a little.
         background: the change of some views' backgrounds, or None.
+        sampler: `group_balanced` draws every group of the data set equally often. An epoch keeps its number of batches.
     """
 
     def __init__(
@@ -177,6 +210,7 @@ class DataModule(pl.LightningDataModule):
         whole_images: bool = True,
         reduced_jpeg: bool = False,
         background: Background | None = None,
+        sampler: Literal["uniform", "group_balanced"] = "uniform",
     ) -> None:
         super().__init__()
         self.dataset, self.augmentation, self.negatives = dataset, augmentation, negatives
@@ -190,6 +224,7 @@ class DataModule(pl.LightningDataModule):
             self._textures = negatives.open(dataset)
             self._first_view = replace(augmentation, views=augmentation.views[:1])
         self._labels = dataset.train.labels
+        self.groups = None if sampler == "uniform" else _groups(dataset, batch_size, block)
         self.background = background
         if background is not None:
             background.require(len(augmentation.recipes))
@@ -223,7 +258,14 @@ class DataModule(pl.LightningDataModule):
             source = _Crops(train, textures, self.augmentation, sizes, self.seed, whole_images, self.reduced_jpeg)
         fixed = bool(trainer.overfit_batches)  # type: ignore[attr-defined]
         batches = EpochBatches(
-            len(train), self.batch_size, self.seed, trainer.global_rank, trainer.world_size, fixed, self.block
+            len(train),
+            self.batch_size,
+            self.seed,
+            trainer.global_rank,
+            trainer.world_size,
+            fixed,
+            self.block,
+            self.groups,
         )
         workers = self.num_workers if isinstance(train, FileSplit) else 0
         if isinstance(source, _Crops) and workers:
@@ -366,6 +408,34 @@ def _objects(dataset: Dataset) -> _Objects:
             f"{len(able)} of them; type background=none."
         )
     return _Objects(train.masks, boxes, able)
+
+
+def _groups(dataset: Dataset, batch_size: int, block: int | None) -> Tensor:
+    """Return the group of each training image.
+
+    Raises:
+        UserError: the groups are not known, or images must be read in blocks.
+    """
+    groups = dataset.groups("train")
+    if groups is None or not (groups >= 0).any():
+        raise UserError(
+            f"loader.sampler=group_balanced needs the group of each training image, and {dataset.name} has none; "
+            "choose dataset=confounded or dataset=wilds, or type loader.sampler=uniform."
+        )
+    if block is not None:
+        raise UserError(
+            "loader.sampler=group_balanced reads images from everywhere, and loader.block reads them in blocks; type "
+            "loader.block=null, or loader.sampler=uniform."
+        )
+    counts = groups[groups >= 0].bincount()
+    counts = counts[counts > 0]
+    if batch_size > (room := int(counts.min() - 1) * len(counts) + 1):
+        warnings.warn(
+            f"The smallest of the {len(counts)} groups has {counts.min()} training images, so that a batch of "
+            f"{batch_size} may hold an image more than once; batches of up to {room} do not.",
+            stacklevel=2,
+        )
+    return groups
 
 
 class _TrainLoader:

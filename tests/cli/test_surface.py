@@ -70,7 +70,7 @@ def test_several_loggers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     done = finish(tmp_path, *words, "trainer.max_epochs=1")
     assert steps(done.folder) == [0, 1, 2]
     assert list(done.folder.glob("wandb/offline-run-*/*.wandb"))
-    assert list(done.folder.glob("tensorboard/events.out.*"))
+    assert list(done.folder.glob("tensorboard/*/events.out.*"))
     with (done.folder / "lightning_logs" / "version_0" / "metrics.csv").open() as file:
         theirs = [row for row in csv.DictReader(file) if row["loss"]]
     assert [row["loss"] for row in theirs] == [row["loss"] for row in rows(done.folder) if row["loss"]]

@@ -159,7 +159,7 @@ def test_all_csv_files_have_one_writer() -> None:
     writers = {
         str(file.relative_to(root)) for file in files if re.search("csv.(Dict)?[wW]riter|to_csv", file.read_text())
     }
-    assert writers == {"icl_msr/core/tables.py", "icl_msr/training/loggers.py"}
+    assert writers == {"icl_msr/core/tables.py", "icl_msr/training/loggers/metrics_file.py"}
 
 
 def test_lines_over_an_axis_of_numbers_and_names_that_mean_something_to_matplotlib() -> None:

@@ -18,10 +18,10 @@ from PIL import Image
 
 from icl_msr.augment import Augmentation, Background
 from icl_msr.core.errors import UserError
-from icl_msr.data.dataset import ArraySplit, Dataset, normalise
+from icl_msr.data.dataset import ArraySplit, Attribute, Dataset, normalise
 from icl_msr.data.files import FileSplit
 from icl_msr.training import datamodule
-from icl_msr.training.datamodule import Batch, DataModule, EpochBatches
+from icl_msr.training.datamodule import Batch, DataModule, EpochBatches, group_balanced
 
 MEAN, STD = (0.4, 0.5, 0.6), (0.2, 0.25, 0.3)
 
@@ -422,3 +422,64 @@ def test_backgrounds_need_the_images_in_memory(files):
     ):
         module(split, background=Background(**SWAP, views=[1]))
     module(split.in_memory(), background=Background(**SWAP, views=[1]))
+
+
+GROUPED = torch.tensor([0] * 60 + [1] * 7 + [2] * 25 + [-1] * 4 + [4] * 9)
+
+
+def test_a_balanced_epoch_draws_every_group_equally_often():
+    for seed, epoch in ((0, 0), (0, 1), (1, 0)):
+        order = group_balanced(GROUPED, seed, epoch)
+        assert len(order) == 105
+        drawn = GROUPED[order]
+        for start in range(0, 104, 4):  # rounds of the four groups that have images
+            assert sorted(drawn[start : start + 4].tolist()) == [0, 1, 2, 4]
+        for group in (0, 1, 2, 4):
+            places = (drawn == group).nonzero()[:, 0]
+            images, count = order[places].tolist(), int((group == GROUPED).sum())
+            assert len(set(images[:count])) == min(count, len(images))  # all of them before the first comes again
+            assert images[count:] == images[: len(images) - count]
+    assert not torch.equal(group_balanced(GROUPED, 0, 0), group_balanced(GROUPED, 0, 1))
+    first = torch.stack([GROUPED[group_balanced(GROUPED, 0, epoch)[0]] for epoch in range(40)])
+    assert len(first.unique()) == 4  # the order within a round is random
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 4])
+def test_balanced_ranks_and_resumed_epochs_see_the_same_batches(world_size):
+    whole = EpochBatches(105, 8, 3, groups=GROUPED)
+    whole.epoch = 2
+    ranks = [EpochBatches(105, 8, 3, rank, world_size, groups=GROUPED) for rank in range(world_size)]
+    for batches in ranks:
+        batches.epoch, batches.first = 2, 5
+    for batch, *parts in zip(list(whole)[5:], *ranks, strict=True):
+        assert torch.equal(batch.positions, torch.cat([part.positions for part in parts]))
+
+
+def grouped(count):
+    split = ArraySplit(torch.zeros(count, 3, 8, 8, dtype=torch.uint8), torch.arange(count) % 2)
+    attribute = Attribute("place", ["here", "there"], {"train": (torch.arange(count) < 3).long()})
+    return Dataset("x", ["a", "b"], 8, split, {}, mean=MEAN, std=STD, attribute=attribute)
+
+
+def balanced_module(data, batch_size=4, **keys):
+    return DataModule(
+        data,
+        augmentation(),
+        None,
+        batch_size=batch_size,
+        num_workers=0,
+        seed=0,
+        channels_last=False,
+        sampler="group_balanced",
+        **keys,
+    )
+
+
+def test_a_balanced_module_takes_the_groups_of_the_data():
+    with pytest.warns(UserWarning, match="The smallest of the 4 groups has 1 training images"):
+        module = balanced_module(grouped(20))
+    assert module.groups.tolist() == grouped(20).groups("train").tolist()
+    with pytest.raises(UserError, match="needs the group of each training image, and x has none"):
+        balanced_module(dataset(ArraySplit(torch.zeros(9, 3, 8, 8, dtype=torch.uint8), torch.zeros(9).long())))
+    with pytest.raises(UserError, match=r"loader\.block=null"):
+        balanced_module(grouped(20), block=256)

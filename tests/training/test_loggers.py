@@ -27,6 +27,7 @@ from support.inprocess import TRAINER, WORDS, Finished, finish
 from support.uploads import Sent, sent
 from support.written import write_run
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 
 from icl_msr.cli import job as program
 from icl_msr.cli.job import closing
@@ -421,7 +422,7 @@ def test_the_state_of_the_code_is_saved(
     for words in (["init", "-q"], ["add", "code.py"], ["commit", "-q", "-m", "one"]):
         subprocess.run([*git, *words], check=True)
     commit = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
-    monkeypatch.setattr(loggers, "CHECKOUT", home)
+    monkeypatch.setattr("icl_msr.training.loggers.wandb.CHECKOUT", home)
     for number, text in enumerate(("one\n", "two\n")):
         (home / "code.py").write_text(text)
         folder = tmp_path / str(number)
@@ -638,8 +639,10 @@ def test_a_row_that_a_kill_has_cut_is_left_out(torn: str, tmp_path: Path) -> Non
 # TensorBoard
 
 
-def events(folder: Path) -> EventAccumulator:
-    found = EventAccumulator(str(folder), size_guidance={"scalars": 0, "images": 0})
+def events(folder: Path, name: str = FRESH.name) -> EventAccumulator:
+    """Return what TensorBoard shows of a run by its name."""
+    home = folder / "tensorboard" / name
+    found = EventAccumulator(str(home), size_guidance={"scalars": 0, "images": 0, "tensors": 0})
     found.Reload()
     return found
 
@@ -651,16 +654,25 @@ def scalars(found: EventAccumulator, name: str) -> list[tuple[int, float]]:
 def test_tensorboard_shows_curves_final_numbers_and_pictures(tmp_path: Path, story: Story) -> None:
     few = ("regularizer=none", "evaluation=none", "trainer.max_epochs=1")
     done = finish(tmp_path, *few, "logger=tensorboard")
-    found = events(done.folder / "tensorboard")
+    name = "moco-none-patch-confounded-tiny seed=0"
+    assert [path.name for path in (done.folder / "tensorboard").iterdir()] == [name]
+    found = events(done.folder, name)
     for name in ("loss", "lr", "online/knn"):
         rows = [row for row in table(done.folder / "metrics.csv") if row[name]]
         assert scalars(found, name) == [(int(row["step"]), pytest.approx(float(row[name]))) for row in rows]
     assert scalars(found, "final/metric") == [(0, pytest.approx(done.values[0]))]
+    (text,) = found.Tensors("config/text_summary")[0].tensor_proto.string_val
+    assert "\n      temperature: 0.2\n" in text.decode()
+    table_row = HParamsPluginData.FromString(
+        found.SummaryMetadata("_hparams_/session_start_info").plugin_data.content
+    ).session_start_info.hparams
+    assert table_row["method.temperature"].number_value == 0.2
+    assert table_row["choices.method"].string_value == "moco"
     # The run before had all pictures.
     logger = TensorBoard(tmp_path, FRESH)
     logger.conclude(story.folder)
     logger.close(0)
-    found = events(tmp_path / "tensorboard")
+    found = events(tmp_path)
     assert set(found.Tags()["images"]) == {f"pictures/{Path(name).stem}" for name in PICTURES}
     picture = imread(story.folder / "figures" / "views.png")
     (shown,) = found.Images("pictures/views")
@@ -676,7 +688,7 @@ def test_tensorboard_forgets_what_a_continued_run_repeats(tmp_path: Path) -> Non
         for step in steps:
             logger.log_metrics({"loss": value}, step)
         logger.close(0)
-    assert scalars(events(tmp_path / "tensorboard"), "loss") == [(i, 1.0 if i < 4 else 2.0) for i in range(8)]
+    assert scalars(events(tmp_path), "loss") == [(i, 1.0 if i < 4 else 2.0) for i in range(8)]
 
 
 def test_tensorboard_that_is_not_installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

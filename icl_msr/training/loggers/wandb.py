@@ -1,34 +1,27 @@
-"""Loggers of numbers and pictures: the CSV file that every run writes, and dashboards."""
+"""Weights & Biases."""
 
-import csv
-import io
 import json
 import os
 import re
-import secrets
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
+from typing import Any, Literal
 
 import numpy as np
-from pytorch_lightning.loggers import TensorBoardLogger
 from pytorch_lightning.loggers.logger import Logger
-from pytorch_lightning.utilities import rank_zero_only
 from typing_extensions import override
 
 from icl_msr.core import slurm
 from icl_msr.core.errors import PREEMPTED, UserError, reason
-from icl_msr.core.folder import RunFolder
 from icl_msr.core.ranks import is_first
 from icl_msr.core.records import Outcome, dashboard_name
-from icl_msr.core.storage import atomic_write, read_json, readable
-from icl_msr.core.tables import Table, csv_text, inert
+from icl_msr.core.storage import atomic_write
+from icl_msr.core.tables import Table
+from icl_msr.training.loggers.base import About, Picture, figures, forgiving, identity, new_identity, unless_lost
 
 STEP = "trainer/global_step"
 """Name of the horizontal axis of W&B's curves: optimiser steps."""
@@ -48,113 +41,8 @@ VARIABLES = {
 }
 """Arguments of `wandb.init`, and the variables that are used instead of our values if the user has set them."""
 
-CHECKOUT = Path(__file__).parents[2]
+CHECKOUT = Path(__file__).parents[3]
 """The folder of this package's repository, unless the package is installed."""
-
-
-@dataclass(frozen=True)
-class About:
-    """The facts about a run that a dashboard shows."""
-
-    name: str
-    """The choices of the run, what its sweep varies, and the seed."""
-    group: str | None
-    """Name of the sweep; None outside a sweep."""
-    job_type: str | None
-    """The settings without the seed."""
-    config: dict[str, Any]
-    """The composed config, and the facts `choices`, `derived`, `environment` and `data`."""
-    resumed_at: int | None
-    """Optimiser steps done when the run was continued; None for a fresh start."""
-
-
-class Picture(NamedTuple):
-    """A picture for a dashboard."""
-
-    file: Path
-    caption: str
-
-
-@runtime_checkable
-class Dashboard(Protocol):
-    """A logger that also takes pictures and the results of a finished run. Lightning's own take only curves."""
-
-    def show(self, pictures: Mapping[str, Picture], step: int) -> None:
-        """Log pictures by name while the run trains. The files may be gone afterwards."""
-
-    def histograms(self, values: Mapping[str, np.ndarray[Any, Any]], step: int) -> None:
-        """Log the distributions of finite values by name while the run trains."""
-
-    def conclude(self, folder: Path) -> None:
-        """Log the results and the pictures of a finished run."""
-
-    def close(self, exit_code: int) -> None:
-        """End the run with its exit code."""
-
-
-class MetricsFile(Logger):
-    """Writes `metrics.csv`: one row per call of `log_metrics`, on the disk at once.
-
-    A continued run keeps the rows of the steps before its checkpoint. Lightning's own CSV logger would delete the file
-    then, and rewrites it in place for a new column.
-    """
-
-    def __init__(self, folder: Path, about: About):
-        super().__init__()
-        self.file = folder / "metrics.csv"
-        self.columns: list[str] = ["epoch", "step"]
-        if is_first():
-            done = about.resumed_at or 0
-            self._write([row for row in self._rows() if "step" in row and float(row["step"]) < done])
-
-    @override
-    @property
-    def name(self) -> str:
-        return ""
-
-    @override
-    @property
-    def version(self) -> str:
-        return ""
-
-    @override
-    @rank_zero_only
-    def log_hyperparams(self, *_: Any, **__: Any) -> None:
-        # `config.yaml` has them.
-        pass
-
-    @override
-    @rank_zero_only
-    def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
-        # One row.
-        row = {**{inert(name): value for name, value in metrics.items()}, "step": step}
-        if row.keys() - set(self.columns):
-            self.columns = ["epoch", "step", *sorted({*self.columns, *row} - {"epoch", "step"})]
-            self._write(self._rows())
-        with self.file.open("a", newline="") as file:
-            file.write(self._text([row]))
-
-    def _rows(self) -> list[dict[str, str]]:
-        return RunFolder(self.file.parent).logged()
-
-    def _write(self, rows: list[dict[str, str]]) -> None:
-        filled = {name for row in rows for name in row}
-        self.columns = ["epoch", "step", *sorted(({*self.columns, *filled}) - {"epoch", "step"})]
-        atomic_write(self.file, csv_text([self.columns]) + self._text(rows))
-
-    def _text(self, rows: Any) -> str:
-        text = io.StringIO()
-        csv.DictWriter(text, self.columns, extrasaction="ignore", lineterminator="\n").writerows(rows)
-        return text.getvalue()
-
-
-def figures(folder: Path) -> dict[str, Picture]:
-    """Return the pictures in the folder of a run by their names on a dashboard."""
-    file = folder / "figures" / "captions.json"
-    captions = read_json(file, "remove it") if file.exists() else {}
-    return {
-        f"pictures/{Path(name).stem}": Picture(folder / "figures" / name, caption) for name, caption in captions.items()
-    }
 
 
 class WeightsAndBiases(Logger):
@@ -165,6 +53,8 @@ class WeightsAndBiases(Logger):
     Raises:
         UserError: the value of the variable `WANDB_MODE` is not allowed.
     """
+
+    product = "W&B"
 
     def __init__(
         self,
@@ -182,13 +72,11 @@ class WeightsAndBiases(Logger):
         self.run: Any = None
         self.best: Path | None = None
         """The checkpoint that a `ModelCheckpoint` of Lightning has found to be the best one."""
-        self.lost = False
         wanted: str = os.environ.get("WANDB_MODE") or mode
         if wanted not in ("auto", *MODES):
             raise UserError(f"WANDB_MODE={wanted} is not allowed; it should be {', '.join(MODES)} or not be set.")
-        if is_first() and wanted != "disabled":
-            with self._forgiving():
-                self._begin(wanted)
+        self.lost = not is_first() or wanted == "disabled"
+        self._begin(wanted)
 
     @override
     @property
@@ -202,12 +90,10 @@ class WeightsAndBiases(Logger):
         return None if self.run is None else str(self.run.id)
 
     @override
+    @unless_lost
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
         # One point of every curve.
-        if self._listens():
-            with self._forgiving():
-                named = {dashboard_name(name): value for name, value in metrics.items()}
-                self.run.log({**named, STEP: step})
+        self.run.log({**{dashboard_name(name): value for name, value in metrics.items()}, STEP: step})
 
     @override
     def log_hyperparams(self, *_: Any, **__: Any) -> None:
@@ -219,52 +105,33 @@ class WeightsAndBiases(Logger):
         if checkpoint_callback.monitor:
             self.best = Path(checkpoint_callback.best_model_path)
 
+    @unless_lost
     def show(self, pictures: Mapping[str, Picture], step: int) -> None:
         """Send pictures while the run trains."""
-        if self._listens():
-            with self._forgiving():
-                self.run.log({**_images(pictures), STEP: step})
+        self.run.log({**_images(pictures), STEP: step})
 
+    @unless_lost
     def histograms(self, values: Mapping[str, np.ndarray[Any, Any]], step: int) -> None:
         """Send distributions of values while the run trains."""
-        if self._listens():
-            import wandb
+        import wandb
 
-            with self._forgiving():
-                found = {
-                    dashboard_name(name): wandb.Histogram(np_histogram=np.histogram(array, 64))
-                    for name, array in values.items()
-                }
-                self.run.log({**found, STEP: step})
-
-    def conclude(self, folder: Path) -> None:
-        """Send the summary, the pictures, the report, the tables and the artifacts of a finished run."""
-        if self._listens():
-            with self._forgiving():
-                self._conclude(folder)
+        found = {
+            dashboard_name(name): wandb.Histogram(np_histogram=np.histogram(array, 64))
+            for name, array in values.items()
+        }
+        self.run.log({**found, STEP: step})
 
     def close(self, exit_code: int) -> None:
         """End the W&B run with the exit code. A run that will be continued is marked as preempted."""
         if self.run is not None:
-            with self._forgiving():
+            with forgiving(self):
                 # The agent of a sweep ends runs by a signal too, and the server would start them again.
                 if exit_code == PREEMPTED and (slurm.job() or "WANDB_SWEEP_ID" not in os.environ):
                     self.run.mark_preempting()
                 self.run.finish(exit_code=exit_code)
         self.run = None
 
-    def _listens(self) -> bool:
-        return self.run is not None and not self.lost
-
-    @contextmanager
-    def _forgiving(self) -> Iterator[None]:
-        try:
-            yield
-        except Exception as error:
-            if not self.lost:
-                print(f"W&B cannot write ({reason(error)}); the run goes on without it.", file=sys.stderr)
-            self.lost = True
-
+    @unless_lost
     def _begin(self, mode: str) -> None:
         """Start the W&B run. A continued run keeps its id."""
         # All files stay in the run's folder, including those that wait for an upload.
@@ -278,13 +145,10 @@ class WeightsAndBiases(Logger):
         if slurm.job():
             _start_service_apart()
         side_file = self.folder / "wandb_id"
-        identity = secrets.token_hex(4)
-        if self.about.resumed_at is not None and side_file.exists():
-            with readable(side_file, "remove it, and the run has a new id"):
-                identity = side_file.read_text().strip()
+        name = identity(side_file, self.about) or new_identity()
         silent = wandb.Settings(silent=True)
         ours: dict[str, Any] = {
-            **{"project": self.project, "entity": self.entity, "dir": self.folder, "id": identity},
+            **{"project": self.project, "entity": self.entity, "dir": self.folder, "id": name},
             **{"name": self.about.name, "group": self.about.group, "job_type": self.about.job_type},
         }
         in_checkout = (CHECKOUT / ".git").exists() and not wandb.env.disable_git()
@@ -337,7 +201,9 @@ class WeightsAndBiases(Logger):
             file.write_bytes(found.stdout)
             self.run.save(str(file), base_path=self.run.dir, policy="now")
 
-    def _conclude(self, folder: Path) -> None:
+    @unless_lost
+    def conclude(self, folder: Path) -> None:
+        """Send the summary, the pictures, the report, the tables and the artifacts of a finished run."""
         import wandb
 
         run = self.run
@@ -413,42 +279,3 @@ def _start_service_apart() -> None:
         started = subprocess.run(command, capture_output=True, text=True, check=False)
         if started.returncode == 0:  # else the service starts below this process, as usual
             os.environ["WANDB_SERVICE"] = started.stdout.strip()
-
-
-class TensorBoard(TensorBoardLogger):
-    """TensorBoard's event files, in the run's folder."""
-
-    def __init__(self, folder: Path, about: About):
-        try:
-            super().__init__(folder, name="tensorboard", version="", purge_step=about.resumed_at)
-        except ModuleNotFoundError:
-            raise UserError(
-                "logger=tensorboard needs tensorboard, which is not installed; type: "
-                "pip install 'icl-msr[tensorboard]'."
-            ) from None
-
-    @rank_zero_only
-    def show(self, pictures: Mapping[str, Picture], step: int | None = None) -> None:
-        """Write pictures."""
-        from matplotlib.image import imread
-
-        for name, picture in pictures.items():
-            self.experiment.add_image(name, imread(picture.file)[..., :3], step, dataformats="HWC")
-
-    @rank_zero_only
-    def histograms(self, values: Mapping[str, np.ndarray[Any, Any]], step: int) -> None:
-        """Write distributions of values."""
-        for name, array in values.items():
-            self.experiment.add_histogram(name, array, step)
-
-    @rank_zero_only
-    def conclude(self, folder: Path) -> None:
-        """Write the final numbers and the pictures."""
-        for name, value in Outcome.load(folder).dashboard_numbers().items():
-            self.experiment.add_scalar(f"final/{name}", value)
-        self.show(figures(folder))
-
-    @rank_zero_only
-    def close(self, exit_code: int) -> None:
-        """Flush the event file."""
-        self.finalize("success" if exit_code == 0 else "failed")

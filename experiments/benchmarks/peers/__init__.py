@@ -1,0 +1,1 @@
+"""The speed of ours and of other libraries, side by side."""
