@@ -24,7 +24,7 @@ from icl_msr.augment.colour import BRIGHTNESS, CONTRAST, HUE, SATURATION
 from icl_msr.augment.passes import Parameters
 from icl_msr.core.ranks import is_first
 
-_ROWS = 8
+_ROWS = 16
 """Rows of a tile."""
 _LANES = 3 * _ROWS
 _FAINT = 1e-6
@@ -37,7 +37,7 @@ _TYPES = (
 _OPTIONS: dict[str, Any] = {"nogil": True, "fastmath": True, "error_model": "numpy"}
 _part = njit(**_OPTIONS)
 
-_ZERO, _THIRD, _ONE, _TWO, _SIX = map(np.float32, (0, 1 / 3, 1, 2, 6))
+_ZERO, _THIRD, _ONE, _TWO, _SIX, _WHITE = map(np.float32, (0, 1 / 3, 1, 2, 6, 255))
 _TINY = np.float32(1e-12)
 _RED, _GREEN, _BLUE = map(np.float32, (0.2989, 0.587, 0.114))
 
@@ -126,10 +126,13 @@ def _render(
         total = 0.0
         for y in range(0, size, _ROWS):
             stop = min(y + _ROWS, size)
-            _resample(
-                images[i], x0, columns, y, stop, top, down, row_taps, left, across, column_taps, lines, tile, sums
-            )
-            _spread(sums, y, stop, size, halo, view)
+            if rows == size and columns == size:
+                _convert(images[i], y0, x0, flip[i], y, stop, size, halo, view)
+            else:
+                _resample(
+                    images[i], x0, columns, y, stop, top, down, row_taps, left, across, column_taps, lines, tile, sums
+                )
+                _spread(sums, y, stop, size, halo, view)
             lo, hi = (halo + y) * size, (halo + stop) * size
             red, green, blue = view[0, lo:hi], view[1, lo:hi], view[2, lo:hi]
             if cubic:
@@ -201,17 +204,31 @@ def _taps(start, length, size, mirrored, cubic, first, weights):
 
 
 @_part
+def _convert(image, y0, x0, mirrored, y, stop, size, halo, view):
+    """Write rows of a crop that has the size of the view."""
+    for c in range(3):
+        for row in range(y, stop):
+            line = view[c, (halo + row) * size : (halo + row + 1) * size]
+            pixels = image[c, y0 + row, x0 : x0 + size]
+            for x in range(size):
+                line[x] = np.float32(pixels[x]) / _WHITE
+            if mirrored:
+                for x in range(size // 2):
+                    line[x], line[size - 1 - x] = line[size - 1 - x], line[x]
+
+
+@_part
 def _resample(image, x0, columns, y, stop, top, down, row_taps, left, across, column_taps, lines, tile, sums):
     for c in range(3):
         for row in range(y, stop):
             line = lines[c * _ROWS + row - y]
             pixels = image[c, top[row], x0 : x0 + columns]
-            weight = down[0, row] / np.float32(255)
+            weight = down[0, row] / _WHITE
             for x in range(columns):
                 line[x] = weight * np.float32(pixels[x])
             for k in range(1, row_taps):
                 pixels = image[c, top[row] + k, x0 : x0 + columns]
-                weight = down[k, row] / np.float32(255)
+                weight = down[k, row] / _WHITE
                 for x in range(columns):
                     line[x] += weight * np.float32(pixels[x])
     for x in range(columns):

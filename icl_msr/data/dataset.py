@@ -85,7 +85,8 @@ class Dataset:
     notes: tuple[str, ...] = ()
     """Sentences that a user should read before training; see `remarks`."""
     labelled: "Dataset | None" = None
-    """The data set that evaluation and the online monitors use instead, if the images of this one have no labels."""
+    """The data set that evaluation and the online monitors use instead, if the images of this one have no labels, or
+    are shown to classifiers in another way."""
     attribute: Attribute | None = None
     """The property that makes groups of the images, together with the class; see `groups`."""
 

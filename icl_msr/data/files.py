@@ -70,6 +70,8 @@ class FileSplit:
     """The values of a mask that are the object."""
     encoded: Encoded | None = None
     encoded_masks: Encoded | None = None
+    resize: int | None = None
+    """The short side of an un-augmented image in pixels, before its centre square is cut out; None: `image_size`."""
 
     def __len__(self) -> int:
         return len(self.files)
@@ -164,7 +166,9 @@ class FileSplit:
 
     def square(self, image: Tensor) -> Tensor:
         """Return an image as `load` shows it, uint8 (3, S, S). Cut-out regions are stretched, others cut centrally."""
-        return resize(image[None], self.image_size)[0] if self.region in CUT_OUT else fit(image, self.image_size)
+        if self.region in CUT_OUT:
+            return resize(image[None], self.image_size)[0]
+        return fit(image, self.image_size, resize=self.resize)
 
     def load(self, index: Tensor) -> Tensor:
         """Return the images at `index` (n,), uint8 (n, 3, S, S)."""
@@ -183,7 +187,13 @@ class FileSplit:
     def identity(self) -> str:
         """Return a text that is equal for the same images in the same order and the same region."""
         boxes = "" if self.boxes is None else str(self.boxes.tolist())
-        shown = (str(self.image_size), self.region, boxes, str(self.mask_values))
+        shown = (
+            str(self.image_size),
+            self.region,
+            boxes,
+            str(self.mask_values),
+            *([] if self.resize is None else [str(self.resize)]),
+        )
         files = self.files if self.encoded is None else []
         masks = (self.mask_files or []) if self.encoded_masks is None else []
         where = [_state(file) for file in (*files, *masks)]
