@@ -3,6 +3,7 @@
 import math
 import traceback
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +19,14 @@ from omegaconf.errors import OmegaConfBaseException
 from pydantic import NonNegativeInt, PositiveInt
 from yaml import YAMLError
 
-from icl_msr.cli.sweeps import RESULTS, Job, exit_codes, plan
+from icl_msr.cli.sweeps import Job, exit_codes, plan
 from icl_msr.core.config import Node, build_as, check_node, suggestion
 from icl_msr.core.errors import UserError, reason
+from icl_msr.core.folder import SEARCHED
 from icl_msr.core.records import Outcome
 from icl_msr.core.storage import atomic_write, readable
 from icl_msr.core.terminal import complain
+from icl_msr.report.searches import Trial
 
 try:
     import optuna
@@ -205,12 +208,11 @@ class OptunaSweeper:
         for trial in best:
             job = self._job(trial)
             numbers = dict(zip(self.names, trial.values, strict=True))
-            solutions.append({"folder": str(job.folder), "params": trial.params, "values": numbers})
-            shown = ", ".join(f"{name} {value:.4f}" for name, value in numbers.items())
-            chosen = " ".join(f"{key}={value}" for key, value in trial.params.items())
-            print(f"Best of {len(trials)} trials: {shown} in {job.folder} with {chosen}", flush=True)
+            solution = Trial(str(job.folder), trial.params, numbers)
+            solutions.append(asdict(solution))
+            print(f"Best of {len(trials)} trials: {solution}", flush=True)
         results = {"name": "optuna", "failed": len(trials) - len(complete), "solutions": solutions}
-        atomic_write(self.folder / RESULTS, OmegaConf.to_yaml(OmegaConf.create(results)))
+        atomic_write(self.folder / SEARCHED, OmegaConf.to_yaml(OmegaConf.create(results)))
         return list(best[0].values)
 
 

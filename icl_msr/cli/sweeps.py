@@ -31,16 +31,13 @@ from icl_msr.core import trust
 from icl_msr.core.compose import known_to_hydra
 from icl_msr.core.config import check
 from icl_msr.core.errors import PREEMPTED, UserError, reason
-from icl_msr.core.folder import RunFolder
+from icl_msr.core.folder import SEARCHED, RunFolder
 from icl_msr.core.ranks import outside_world_size
 from icl_msr.core.saved import as_yaml
 from icl_msr.core.storage import atomic_write, read_json
 
 _OURS = ("hydra.sweep.", "hydra.launcher.", "hydra.sweeper.", "hydra.mode", "hydra/launcher", "hydra/sweeper")
 """Overrides that concern the sweep and not its jobs."""
-
-RESULTS = "optimization_results.yaml"
-"""File in which a sweeper leaves the best jobs at its end. It has Hydra's name."""
 
 PATIENCE = 2.0
 """Seconds in which another process that begins the same sweep writes its record."""
@@ -323,7 +320,7 @@ class SweepRecord(Callback):
         done, all_jobs = self._state()
         if not all_jobs:
             refuse("The sweep has no jobs, because a list or a pattern in it gives no values; write them out.")
-        finished = done == all_jobs or (self.folder / RESULTS).exists()
+        finished = done == all_jobs or (self.folder / SEARCHED).exists()
         self._write(finished)
         rest = "" if finished else "; the same command finishes the others"
         compare = f" Compare them: python -m icl_msr.report {self.folder}" if done else ""

@@ -24,6 +24,9 @@ from icl_msr.core.storage import atomic_write, read_json, read_table, readable
 FORMAT = 2
 """The format of a run folder, written to its environment.json. It grows when the files are read in another way."""
 
+SEARCHED = "optimization_results.yaml"
+"""File in which a sweeper leaves the best jobs of a sweep at its end. It has Hydra's name."""
+
 _NAMES = re.compile(r"[\w-]+([+/][\w-]+)*")
 """Of choices, not of anything that Hydra reads otherwise."""
 

@@ -85,7 +85,8 @@ class Dataset:
     notes: tuple[str, ...] = ()
     """Sentences that a user should read before training; see `remarks`."""
     labelled: "Dataset | None" = None
-    """The data set that evaluation and the online monitors use instead, if the images of this one have no labels."""
+    """The data set that evaluation and the online monitors use instead, if the images of this one have no labels, or
+    are shown to classifiers in another way."""
     attribute: Attribute | None = None
     """The property that makes groups of the images, together with the class; see `groups`."""
 
@@ -110,7 +111,7 @@ class Dataset:
         if len(self.classes) == 1:
             found.append(f"{self.name} has one class, {self.classes[0]}, so that no accuracy means anything.")
         for name, split in [("training", self.train), *list(self.tests.items())[:1]]:
-            there = set(split.labels.tolist())
+            there = set(torch.unique(split.labels).tolist())
             absent = [name for label, name in enumerate(self.classes) if label not in there]
             if absent:
                 shown = f"{', '.join(absent[:5])}{', ...' if len(absent) > 5 else ''}"

@@ -17,6 +17,7 @@ from icl_msr.core.imagenet import IMAGENET_MEAN, IMAGENET_STD
 from icl_msr.core.randomness import permutation
 from icl_msr.data.crops import boxes_around, moved
 from icl_msr.data.dataset import ArraySplit, Dataset, Split
+from icl_msr.data.names import Names, compact
 from icl_msr.data.sources import (
     REGIONS,
     MaskValues,
@@ -70,6 +71,14 @@ class FileSplit:
     """The values of a mask that are the object."""
     encoded: Encoded | None = None
     encoded_masks: Encoded | None = None
+    resize: int | None = None
+    """The short side of an un-augmented image in pixels, before its centre square is cut out; None: `image_size`."""
+
+    def __post_init__(self) -> None:
+        """Keep the names in little memory."""
+        self.files = compact(self.files)
+        if self.mask_files is not None:
+            self.mask_files = compact(self.mask_files)
 
     def __len__(self) -> int:
         return len(self.files)
@@ -93,10 +102,10 @@ class FileSplit:
         chosen = index.tolist()
         return replace(
             self,
-            files=[self.files[i] for i in chosen],
+            files=Names(self.files[i] for i in chosen),
             labels=self.labels[index],
             boxes=None if self.boxes is None else self.boxes[index],
-            mask_files=None if self.mask_files is None else [self.mask_files[i] for i in chosen],
+            mask_files=None if self.mask_files is None else Names(self.mask_files[i] for i in chosen),
             encoded=None if self.encoded is None else _Part(self.encoded, index),
             encoded_masks=None if self.encoded_masks is None else _Part(self.encoded_masks, index),
         )
@@ -164,7 +173,9 @@ class FileSplit:
 
     def square(self, image: Tensor) -> Tensor:
         """Return an image as `load` shows it, uint8 (3, S, S). Cut-out regions are stretched, others cut centrally."""
-        return resize(image[None], self.image_size)[0] if self.region in CUT_OUT else fit(image, self.image_size)
+        if self.region in CUT_OUT:
+            return resize(image[None], self.image_size)[0]
+        return fit(image, self.image_size, resize=self.resize)
 
     def load(self, index: Tensor) -> Tensor:
         """Return the images at `index` (n,), uint8 (n, 3, S, S)."""
@@ -183,7 +194,13 @@ class FileSplit:
     def identity(self) -> str:
         """Return a text that is equal for the same images in the same order and the same region."""
         boxes = "" if self.boxes is None else str(self.boxes.tolist())
-        shown = (str(self.image_size), self.region, boxes, str(self.mask_values))
+        shown = (
+            str(self.image_size),
+            self.region,
+            boxes,
+            str(self.mask_values),
+            *([] if self.resize is None else [str(self.resize)]),
+        )
         files = self.files if self.encoded is None else []
         masks = (self.mask_files or []) if self.encoded_masks is None else []
         where = [_state(file) for file in (*files, *masks)]

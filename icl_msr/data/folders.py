@@ -20,7 +20,7 @@ from icl_msr.data.dataset import Dataset
 from icl_msr.data.files import FileSplit, of_files
 from icl_msr.data.listing import SUFFIXES, Listing, is_number
 from icl_msr.data.objects import BoxesOf, Objects
-from icl_msr.data.sources import MaskValues, TrainOn
+from icl_msr.data.sources import MaskValues, TrainOn, require_resize
 from icl_msr.data.unlabelled import unlabelled_files
 
 SPELLINGS: Mapping[str, tuple[str, ...]] = {
@@ -55,6 +55,7 @@ def imagefolder(
     follow_links: bool = False,
     corrupted: str | None = None,
     extra: str | list[str] | None = None,
+    resize: PositiveInt | None = None,
 ) -> Dataset:
     """Build a data set from a folder of images with one folder per class, `<root>/<train>/<class>/*.jpg` and so on.
 
@@ -70,6 +71,8 @@ def imagefolder(
         masks: a folder with a mask for each image, at the image's path in `root`. The mask has the same stem and is not
             black on the object.
         image_size: length of the short side, in pixels. The centre square is cut.
+        resize: length of the short side in pixels, before the centre square of an image that is not augmented is cut
+            out; 256 for 224 in the usual protocol of probes. Null takes `image_size`. Views are cut from whole images.
         train_on: `full` images, or `fg`, the inside of the object's box stretched to a square.
         resident_size: images up to this size, in pixels, are decoded once and kept on the training device.
         memory_budget_gb: the most memory that these may need, in gigabytes. Above it, workers decode in every epoch.
@@ -98,6 +101,12 @@ def imagefolder(
     base = expanded(root)
     if not base.is_dir():
         raise UserError(f"There is no folder {base}; set dataset.root to a folder of images.")
+    require_resize(resize, image_size)
+    if resize is not None and (boxes or masks or image_size <= resident_size):
+        raise UserError(
+            "dataset.resize is for photographs without boxes or masks that are decoded in training; type "
+            "dataset.resize=null, or drop the boxes and masks and type dataset.resident_size=0."
+        )
     objects = Objects(base, boxes, masks, boxes_of, follow_links=follow_links)
     if train_on == "fg" and not objects.known:
         raise UserError(
@@ -126,7 +135,7 @@ def imagefolder(
     def files_of(found: _Found) -> FileSplit:
         spelled = [_relative(found.folder, base), *([found.folder.name] if last.count(found.folder.name) == 1 else [])]
         at = objects.of(spelled, found.files, [names[k] for k in found.labels.tolist()], found.places)
-        return FileSplit(found.files, found.labels, image_size, *at, mask_values=mask_values)
+        return FileSplit(found.files, found.labels, image_size, *at, mask_values=mask_values, resize=resize)
 
     published = {} if corrupted is None else _corrupted(listing, base / expanded(corrupted))
     if twice := next(iter(shifted.keys() & published.keys()), None):
@@ -138,12 +147,12 @@ def imagefolder(
             raise UserError("dataset.extra has no boxes or masks, which dataset.train_on=fg needs; drop one of them.")
         files, more = unlabelled_files(roots, follow_links=follow_links)
         labels_of = torch.cat([train_set.labels, torch.full((len(files),), -1)])
-        whole = FileSplit([*train_set.files, *files], labels_of, image_size)
+        whole = FileSplit([*train_set.files, *files], labels_of, image_size, resize=resize)
     splits = whole, {name: files_of(found) for name, found in test_sets.items()}
     others = {}
     for name, other in {**shifted, **published}.items():
         found, said = _shifted_images(listing, name, base / expanded(other), names, renamed)
-        others[name] = FileSplit(*found, image_size)
+        others[name] = FileSplit(*found, image_size, resize=resize)
         more += said if name in shifted else []
     left_out = len(trained) - len(names)
     notes = [

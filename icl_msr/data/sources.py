@@ -238,6 +238,19 @@ def _orientation(image: Image.Image) -> int:
         return 1
 
 
+def require_resize(resize: int | None, size: int) -> None:
+    """Check that a square of `size` pixels can be cut out of an image whose short side is `resize` pixels.
+
+    Raises:
+        UserError: it is too small.
+    """
+    if resize is not None and resize < size:
+        raise UserError(
+            f"dataset.resize={resize} is smaller than dataset.image_size={size}, the square that is cut out; set it to "
+            f"{size} or more, or to null."
+        )
+
+
 def _upright(pixels: Tensor, image: Image.Image) -> Tensor:
     """Turn and mirror pixels (C, H, W) as EXIF says. Pillow has already done so for TIFF and removed the tag."""
     turn = _orientation(image)
@@ -247,20 +260,28 @@ def _upright(pixels: Tensor, image: Image.Image) -> Tensor:
     return pixels.flip(flipped) if flipped else pixels
 
 
-def fit(image: Tensor, size: int, *, nearest: bool = False) -> Tensor:
-    """Resize the short side to `size` pixels and cut the centre square: uint8 (..., H, W) to (..., size, size)."""
+def fit(image: Tensor, size: int, *, nearest: bool = False, resize: int | None = None) -> Tensor:
+    """Resize the short side and cut the centre square: uint8 (..., H, W) to (..., size, size).
+
+    Args:
+        image: (..., H, W).
+        size: side of the square in pixels.
+        nearest: True takes the nearest pixel, for masks.
+        resize: length of the short side in pixels before the square is cut; None: `size`.
+    """
     from torchvision.transforms.v2 import functional as F  # here, because it takes as long as torch
 
-    if min(image.shape[-2:]) != size:
+    short = resize or size
+    if min(image.shape[-2:]) != short:
         mode = F.InterpolationMode.NEAREST_EXACT if nearest else F.InterpolationMode.BILINEAR
-        image = F.resize(image, [size], mode, antialias=True)
+        image = F.resize(image, [short], mode, antialias=True)
     square: Tensor = F.center_crop(image, [size, size])
     return square
 
 
-def fit_all(images: Tensor, size: int, *, nearest: bool = False) -> Tensor:
+def fit_all(images: Tensor, size: int, *, nearest: bool = False, resize: int | None = None) -> Tensor:
     """Apply `fit` to many images (N, ..., H, W), in parts to limit the memory."""
-    return torch.cat([fit(part, size, nearest=nearest) for part in _parts(images)])
+    return torch.cat([fit(part, size, nearest=nearest, resize=resize) for part in _parts(images)])
 
 
 def show(images: Tensor, masks: Tensor, region: Region) -> Tensor:

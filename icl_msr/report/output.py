@@ -29,6 +29,8 @@ def print_summary(summary: Summary, console: "Console") -> None:
         for table in dataset_tables(summary, dataset):
             console.print(table.rich(roomy=True))
             console.print(Text(table.note, style="dim"))
+    for trial in summary.best:
+        console.print(f"Best trial: {trial}", markup=False, soft_wrap=True)
     for failed in summary.failed:
         console.print(Text(f"missing: {failed.path}: {failed.reason}", style="red"))
     for path in summary.superseded:
@@ -125,6 +127,7 @@ def as_json(summary: Summary) -> str:
             for joined in summary.two_by_two
         ],
         "failed": [{"path": str(failed.path), "reason": failed.reason} for failed in summary.failed],
+        "best": [asdict(trial) for trial in summary.best],
         "superseded": [str(path) for path in summary.superseded],
     }
     return json.dumps(content, indent=2) + "\n"
@@ -141,6 +144,7 @@ def _plain(found: Statistic) -> dict[str, Any]:
 def as_markdown(summary: Summary) -> str:
     """Return the tables of `print_summary` as Markdown."""
     parts = [table.markdown() for table in _tables(summary)]
+    parts += [f"Best trial: {trial.reached} in `{trial.folder}` with `{trial.chosen}`" for trial in summary.best]
     if summary.failed:
         parts.append("### Missing\n\n" + "\n".join(f"* `{failed.path}`: {failed.reason}" for failed in summary.failed))
     return "\n\n".join(parts) + "\n"

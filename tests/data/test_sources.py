@@ -13,6 +13,7 @@ import pytest
 import torch
 from PIL import Image
 from torchvision import datasets as torchvision_datasets
+from torchvision.transforms.v2 import functional as TF
 
 from icl_msr.core.errors import UserError
 from icl_msr.data.arrays import arrays
@@ -290,6 +291,18 @@ def test_stl10_keeps_the_unlabelled_images(tmp_path, monkeypatch):
     assert data.tests["test"].labels.tolist() == [0, 9, 2]
     data = stl10(root=str(tmp_path), download=False, image_size=64, train_on="full")
     assert data.train.images.shape == (9, 3, 64, 64)
+    assert data.labelled is None
+    # W-MSE's protocol: classifiers see the centre of images of 70 pixels, and views are cut from whole ones.
+    shown = stl10(root=str(tmp_path), download=False, image_size=64, train_on="full", resize=70)
+    assert torch.equal(shown.train.images, data.train.images)
+    assert shown.labelled is not None
+    large = TF.resize(torch.from_numpy(pixels[:3]), [70], antialias=True)
+    assert torch.equal(shown.labelled.train.images, large[:, :, 3:67, 3:67])
+    assert torch.equal(shown.labelled.tests["test"].images, large[:, :, 3:67, 3:67])
+    assert shown.labelled.train.labels.tolist() == [0, 9, 2]
+    assert (shown.labelled.mean, shown.labelled.std) == (shown.mean, shown.std)
+    with pytest.raises(UserError, match=r"dataset\.resize=60 is smaller than dataset\.image_size=64"):
+        stl10(root=str(tmp_path), download=False, image_size=64, train_on="full", resize=60)
 
 
 def test_missing_torchvision_sets_say_what_to_do(tmp_path, monkeypatch):
@@ -553,3 +566,22 @@ def test_layouts_of_bar_and_pacs(tmp_path):
     assert (len(pacs.train), len(pacs.tests["cartoon"]), len(pacs.tests["sketch"])) == (1670, 2344, 3929)
     photo = from_folder(tmp_path / "pacs/photo")
     assert len(photo.train) + len(photo.tests["test"]) == 1670
+
+
+def test_photographs_are_resized_before_the_centre_is_cut(tmp_path):
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        for i in range(4):
+            Image.fromarray(random_pixels(50, 60, 3, seed=i)).save(tmp_path / name / f"{i}.png")
+    words = {"train": None, "tests": None, "split": 0.5, "boxes": None, "masks": None, "train_on": "full"}
+    words |= {"memory_budget_gb": 1.0, "shifted": {}, "renamed": {}, "image_size": 32, "root": str(tmp_path)}
+    data = imagefolder(**words, resident_size=0, resize=40)
+    for split in (data.train, data.tests["test"]):
+        whole = split.image(0)
+        assert whole.shape == (3, 50, 60)  # views are cut from the whole image
+        expected = TF.center_crop(TF.resize(whole, [40], antialias=True), [32, 32])
+        assert torch.equal(split.load(torch.tensor([0]))[0], expected)
+    plain = imagefolder(**words, resident_size=0)
+    assert plain.train.identity() != data.train.identity()
+    with pytest.raises(UserError, match=r"dataset\.resize is for photographs .* dataset\.resident_size=0"):
+        imagefolder(**words, resident_size=96, resize=40)

@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -67,22 +68,26 @@ def run(tmp_path: Path, server: Server, *command: str, **more: str) -> "subproce
 
 
 @pytest.mark.slow
-def test_an_agent_runs_a_sweep_of_two_ranks_each(server: Server, tmp_path: Path) -> None:
+@pytest.mark.parametrize("agents", [1, 4])
+def test_agents_run_a_sweep_of_two_ranks_each(agents: int, server: Server, tmp_path: Path) -> None:
+    """One agent runs all, or four agents at once run one each: every run is one run in W&B."""
     sweep = yaml.safe_load(next(file for file in SWEEPS if file.stem == "grid").read_text())
     ranks = ["hardware=ddp", "hardware.accelerator=cpu", "hardware.devices=2", "logger.wandb.artifacts=false"]
     sweep["command"][-1:] = [*SMALL, "evaluation=light", *ranks, sweep["command"][-1]]
     (tmp_path / "sweep.yaml").write_text(yaml.safe_dump(sweep))
     run(tmp_path, server, "wandb", "sweep", "--project", "icl-msr", "--entity", "me", "sweep.yaml")
     assert yaml.safe_load(server.config)["method"] == "grid"
-    server.waiting = [{"regularizer": name, "seed": seed} for name in ("none", "msr") for seed in (0, 1)]
-    run(tmp_path, server, "wandb", "agent", "me/icl-msr/sweep1")
+    wanted = [(name, seed) for name in ("none", "msr") for seed in (0, 1)]
+    server.waiting = [{"regularizer": name, "seed": seed} for name, seed in wanted]
+    agent = ["wandb", "agent", "--count", str(4 // agents), "me/icl-msr/sweep1"]
+    with ThreadPoolExecutor(agents) as pool:
+        list(pool.map(lambda _: run(tmp_path, server, *agent), range(agents)))
     assert sorted(server.runs) == ["run1", "run2", "run3", "run4"]
     assert server.ended == dict.fromkeys(server.runs, 0)
-    for number, name in enumerate(sorted(server.runs)):
+    for name, (regularizer, seed) in zip(sorted(server.runs), wanted, strict=True):
         folder = tmp_path / "runs" / "wandb" / "sweep1" / name
         results = json.loads((folder / "results.json").read_text())
-        assert results["seed"] == number % 2
-        assert results["choices"]["regularizer"] == ("none", "msr")[number // 2]
+        assert (results["choices"]["regularizer"], results["seed"]) == (regularizer, seed)
         assert (folder / "wandb_id").read_text() == name
         assert server.runs[name]["derived"]["value"]["ranks"] == 2
         assert [line["trainer/global_step"] for line in server.history[name] if "loss" in line] == [0, 1, 2]
