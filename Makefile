@@ -54,6 +54,7 @@ $(VENV)-peers/installed: experiments/benchmarks/peers.txt pyproject.toml constra
 bench: $(VENV)-peers/installed ## Measure the speed of the hot paths, and against other libraries, as ratios (40 minutes)
 	$(VENV)-peers/bin/python -m experiments.benchmarks.speed
 	NO_ALBUMENTATIONS_UPDATE=1 $(VENV)-peers/bin/python -m experiments.benchmarks.peers
+	OMP_NUM_THREADS=1 $(VENV)-peers/bin/python -m experiments.benchmarks.scaling
 
 report: env ## One table over all runs in runs/ (RUNS=folder chooses others)
 	$(BIN)/python -m icl_msr.report $(or $(RUNS),runs)

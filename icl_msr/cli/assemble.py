@@ -88,7 +88,7 @@ def assemble(settings: Settings, plan: Plan) -> Pieces:
     if settings.regularizer["_target_"] is not None:
         facts = {"channels": method.channels, "method_temperature": method.temperature, "dataset": dataset}
         regularizer = build_as(Regularizer, settings.regularizer, **facts)  # type: ignore[type-abstract]
-    if plan.world_size > 1:
+    if plan.world_size > 1 and not method.own_statistics:
         global_batch_norm(method)
     optimization = make_optimization(settings)
     module = Pretraining(
@@ -209,6 +209,11 @@ def require_meaning(settings: Settings, method: Method, ranks: int) -> None:
         span = str(fewest) if fewest == most else f"{fewest} to {most}"
         raise UserError(
             f"augment.views lists {views} views, and {type(method).__name__} takes {span}; change the list."
+        )
+    if method.own_statistics and ranks == 1:
+        raise UserError(
+            "method.shuffle_batch_norm=true needs two devices or more, because the images of one share their "
+            "statistics; type hardware.devices=2, or method.shuffle_batch_norm=false."
         )
     method.require_batch(settings.loader.batch_size * ranks)
     batch, queues = settings.loader.batch_size, [m for m in method.modules() if isinstance(m, Queue)]

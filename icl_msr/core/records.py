@@ -227,6 +227,7 @@ MEANINGS: Mapping[tuple[str, str], str] = MappingProxyType(
         ("original", "only_fg"): "the background is taken away",
         ("fg", "crop"): "gained by cropping to the object instead of anywhere",
         ("only_bg", CHANCE): "above chance from the background alone",
+        ("clean", "marked"): "a translucent mark is drawn over the images",
     }
 )
 """The change to the image between two splits."""

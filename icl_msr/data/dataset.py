@@ -111,7 +111,7 @@ class Dataset:
         if len(self.classes) == 1:
             found.append(f"{self.name} has one class, {self.classes[0]}, so that no accuracy means anything.")
         for name, split in [("training", self.train), *list(self.tests.items())[:1]]:
-            there = set(split.labels.tolist())
+            there = set(torch.unique(split.labels).tolist())
             absent = [name for label, name in enumerate(self.classes) if label not in there]
             if absent:
                 shown = f"{', '.join(absent[:5])}{', ...' if len(absent) > 5 else ''}"

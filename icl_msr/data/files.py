@@ -17,6 +17,7 @@ from icl_msr.core.imagenet import IMAGENET_MEAN, IMAGENET_STD
 from icl_msr.core.randomness import permutation
 from icl_msr.data.crops import boxes_around, moved
 from icl_msr.data.dataset import ArraySplit, Dataset, Split
+from icl_msr.data.names import Names, compact
 from icl_msr.data.sources import (
     REGIONS,
     MaskValues,
@@ -73,6 +74,12 @@ class FileSplit:
     resize: int | None = None
     """The short side of an un-augmented image in pixels, before its centre square is cut out; None: `image_size`."""
 
+    def __post_init__(self) -> None:
+        """Keep the names in little memory."""
+        self.files = compact(self.files)
+        if self.mask_files is not None:
+            self.mask_files = compact(self.mask_files)
+
     def __len__(self) -> int:
         return len(self.files)
 
@@ -95,10 +102,10 @@ class FileSplit:
         chosen = index.tolist()
         return replace(
             self,
-            files=[self.files[i] for i in chosen],
+            files=Names(self.files[i] for i in chosen),
             labels=self.labels[index],
             boxes=None if self.boxes is None else self.boxes[index],
-            mask_files=None if self.mask_files is None else [self.mask_files[i] for i in chosen],
+            mask_files=None if self.mask_files is None else Names(self.mask_files[i] for i in chosen),
             encoded=None if self.encoded is None else _Part(self.encoded, index),
             encoded_masks=None if self.encoded_masks is None else _Part(self.encoded_masks, index),
         )

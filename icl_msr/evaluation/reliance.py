@@ -115,7 +115,7 @@ class Reliance(Evaluation):
         found["gray"] = Suppression("colour", gray)
         found["shuffled channels"] = Suppression("colour", partial(shuffled_channels, seed=seed))
         if outlined(split):
-            found["silhouette"] = Suppression("all but the outline", partial(silhouettes, split=split))
+            found["silhouette"] = Suppression("everything but the outline", partial(silhouettes, split=split))
         return found
 
     @override

@@ -116,6 +116,8 @@ class Method(nn.Module, ABC):
     """Views that the momentum encoder encodes."""
     apart = False
     """True if each view is a batch of its own, with its own statistics in BatchNorm. By default, all views are one."""
+    own_statistics = False
+    """True if the backbone's BatchNorm normalises the images of each rank by themselves, not those of all ranks."""
     refuses: Mapping[str, str] = {
         "hard_negatives": "this method has no sum over negatives that could be made harder; add hard_negatives=none, "
         "or choose a method that has one, such as simclr or moco.",

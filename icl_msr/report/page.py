@@ -121,6 +121,14 @@ def _tiles(outcome: Outcome) -> list[tuple[str, str, str]]:
         beside = f"untrained {words.points(-(untrained.value or 0.0))}" if untrained else ""
         what = f"points when {MEANINGS[gap.split, gap.minus]}"
         tiles.append((words.points(-(gap.value or 0.0)), what, beside))
+    worst = records.find("groups", metric="worst", classifier=str(classifier), fitted_on="train", encoder=TRAINED)
+    biased = records.find("shape", metric="shape_bias", encoder=TRAINED)
+    for record, what in (
+        (worst, "right on the worst group"),
+        (biased, "by the shape, where the texture contradicts it"),
+    ):
+        if record is not None:
+            tiles.append((words.percent(record.value), what, ""))
     for split, fitted_on, what in (
         ("only_bg", "train", "right from the background alone"),
         ("mixed_rand", "balanced", "of objects read, when the probe cannot use the background"),
@@ -223,14 +231,14 @@ def _comparison(record: Measurement, rows: list[Configuration]) -> Plot:
     """Draw means over seeds with one standard deviation, and single seeds as ticks."""
     cells = [_mean_dot(row.metrics.get(record)) for row in rows]
     name, how = heading(record)
-    points = record.kind == GAP.kind or record.encoder == GAIN
+    points = record.unit == "points" or record.encoder == GAIN
     series = [Series("mean", cells, 1 if record.kind == GAP.kind else 0)]
     seeds = any(c is not None and c.single for c in cells)
     return plots.dots(
         f"{name} ({how})",
         [row.label for row in rows],
         series,
-        "points" if points else "accuracy, %",
+        "points" if points else "accuracy, %" if record.kind == ACCURACY.kind else "%",
         0.0 if points else None,
         note="Dot: mean. Bar: one standard deviation. Ticks: seeds." if seeds else "",
     )

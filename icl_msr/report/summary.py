@@ -135,11 +135,23 @@ def summarise(paths: Iterable[Path], against: str | None = None) -> Summary:
     return Summary(configurations, joined, [*failed, *damaged], superseded, against, trials)
 
 
+FURTHER = {
+    ("groups", "worst"): "worst group",
+    ("shape", "shape_bias"): "shape bias",
+    ("attention", "share"): "on the object",
+}
+"""Headings of further numbers of the headline, by kind and metric."""
+COLUMNS = 8
+"""Largest number of columns of the headline, so that it stays on one screen, if there are further numbers."""
+
+
 def heading(record: Measurement) -> tuple[str, str]:
     """Return the heading of a column as (what was measured, how)."""
     usual = record.kind in (ACCURACY.kind, GAP.kind)
     what = GAP.labels.get(record.splits, record.splits.replace(" - ", " − "))
-    if not usual:
+    if (record.kind, record.metric) in FURTHER:
+        what = " ".join(filter(None, (FURTHER[record.kind, record.metric], record.told("map"))))
+    elif not usual:
         what = " ".join(filter(None, (record.kind, record.metric, record.splits, *map(str, record.factors.values()))))
     fitted = "" if record.fitted_on == "train" else record.fitted_on
     encoder = "" if record.encoder == TRAINED else record.encoder
@@ -156,7 +168,8 @@ def headline(configurations: list[Configuration]) -> list[Measurement]:
     """Return the few numbers that a reader looks for first, among those measured on this data set.
 
     They are the accuracy as usually reported, the accuracy of a probe that cannot use the background, the gain from
-    training, and the loss without the background.
+    training, and the loss without the background. The accuracy on the worst group, the shape bias, and the share of the
+    class activation maps on the object follow.
     """
     every = dict.fromkeys(record for c in configurations for record in c.metrics)
     measured = {record: record for record in every if record.kind in (ACCURACY.kind, GAP.kind)}
@@ -190,7 +203,20 @@ def headline(configurations: list[Configuration]) -> list[Measurement]:
         wanted = [record for record in measured if record.encoder != UNTRAINED and record.classifier in main]
         if "corrupted" in splits:  # only the columns of Ge et al. 2021: there is no room for others
             wanted = [record for record in wanted if record.encoder == TRAINED and record.kind == ACCURACY.kind]
-    return [measured[record] for record in dict.fromkeys(wanted) if record in measured]
+    found = [measured[record] for record in dict.fromkeys(wanted) if record in measured]
+    further = _further(list(every), either)
+    return [*found[: max(COLUMNS - len(further), 1)], *further] if further else found
+
+
+def _further(every: list[Measurement], classifier: Classifier | None) -> list[Measurement]:
+    """Return the further numbers of the headline: of the classifier, or of one that the encoder came with."""
+    trained = [record for record in every if record.encoder == TRAINED]
+    found = []
+    for kind, metric in FURTHER:
+        known = [record for record in trained if (record.kind, record.metric) == (kind, metric)]
+        own = [record for record in known if record.classifier in (None, classifier)] or known[:1]
+        found += own[-1:] if kind == "attention" else own  # Grad-CAM, if there is one
+    return found
 
 
 def best(record: Measurement, configurations: list[Configuration]) -> Configuration | None:
@@ -207,18 +233,29 @@ def best(record: Measurement, configurations: list[Configuration]) -> Configurat
 
 
 def comparison(rows: list[Configuration]) -> str:
-    """Return a sentence on which configuration relies least on the background; empty if that was not measured."""
+    """Return sentences on which configuration relies least on the background, and on the worst group, if measured."""
     gaps = {(record.split, record.minus): record for record in headline(rows)}
     gap = next((gaps[splits] for splits in LOSSES if splits in gaps), None)
+    group = next((record for record in headline(rows) if record.kind == "groups" and record.fitted_on == "train"), None)
+    said = []
     # Pre-training on the foreground only answers another question.
-    measured = [row for row in rows if gap in row.metrics and row.runs[0].outcome.train_on != "fg"]
-    if gap is None or len(measured) < 2:
-        return ""
-    least, *_, most = sorted(measured, key=lambda row: row.metrics[gap].mean)
-    return (
-        f"When {MEANINGS[gap.split, gap.minus]}, {least.label} loses least on average, {least.metrics[gap]} points, "
-        f"and {most.label} most, {most.metrics[gap]} points."
-    )
+    asked = [row for row in rows if row.runs[0].outcome.train_on != "fg"]
+    if gap is not None and len(order := _ordered(asked, gap)) > 1:
+        said.append(
+            f"When {MEANINGS[gap.split, gap.minus]}, {order[0].label} loses least on average, {order[0].metrics[gap]} "
+            f"points, and {order[-1].label} most, {order[-1].metrics[gap]} points."
+        )
+    if group is not None and len(order := _ordered(asked, group)) > 1:
+        said.append(
+            f"On its worst group, {order[-1].label} is right most often, {order[-1].metrics[group]} %, and "
+            f"{order[0].label} least often, {order[0].metrics[group]} %."
+        )
+    return " ".join(said)
+
+
+def _ordered(rows: list[Configuration], record: Measurement) -> list[Configuration]:
+    """Return the configurations for which a number was measured, the smallest mean first."""
+    return sorted((row for row in rows if record in row.metrics), key=lambda row: row.metrics[record].mean)
 
 
 def overlays(rows: list[Configuration]) -> dict[str, "Figure"]:

@@ -73,9 +73,12 @@ def telling_gap(records: Records, classifier: Classifier, encoder: str = TRAINED
 
 
 def answer(outcome: Outcome) -> list[str]:
-    """Return sentences on how far the encoder relies on the object and on the background, the main one first."""
+    """Return sentences on what was measured, first on object or background, or else on the worst group."""
     records = outcome.records
     classifier = main_classifier(records)
+    shape, looks = _shape(records), _attention(records)
+    if classifier is None and looks:
+        return looks
     if classifier is None and records.where("health"):
         return [
             "This run had no labels of two or more classes, so nothing can be said about object and background. The "
@@ -89,23 +92,30 @@ def answer(outcome: Outcome) -> list[str]:
         who = "The fine-tuned encoder"
     if classifier.fraction < 1:
         who += f" with {100 * classifier.fraction:g} % of the labels"
-    shape = _shape(records)
+    further = [*_reliance(records, classifier), *shape]
     splits = {record.split for record in records.where(ACCURACY.kind) if record.fitted_on != "stimuli"}
     if shape and splits <= {"conflict_shape", "conflict_texture"}:
         return shape
     gap = telling_gap(records, classifier)
     if gap is None:
-        return [
+        untold = (
             "Object and background were not told apart here, so the run cannot tell which of the two "
-            "the encoder relies on.",
-            *_elsewhere(records, classifier, who),
-            *shape,
-        ]
+            "the encoder relies on."
+        )
+        worst = _worst_group(records, classifier, who)
+        return [*(worst + looks or [untold]), *_elsewhere(records, classifier, who), *further]
     untrained = telling_gap(records, classifier, UNTRAINED)
     sentences = [f"{who} {_lost(gap)} when {MEANINGS[gap.split, gap.minus]}{_significance(gap)}."]
     if untrained:
         sentences.append(f"On the untrained encoder it {_lost(untrained)}.")
-    return [*sentences, *_alone(outcome, classifier), *_decodable(records, classifier), *shape]
+    return [
+        *sentences,
+        *_alone(outcome, classifier),
+        *_worst_group(records, classifier, "It"),
+        *_decodable(records, classifier),
+        *looks,
+        *further,
+    ]
 
 
 def _lost(gap: Measurement) -> str:
@@ -162,6 +172,49 @@ def _decodable(records: Records, classifier: Classifier) -> list[str]:
         f"the class is right on {percent(trained.value)} of the images with a random background"
         + (f" (95 % interval {bounds})" if bounds else "")
         + (f", against {percent(untrained.value)} for the untrained encoder." if untrained else ".")
+    ]
+
+
+def _worst_group(records: Records, classifier: Classifier, who: str) -> list[str]:
+    """Return a sentence on the worst group, on the average, and on a probe that was fitted on balanced groups."""
+    known = {"classifier": str(classifier), "encoder": TRAINED}
+    worst, average = (records.find("groups", metric=m, fitted_on="train", **known) for m in ("worst", "average"))
+    if worst is None or average is None:
+        return []
+    others = (r for r in records.where("groups", metric="worst", **known) if r.fitted_on != "train")
+    balanced = next(others, None)
+    return [
+        f"{who} is right on {percent(worst.value)} (95 % interval {interval(worst)}) of its worst group, {worst.note}, "
+        f"against {percent(average.value)} on average"
+        + (f"; fitted on as many images of each group, on {percent(balanced.value)}." if balanced else ".")
+    ]
+
+
+def _reliance(records: Records, classifier: Classifier) -> list[str]:
+    """Return a sentence on the share of the clean accuracy that is left without each cue, the smallest first."""
+    left = records.where("reliance", metric="relative", classifier=str(classifier), encoder=TRAINED)
+    if not left:
+        return []
+    first, *rest = sorted(left, key=lambda record: record.value or 0.0)
+    others = "".join(f", without {record.told('cue')} {percent(record.value)}" for record in rest)
+    return [f"Without {first.told('cue')}, {percent(first.value)} of the clean accuracy is left{others}."]
+
+
+def _attention(records: Records) -> list[str]:
+    """Return a sentence on the share of class activation maps that is on the object."""
+    shares = records.where("attention", metric="share", encoder=TRAINED)
+    if not shares:
+        return []
+    share = shares[-1]  # Grad-CAM, if there is one
+    known = {"map": share.told("map"), "split": share.split}
+    blind, untrained = (
+        records.find("attention", metric=metric, encoder=encoder, **known)
+        for metric, encoder in (("share_elsewhere", TRAINED), ("share", UNTRAINED))
+    )
+    return [
+        f"Of its {share.told('map')} maps, {percent(share.value)} (95 % interval {interval(share)}) is on the object"
+        + (f"; it would be {percent(blind.value)} if they did not see it" if blind else "")
+        + (f", and is {percent(untrained.value)} for the untrained encoder." if untrained else ".")
     ]
 
 

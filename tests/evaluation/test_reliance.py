@@ -178,13 +178,13 @@ def test_encoders_that_see_one_cue_alone(make: Make, bars: Dataset) -> None:
     }
     assert results.records.find("accuracy", split="clean").value == pytest.approx(0.5)  # type: ignore[union-attr]
     colour, place = (relative(results, encoder=one) for one in ("trained", "untrained"))
-    assert list(colour) == ["global shape", "local shape", "texture", "colour", "all but the outline"]
+    assert list(colour) == ["global shape", "local shape", "texture", "colour", "everything but the outline"]
     for cue in ("global shape", "local shape", "texture"):
         assert colour[cue].value == pytest.approx(1)
     assert colour["colour"].value < 0.85
     assert place["global shape"].value < 0.9
     assert place["colour"].value > colour["colour"].value + 0.1
-    assert place["all but the outline"].value < 0.8  # a black object is not bright
+    assert place["everything but the outline"].value < 0.8  # a black object is not bright
     assert all(r.n == 100 for r in colour.values())
 
 

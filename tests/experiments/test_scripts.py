@@ -22,6 +22,7 @@ WORDS: dict[str, list[str]] = {
     "experiments.study": ["run", str(ROOT / "experiments" / "msr"), "--dry"],
     "experiments.benchmarks.negatives": ["--tiny", "--without", "all blocks"],
     "experiments.benchmarks.peers.__main__": ["views", "losses", "steps", "kNN", "--tiny"],
+    "experiments.benchmarks.scaling": ["wire", "index", "--tiny"],
     "experiments.msr.modes": ["memory", "tiny", "2", "32-true", "cl", "exact"],
 }
 """What is typed where `--tiny` is not all."""

@@ -128,3 +128,25 @@ def test_the_learnt_gap_is_trained_minus_untrained(folder: Path) -> None:
     change = study.paired([0.5, 0.0, -0.5])
     assert change is not None
     assert other[6] == f"{100 * change.detectable / 3.5:.0f} %"
+
+
+EXPERIMENTS = Path(study.__file__).parent
+PUBLISHED = ("encoders", "msr", "negatives")
+"""The folders whose README shows the table of the grid's results."""
+
+
+def tables(page: str) -> list[str]:
+    """The lines of a page that belong to tables of a study."""
+    found, inside = [], False
+    for line in page.splitlines():
+        inside = line.startswith("|") and (inside or line.startswith(("| mean ±", "| difference, ", "| gap, ")))
+        found += [line] if inside else []
+    return found
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_tables_are_those_of_the_results(name: str) -> None:
+    published = tables((EXPERIMENTS / name / "README.md").read_text())
+    made = study.table(EXPERIMENTS / name).splitlines()
+    assert len(published) > 10
+    assert [line for line in published if line not in made] == []

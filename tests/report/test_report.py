@@ -11,6 +11,7 @@ import statistics
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -25,7 +26,7 @@ from icl_msr.report.__main__ import main
 from icl_msr.report.output import as_markdown
 from icl_msr.report.page import _curve_plots, _mean_curve, _races
 from icl_msr.report.runs import GAIN, Curve, Run
-from icl_msr.report.summary import best, headline
+from icl_msr.report.summary import best, comparison, heading, headline
 from icl_msr.report.summary_tables import told
 
 
@@ -89,6 +90,87 @@ def test_what_is_said_of_shape_and_texture() -> None:
     found.records.measurements.insert(0, replace(right, split="test"))
     assert "were not told apart" in words.answer(found)[0]
     assert "goes by the shape" in " ".join(words.answer(found))
+
+
+def further() -> list[Measurement]:
+    """Measurements of the worst group, of reliance, of attention, and of shape and texture."""
+    bounds = {"low": 0.1, "high": 0.3, "n": 100}
+    known: dict[str, Any] = {
+        "classifier": accuracy("", 0).classifier,
+        "fitted_on": "train",
+        "split": "original",
+        **bounds,
+    }
+    cues = (("colour", 0.97), ("global shape", 0.28), ("texture", 0.63))
+    return [
+        Measurement(kind="groups", metric="worst", value=0.16, note="arrow, other background (905 images)", **known),
+        Measurement(kind="groups", metric="average", value=0.45, **known),
+        Measurement(kind="groups", metric="worst", value=0.21, **known | {"fitted_on": "balanced groups"}),
+        *(
+            Measurement(kind="reliance", metric="relative", value=value, factors={"cue": cue}, **known)
+            for cue, value in cues
+        ),
+        *(
+            Measurement(
+                kind="attention", metric=metric, value=v, encoder=e, split="original", factors={"map": m}, **bounds
+            )
+            for m in ("Eigen-CAM", "Grad-CAM")
+            for e, metric, v in (
+                ("trained", "share", 0.2),
+                ("trained", "share_elsewhere", 0.17),
+                ("untrained", "share", 0.15),
+            )
+        ),
+        Measurement(kind="shape", metric="shape_bias", value=0.65, **known),
+    ]
+
+
+def test_the_first_paragraph_says_what_was_measured() -> None:
+    found = outcome(accuracy("original", 0.8), *further())
+    said = words.answer(found)
+    assert said[0] == (
+        "A linear probe on the frozen encoder is right on 16.0 % (95 % interval 10.0 to 30.0) of its worst group, "
+        "arrow, other background (905 images), against 45.0 % on average; fitted on as many images of each group, on "
+        "21.0 %."
+    )
+    assert (
+        "Of its Grad-CAM maps, 20.0 % (95 % interval 10.0 to 30.0) is on the object; it would be 17.0 % if they did "
+        "not see it, and is 15.0 % for the untrained encoder."
+    ) in said
+    assert (
+        "Without global shape, 28.0 % of the clean accuracy is left, without texture 63.0 %, without colour 97.0 %."
+        in said
+    )
+    assert not any("were not told apart" in sentence for sentence in said)
+    alone = outcome(*(record for record in further() if record.kind == "attention"))
+    assert words.answer(alone)[0].startswith("Of its Grad-CAM maps")
+
+
+def test_the_answer_and_the_headline_stay_on_one_screen(tmp_path: Path) -> None:
+    for name in ("none", "msr"):
+        run = write_run(tmp_path / name, "moco", name)
+        results = Outcome.load(run)
+        results.records.measurements += [replace(r, value=(r.value or 0) + 0.1 * (name == "msr")) for r in further()]
+        save(run, results)
+    said = words.answer(results)
+    assert "when the background is swapped" in said[0]
+    assert len(" ".join(said)) < 80 * 20
+    page = Page(write_report(run))
+    assert "right on the worst group" in page.text
+    rows = summarise([tmp_path]).configurations
+    columns = headline(rows)
+    assert len(columns) == 8
+    heads = [heading(record) for record in columns]
+    assert heads[0] == ("original", "linear")
+    assert heads[-4:] == [
+        ("worst group", "linear"),
+        ("worst group", "linear, balanced groups"),
+        ("shape bias", "linear"),
+        ("on the object Grad-CAM", ""),
+    ]
+    assert "On its worst group, msr is right most often, 26.0 %, and none least often, 16.0 %." in comparison(rows)
+    write_summary(summarise([tmp_path]), tmp_path / "out")
+    assert "worst group" in (tmp_path / "out" / "summary.md").read_text()
 
 
 def test_the_answer_is_of_the_classifier_whose_gap_was_measured() -> None:
