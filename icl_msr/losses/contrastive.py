@@ -232,7 +232,8 @@ def supervised_contrastive(
     group = torch.where(labels < 0, classes + torch.arange(images, device=labels.device), labels)
     mine, theirs = group[own[:, 0]].repeat(len(rows)), group.repeat(len(rows))
     sums = everyone.new_zeros(classes + images, everyone.shape[1]).index_add(0, theirs, everyone)
-    others = torch.bincount(theirs, minlength=len(sums))[mine] - 1
+    counts = sums.new_zeros(len(sums)).index_add(0, theirs, sums.new_ones(len(theirs)))  # bincount waits for the device
+    others = counts[mine] - 1
     for_it = ((sums[mine] - anchors) * anchors).sum(1) / others / temperature
     own = torch.cat([own + view * images for view in range(len(rows))])
     everything = log_sum_exp(anchors, everyone, temperature, own)
