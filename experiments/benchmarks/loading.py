@@ -8,12 +8,15 @@ an image once and cut two random crops from it.
 * bare: the functions that decode and cut, in as many processes, without a loader; and those that only decode;
 * ours, from a folder, shards, a Hugging Face table, and S3 on this machine (moto), with an empty and with a full cache;
 * torchvision's ImageFolder in torch's DataLoader;
-* webdataset and litdata with torchvision's transforms, in an environment of their own:
+* webdataset and litdata with torchvision's transforms, and NVIDIA DALI on the CPU if it is there, in an environment of
+  their own:
 
-    python -m venv peers && peers/bin/pip install torch torchvision webdataset litdata
+    python -m venv peers && peers/bin/pip install torch torchvision webdataset litdata nvidia-dali-cuda120
     python experiments/benchmarks/loading.py --peers peers/bin/python
 
-The processes start before the first round. The first round warms up and is left out.
+The processes start before the first round. The first round warms up and is left out. The memory of a worker is what it
+has for itself, beyond the imports that it shares with the trainer. Its growth, and that of open files in the trainer
+and the workers, is from the second round to the last.
 """
 
 import argparse
@@ -28,12 +31,12 @@ import sys
 import tempfile
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from importlib import import_module
 from itertools import count
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytorch_lightning as pl
@@ -113,34 +116,61 @@ def epochs(loader: DataLoader[Any]) -> Call:
     return epoch
 
 
-def ours(*words: str, workers: int, before: Call | None = None) -> Call:
-    """Return a call that reads an epoch of our DataModule; `before` is called first."""
-    chosen = ["augment=imagenet", "dataset.image_size=224", "dataset.resident_size=0", *words]
-    with initialize_config_dir(str(config_dir()), version_base="1.3"):
-        settings = check(compose("config", overrides=chosen))
-    data = DataModule(
-        build(settings.dataset),
-        build(settings.augment),
-        None,
-        batch_size=BATCH,
-        num_workers=workers,
-        seed=0,
-        channels_last=True,
-        whole_images=False,
-    )
-    assert isinstance(data.dataset.train, FileSplit)
-    data.trainer = pl.Trainer(accelerator="cpu", logger=False, enable_checkpointing=False, enable_model_summary=False)
-    loader, numbers = data.train_dataloader(), count()
+class Usage(NamedTuple):
+    """What processes use."""
 
-    def epoch() -> None:
-        if before is not None:
-            before()
-        loader.batches.epoch = next(numbers)
-        for batch in loader.loader:
+    megabytes: float
+    """The largest memory of a worker."""
+    files: int
+    """Open files of the trainer and the workers together."""
+
+
+class Ours:
+    """Reads an epoch of our DataModule at each call. `before` is called first.
+
+    `usages` holds what the workers used after each call.
+    """
+
+    def __init__(self, *words: str, workers: int, before: Call | None = None) -> None:
+        chosen = ["augment=imagenet", "dataset.image_size=224", "dataset.resident_size=0", *words]
+        with initialize_config_dir(str(config_dir()), version_base="1.3"):
+            settings = check(compose("config", overrides=chosen))
+        data = DataModule(
+            build(settings.dataset),
+            build(settings.augment),
+            None,
+            batch_size=BATCH,
+            num_workers=workers,
+            seed=0,
+            channels_last=True,
+            whole_images=False,
+        )
+        assert isinstance(data.dataset.train, FileSplit)
+        data.trainer = pl.Trainer(
+            accelerator="cpu", logger=False, enable_checkpointing=False, enable_model_summary=False
+        )
+        self.loader, self.before, self.epochs = data.train_dataloader(), before, count()
+        self.usages: list[Usage] = []
+
+    def __call__(self) -> None:
+        """Read an epoch."""
+        if self.before is not None:
+            self.before()
+        self.loader.batches.epoch = next(self.epochs)
+        for batch in self.loader.loader:
             if isinstance(batch, Exception):
                 raise batch
+            batch.as_tensors().unshared()
+        workers = [worker.pid for worker in self.loader.loader._iterator._workers]  # type: ignore[union-attr]
+        files = sum(len(os.listdir(f"/proc/{process}/fd")) for process in (os.getpid(), *workers))
+        self.usages.append(Usage(max(map(own_memory, workers)), files))
 
-    return epoch
+
+def own_memory(process: int) -> float:
+    """Return the memory that a process does not share with the one that forked it, in MB."""
+    lines = Path(f"/proc/{process}/smaps_rollup").read_text().splitlines()[1:]
+    sizes = {name: int(size) for name, size, *_ in (line.split() for line in lines)}
+    return (sizes["Private_Dirty:"] + sizes["Pss_Shmem:"]) / 1e3
 
 
 def table(root: Path, to: Path) -> None:
@@ -246,9 +276,9 @@ def main(words: Sequence[str] | None = None) -> None:
         work: dict[str, Call] = {
             "bare: decode and cut": epochs(DataLoader(Bare(files, cut=True), batch_size=None, **keys)),
             "bare: decode": epochs(DataLoader(Bare(files, cut=False), batch_size=None, **keys)),
-            "ours, folder": ours(*folder, workers=options.workers),
-            "ours, shards": ours("dataset=shards", f"dataset.url={base / 'shards'}", workers=options.workers),
-            "ours, Hugging Face": ours(
+            "ours, folder": Ours(*folder, workers=options.workers),
+            "ours, shards": Ours("dataset=shards", f"dataset.url={base / 'shards'}", workers=options.workers),
+            "ours, Hugging Face": Ours(
                 "dataset=huggingface", f"dataset.name={base / 'table'}", workers=options.workers
             ),
             "torchvision": epochs(DataLoader(ImageFolder(str(base / "folder/train"), Two()), **keys, **together)),
@@ -261,25 +291,33 @@ def main(words: Sequence[str] | None = None) -> None:
             def empty() -> None:
                 shutil.rmtree(base / "emptied/shards", ignore_errors=True)
 
-            work["ours, S3, empty cache"] = ours(*remote, caches["emptied"], workers=options.workers, before=empty)
-            work["ours, S3, full cache"] = ours(*remote, caches["kept"], workers=options.workers)
+            work["ours, S3, empty cache"] = Ours(*remote, caches["emptied"], workers=options.workers, before=empty)
+            work["ours, S3, full cache"] = Ours(*remote, caches["kept"], workers=options.workers)
         if options.peers:
             work |= stack.enter_context(peers(options.peers, base / "shards", base / "folder", options.workers))
         seconds = alternate(work, rounds=options.rounds, limit=options.seconds)
-        print_table(options.images, options.workers, seconds)
+        used = {name: call.usages for name, call in work.items() if isinstance(call, Ours)}
+        print_table(options.images, options.workers, seconds, used)
 
 
-def print_table(images: int, workers: int, seconds: dict[str, list[float]]) -> None:
-    """Print images per second, and the ratio to the first row."""
+def print_table(
+    images: int, workers: int, seconds: Mapping[str, Sequence[float]], used: Mapping[str, Sequence[Usage]]
+) -> None:
+    """Print images per second, the ratio to the first row, and what our workers used."""
     medians = {name: statistics.median(values) for name, values in seconds.items()}
     first = next(iter(medians.values()))
     made = io.StringIO()
     shown = Table(title=f"{images} images of {HEIGHT} x {WIDTH}, two views of {SIDE} px, {workers} workers")
-    for column in ("source", "images/s", "ratio to the first"):
+    for column in ("source", "images/s", "ratio to the first", "MB a worker", "growth", "open files", "growth"):
         shown.add_column(column, justify="left" if column == "source" else "right")
     for name, median in medians.items():
-        shown.add_row(name, f"{images / median:,.0f}", f"{first / median:.2f}")
-    Console(file=made, width=100).print(shown)
+        cells = [f"{images / median:,.0f}", f"{first / median:.2f}"]
+        if name in used:
+            begin, end = used[name][:2][-1], used[name][-1]
+            cells += [f"{end.megabytes:.0f}", f"{end.megabytes - begin.megabytes:+.0f}"]
+            cells += [str(end.files), f"{end.files - begin.files:+d}"]
+        shown.add_row(name, *cells)
+    Console(file=made, width=120).print(shown)
     print(made.getvalue())
 
 

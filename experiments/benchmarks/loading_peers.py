@@ -6,10 +6,40 @@ It prints the names of the rows, then reads a name per line, reads an epoch, and
 import argparse
 import multiprocessing
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from functools import partial
 from io import BytesIO
 from pathlib import Path
 from typing import Any
+
+
+def read(loader: Any) -> None:
+    """Read an epoch."""
+    for _ in loader:
+        pass
+
+
+def dali(folder: Path, threads: int, batch: int, side: int) -> Callable[[], None]:
+    """Return a call that reads an epoch by NVIDIA DALI on the CPU, which has threads in place of workers."""
+    from nvidia.dali import fn, pipeline_def, types  # type: ignore[import-not-found,import-untyped,unused-ignore]
+
+    @pipeline_def(batch_size=batch, num_threads=threads, device_id=None, prefetch_queue_depth=2)  # type: ignore[untyped-decorator]
+    def views() -> Any:
+        data, _ = fn.readers.file(file_root=str(folder), random_shuffle=True)
+        image = fn.decoders.image(data, device="cpu", output_type=types.RGB)
+        crops = [fn.random_resized_crop(image, size=(side, side), antialias=True) for _ in range(2)]
+        flipped = [fn.flip(crop, horizontal=fn.random.coin_flip()) for crop in crops]
+        return tuple(fn.transpose(view, perm=(2, 0, 1)) for view in flipped)
+
+    pipeline, images = views(), len(list(folder.rglob("*.jpg")))
+    pipeline.build()
+
+    def epoch() -> None:
+        for _ in range(images // batch):
+            pipeline.run()
+
+    return epoch
 
 
 def main(words: Sequence[str] | None = None) -> None:
@@ -58,10 +88,12 @@ def main(words: Sequence[str] | None = None) -> None:
         "webdataset": webdataset.WebLoader(samples, batch_size=batch, **keys),
         "litdata": litdata.StreamingDataLoader(Streaming(streams, shuffle=True), batch_size=batch, **keys),
     }
-    print(", ".join(loaders), file=out, flush=True)
+    calls: dict[str, Callable[[], None]] = {name: partial(read, loader) for name, loader in loaders.items()}
+    with suppress(ImportError):
+        calls["DALI"] = dali(folder / "train", workers, batch, options.side)
+    print(", ".join(calls), file=out, flush=True)
     for line in sys.stdin:
-        for _ in loaders[line.strip()]:
-            pass
+        calls[line.strip()]()
         print(line.strip(), file=out, flush=True)
 
 

@@ -35,7 +35,8 @@ _TYPES = (
     "bool_[::1], float32[::1], float32[::1], bool_, float32[:,::1], int64, int64, int64)"
 )
 _OPTIONS: dict[str, Any] = {"nogil": True, "fastmath": True, "error_model": "numpy"}
-_part = njit(**_OPTIONS)
+# Without inlining, a process that compiles may call another version of a part than one that loads what was kept.
+_part = njit(forceinline=True, **_OPTIONS)
 
 _ZERO, _THIRD, _ONE, _TWO, _SIX, _WHITE = map(np.float32, (0, 1 / 3, 1, 2, 6, 255))
 _TINY = np.float32(1e-12)
@@ -47,8 +48,7 @@ def render(
 ) -> Tensor:
     """Return views as `passes.render` does. The images are uint8, and everything is on the CPU."""
     n, last = len(images), memory_format == torch.channels_last
-    # NumPy asks the system for huge pages. With small ones, a large batch takes a third longer.
-    out = np.empty((n, size, size, 3) if last else (n, 3, size, size), np.float32)
+    out = _aligned(3 * n * size * size).reshape((n, size, size, 3) if last else (n, 3, size, size))
     no = torch.zeros(n, dtype=torch.bool)
 
     def array(values: Tensor | None, otherwise: Tensor) -> Any:
@@ -79,6 +79,17 @@ def render(
             list(pool.map(lambda start, end: code(*work, start, end), ends[:-1], ends[1:]))
     views = torch.from_numpy(out)
     return views.permute(0, 3, 1, 2) if last else views
+
+
+def _aligned(length: int) -> Any:
+    """Return room for float32 values that begins at a multiple of 64 bytes, as tensors do.
+
+    Libraries may round a sum in another way at another place. NumPy asks the system for huge pages. With small ones, as
+    torch has them, a large batch takes a third longer.
+    """
+    room = np.empty(length + 15, np.float32)
+    start = -room.ctypes.data % 64 // 4
+    return room[start : start + length]
 
 
 @cache

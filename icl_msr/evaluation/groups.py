@@ -73,12 +73,13 @@ class Groups(Evaluation):
     Ordinary classifiers are fitted on all training images. Group-balanced ones are fitted on as many images of each
     group as the smallest group has: on training images, or on those of the test split `balanced_from`, such as `val`.
     `subsets` is the number of such sets; the scores of their classifiers are averaged. A group without any image in the
-    fitting set is left out there.
+    fitting set is left out there. Groups with less than `fewest` test images do not count as the worst.
     """
 
     split: str | None
     balanced_from: str
     subsets: PositiveInt
+    fewest: PositiveInt
 
     @override
     def names(self, dataset: Dataset) -> list[str]:
@@ -106,6 +107,14 @@ class Groups(Evaluation):
         split = named_split(dataset, self.split or known[0])
         if split not in known:
             raise UserError(f"The groups of {split} are not known; set evaluation.split to one of {', '.join(known)}.")
+        sizes = dataset.groups(split)
+        assert sizes is not None
+        large = int((sizes[sizes >= 0].bincount() >= self.fewest).sum())
+        if large < 2:
+            raise UserError(
+                f"{split} of {dataset.name} has {large or 'no'} group{'' if large == 1 else 's'} of {self.fewest} "
+                "images or more, and two are needed; take more test images, or set evaluation.fewest lower."
+            )
         others = [name for name in known if name != split]
         if self.balanced_from not in ("train", *others):
             raise UserError(
@@ -150,36 +159,27 @@ class Groups(Evaluation):
         record_accuracy(task, fit, split, scores, labels, results)
         train, names = dataset.groups("train"), dataset.group_names
         assert train is not None
-        there = sorted(set(groups[groups >= 0].tolist()))
-        hits = [(predicted == labels)[groups == g] for g in there]
-        shares = torch.stack([(train == g).sum() for g in there]).float()
-        means = torch.stack([part.float().mean() for part in hits])
-        worst = int(means.argmin())
+        hits = {g: (predicted == labels)[groups == g] for g in sorted(set(groups[groups >= 0].tolist()))}
+        large = {g: part for g, part in hits.items() if len(part) >= self.fewest}
+        worst = min(large, key=lambda g: float(large[g].float().mean()))
+        shares = torch.stack([(train == g).sum() for g in hits]).float()
         found = {
-            "worst": bootstrap.of_parts(hits, lambda parts: parts.amin(0)),
-            "average": bootstrap.mean(torch.cat(hits)),
+            "worst": bootstrap.of_parts(list(large.values()), lambda means: means.amin(0)),
+            "average": bootstrap.mean(torch.cat(list(hits.values()))),
         }
         if shares.sum() > 0:
-            found["weighted"] = bootstrap.of_parts(hits, lambda parts: shares / shares.sum() @ parts)
+            found["weighted"] = bootstrap.of_parts(list(hits.values()), lambda means: shares / shares.sum() @ means)
+        few = len(hits) - len(large)
+        notes = {
+            "worst": f"{names[worst]} ({len(large[worst])} images)",
+            "average": f"{few} with fewer than {self.fewest} images do not count" if few else "",
+        }
         record = partial(Measurement, kind=WORST.kind, split=split, n=int((groups >= 0).sum()), **fit._asdict())
-        note = f"{names[there[worst]]} ({len(hits[worst])} images)"
-        results.records.add(
-            WORST,
-            *(
-                record(metric=metric, note=note if metric == "worst" else "", **interval._asdict())
-                for metric, interval in found.items()
-            ),
-        )
-        for g, part in zip(there, hits, strict=True):
-            by_group = Measurement(
-                kind=BY_GROUP.kind,
-                split=split,
-                n=len(part),
-                factors={"group": names[g]},
-                **bootstrap.mean(part)._asdict(),
-                **fit._asdict(),
-            )
-            results.records.add(BY_GROUP, by_group)
+        for metric, interval in found.items():
+            results.records.add(WORST, record(metric=metric, note=notes.get(metric, ""), **interval._asdict()))
+        for g, part in hits.items():
+            record = partial(Measurement, kind=BY_GROUP.kind, split=split, n=len(part), **fit._asdict())
+            results.records.add(BY_GROUP, record(factors={"group": names[g]}, **bootstrap.mean(part)._asdict()))
 
 
 def balanced_groups(groups: Tensor, seed: int, subset: int) -> Tensor:

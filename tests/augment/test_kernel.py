@@ -1,4 +1,7 @@
+import os
+import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -127,3 +130,27 @@ def test_code_that_cannot_be_kept_is_compiled_all_the_same(error, monkeypatch, c
     assert kernel._compiled.__wrapped__() is kernel._render
     assert kept == [True, False]
     assert capsys.readouterr().out == "The code that makes views was compiled for this machine (7 s).\n"
+
+
+@pytest.mark.slow
+def test_code_that_is_compiled_and_code_that_was_kept_give_the_same_bytes(tmp_path):
+    """A run and its continuation are equal to the last bit, though only one of them compiles."""
+    program = """
+import hashlib, torch
+from augment.test_kernel import RECIPES, draw, pictures
+from icl_msr.augment import kernel
+for changes in RECIPES.values():
+    views = draw(kernel.render, pictures(24, 40, 40), changes, 32)
+    print(hashlib.sha256(torch.stack(views).numpy().tobytes()).hexdigest())
+    assert all(view.data_ptr() % 64 == 0 for view in views)
+"""
+    where = os.environ | {"NUMBA_CACHE_DIR": str(tmp_path), "PYTHONPATH": str(Path(__file__).parents[1])}
+    made = [
+        subprocess.run([sys.executable, "-c", program], env=where, capture_output=True, text=True, check=True).stdout
+        for _ in range(2)
+    ]
+    hashes = [[line for line in out.splitlines() if len(line) == 64] for out in made]
+    assert "was compiled" in made[0]
+    assert "was compiled" not in made[1]
+    assert len(hashes[0]) == len(RECIPES)
+    assert hashes[0] == hashes[1]

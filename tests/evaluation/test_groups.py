@@ -37,6 +37,7 @@ def make() -> Make:
             "split": None,
             "balanced_from": "train",
             "subsets": 3,
+            "fewest": 1,
         }
         return Groups(**(standard | keys))
 
@@ -155,6 +156,25 @@ def test_the_minimum_of_resampled_groups() -> None:
     assert bootstrap.of_parts([certain], lambda means: means.amin(0)) == (1, 1, 1)
     apart = bootstrap.of_parts([small, small], lambda means: means[0] - means[1])
     assert apart.high > 0.3  # each set is resampled by itself
+
+
+def test_a_group_of_few_images_is_not_the_worst(make: Make, birds: Dataset) -> None:
+    """The encoder sees the place alone, and a land bird on the water is wrong. There are five of them."""
+    groups = birds.groups("test")
+    assert groups is not None
+    test = birds.tests["test"]
+    test.labels[groups == 2] = 0  # every bird on land is a land bird
+    test.labels[(groups == 1).nonzero()[5:, 0]] = 1
+    for fewest, worst in ((5, 0), (6, 1)):
+        results = make(fewest=fewest)(Lower(), birds, device="cpu", seed=0)
+        found = {r.metric: r for r in results.records.where("groups", fitted_on="train")}
+        assert found["worst"].value == worst
+        assert found["average"].value == pytest.approx(1 - 5 / 400)
+        assert (found["worst"].note == "landbird, water (5 images)") == (fewest == 5)
+        assert found["average"].note == ("" if fewest == 5 else "1 with fewer than 6 images do not count")
+        assert len(results.records.where("group", fitted_on="train")) == 3
+    with pytest.raises(UserError, match=r"test of birds has no groups of 1000 images or more, and two are needed"):
+        make(fewest=1000).names(birds)
 
 
 def test_on_the_validation_split(make: Make, birds: Dataset) -> None:
