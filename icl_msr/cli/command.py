@@ -26,6 +26,7 @@ from yaml import MarkedYAMLError, YAMLError
 from icl_msr.cli.elsewhere import Task
 from icl_msr.cli.footprint import Footprint, require_common_folder
 from icl_msr.cli.processes import hold_leash, in_folder, told
+from icl_msr.cli.stopping import leave_if_stopped
 from icl_msr.cli.sweeps import exit_codes, register_resolvers
 from icl_msr.cli.words import ambiguous, for_sweep, overrides, path_in, spelled_out, unreadable
 from icl_msr.core import trust
@@ -125,6 +126,7 @@ def main(job: Job, arguments: Sequence[str] | None = None) -> int:
             raise
         return 2
     except Exception as mistake:
+        leave_if_stopped()  # a launcher may dislike that its jobs have ended
         plugins = _of_plugin(mistake, typed)
         known = plugins or isinstance(mistake, _MISTAKES) or _is_hydras(mistake)
         if exit_codes or not known:  # once a job has begun, it is not a mistake of the user

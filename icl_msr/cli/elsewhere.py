@@ -14,6 +14,7 @@ from hydra.types import TaskFunction
 from omegaconf import DictConfig
 
 from icl_msr.cli.processes import Child, passed_on
+from icl_msr.cli.stopping import Stop
 from icl_msr.cli.sweeps import Job, execute, register_resolvers, varying
 from icl_msr.core import trust
 from icl_msr.core.errors import PREEMPTED, UserError
@@ -57,8 +58,9 @@ class Elsewhere:
         hydra, metric, end = sweep.hydra, math.nan, "stopped"
         folder = RunFolder(Path(hydra.runtime.output_dir))
         job = Job(hydra.job.num, list(hydra.overrides.task), config, folder, " ".join(varying(hydra.overrides.task)))
-        with passed_on(self.running) as signals:
-            code = execute(sweep, job, self.running, log=True)
+        stop = Stop(Path(str(hydra.sweep.dir)))
+        with passed_on(self.running) as signals, stop.passed_on(self.running, signals):
+            code = PREEMPTED if stop.signal() else execute(sweep, job, self.running, log=True)
         if code == 0:
             with suppress(UserError):
                 metric = folder.metric()

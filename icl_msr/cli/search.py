@@ -19,6 +19,7 @@ from omegaconf.errors import OmegaConfBaseException
 from pydantic import NonNegativeInt, PositiveInt
 from yaml import YAMLError
 
+from icl_msr.cli.stopping import leave_if_stopped
 from icl_msr.cli.sweeps import Job, exit_codes, plan
 from icl_msr.core.config import Node, build_as, check_node, suggestion
 from icl_msr.core.errors import UserError, reason
@@ -108,6 +109,7 @@ class OptunaSweeper:
         while trials := self._next():
             for jobs in in_a_row([job for trial in trials if (job := self._accepted(trial))]):
                 answers = self.launcher.launch([job.overrides for job in jobs], jobs[0].number)
+                leave_if_stopped()
                 for job, answer in zip(jobs, answers, strict=True):
                     self._tell(job, answer)
         return self._conclude()

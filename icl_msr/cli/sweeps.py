@@ -26,6 +26,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 
 from icl_msr.cli.footprint import new_folder, refuse, run_folder
 from icl_msr.cli.processes import Child, clean_environment, in_folder, passed_on, requeued
+from icl_msr.cli.stopping import Stop, leave_if_stopped
 from icl_msr.cli.words import in_short, spelled_out
 from icl_msr.core import trust
 from icl_msr.core.compose import known_to_hydra
@@ -44,6 +45,9 @@ PATIENCE = 2.0
 
 PAUSE = 1.0
 """Seconds between two looks at jobs that other processes run."""
+
+_IN_OUR_HANDS = ("hydra_plugins.icl_msr.", "hydra._internal.")
+"""Launchers whose jobs get the signals of the command."""
 
 _LONGEST_TYPE, _LONGEST_NAME = 64, 128
 """W&B's limits for a job type and for the name of a run, in characters."""
@@ -311,12 +315,17 @@ class SweepRecord(Callback):
         if (self.folder / "sweep.json").exists():
             print(f"Continuing {self.folder}; jobs done so far: {self._state()[0]}.", flush=True)
         self._write(finished=False)
+        if not str(config.hydra.launcher._target_).startswith(_IN_OUR_HANDS):
+            stop = Stop(self.folder)
+            stop.forget()  # of a command that was killed
+            stop.answer_signals()
 
     def on_multirun_end(self, config: DictConfig, **_: Any) -> None:
         """Print how many jobs are done and how to go on."""
         if sys.exception():  # Hydra 1.4 calls this after an error too
             os.close(self.lock)
             return
+        leave_if_stopped()
         done, all_jobs = self._state()
         if not all_jobs:
             refuse("The sweep has no jobs, because a list or a pattern in it gives no values; write them out.")
@@ -339,6 +348,8 @@ class SweepRecord(Callback):
                     return True
             if not _is_shared() or time.monotonic() > deadline:
                 where = "wait for its end, or choose another hydra.sweep.dir"
+                if _is_search():
+                    where = f"one process leads a search, and hydra/launcher=slurm or process spreads its jobs; {where}"
                 refuse(f"{self.folder} is another process's sweep; {where}.")
             time.sleep(0.1)  # the other process may have begun in this moment
         return False
@@ -369,7 +380,7 @@ def sweep_folder(root: str) -> str:
         if content.get("command") == sys.argv[1:] and not content.get("finished"):
             folder = os.open(record.parent, os.O_RDONLY)
             try:
-                if _locks(folder) or _can_join(folder):
+                if _locks(folder) or _can_join(folder) or _is_search():
                     return str(record.parent)
             finally:
                 os.close(folder)
@@ -453,8 +464,12 @@ def _locks(folder: int, kind: int = fcntl.LOCK_EX) -> bool:
 
 def _is_shared() -> bool:
     """Return whether other processes may join this command: its jobs are known before the first one runs."""
-    sweepers = [word for word in sys.argv[1:] if word.startswith("hydra/sweeper=")]
-    return "hydra/launcher=process" in sys.argv[1:] and not sweepers
+    return "hydra/launcher=process" in sys.argv[1:] and not _is_search()
+
+
+def _is_search() -> bool:
+    """Return whether a sweeper chooses jobs from the results of earlier ones. One process leads it."""
+    return any(word.startswith("hydra/sweeper=") for word in sys.argv[1:])
 
 
 def _can_join(folder: int) -> bool:

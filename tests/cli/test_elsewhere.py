@@ -1,10 +1,14 @@
 """Launchers of Hydra's plug-ins: whichever takes a job to a process, the job is the same command in its own folder."""
 
 import json
+import os
 import pickle
+import signal
+import time
 from collections.abc import Callable, Iterator, Sequence
 from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,9 +18,10 @@ from hydra.plugins.launcher import Launcher
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, open_dict
 from support.jobs import Answer, began
-from support.programs import Programs
+from support.programs import Programs, steps, until
 from support.tiny import DATA, MODEL
 
+from icl_msr.cli.stopping import PAUSE, Stop
 from icl_msr.core.folder import RunFolder
 
 Command = Callable[..., Answer]
@@ -49,10 +54,16 @@ class Broken(Courier):
         raise TypeError("run_job() misses an argument\nof this year")
 
 
+class Stopped(Courier):
+    def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
+        Path("here/stop").write_text("2")
+        raise RuntimeError("a worker is gone")
+
+
 @pytest.fixture
 def couriers(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Launchers by the names `courier` and `broken`."""
-    kinds, theirs = {"courier": Courier, "broken": Broken}, Plugins._instantiate
+    """Launchers by the names `courier`, `broken` and `stopped`."""
+    kinds, theirs = {"courier": Courier, "broken": Broken, "stopped": Stopped}, Plugins._instantiate
 
     def ours(self: Any, config: DictConfig) -> Any:
         return kinds[config._target_]() if config._target_ in kinds else theirs(self, config)
@@ -112,6 +123,56 @@ def test_a_launcher_that_fails_is_named(command: Command, couriers: None) -> Non
     assert not Path("here").exists()
 
 
+STOPPED = "Path('here/stop').write_text('15'); time.sleep(60)"
+"""A job in whose midst somebody stops the command. The signal reaches it in less time."""
+
+
+def test_a_command_that_is_stopped_stops_its_jobs(
+    command: Command, couriers: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = ("seed=1,2,3", "method=simclr", *COURIER)
+    monkeypatch.setenv("JOB2", STOPPED)
+    answer = command(*words)
+    assert (answer.code, answer.err) == (75, ["The sweep was stopped; the same command continues it."])
+    assert [began(Path("here", number)) for number in "012"] == [1, 1, 0]
+    assert not Path("here/stop").exists()
+    monkeypatch.delenv("JOB2")
+    assert command(*words).code == 0
+    assert [began(Path("here", number)) for number in "12"] == [2, 1]
+
+
+def test_a_search_that_is_stopped_loses_no_trial(
+    command: Command, couriers: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = ("seed=range(1,50)", "method=simclr", *COURIER, "hydra/sweeper=optuna", "hydra.sweeper.n_trials=3")
+    whole = command(*words, "hydra.sweep.dir=whole")
+    second = json.loads(Path("whole/1/environment").read_text())["WORDS"][0].removeprefix("seed=")
+    monkeypatch.setenv(f"JOB{second}", STOPPED)
+    answer = command(*words)
+    assert (answer.code, answer.err) == (75, ["The sweep was stopped; the same command continues it."])
+    monkeypatch.delenv(f"JOB{second}")
+    again = command(*words)
+    assert again.code == 0
+    assert again.out[-2] == whole.out[-2].replace("whole/", "here/")
+
+
+def test_a_launcher_may_dislike_that_its_jobs_have_ended(command: Command, couriers: None) -> None:
+    words = ("seed=1,2", "method=simclr", *COURIER, "hydra.launcher._target_=stopped")
+    answer = command(*words)
+    assert (answer.code, answer.err) == (75, ["The sweep was stopped; the same command continues it."])
+
+
+def test_a_signal_that_the_process_has_received_is_not_passed_on_twice(tmp_path: Path) -> None:
+    sent: list[int] = []
+    child: Any = SimpleNamespace(poll=lambda: None, send_signal=sent.append)
+    for received, expected in (([2], []), ([], [15])):
+        stop = Stop(tmp_path)
+        stop.path.write_text("15")
+        with stop.passed_on([child], received):
+            time.sleep(3 * PAUSE)
+        assert sent == expected
+
+
 # ----------------------------------------------------------------------------------------------------- the real program
 
 SHORT = [*DATA, *MODEL, "regularizer=none", "evaluation=none", "logger=csv", "~callbacks.online", "metric=loss"]
@@ -142,4 +203,21 @@ def test_four_jobs_of_a_plugin(plugin: str, programs: Programs, tmp_path: Path) 
     refused = "loader.batch_size=1000000 is larger than the training split; set it to 64 or less.\n"
     assert (tmp_path / "sweep" / "2" / "job.log").read_text() == refused
     assert "Jobs done: 3 of 4; the same command finishes the others." in program.out
+    programs.gone(30)
+
+
+@pytest.mark.slow
+def test_ctrl_c_saves_the_jobs_of_joblib(programs: Programs, tmp_path: Path) -> None:
+    """A terminal sends it to all processes of the command at once."""
+    long = [word for word in SHORT if not word.startswith("trainer.max_epochs")]
+    words = ["-m", *long, "trainer.max_epochs=400", "loader.batch_size=8,16,32", "hydra/launcher=joblib"]
+    program = programs.start(*words, "hydra.launcher.n_jobs=2", f"hydra.sweep.dir={tmp_path}/sweep")
+    jobs = [tmp_path / "sweep" / number for number in "01"]
+    until(lambda: min(map(steps, jobs)) > 9 or program.process.poll() is not None)
+    os.killpg(program.process.pid, signal.SIGINT)
+    assert program.wait() == 75
+    assert program.err == "The sweep was stopped; the same command continues it.\n"
+    for job in jobs:
+        last = (job / "job.log").read_text().splitlines()[-1]
+        assert last.startswith(f"Stopped by SIGINT after {steps(job)} steps; all is saved.")
     programs.gone(30)

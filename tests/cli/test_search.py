@@ -1,7 +1,9 @@
 """Optuna chooses the jobs of a sweep: the largest metric is the best, and stops and failures change nothing."""
 
+import fcntl
 import inspect
 import itertools
+import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from pkgutil import resolve_name
@@ -16,7 +18,7 @@ from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
 from optuna.study import StudyDirection, load_study
 from optuna.trial import TrialState
-from support.jobs import Answer, began
+from support.jobs import Answer, began, only
 from support.tiny import composed
 
 from icl_msr.cli.search import OptunaSweeper, values
@@ -243,3 +245,21 @@ def test_a_space_of_the_group_is_searched(command: Command) -> None:
     assert answer.err == [
         "interval(...) is a range, and this sweep tries values; write them out, or add hydra/sweeper=optuna."
     ]
+
+
+def test_one_process_leads_a_search(command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The command finds the unfinished search, whoever leads it, and begins no second one."""
+    words = ("method=simclr", "hydra/launcher=process", "hydra/sweeper=optuna", "seed=5,6", "hydra.sweeper.n_trials=2")
+    for seed in (5, 6):
+        monkeypatch.setenv(f"JOB{seed}", "sys.exit(75)")
+    assert command(*words).code == 75
+    folder = only(tmp_path)
+    leader = os.open(folder, os.O_RDONLY)
+    fcntl.flock(leader, fcntl.LOCK_EX)
+    answer = command(*words)
+    os.close(leader)
+    spread = "one process leads a search, and hydra/launcher=slurm or process spreads its jobs"
+    where = folder.relative_to(tmp_path)
+    said = f"{where} is another process's sweep; {spread}; wait for its end, or choose another hydra.sweep.dir."
+    assert (answer.code, answer.err) == (2, [said])
+    assert only(tmp_path) == folder

@@ -1,6 +1,7 @@
 """Sweeps whose jobs are done at once: a module in the program's place, and what it leaves."""
 
 import os
+import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -16,6 +17,7 @@ from icl_msr.cli.job import run
 from icl_msr.cli.processes import clean_environment
 from icl_msr.cli.sweeps import SweepRecord, checked_job
 from icl_msr.core.saved import as_yaml
+from icl_msr.core.signals import SIGNALS, give_back
 from support.inprocess import loggers_put_back
 
 FAKE = """
@@ -90,10 +92,12 @@ def sweep_command(
     monkeypatch.chdir(tmp_path)
 
     def call(*words: str, job: Job = run) -> Answer:
+        handlers = {number: signal.getsignal(number) for number in SIGNALS}
         try:
             code = main(job, ["-m", *words])
         except SystemExit as end:
             code = end.code if isinstance(end.code, int) else 1
+        give_back(handlers)
         while held:  # the end of a process releases its lock
             os.close(held.pop().lock)
         out, err = capfd.readouterr()
