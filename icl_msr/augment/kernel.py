@@ -129,8 +129,8 @@ def _render(
         y0, x0, rows, columns = boxes[i]
         row_taps = _taps(y0, rows, size, False, cubic, top, down)
         column_taps = _taps(0, columns, size, flip[i], cubic, left, across)
-        turn = 0
-        while turn < 4 and (order[i, turn] != CONTRAST):
+        turn = 0  # of the contrast, which waits for the mean gray of what the parts before it have made
+        while turn < 4 and order[i, turn] != CONTRAST:
             turn += 1
         if factors[i, CONTRAST] == 1:
             turn = 4
@@ -144,8 +144,7 @@ def _render(
                     images[i], x0, columns, y, stop, top, down, row_taps, left, across, column_taps, lines, tile, sums
                 )
                 _spread(sums, y, stop, size, halo, view)
-            lo, hi = (halo + y) * size, (halo + stop) * size
-            red, green, blue = view[0, lo:hi], view[1, lo:hi], view[2, lo:hi]
+            red, green, blue = _planes(view, (halo + y) * size, (halo + stop) * size)
             if cubic:
                 _scale_colours(_ONE, red, green, blue)
             for step in range(turn):
@@ -156,8 +155,7 @@ def _render(
         radius = _bell(sigma[i], size, bell)
         for y in range(0, size, _ROWS):
             stop = min(y + _ROWS, size)
-            lo, hi = (halo + y) * size, (halo + stop) * size
-            red, green, blue = view[0, lo:hi], view[1, lo:hi], view[2, lo:hi]
+            red, green, blue = _planes(view, (halo + y) * size, (halo + stop) * size)
             for step in range(turn, 4):
                 _change(order[i, step], factors[i, order[i, step]], mean, red, green, blue)
             if gray[i]:
@@ -165,19 +163,20 @@ def _render(
             if radius > 0:
                 _blur_rows(red, green, blue, size, bell, radius, wide, blurred)
             else:
-                if solarize[i]:
-                    _solarize(red, green, blue)
-                _write(red, green, blue, scale, shift, last, out[i], y * size, size * size)
+                _write(red, green, blue, solarize[i], scale, shift, last, out[i], y * size, size * size)
         if radius > 0:
             _reflect(view, size, halo, radius)
             for y in range(0, size, _ROWS):
                 stop = min(y + _ROWS, size)
                 n = (stop - y) * size
                 _blur_columns(view, (halo + y) * size, n, size, bell, radius, blurred)
-                red, green, blue = blurred[0, :n], blurred[1, :n], blurred[2, :n]
-                if solarize[i]:
-                    _solarize(red, green, blue)
-                _write(red, green, blue, scale, shift, last, out[i], y * size, size * size)
+                red, green, blue = _planes(blurred, 0, n)
+                _write(red, green, blue, solarize[i], scale, shift, last, out[i], y * size, size * size)
+
+
+@_part
+def _planes(view, start, end):
+    return view[0, start:end], view[1, start:end], view[2, start:end]
 
 
 @_part
@@ -424,7 +423,9 @@ def _blur_columns(view, offset, n, size, bell, radius, blurred):
 
 
 @_part
-def _write(red, green, blue, scale, shift, last, out, offset, area):
+def _write(red, green, blue, solarized, scale, shift, last, out, offset, area):
+    if solarized:
+        _solarize(red, green, blue)
     if last:
         line = out[3 * offset : 3 * (offset + len(red))]
         for p in range(len(red)):
