@@ -14,19 +14,20 @@ Work = Mapping[str, Callable[[], object]]
 
 
 def alternate(
-    work: Work, *, rounds: int, limit: float = 60.0, device: torch.device | None = None
+    work: Work, *, rounds: int, limit: float = 60.0, device: torch.device | None = None, warm_up: bool = True
 ) -> dict[str, list[float]]:
-    """Return the seconds of each piece of work, one value per round. A first round that warms up is left out.
+    """Return the seconds of each piece of work, one value per round.
 
     Args:
         work: the calls to time, by name.
         rounds: largest number of rounds.
         limit: seconds after which no further round begins. There is always one round.
         device: the device that the work runs on. A GPU is waited for.
+        warm_up: whether there is a first round that is left out.
     """
     seconds: dict[str, list[float]] = {name: [] for name in work}
     began = time.perf_counter()
-    for round_ in range(rounds + 1):
+    for round_ in range(0 if warm_up else 1, rounds + 1):
         if round_ > 1 and time.perf_counter() - began > limit:
             break
         for name, call in work.items():

@@ -134,12 +134,14 @@ class Dataset:
         labels = hashlib.sha256(self.train.labels.cpu().numpy().tobytes()).hexdigest()
         about = {"images": len(self.train), "classes": list(self.classes), "labels": labels[:16]}
         files = getattr(self.train, "files", None)
-        content: Any = b""
+        content = 0
         if files is not None:
-            content = "/".join(map(os.path.basename, files)).encode(errors="surrogateescape")
+            for i, name in enumerate(map(os.path.basename, files)):
+                content = zlib.crc32(f"{'/' if i else ''}{name}".encode(errors="surrogateescape"), content)
         elif isinstance(self.train, ArraySplit):
-            content = self.train.images.cpu().contiguous().numpy()
-        return {**about, "content": f"{zlib.crc32(content):08x}"}
+            pixels: Any = self.train.images.cpu().contiguous().numpy()
+            content = zlib.crc32(pixels)
+        return {**about, "content": f"{content:08x}"}
 
     @property
     def group_names(self) -> list[str]:

@@ -1,11 +1,14 @@
 """Millions of names in little memory."""
 
 from array import array
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import overload
 
 import numpy as np
 from typing_extensions import override
+
+_TOGETHER = 4096
+"""Names that are decoded at a time."""
 
 
 class Names(Sequence[str]):
@@ -33,12 +36,25 @@ class Names(Sequence[str]):
     @override
     def __getitem__(self, i: int | slice) -> str | list[str]:
         if isinstance(i, slice):
-            return [self[j] for j in range(*i.indices(len(self)))]
+            start, stop, step = i.indices(len(self))
+            return self._between(start, stop) if step == 1 else [self[j] for j in range(start, stop, step)]
         if not -len(self) <= i < len(self):
             raise IndexError(f"There are {len(self)} names, and none at {i}.")
-        at = i % len(self)
-        letters = self._letters[self._ends[at - 1] if at else 0 : self._ends[at]]
-        return letters.tobytes().decode(errors="surrogatepass")
+        return self._between(i % len(self), i % len(self) + 1)[0]
+
+    @override
+    def __iter__(self) -> Iterator[str]:
+        for start in range(0, len(self), _TOGETHER):
+            yield from self._between(start, min(start + _TOGETHER, len(self)))
+
+    def _between(self, start: int, stop: int) -> list[str]:
+        if stop <= start:
+            return []
+        begin = int(self._ends[start - 1]) if start else 0
+        letters = self._letters[begin : self._ends[stop - 1]].tobytes()
+        ends = (self._ends[start:stop] - begin).tolist()
+        begins = [0, *ends[:-1]]
+        return [letters[a:b].decode(errors="surrogatepass") for a, b in zip(begins, ends, strict=True)]
 
 
 def compact(names: Sequence[str]) -> Sequence[str]:

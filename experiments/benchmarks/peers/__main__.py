@@ -34,7 +34,7 @@ from rich.table import Table
 
 from experiments.benchmarks.peers import losses, measures, runs, steps, views
 from experiments.benchmarks.peers.rows import OURS, OURS_AS_THEIRS, Row, Size, installed, plan
-from experiments.benchmarks.timing import alternate, peak_memory, stopwatch
+from experiments.benchmarks.timing import alternate, peak_memory
 
 GROUPS: Mapping[str, Callable[[Size], list[Row]]] = {
     "views": views.rows,
@@ -63,12 +63,12 @@ class Result:
 
 def measure(row: Row, rounds: int, seconds: float) -> list[Result]:
     """Return the results of a row; no round begins after `seconds`."""
-    work = row.make()
-    megabytes = {name: peak_memory(call) if row.own_memory else None for name, call in work.items() if row.warm_up}
-    if row.warm_up:
-        taken = alternate(work, rounds=rounds, limit=seconds)
-    else:
-        taken = {name: [stopwatch(call)] for name, call in work.items()}
+    work, began = row.make(), time.perf_counter()
+    megabytes: dict[str, float | None] = {}
+    if row.own_memory:  # which warms up as well
+        megabytes = {name: peak_memory(call) for name, call in work.items()}
+    left = seconds - (time.perf_counter() - began)
+    taken = alternate(work, rounds=rounds, limit=left, warm_up=row.warm_up and not row.own_memory)
     medians = {name: statistics.median(values) for name, values in taken.items()}
     base = medians.get(OURS_AS_THEIRS)
     return [
