@@ -235,7 +235,7 @@ def _comparison(record: Measurement, rows: list[Configuration]) -> Plot:
     series = [Series("mean", cells, 1 if record.kind == GAP.kind else 0)]
     seeds = any(c is not None and c.single for c in cells)
     return plots.dots(
-        f"{name} ({how})",
+        f"{name} ({how})" if how else name,
         [row.label for row in rows],
         series,
         "points" if points else "accuracy, %" if record.kind == ACCURACY.kind else "%",

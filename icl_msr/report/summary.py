@@ -149,13 +149,14 @@ def heading(record: Measurement) -> tuple[str, str]:
     """Return the heading of a column as (what was measured, how)."""
     usual = record.kind in (ACCURACY.kind, GAP.kind)
     what = GAP.labels.get(record.splits, record.splits.replace(" - ", " − "))
+    drawn = ""
     if (record.kind, record.metric) in FURTHER:
-        what = " ".join(filter(None, (FURTHER[record.kind, record.metric], record.told("map"))))
+        what, drawn = FURTHER[record.kind, record.metric], record.told("map")
     elif not usual:
         what = " ".join(filter(None, (record.kind, record.metric, record.splits, *map(str, record.factors.values()))))
     fitted = "" if record.fitted_on == "train" else record.fitted_on
     encoder = "" if record.encoder == TRAINED else record.encoder
-    return what, ", ".join(filter(None, (str(record.classifier or ""), fitted, encoder)))
+    return what, ", ".join(filter(None, (drawn, str(record.classifier or ""), fitted, encoder)))
 
 
 def accuracy(split: str, classifier: Classifier | None, fitted_on: str, encoder: str = TRAINED) -> Measurement:

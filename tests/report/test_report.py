@@ -166,7 +166,7 @@ def test_the_answer_and_the_headline_stay_on_one_screen(tmp_path: Path) -> None:
         ("worst group", "linear"),
         ("worst group", "linear, balanced groups"),
         ("shape bias", "linear"),
-        ("on the object Grad-CAM", ""),
+        ("on the object", "Grad-CAM"),
     ]
     assert "On its worst group, msr is right most often, 26.0 %, and none least often, 16.0 %." in comparison(rows)
     write_summary(summarise([tmp_path]), tmp_path / "out")
