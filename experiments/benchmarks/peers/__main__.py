@@ -136,16 +136,22 @@ def main(words: Sequence[str] | None = None) -> None:
     torch.manual_seed(0)
     ends = time.monotonic() + 60 * options.budget
     found: list[Result] = []
-    for i, row in enumerate(rows):
-        share = max(0.0, ends - time.monotonic()) / (len(rows) - i)
-        found += measure(row, 1 if options.tiny else options.rounds, share)
-        print(f"{i + 1}/{len(rows)} {row.name}", file=sys.stderr)
-    _print(found)
-    if options.to is not None:
-        options.to.mkdir(parents=True, exist_ok=True)
-        record = {"machine": machine(), "rows": [asdict(result) for result in found]}
-        (options.to / "peers.json").write_text(json.dumps(record, indent=1))
-        (options.to / "peers.md").write_text(_markdown(found))
+    try:
+        for i, row in enumerate(rows):
+            share = max(0.0, ends - time.monotonic()) / (len(rows) - i)
+            found += measure(row, 1 if options.tiny else options.rounds, share)
+            print(f"{i + 1}/{len(rows)} {row.name}", file=sys.stderr)
+            if options.to is not None:
+                _write(found, options.to)
+    finally:  # a row that fails takes no other with it
+        _print(found)
+
+
+def _write(found: list[Result], folder: Path) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    record = {"machine": machine(), "rows": [asdict(result) for result in found]}
+    (folder / "peers.json").write_text(json.dumps(record, indent=1))
+    (folder / "peers.md").write_text(_markdown(found))
 
 
 HEAD = ("what", "library", "median", "rounds", "memory", "by ours", "by ours in fp32, contiguous")
