@@ -294,7 +294,7 @@ IN_THE_WORLD = [
     ("dataset.cache=s3://bucket/cache", "dataset.cache=s3://bucket/cache is a URL"),
     ("loader.batch_size=16 method.queue_size=12", "method.queue_size=12", "one batch", "16 or more"),
     ("loader.batch_size=16 method=wmse method.embedding_dim=8 method.whitening_size=32", "more than the 16 images"),
-    ("method=simclr augment.views=[{},{},{}]", "augment.views lists 3 views", "SimCLR takes 2"),
+    ("method=moco augment.views=[{},{},{}]", "augment.views lists 3 views", "MoCo takes 2"),
     ("evaluation=shape evaluation.stimuli=stimuli evaluation.head=true", "evaluation.head=true", "encoder=timm:NAME"),
     ("metric=accuracy", "metric=accuracy will not be measured", "online/knn"),
     ("metric=online/knn ~callbacks.online", "metric=online/knn will not be measured", "auto"),
