@@ -48,6 +48,11 @@ _PLACE = re.compile(
     r"(?:\+*(?:hydra\.run\.dir|hydra\.sweep\.dir|resume|to|cache|dataset\.cache)|--to|--out)=(.*)", re.DOTALL
 )
 _CACHE = re.compile(r"(?:\+*dataset\.cache|cache)=(.*)", re.DOTALL)
+STORES = {
+    "mlflow": ("here/mlflow.db", "here/mlruns", "home/.config/mlflow"),
+    "trackio": ("home/.cache/huggingface/trackio",),
+}
+"""Places of dashboards outside the folder of a run, where the viewers of these dashboards look."""
 
 
 @dataclass
@@ -137,8 +142,10 @@ def _places(line: Line, refused: bool) -> list[Path]:
         typed += [after for word, after in zip(line.words, line.words[1:], strict=False) if word in ("--to", "--out")]
         typed += line.words if line.door in ("export", "report") else ()
         typed += [f"{word}/.." for word in line.words if line.door == "report"]  # the summary is beside a run
+    stores = [Path(path) for name, paths in STORES.items() if any(name in w for w in line.words) for path in paths]
     homely = ("../home" + path[1:] if path[:1] == "~" else path for path in typed)
-    return [Path(os.path.normpath(os.path.join("here", path.strip("'\"")))) for path in homely]
+    named = [Path(os.path.normpath(os.path.join("here", path.strip("'\"")))) for path in homely]
+    return named if refused else named + stores
 
 
 def _hasten_hydra() -> None:
