@@ -49,7 +49,7 @@ _PLACE = re.compile(
 )
 _CACHE = re.compile(r"(?:\+*dataset\.cache|cache)=(.*)", re.DOTALL)
 STORES = {
-    "mlflow": ("here/mlflow.db", "here/mlruns", "home/.config/mlflow"),
+    "mlflow": ("here/mlflow.db", "here/mlruns"),
     "trackio": ("home/.cache/huggingface/trackio",),
 }
 """Places of dashboards outside the folder of a run, where the viewers of these dashboards look."""

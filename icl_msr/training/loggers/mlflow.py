@@ -118,6 +118,7 @@ class MLflow(Logger):
     @unless_lost
     def _begin(self) -> None:
         """Start the MLflow run. A continued run keeps its id."""
+        os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")  # it would write into the home folder, and send
         import mlflow
         from mlflow.entities import Param
 
